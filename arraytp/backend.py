@@ -1,0 +1,115 @@
+"""Which array module computes: NumPy or CuPy. Nothing else in the package knows CuPy's name."""
+
+import importlib
+import resource
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from arraytp.errors import UserError
+
+Array: TypeAlias = Any
+"""An array of the computing backend: `numpy.ndarray` or `cupy.ndarray`."""
+
+
+def array_module(*arrays: Array) -> Any:
+    """Return the module (NumPy, CuPy) that all of the arrays belong to.
+
+    Raises
+    ------
+    TypeError
+        If the arrays live on different devices.
+    """
+    names = {type(array).__module__.partition(".")[0] for array in arrays}
+    if len(names) != 1:
+        raise TypeError(
+            f"arrays of {' and '.join(sorted(names))} cannot be mixed: move all to one backend with Backend.asarray"
+        )
+    return sys.modules[names.pop()]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array module and the few things that differ between host and device.
+
+    Parameters
+    ----------
+    name : str
+        "numpy" or "cupy".
+    xp : module
+        The array module.
+    """
+
+    name: str
+    xp: Any
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the arrays are in the host's memory, where threads share the work in slices of the batch."""
+        return self.name == "numpy"
+
+    def asarray(self, array: Array) -> Array:
+        """Move an array of the host to the device; no copy on the CPU."""
+        return self.xp.asarray(array)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """Move an array of the device to the host; no copy on the CPU."""
+        return array if isinstance(array, np.ndarray) else np.asarray(self.xp.asnumpy(array))
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if not self.on_host:
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def peak_memory(self) -> int:
+        """Return the largest memory used so far in bytes: of the process on the CPU, held by CuPy's pool on a GPU."""
+        if self.on_host:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(self.xp.get_default_memory_pool().total_bytes())
+
+    def device(self) -> str:
+        """Name the device."""
+        if self.on_host:
+            return "CPU"
+        properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.runtime.getDevice())
+        return str(properties["name"].decode())
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the array modules in use."""
+        return {"numpy": np.__version__} | ({} if self.on_host else {self.name: self.xp.__version__})
+
+
+NUMPY = Backend("numpy", np)
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend of a name.
+
+    Parameters
+    ----------
+    name : {"numpy", "cupy"}
+
+    Raises
+    ------
+    UserError
+        If CuPy is not installed or finds no CUDA device.
+    """
+    if name == "numpy":
+        return NUMPY
+    try:
+        cupy: ModuleType = importlib.import_module("cupy")
+    except ImportError as error:
+        raise UserError(
+            f"backend cupy: CuPy cannot be imported ({error}); install arraytp[cuda12] or arraytp[cuda13], "
+            "or use --backend numpy"
+        ) from error
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise UserError(f"backend cupy: no CUDA device can be used ({error}); use --backend numpy") from error
+    if devices == 0:
+        raise UserError("backend cupy: this machine has no CUDA device; use --backend numpy")
+    return Backend("cupy", cupy)

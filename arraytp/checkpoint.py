@@ -1,0 +1,120 @@
+"""The state of a run in one HDF5 file: θ, the rule's arrays, the optimiser, the position. Written atomically.
+
+attrs: format="arraytp-checkpoint", version=1
+/network/<n>/{weight,bias}
+/rule/…                             the rule's arrays by their names
+/optimizer  attrs: step
+/optimizer/<parameter>/<moment>
+/run        attrs: JSON of the run's position and tables
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from arraytp.backend import Array, array_module
+from arraytp.errors import UserError
+from arraytp.experiment import Experiment
+from arraytp.network import Network
+
+FORMAT, VERSION = "arraytp-checkpoint", 1
+
+
+def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any]) -> None:
+    """Write a checkpoint; the file is replaced only when the new one is complete and on the disk.
+
+    Parameters
+    ----------
+    path : Path
+    experiment : Experiment
+    run : mapping
+        What else is needed to go on, as JSON can hold it (floats exactly).
+
+    Raises
+    ------
+    OSError
+        If the disk is full, say; the former checkpoint is still there.
+    """
+    backend = experiment.plan.backend
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with h5py.File(partial, "w") as file:
+            file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+            file.create_group("run").create_dataset("state", data=json.dumps(run))
+            file.create_group("optimizer").attrs["step"] = experiment.optimizer_state.step
+            for name, array in _arrays(experiment).items():
+                file.create_dataset(name, data=backend.to_host(array), fletcher32=True)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
+    """Put a checkpoint's arrays into an experiment of the same config; return what was given as `run`.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged, or of another network or rule; names the array.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
+                raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
+            found = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
+            step = int(file["optimizer"].attrs["step"])
+            run: dict[str, Any] = json.loads(file["run/state"][()])
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no checkpoint to go on from; --fresh starts over") from error
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
+    for name, array in _arrays(experiment).items():
+        array[...] = experiment.plan.backend.asarray(found[name])
+    experiment.optimizer_state.step = step
+    return run
+
+
+def all_finite(network: Network) -> list[bool]:
+    """Tell for each block whether its weight and bias are finite."""
+    return [
+        all(bool(array_module(array).isfinite(array).all()) for array in pair)
+        for pair in zip(network.weights, network.biases, strict=True)
+    ]
+
+
+def _arrays(experiment: Experiment) -> dict[str, Array]:
+    """Return every array of the state by its name in the file."""
+    network = experiment.network
+    named: dict[str, Array] = {}
+    for n, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        named[f"network/{n}/weight"], named[f"network/{n}/bias"] = weight, bias
+    for name, array in experiment.rule_state.items():
+        named[f"rule/{name}"] = array
+    for p, moments in enumerate(experiment.optimizer_state.moments):
+        for i, moment in enumerate(moments):
+            named[f"optimizer/{p}/{i}"] = moment
+    return named
+
+
+def _dataset(path: Path, file: h5py.File, name: str, like: Array) -> np.ndarray[Any, Any]:
+    if name not in file:
+        raise UserError(f"{path}: has no array {name}; it belongs to another network or rule, --fresh starts over")
+    array = np.asarray(file[name][()])
+    if array.shape != like.shape or array.dtype != like.dtype:
+        raise UserError(
+            f"{path}: array {name} is {array.dtype}{list(array.shape)}, expected {like.dtype}{list(like.shape)}; "
+            "it belongs to another network or rule, --fresh starts over"
+        )
+    return array

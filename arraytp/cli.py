@@ -1,0 +1,107 @@
+"""The command line: finds the command, runs it, turns errors into one line and an exit status."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from arraytp import __version__
+from arraytp.errors import Interrupted, NonFiniteError, UserError
+
+COMMANDS = {
+    "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
+    "bench": ("arraytp.commands.bench", "Time the steps of a config, part by part."),
+    "report": ("arraytp.commands.report", "Compare result folders in tables and figures."),
+    "data": ("arraytp.commands.data", "Pack, check and describe data sets."),
+}
+_USER_STATUS = 2
+_FAILURE_STATUS = 1
+_SIGINT_STATUS = 130
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module only to run that command or show its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command."""
+        if cmd_name not in COMMANDS:
+            ctx.fail(f"there is no command {cmd_name!r}; the commands are {', '.join(COMMANDS)}")
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="arraytp", message="%(prog)s %(version)s")
+def arraytp() -> None:
+    """Train networks with target propagation and its relatives, on NumPy or CuPy arrays."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; by default what the process was started with.
+
+    Returns
+    -------
+    int
+        The exit status: 0 done, 2 the user's mistake, 128 + signal number when interrupted, 1 anything else.
+        An exception that nobody foresaw is raised, which ends the process with a traceback and status 1.
+    """
+    try:
+        status = _status_of(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has left, for example `| head`. Python flushes once more on exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILURE_STATUS
+    return status
+
+
+def _status_of(arguments: Sequence[str] | None) -> int:
+    try:
+        outcome = arraytp.main(args=arguments, prog_name="arraytp", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        status = _USER_STATUS
+    except click.UsageError as error:
+        status = _complain(_usage_message(error), _USER_STATUS)
+    except click.Abort:
+        status = _complain("interrupted", _SIGINT_STATUS)
+    except click.ClickException as error:
+        status = _complain(error.format_message(), error.exit_code)
+    except UserError as error:
+        status = _complain(str(error), _USER_STATUS)
+    except NonFiniteError as error:
+        status = _complain(str(error), _FAILURE_STATUS)
+    except Interrupted as error:
+        click.echo(str(error), err=True)
+        status = 128 + error.signal_number
+    else:
+        status = outcome if isinstance(outcome, int) else 0
+    return status
+
+
+def _usage_message(error: click.UsageError) -> str:
+    where = error.ctx.command_path if error.ctx is not None else "arraytp"
+    return f"{error.format_message().rstrip('.')}; see {where} --help"
+
+
+def _complain(message: str, status: int) -> int:
+    """Print every line of a message as an error and return the exit status."""
+    for line in message.splitlines():
+        click.echo(f"arraytp: error: {line}", err=True)
+    return status

@@ -1,0 +1,110 @@
+"""`arraytp data`: pack official files into shards, verify them, describe them."""
+
+import json
+from pathlib import Path
+
+import click
+
+from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
+from arraytp.errors import UserError
+from data_prep import idx
+
+_FOLDER = click.Path(path_type=Path)
+_DATASET_HELP = (
+    f"""DATASET is a folder, or the name of a data set that comes with arraytp ({", ".join(embedded_names())})."""
+)
+
+
+@click.group()
+def command() -> None:
+    """Pack official data files into shards, verify and describe data sets."""
+
+
+def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    limits = {}
+    for value in values:
+        split, _, count = value.partition("=")
+        if split not in ("train", "test") or not count.isdecimal() or int(count) < 1:
+            raise click.BadParameter(f"{value!r} is not like train=10000 or test=2000")
+        limits[split] = int(count)
+    return limits
+
+
+@command.command()
+@click.argument("source", type=click.Choice(sorted(idx.CLASSES)))
+@click.argument("src", type=_FOLDER)
+@click.argument("dst", type=_FOLDER)
+@click.option("--name", help="The data set's name.  [default: SOURCE]")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    callback=_parse_limits,
+    metavar="SPLIT=N",
+    help="Take N images of a split, evenly by class, the first in the files. Can be given for each split.",
+)
+@click.option("--compression", type=click.Choice(["none", "gzip"]), default="none", show_default=True)
+@click.option("--shard-images", type=click.IntRange(min=1), help="Images per shard.  [default: what 64 MiB hold]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of the train images."
+)
+def pack(
+    source: str,
+    src: Path,
+    dst: Path,
+    name: str | None,
+    limits: dict[str, int],
+    compression: str,
+    shard_images: int | None,
+    seed: int,
+) -> None:
+    """Pack the official files of SOURCE, in folder SRC, into a data set in the new or empty folder DST."""
+    options = idx.PackOptions(
+        name=name, limits=limits, compression=compression == "gzip", shard_images=shard_images, seed=seed
+    )
+    idx.pack(source, src, dst, options)
+    _describe(open_dataset(dst))
+
+
+@command.command(epilog=_DATASET_HELP)
+@click.argument("dataset")
+def check(dataset: str) -> None:
+    """Read every byte of a data set and list all damage, one line each; the exit status is 2 if there is any."""
+    found = find_dataset(dataset)
+    problems = list(found.problems())
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise UserError(f"{found.folder}: {len(problems)} problem{'s' * (len(problems) > 1)} found; pack it again")
+    images = ", ".join(f"{count:,} {split}" for split, count in found.counts.items())
+    click.echo(f"{found.name}: {images} images verified, no damage")
+
+
+@command.command(epilog=_DATASET_HELP)
+@click.argument("dataset")
+@click.option("--json", "as_json", is_flag=True, help="Print dataset.json's content, for programs.")
+def info(dataset: str, as_json: bool) -> None:
+    """Describe a data set."""
+    found = open_dataset(dataset)
+    if as_json:
+        click.echo(json.dumps(found.manifest.model_dump(mode="json"), indent=2))
+    else:
+        _describe(found)
+
+
+def _describe(dataset: Dataset) -> None:
+    height, width, channels = dataset.shape
+    lines = [
+        ("name", dataset.name),
+        ("folder", str(dataset.folder)),
+        ("images", f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}"),
+        ("classes", f"{len(dataset.classes)}: {', '.join(dataset.classes)}"),
+        ("mean", ", ".join(f"{value:.6f}" for value in dataset.mean)),
+        ("std", ", ".join(f"{value:.6f}" for value in dataset.std)),
+    ]
+    for split, entry in dataset.manifest.splits.items():
+        size = sum(shard.bytes for shard in entry.shards) / 1e6
+        count = len(entry.shards)
+        lines.append((split, f"{entry.count:,} images in {count} shard{'s' * (count > 1)}, {size:.1f} MB"))
+    for key, text in lines:
+        click.echo(f"{key:8} {text}")

@@ -1,0 +1,44 @@
+"""`arraytp report`: tables and figures that compare result folders."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from arraytp.report.figures import write_comparison, write_figures
+from arraytp.report.reading import common_parent, read_results
+from arraytp.report.tables import comparison_table
+
+_WIDTH = 100
+_NARROWEST = 60
+
+
+@click.command(name="report")
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where figures and tables go; the folder that holds the results when left out.",
+)
+def command(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Print a table and write figures that compare result folders.
+
+    A DIR is a result folder, or a folder that holds some, such as that of a run with variants. Every run's own figures
+    go to RUN/figures; with more than one run, or with --out, comparison.png, comparison.md and comparison.csv go beside
+    the runs' folders.
+    """
+    results = read_results(folders)
+    click.echo(comparison_table(results, _terminal_width()), nl=False)
+    parent = out or common_parent([result.path.resolve() for result in results])
+    for result in results:
+        write_figures(result, parent / result.label / "figures")
+    runs = "<run>" if len(results) > 1 else results[0].label
+    click.echo(f"figures: {parent / runs / 'figures'}", err=True)
+    if out or len(results) > 1:
+        picture, markdown, table = write_comparison(results, parent)
+        click.echo(f"comparison: {picture}, {markdown.name}, {table.name}", err=True)
+
+
+def _terminal_width() -> int:
+    return max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else _WIDTH

@@ -1,0 +1,203 @@
+"""`arraytp run`: configs in, result folders, table and figures out."""
+
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from arraytp.config import Config, dump_config, load_config, load_one
+from arraytp.errors import Interrupted, UserError
+from arraytp.experiment import Plan, build_planned, plan
+from arraytp.report import read_results, write_comparison, write_figures
+from arraytp.report.tables import comparison_table
+from arraytp.signals import StopRequest
+from arraytp.train import Run
+
+OWN_FILES = ("config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one variant: what to train and where its results go."""
+
+    plan: Plan
+    label: str
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds the results of all epochs of this config."""
+        written = all((self.folder / name).exists() for name in ("config.yml", "summary.json"))
+        return written and _stored(self.folder) == self.plan.config
+
+
+@click.command(short_help="Train as the given configs say and write result folders.")
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG...", type=click.Path(path_type=Path))
+@click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable.")
+@click.option("--out", metavar="DIR", help="Result folder; default results/<config name>.")
+@click.option("--resume", is_flag=True, help="Go on with runs that were stopped; skip finished ones.")
+@click.option("--fresh", is_flag=True, help="Start over, replacing results that are there.")
+@click.option("--quiet", is_flag=True, help="No progress, only the final table.")
+def command(
+    configs: tuple[Path, ...],
+    backend: str | None,
+    dtype: str | None,
+    overrides: tuple[str, ...],
+    out: str | None,
+    resume: bool,
+    fresh: bool,
+    quiet: bool,
+) -> None:
+    """Train as the given CONFIG files say and write result folders.
+
+    A config with variants writes one folder per variant into the result folder. Ctrl-C or SIGTERM writes a checkpoint
+    first; the same command with --resume goes on from there.
+    """
+    if resume and fresh:
+        raise UserError("--resume and --fresh exclude each other: go on, or start over")
+    if out == "":
+        raise UserError("--out is empty; give a folder, or leave it out for results/<config name>")
+    settings = [*overrides]
+    settings += [f"backend={backend}"] if backend else []
+    settings += [f"dtype={dtype}"] if dtype else []
+    batches = [_jobs(path, settings, out, len(configs) > 1) for path in configs]
+    jobs = [job for batch in batches for job in batch]
+    _check_folders(jobs, resume, fresh)
+    try:
+        with StopRequest() as stop:
+            _run_all(jobs, stop, resume, fresh, quiet)
+    except Interrupted as error:
+        raise Interrupted(f"{error}; go on with: {_command_to_resume()}", error.signal_number) from error
+    _report(batches)
+
+
+def _jobs(path: Path, overrides: list[str], out: str | None, several: bool) -> list[Job]:
+    """Check every variant of a config before any of them starts; of several configs, each has a folder in `--out`."""
+    file = load_config(path, overrides)
+    folder = Path("results", file.name) if out is None else Path(out, file.name) if several else Path(out)
+    return [
+        Job(plan(config), variant or file.name, folder / variant if variant else folder)
+        for variant, config in file.variants.items()
+    ]
+
+
+def _check_folders(jobs: list[Job], resume: bool, fresh: bool) -> None:
+    """Refuse what would overwrite results or mix those of two configs."""
+    folders = [job.folder.resolve() for job in jobs]
+    for job in jobs:
+        if folders.count(job.folder.resolve()) > 1:
+            raise UserError(f"{job.folder}: two of the configs write their results here; give them different names")
+        if job.folder.exists() and not job.folder.is_dir():
+            raise UserError(f"{job.folder}: is a file; --out needs a folder")
+        if fresh or not any((job.folder / name).exists() for name in OWN_FILES):
+            continue
+        if not resume:
+            raise UserError(
+                f"{job.folder}: holds results already; --resume goes on with them, --fresh starts over, "
+                "--out takes another folder"
+            )
+        difference = _difference(_stored(job.folder), job.plan.config)
+        if difference:
+            raise UserError(
+                f"{job.folder}: holds a run of another config ({difference}); --fresh starts over, "
+                "--out takes another folder"
+            )
+
+
+def _stored(folder: Path) -> Config:
+    try:
+        return load_one(folder / "config.yml")
+    except UserError as error:
+        raise UserError(f"{error}; --fresh starts over, --out takes another folder") from error
+
+
+def _difference(stored: Config, wanted: Config) -> str:
+    """Describe the first setting in which a stored config differs, or "".
+
+    The number of epochs may grow, so that a run can be prolonged, and checkpoints may come more often or less.
+    """
+    train = replace(stored.train, epochs=wanted.train.epochs, checkpoint_minutes=wanted.train.checkpoint_minutes)
+    return _first_difference(asdict(replace(stored, train=train)), asdict(wanted), "")
+
+
+def _first_difference(there: Any, here: Any, path: str) -> str:
+    """Return the first key in which two trees differ and both values, or ""."""
+    if there == here:
+        return ""
+    if isinstance(there, list) and isinstance(here, list):
+        there, here = dict(enumerate(there)), dict(enumerate(here))
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return f"{path[1:]} is {there} there and {here} here"
+    key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
+    return _first_difference(there.get(key), here.get(key), f"{path}.{key}")
+
+
+def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool) -> None:
+    for job in jobs:
+        if resume and job.finished:
+            continue
+        with warnings.catch_warnings():
+            # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            try:
+                run = Run(build_planned(job.plan), job.folder, job.label, quiet)
+                if fresh and job is jobs[0]:
+                    _clear(jobs)
+                _run(job, run, stop, resume)
+            except MemoryError as error:
+                raise UserError(f"{job.label}: not enough memory: {error}") from error
+            except OSError as error:
+                raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _clear(jobs: Sequence[Job]) -> None:
+    """Remove the former results of all runs at once, so that none of them passes for a finished one after a stop."""
+    for job in jobs:
+        for name in OWN_FILES:
+            (job.folder / name).unlink(missing_ok=True)
+
+
+def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
+    """Train a run to its end; its folder is not touched before the run is known to start."""
+    if resume and (job.folder / "checkpoint.h5").exists():
+        run.resume()
+        _write_config(job)
+    else:
+        _write_config(job)
+        run.start()
+    run.train(stop)
+    write_figures(job.folder)
+
+
+def _write_config(job: Job) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "summary.json").unlink(missing_ok=True)
+    partial = job.folder / "config.yml.partial"
+    partial.write_text(dump_config(job.plan.config), encoding="utf-8")
+    partial.replace(job.folder / "config.yml")
+
+
+def _report(batches: list[list[Job]]) -> None:
+    """Print one table of all results; draw a comparison where a config has variants."""
+    for jobs in batches:
+        if len(jobs) > 1:
+            parent = jobs[0].folder.parent
+            write_comparison(read_results([job.folder for job in jobs]), parent)
+    results = read_results([job.folder for batch in batches for job in batch])
+    click.echo(comparison_table(results))
+    for jobs in batches:
+        click.echo(f"results: {jobs[0].folder.parent if len(jobs) > 1 else jobs[0].folder}")
+
+
+def _command_to_resume() -> str:
+    """Return the command line that this process was started with, --resume instead of --fresh."""
+    words = [word for word in sys.argv[2:] if not re.fullmatch(r"--(fresh|resume)", word)]
+    return shlex.join(["arraytp", "run", "--resume", *words])

@@ -1,0 +1,214 @@
+"""Which settings each variant of a file ends up with, `--set` overrides included, and what is wrong with them."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NoReturn
+
+from pydantic import TypeAdapter, ValidationError
+
+from arraytp.config.describe import flow
+from arraytp.config.document import Document, KeyPath, Tree, dotted, parse_text
+from arraytp.config.merge import assign, overlay
+from arraytp.config.problems import Problem, explain, plain_problems
+from arraytp.config.schema import Config
+from arraytp.errors import UserError
+
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_MOST_PROBLEMS = 10
+_NOT_IN_VARIANTS = {
+    "name": "has no place in a variant: its name is the key above it",
+    "variants": "has no place in a variant: variants do not nest",
+}
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The configs of one file.
+
+    Parameters
+    ----------
+    name : str
+        Names the result folder; the file's stem unless the file says otherwise.
+    variants : mapping
+        Variant name → config, in the file's order; {"": config} when the file has no variants.
+    """
+
+    name: str
+    variants: Mapping[str, Config]
+
+
+@cache
+def schema_adapter() -> TypeAdapter[Config]:
+    """Return what checks a tree against the schema; made on first use, since that takes a while."""
+    return TypeAdapter(Config)
+
+
+@dataclass(frozen=True)
+class _Override:
+    """One `--set`: the variant it is for (None: all), where it goes, what it holds."""
+
+    variant: str | None
+    path: KeyPath
+    document: Document
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """A problem with its place, as printed; whether that tells which variant has it."""
+
+    text: str
+    names_variant: bool
+
+
+def resolve(document: Document, name: str, overrides: Sequence[str]) -> ConfigFile:
+    """Lay every variant and `--set` upon the file and check the results."""
+    base, variants = _split(document)
+    sets = [_parse_override(text, list(variants)) for text in overrides]
+    configs: dict[str, Config] = {}
+    found: dict[_Finding, list[str]] = {}
+    for variant, own in (variants or {"": {}}).items():
+        mine = [entry for entry in sets if entry.variant in (None, variant)]
+        outcome = _check(_laid(overlay({"name": name, **base}, own), mine))
+        if isinstance(outcome, Config):
+            configs[variant] = outcome
+            continue
+        places = _Places(document, variant, mine)
+        for problem in outcome:
+            found.setdefault(places.finding(problem), []).append(variant)
+    if found:
+        raise UserError(_report(found, len(variants)))
+    return ConfigFile(next(iter(configs.values())).name, configs)
+
+
+def _split(document: Document) -> tuple[dict[str, Tree], dict[str, Mapping[str, Tree]]]:
+    """Separate what all variants share from each variant's own."""
+    if document.tree is None:
+        raise UserError(f"{document.source}: empty; a config needs at least data, network, optimizer and train")
+    if not isinstance(document.tree, Mapping):
+        raise UserError(f"{document.source}: must be a map of keys, such as seed: 0, got {flow(document.tree)}")
+    base = dict(document.tree)
+    variants = base.pop("variants", None)
+    if variants is None:
+        return base, {}
+    if not isinstance(variants, Mapping):
+        _refuse(document, ("variants",), f"must be a map from variant names to overrides, got {flow(variants)}")
+    return base, {name: _own(document, name, overrides) for name, overrides in variants.items()}
+
+
+def _own(document: Document, name: Any, overrides: Tree) -> Mapping[str, Tree]:
+    """Return a variant's overrides if it and they are well named."""
+    path = ("variants", name)
+    if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
+        _refuse(document, path, "is not a variant name: use letters, digits, '.', '_' and '-', with no dot in front")
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        _refuse(document, path, f"must be a map of overrides, got {flow(overrides)}")
+    for key, text in _NOT_IN_VARIANTS.items():
+        if key in overrides:
+            _refuse(document, (*path, key), text)
+    return overrides
+
+
+def _refuse(document: Document, path: KeyPath, text: str) -> NoReturn:
+    raise UserError(f"{document.places.get(path, document.source)}: {dotted(path)} {text}")
+
+
+def _parse_override(text: str, variants: Sequence[str]) -> _Override:
+    """Read one `--set`, given the names of the variants there are."""
+    shown = f"--set {text}"
+    key, equals, value = text.partition("=")
+    if not equals or "" in key.strip().split("."):
+        raise UserError(f"{shown}: expected key.path=value, for example optimizer.lr=0.1")
+    document = parse_text(value, shown, lambda line: shown)
+    steps: KeyPath = tuple(key.strip().split("."))
+    if steps[0] != "variants":
+        return _Override(None, steps, document)
+    # A variant's name may hold dots, so the names decide where it ends; the longest one wins.
+    rest = dotted(steps[1:]) + "."
+    name = max((name for name in variants if rest.startswith(name + ".")), key=len, default=None)
+    if name is None or rest == name + ".":
+        known = ", ".join(variants) or "none"
+        raise UserError(f"{shown}: expected variants.NAME.key.path=value with NAME among the variants: {known}")
+    steps = tuple(rest[len(name) + 1 : -1].split("."))
+    if steps[0] in _NOT_IN_VARIANTS:
+        raise UserError(f"{shown}: {steps[0]} {_NOT_IN_VARIANTS[steps[0]]}")
+    return _Override(name, steps, document)
+
+
+def _laid(tree: Mapping[str, Tree], sets: Sequence[_Override]) -> Mapping[str, Tree]:
+    for entry in sets:
+        try:
+            tree = assign(tree, entry.path, entry.document.tree)
+        except UserError as error:
+            raise UserError(f"{entry.document.source}: {error}") from None
+    return tree
+
+
+def _check(tree: Mapping[str, Tree]) -> Config | list[Problem]:
+    if faults := list(plain_problems(tree)):
+        return faults
+    try:
+        # Reading JSON, strict mode takes a map for a dataclass and a list for a tuple, but still no text for a number.
+        return schema_adapter().validate_json(json.dumps(tree, default=dict))
+    except ValidationError as error:
+        return explain(error, tree)
+
+
+class _Places:
+    """Where each setting of one variant comes from."""
+
+    def __init__(self, document: Document, variant: str, sets: Sequence[_Override]) -> None:
+        start = ("variants", variant)
+        own = {path[2:]: place for path, place in document.places.items() if path[:2] == start and len(path) > 2}
+        given: dict[KeyPath, str] = {}
+        opened: dict[KeyPath, str] = {}
+        for entry in sets:
+            source = entry.document.source
+            given.update({(*entry.path, *path): source for path in ((), *entry.document.places)})
+            opened.update({entry.path[:depth]: source for depth in range(1, len(entry.path))})
+        # At one depth the first layer that knows a path wins; what a --set opened on its way is last.
+        self._layers = [(_as_text(layer), layer is own) for layer in (given, own, document.places, opened)]
+        self._variant = variant
+        self._source = document.source
+
+    def finding(self, problem: Problem) -> _Finding:
+        """Put the place before a problem: of its key or, where that is missing, of the map it should be in."""
+        path = tuple(map(str, problem.path))
+        for place in _lookups(path, problem.absent):
+            for layer, is_own in self._layers:
+                if place in layer:
+                    key = dotted(("variants", self._variant, *path) if is_own else path)
+                    return _Finding(f"{layer[place]}: {key} {problem.text}", is_own)
+        return _Finding(f"{self._source}: {dotted(path)} {problem.text}", False)
+
+
+def _lookups(path: tuple[str, ...], absent: bool) -> Iterator[tuple[str, ...]]:
+    """Yield the keys whose places serve for a problem at `path`, the best first."""
+    if absent:
+        path = path[:-1]
+        if path:
+            # A key that is missing is missing from what the name or type beside it chose.
+            yield from ((*path, "name"), (*path, "type"))
+    for depth in range(len(path), 0, -1):
+        yield path[:depth]
+
+
+def _as_text(layer: Mapping[KeyPath, str]) -> dict[KeyPath, str]:
+    """Write list indices as text, as `--set` has them."""
+    return {tuple(map(str, path)): place for path, place in layer.items()}
+
+
+def _report(found: Mapping[_Finding, Sequence[str]], variants: int) -> str:
+    """Join messages, one a line; one that holds for only some variants, and does not say so, names them."""
+    lines = [
+        finding.text
+        if finding.names_variant or len(names) >= variants
+        else f"{finding.text} (in variant {', '.join(names)})"
+        for finding, names in found.items()
+    ]
+    more = [f"… and {len(lines) - _MOST_PROBLEMS} more problems"] if len(lines) > _MOST_PROBLEMS else []
+    return "\n".join(lines[:_MOST_PROBLEMS] + more)

@@ -1,0 +1,109 @@
+"""The sections of a config: what each key may hold and what it is when left out."""
+
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
+from pydantic import AfterValidator, Discriminator, Field
+
+from arraytp.options import SGD, STRICT, Adam, Border, Constant, Cosine, NetworkOptions, Positive, Probability, Size
+from arraytp.rules import RuleOptions, bp
+
+
+def _checked_name(name: str) -> str:
+    """Refuse what cannot name a result folder."""
+    if name.startswith(".") or any(sign in "/\\" or unicodedata.category(sign) == "Cc" for sign in name):
+        raise ValueError("must be usable as a folder's name: no slashes or control characters, no dot in front")
+    return name
+
+
+def _checked_network(network: NetworkOptions) -> NetworkOptions:
+    """Refuse a network that is described twice or not at all."""
+    if network.name is None and network.blocks is None:
+        raise ValueError("needs one of the keys name and blocks, for example name: lenet")
+    if network.name is not None and network.blocks is not None:
+        raise ValueError("has both name and blocks; keep one of them")
+    if network.blocks is not None and network.activation is not None:
+        raise ValueError("has both blocks and activation; with blocks, give each block its own activation")
+    return network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalize:
+    """Statistics per channel, in units where a pixel lies in [0, 1]: x ← (x/255 - mean)/std."""
+
+    mean: Annotated[tuple[float, ...], MinLen(1)]
+    std: Annotated[tuple[Positive, ...], MinLen(1)]
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"needs one mean and one std per channel, got {len(self.mean)} in mean and {len(self.std)} in std"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images, and what happens to them before the network sees them."""
+
+    dataset: Annotated[str, MinLen(1), Field(examples=["fashion-mnist-10k"])]
+    normalize: Literal["dataset", "none"] | Normalize = "dataset"
+    flip: Probability = 0.0
+    crop_padding: Border = 0
+    in_memory_mb: Border = 4096
+    pool_images: Size = 16384
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """How the losses of a batch's samples become one number."""
+
+    reduction: Literal["mean", "sum"] = "mean"
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, and how many images at a time."""
+
+    epochs: Annotated[Border, Field(examples=[10])]
+    batch_size: Annotated[Size, Field(examples=[128])]
+    eval_batch_size: Size = 1000
+    checkpoint_minutes: Positive = 10.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """How often the rule's update is measured against backpropagation's; 0 is never."""
+
+    every: Border = 100
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, every setting filled in. `arraytp.config.load_config` and `parse_config` make and check it."""
+
+    name: Annotated[str, MinLen(1), AfterValidator(_checked_name)]
+    seed: Border = 0
+    backend: Literal["numpy", "cupy"] = "numpy"
+    dtype: Literal["float32", "float64"] = "float32"
+    data: Data
+    network: Annotated[NetworkOptions, AfterValidator(_checked_network), Field(examples=[{"name": "lenet"}])]
+    rule: Annotated[RuleOptions, Discriminator("name")] = field(default_factory=bp.Options)
+    loss: Loss = Loss()
+    optimizer: Annotated[SGD | Adam, Discriminator("name")]
+    schedule: Annotated[Constant | Cosine, Discriminator("name")] = field(default_factory=Constant)
+    train: Train
+    compare: Compare = Compare()
+
+    __pydantic_config__ = STRICT

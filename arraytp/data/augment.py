@@ -1,0 +1,90 @@
+"""Flip, edge-padded crop and normalisation, on either array module; what is random is drawn on the host.
+
+These are the readable definitions, and what runs on a device; `arraytp.data.prepare` computes the same on the host,
+faster.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from arraytp.backend import Array, array_module
+from arraytp.streams import stream
+
+Floats = npt.NDArray[np.float64]
+
+
+class Draws(NamedTuple):
+    """What is drawn for each image: `flips` (N,) bool; `rows`, `columns` (N,) int64, the corner of the crop."""
+
+    flips: npt.NDArray[np.bool_]
+    rows: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+
+    def part(self, start: int, stop: int) -> "Draws":
+        """Return the draws of some of the images."""
+        return Draws(self.flips[start:stop], self.rows[start:stop], self.columns[start:stop])
+
+
+def draw(seed: int, epoch: int, count: int, flip: float, padding: int) -> Draws:
+    """Draw the augmentation of every position of an epoch.
+
+    Parameters
+    ----------
+    seed, epoch, count : int
+        `count` is the number of images of an epoch.
+    flip : float
+        Probability of a flip.
+    padding : int
+        Crops start at rows and columns 0 to 2·padding of the padded image.
+    """
+    generator = stream(seed, "augment", epoch)
+    flips = generator.random(count) < flip
+    rows, columns = generator.integers(0, 2 * padding + 1, (2, count))
+    return Draws(flips, rows, columns)
+
+
+def flip_images(images: Array, flips: Array) -> Array:
+    """Mirror left and right where `flips` (B,) bool is true: images (B, H, W, C) → the same shape and dtype."""
+    xp = array_module(images, flips)
+    return xp.where(flips[:, None, None, None], images[:, :, ::-1, :], images)
+
+
+def crop_images(images: Array, rows: Array, columns: Array, padding: int) -> Array:
+    """Crop each image to its own size out of itself padded by replicated edge pixels.
+
+    Parameters
+    ----------
+    images : array of shape (B, H, W, C)
+    rows, columns : arrays of shape (B,), int64
+        Corner of the crop in the padded image, 0 to 2·padding.
+    padding : int
+        Pixels added on every side.
+
+    Returns
+    -------
+    array of shape (B, H, W, C), dtype of images
+    """
+    xp = array_module(images, rows, columns)
+    batch, height, width, channels = images.shape
+    # A pixel of the padding is the nearest pixel of the image, so clipped indices stand for the padded image.
+    y = xp.clip(xp.arange(height)[None, :] + rows[:, None] - padding, 0, height - 1)
+    x = xp.clip(xp.arange(width)[None, :] + columns[:, None] - padding, 0, width - 1)
+    line = xp.arange(batch)[:, None] * height + y
+    pixel = line[:, :, None] * width + x[:, None, :]
+    flat = xp.reshape(images, (batch * height * width, channels))
+    return xp.reshape(xp.take(flat, xp.reshape(pixel, (-1,)), axis=0), images.shape)
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Floats, Floats]:
+    """Return scale and shift (C,) float64 so that (x/255 - mean)/std = x·scale + shift."""
+    scale = 1 / (255 * np.asarray(std, np.float64))
+    return scale, -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
+
+
+def normalise(images: Array, scale: Array, shift: Array) -> Array:
+    """Return images·scale + shift: images (B, H, W, C) uint8, scale and shift (C,) of the dtype of the result."""
+    xp = array_module(images, scale, shift)
+    return xp.asarray(images, dtype=scale.dtype) * scale + shift

@@ -1,0 +1,195 @@
+"""A data set as the rest of the package sees it: names, counts, statistics and verified rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
+from arraytp.data.shards import Images, Labels, Shard, check_size, open_shard, read_rows
+from arraytp.errors import UserError
+
+_EMBEDDED = Path(__file__).parent / "embedded"
+_READ_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of shards whose `dataset.json` has been checked.
+
+    Every row is verified each time it is read; see `arraytp.data.shards`.
+    """
+
+    folder: Path
+    manifest: Manifest
+    _opened: dict[str, Shard] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.manifest.name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        height, width, channels = self.manifest.shape
+        return height, width, channels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels."""
+        return tuple(self.manifest.classes)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel over the train split, pixels in [0, 1]."""
+        return tuple(self.manifest.mean)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel over the train split, pixels in [0, 1]."""
+        return tuple(self.manifest.std)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of images of each split."""
+        return {name: split.count for name, split in self.manifest.splits.items()}
+
+    def nbytes(self, split: str) -> int:
+        """Bytes of the split's pixels in memory."""
+        return self._entries(split)[-1][1] * int(np.prod(self.shape))
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
+        """Read rows and verify them.
+
+        Parameters
+        ----------
+        split : str
+        start, stop : int
+            0 ≤ start ≤ stop ≤ counts[split].
+
+        Returns
+        -------
+        images : array of shape (stop - start, H, W, C), uint8
+        labels : array of shape (stop - start,), int64
+
+        Raises
+        ------
+        UserError
+            No such split, or a shard is missing or damaged; the message names the shard and the rows.
+        """
+        total = self._entries(split)[-1][1]
+        if not 0 <= start <= stop <= total:
+            raise ValueError(f"rows {start} to {stop} of a split with {total}")
+        images = np.empty((stop - start, *self.shape), np.uint8)
+        labels = np.empty(stop - start, np.int64)
+        self.read_into(split, start, images, labels)
+        return images, labels
+
+    def read_into(self, split: str, start: int, images: Images, labels: Labels) -> None:
+        """Read len(images) rows from `start` on into C-contiguous arrays; else as `read`."""
+        stop = start + len(images)
+        for entry, end in self._entries(split):
+            first = end - entry.count
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                shard = self._open(entry)
+                read_rows(shard, low - first, high - first, images[low - start : high - start])
+                labels[low - start : high - start] = shard.labels[low - first : high - first]
+
+    def load(self, split: str) -> tuple[Images, Labels]:
+        """Read a whole split; as `read`."""
+        return self.read(split, 0, self._entries(split)[-1][1])
+
+    def chunks(self, split: str) -> list[tuple[int, int]]:
+        """Return the row ranges (start, stop) that are cheap to read: whole checksum ranges, 256 rows or more.
+
+        Opens every shard of the split, so a damaged header shows here.
+        """
+        found = []
+        for entry, end in self._entries(split):
+            step = self._open(entry).range_rows
+            step *= -(-_READ_ROWS // step)
+            found += [(row, min(row + step, end)) for row in range(end - entry.count, end, step)]
+        return found
+
+    def problems(self) -> Iterator[str]:
+        """Read everything and yield one line for each damaged shard or range of rows."""
+        for split in self.manifest.splits:
+            for entry, _ in self._entries(split):
+                try:
+                    shard = open_shard(self.folder / entry.file, entry, self.shape, len(self.classes))
+                except UserError as error:
+                    yield str(error)
+                    continue
+                yield from _damaged_ranges(shard)
+
+    def _entries(self, split: str) -> list[tuple[ShardEntry, int]]:
+        """Each shard of the split with the row after its last."""
+        if split not in self.manifest.splits:
+            known = ", ".join(self.manifest.splits)
+            raise UserError(f"{self.folder / FILE_NAME}: no split {split!r}, it has {known}")
+        shards = self.manifest.splits[split].shards
+        ends = np.cumsum([entry.count for entry in shards])
+        return [(entry, int(end)) for entry, end in zip(shards, ends, strict=True)]
+
+    def _open(self, entry: ShardEntry) -> Shard:
+        if entry.file not in self._opened:
+            self._opened[entry.file] = open_shard(self.folder / entry.file, entry, self.shape, len(self.classes))
+        return self._opened[entry.file]
+
+
+def _damaged_ranges(shard: Shard) -> Iterator[str]:
+    out = np.empty((shard.range_rows, *shard.shape), np.uint8)
+    for first in range(0, shard.count, shard.range_rows):
+        last = min(first + shard.range_rows, shard.count)
+        try:
+            read_rows(shard, first, last, out[: last - first])
+        except UserError as error:
+            yield str(error)
+
+
+def embedded_names() -> tuple[str, ...]:
+    """Return the names of the data sets that come with the package."""
+    return tuple(sorted(path.parent.name for path in _EMBEDDED.glob(f"*/{FILE_NAME}")))
+
+
+def open_dataset(name_or_path: str | Path) -> Dataset:
+    """Open a data set that comes with the package, by name, or a folder made by `arraytp data pack`.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        A name without a path separator that is no folder here is taken for an embedded one.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    UserError
+        There is no such data set, its `dataset.json` is damaged, or a shard is missing or of another length.
+    """
+    dataset = find_dataset(name_or_path)
+    for split in dataset.manifest.splits.values():
+        for entry in split.shards:
+            check_size(dataset.folder / entry.file, entry)
+    return dataset
+
+
+def find_dataset(name_or_path: str | Path) -> Dataset:
+    """Open a data set without a look at its shards; else as `open_dataset`."""
+    folder = _folder(name_or_path)
+    return Dataset(folder, read_manifest(folder))
+
+
+def _folder(name_or_path: str | Path) -> Path:
+    if isinstance(name_or_path, str) and name_or_path in embedded_names():
+        return _EMBEDDED / name_or_path
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    names = ", ".join(embedded_names())
+    raise UserError(f"data set {str(name_or_path)!r}: no such folder, and not one that comes with arraytp ({names})")

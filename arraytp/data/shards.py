@@ -1,0 +1,283 @@
+"""One shard file: HDF5 with `images`, `labels` and one checksum per range of rows.
+
+`checksums[r]` is the CRC-32 of range r's image bytes followed by its labels as little-endian int64; a range is
+`range_rows` consecutive rows. Every range is verified when it is read, and `dataset.json` holds the SHA-256 of
+`checksums`, so a shard in another's place is noticed too.
+"""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from arraytp.data.manifest import ShardEntry
+from arraytp.errors import UserError
+
+FORMAT = "arraytp-shard"
+VERSION = 1
+RANGE_BYTES = 2**20
+MAX_RANGE_ROWS = 256
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+ReadRows = Callable[[int, int, Images], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An opened shard: everything but the images, which stay in the file.
+
+    `labels` (count,) int64 are not yet verified; `offset` is where uncompressed images start in the file, in
+    bytes, and None where the images are stored in chunks.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    classes: int
+    range_rows: int
+    labels: Labels
+    checksums: npt.NDArray[np.uint32]
+    offset: int | None
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+
+def range_checksum(images: Images, labels: Labels) -> int:
+    """CRC-32 of a range: image bytes (n, H, W, C), then labels (n,) as little-endian int64."""
+    return zlib.crc32(labels.astype("<i8").data, zlib.crc32(np.ascontiguousarray(images).data))
+
+
+def rows_per_range(image_bytes: int) -> int:
+    """Return how many images share a checksum: at most 256, and at most 1 MiB of them."""
+    return max(1, min(MAX_RANGE_ROWS, RANGE_BYTES // image_bytes))
+
+
+def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool) -> ShardEntry:
+    """Write a shard under a temporary name, flush it to the disk and rename it.
+
+    The bytes depend on the arguments and on the HDF5 and zlib libraries only.
+
+    Parameters
+    ----------
+    path : Path
+        The final name; an existing file is replaced.
+    images : array of shape (N, H, W, C), uint8
+    labels : array of shape (N,), int64
+    compression : bool
+        Gzip in chunks of one range each; otherwise the images lie in the file as they are.
+
+    Returns
+    -------
+    ShardEntry
+        What `dataset.json` says about the shard.
+    """
+    rows = rows_per_range(images[0].nbytes)
+    starts = range(0, len(images), rows)
+    checksums = np.array([range_checksum(images[i : i + rows], labels[i : i + rows]) for i in starts], dtype="<u4")
+    chunk = min(rows, len(images))
+    packed = {"compression": "gzip", "compression_opts": 9}
+    # Shuffling bytes helps labels of eight bytes; pixels have one byte, so there is nothing to shuffle.
+    image_layout = packed | {"chunks": (chunk, *images.shape[1:])} if compression else {}
+    label_layout = packed | {"shuffle": True, "chunks": (len(labels),)} if compression else {}
+    temporary = path.with_name(path.name + ".tmp")
+    # The v110 layout carries checksums over HDF5's own structures.
+    with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["version"] = VERSION
+        file.attrs["range_rows"] = rows
+        file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
+        file.create_dataset("checksums", data=checksums)
+        file.create_dataset("images", data=images, **image_layout)
+    size = temporary.stat().st_size
+    replace_durably(temporary, path)
+    return ShardEntry(file=path.name, count=len(images), bytes=size, checksum=_digest(checksums))
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Rename a finished file into place; after a power cut there is the old file or the new one, whole."""
+    _flush_to_disk(temporary)
+    temporary.replace(path)
+    _flush_to_disk(path.parent)
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(checksums: npt.NDArray[np.uint32]) -> str:
+    return hashlib.sha256(checksums.astype("<u4").tobytes()).hexdigest()
+
+
+def check_size(path: Path, entry: ShardEntry) -> None:
+    """Check that a shard is there and as long as `dataset.json` says.
+
+    Raises
+    ------
+    UserError
+        It is missing, unreadable, shorter or longer.
+    """
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: shard is missing (rows 0 to {entry.count - 1})") from None
+    except OSError as error:
+        raise UserError(f"{path}: shard cannot be read: {error.strerror}") from error
+    if size != entry.bytes:
+        what = "truncated" if size < entry.bytes else "not the shard that was packed"
+        raise UserError(f"{path}: shard is {what}: {size} bytes, expected {entry.bytes} (rows 0 to {entry.count - 1})")
+
+
+@contextmanager
+def _damage_is_the_users_to_know(path: Path, rows: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}: shard is damaged, {rows} cannot be read: {text}") from error
+
+
+def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Shard:
+    """Open a shard and hold it against what `dataset.json` says.
+
+    Parameters
+    ----------
+    path : Path
+    entry : ShardEntry
+    shape : tuple of int
+        (H, W, C).
+    classes : int
+        Labels must be in [0, classes).
+
+    Returns
+    -------
+    Shard
+
+    Raises
+    ------
+    UserError
+        The file is missing, damaged, of another version, or not the shard that `dataset.json` names.
+    """
+    check_size(path, entry)
+    with _damage_is_the_users_to_know(path, f"rows 0 to {entry.count - 1}"), h5py.File(path, "r") as file:
+        _check_header(path, file, entry, shape)
+        return Shard(
+            path=path,
+            shape=shape,
+            classes=classes,
+            range_rows=int(file.attrs["range_rows"]),
+            labels=file["labels"][()].astype(np.int64),
+            checksums=file["checksums"][()],
+            offset=file["images"].id.get_offset() if file["images"].chunks is None else None,
+        )
+
+
+def _check_header(path: Path, file: h5py.File, entry: ShardEntry, shape: tuple[int, int, int]) -> None:
+    # Whose file it is shows in its checksums below. The text of `format` is for other readers: HDF5 keeps it in a heap
+    # without a checksum, and can loop for ever over a damaged one.
+    version = file.attrs.get("version")
+    if version != VERSION:
+        raise UserError(f"{path}: shard version {version} is unknown, this arraytp reads version {VERSION}")
+    images, labels, checksums = file["images"], file["labels"], file["checksums"]
+    if images.shape != (entry.count, *shape) or images.dtype != np.uint8:
+        raise UserError(
+            f"{path}: images are {images.dtype} {images.shape}, dataset.json says uint8 {(entry.count, *shape)}"
+        )
+    if labels.shape != (entry.count,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{path}: labels are {labels.dtype} {labels.shape}, expected integers ({entry.count},)")
+    rows = int(file.attrs["range_rows"])
+    if rows < 1 or checksums.shape != (-(-entry.count // rows),) or _digest(checksums[()]) != entry.checksum:
+        raise UserError(
+            f"{path}: not the shard that dataset.json names, or its checksums are damaged (rows 0 to {entry.count - 1})"
+        )
+
+
+def read_rows(shard: Shard, start: int, stop: int, out: Images) -> None:
+    """Read images of a shard and verify every range they lie in, with its labels.
+
+    Parameters
+    ----------
+    shard : Shard
+    start, stop : int
+        Rows, 0 ≤ start ≤ stop ≤ shard.count.
+    out : array of shape (stop - start, H, W, C), uint8
+        Written to, C-contiguous.
+
+    Raises
+    ------
+    UserError
+        Rows are damaged, or a label is out of range.
+    """
+    step = shard.range_rows
+    with _reader(shard) as read:
+        for first in range(start - start % step, stop, step):
+            last = min(first + step, shard.count)
+            inside = start <= first and last <= stop
+            rows = out[first - start : last - start] if inside else np.empty((last - first, *shard.shape), np.uint8)
+            with _damage_is_the_users_to_know(shard.path, f"rows {first} to {last - 1}"):
+                read(first, last, rows)
+            _verify(shard, first, last, rows)
+            if not inside:
+                low, high = max(first, start), min(last, stop)
+                out[low - start : high - start] = rows[low - first : high - first]
+
+
+def _verify(shard: Shard, first: int, last: int, images: Images) -> None:
+    labels = shard.labels[first:last]
+    if range_checksum(images, labels) != shard.checksums[first // shard.range_rows]:
+        raise UserError(
+            f"{shard.path}: rows {first} to {last - 1} do not match their checksum; pack the data set again"
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= shard.classes))
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"{shard.path}: row {first + row} has label {labels[row]}, expected 0 to {shard.classes - 1} "
+            f"(rows {first} to {last - 1})"
+        )
+
+
+@contextmanager
+def _reader(shard: Shard) -> Iterator[ReadRows]:
+    """Yield a function that reads rows into an array.
+
+    Files are opened for each call: no handle outlives a fork, and plain reads notice a file that became shorter,
+    where a memory map would kill the process.
+    """
+    if shard.offset is None:
+        with _damage_is_the_users_to_know(shard.path, f"rows 0 to {shard.count - 1}"):
+            file = h5py.File(shard.path, "r")
+        with file:
+            images = file["images"]
+            yield lambda first, last, out: images.read_direct(out, np.s_[first:last])
+        return
+    image_bytes = int(np.prod(shard.shape))
+    offset = shard.offset
+    with _damage_is_the_users_to_know(shard.path, f"rows 0 to {shard.count - 1}"):
+        raw = shard.path.open("rb", buffering=0)
+    with raw:
+
+        def read(first: int, last: int, out: Images) -> None:
+            raw.seek(offset + first * image_bytes)
+            view = out.data.cast("B")
+            done = 0
+            while done < len(view):
+                got = raw.readinto(view[done:])
+                if not got:
+                    raise OSError("the file ends too early")
+                done += got
+
+        yield read

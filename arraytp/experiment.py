@@ -1,0 +1,282 @@
+"""Everything a run needs, built from a config; one training step; one evaluation.
+
+config → dataset → loader → (images, labels)
+                                 ↓
+network θ ───────────────→ forward pass → loss → ∂L/∂logits
+   ↑                             ↓                   ↓
+optimiser ← updates ← rule(state, network, forward pass, ∂L/∂logits)
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from types import ModuleType
+
+from arraytp.architectures import plan_network
+from arraytp.backend import Array, Backend, array_module, get_backend
+from arraytp.compare import angle_degrees, relative_distance
+from arraytp.config import Config, Normalize
+from arraytp.data.dataset import Dataset, open_dataset
+from arraytp.data.loader import Loader
+from arraytp.errors import UserError
+from arraytp.fused import forward
+from arraytp.network import Block, ForwardPass, Network, make_network
+from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
+from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rate
+from arraytp.parallel import Workspace
+from arraytp.rules import RULES, bp
+from arraytp.rules.protocol import State, Updates
+
+TEST_SPLITS = ("test", "val")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be checked about a config before anything is computed.
+
+    Parameters
+    ----------
+    config : Config
+    backend : Backend
+    dataset : Dataset
+    blocks : tuple of Block
+    test_split : str
+    """
+
+    config: Config
+    backend: Backend
+    dataset: Dataset
+    blocks: tuple[Block, ...]
+    test_split: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a batch's logits are worth.
+
+    Parameters
+    ----------
+    loss : array of shape ()
+        By the config's reduction, of the computing backend.
+    totals : array of shape (3,), float64
+        Loss summed over the samples, and how many labels are the first and among the first five.
+    images : int
+        B.
+    """
+
+    loss: Array
+    totals: Array
+    images: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A rule's weight update of one block against BP's: angle in degrees and relative distance ‖a − b‖/‖b‖."""
+
+    block: int
+    angle_deg: float
+    distance: float
+
+
+@dataclass
+class Experiment:
+    """A network that learns from a data set by a rule.
+
+    Its state is in `network`, `rule_state`, `optimizer_state`; every array can be read and replaced between steps.
+
+    Parameters
+    ----------
+    plan : Plan
+    network : Network
+    rule : module
+        See `arraytp.rules.protocol`.
+    rule_state : State
+    optimizer_state : OptimizerState
+    workspace : Workspace
+    train_loader, test_loader : Loader
+    passed, dlogits, updates : ForwardPass, array, Updates; None before the first step
+        Of the last step: forward pass, ∂L/∂logits and what the rule made of them; valid until the next step.
+    """
+
+    plan: Plan
+    network: Network
+    rule: ModuleType
+    rule_state: State
+    optimizer_state: OptimizerState
+    workspace: Workspace
+    train_loader: Loader
+    test_loader: Loader
+    passed: ForwardPass | None = None
+    dlogits: Array | None = None
+    updates: Updates | None = None
+
+    @property
+    def config(self) -> Config:
+        """The settings of this run."""
+        return self.plan.config
+
+    def step(self, images: Array, labels: Array, epoch: int = 0) -> Score:
+        """Train on one batch.
+
+        Parameters
+        ----------
+        images : array of shape (B, H, W, C) and the config's dtype
+            As the loader gives them.
+        labels : array of int64 of shape (B,)
+        epoch : int
+            Counted from 0; the learning rate's schedule goes by it.
+
+        Returns
+        -------
+        Score
+            Of the batch before the update.
+        """
+        score = self.propose(images, labels)
+        self.apply(epoch)
+        return score
+
+    def propose(self, images: Array, labels: Array) -> Score:
+        """Compute the rule's updates for a batch into `updates`, leaving θ as it is."""
+        reduction = self.config.loss.reduction
+        self.passed = forward(self.network, images, self.workspace)
+        loss, cache = cross_entropy_forward(self.passed.logits, labels, reduction)
+        self.dlogits = cross_entropy_backward(cache, reduction)
+        self.updates = self.rule.updates(
+            self.config.rule, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
+        )
+        return _score(loss, self.passed.logits, labels, reduction)
+
+    def compare(self) -> list[Comparison]:
+        """Measure the proposed weight updates against BP's on the same weights and batch, block by block."""
+        if self.passed is None or self.updates is None:
+            raise RuntimeError("compare needs a batch: call propose first")
+        exact = bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
+        return [
+            Comparison(n, angle_degrees(own[0], reference[0]), relative_distance(own[0], reference[0]))
+            for n, (own, reference) in enumerate(zip(self.updates, exact, strict=True))
+        ]
+
+    def apply(self, epoch: int = 0) -> None:
+        """Let the optimiser apply the proposed updates."""
+        if self.updates is None:
+            raise RuntimeError("apply needs updates: call propose first")
+        apply_updates(
+            self.config.optimizer,
+            learning_rate(self.config.schedule, self.config.optimizer.lr, epoch),
+            self.optimizer_state,
+            parameters(self.network),
+            [array for pair in self.updates for array in pair],
+            self.workspace,
+        )
+
+    def evaluate(self) -> Iterator[Score]:
+        """Score the test split, batch by batch."""
+        with closing(self.test_loader.batches(0)) as batches:
+            for images, labels in batches:
+                yield self.score(images, labels)
+
+    def score(self, images: Array, labels: Array) -> Score:
+        """Score a batch without learning from it."""
+        reduction = self.config.loss.reduction
+        logits = forward(self.network, images, self.workspace).logits
+        loss, _ = cross_entropy_forward(logits, labels, reduction)
+        return _score(loss, logits, labels, reduction)
+
+
+def plan(config: Config, backend: Backend | None = None) -> Plan:
+    """Check a config against its data set, network and backend.
+
+    Raises
+    ------
+    UserError
+        If one of them cannot be had or does not fit the others.
+    """
+    dataset = open_dataset(config.data.dataset)
+    counts = dataset.counts
+    test_split = next((split for split in TEST_SPLITS if split in counts), None)
+    if "train" not in counts or test_split is None:
+        raise UserError(
+            f"data.dataset {config.data.dataset}: has the splits {', '.join(counts)}; needs train and one of "
+            f"{', '.join(TEST_SPLITS)}"
+        )
+    if isinstance(config.data.normalize, Normalize) and len(config.data.normalize.mean) != dataset.shape[2]:
+        raise UserError(
+            f"data.normalize: {len(config.data.normalize.mean)} values of mean and std, but the images of "
+            f"{dataset.name} need {dataset.shape[2]}, one per channel"
+        )
+    blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
+    return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split)
+
+
+def build(config: Config, backend: Backend | None = None) -> Experiment:
+    """Build an experiment in its initial state.
+
+    Parameters
+    ----------
+    config : Config
+    backend : Backend, optional
+        Instead of the one that the config names.
+
+    Raises
+    ------
+    UserError
+        As `plan`; also if the data is damaged.
+    """
+    return build_planned(plan(config, backend))
+
+
+def build_planned(planned: Plan) -> Experiment:
+    """Build the experiment of a plan; as `build`."""
+    config, backend = planned.config, planned.backend
+    network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
+    rule = RULES[config.rule.name]
+    return Experiment(
+        plan=planned,
+        network=network,
+        rule=rule,
+        rule_state=rule.init_state(config.rule, network, config.seed, backend),
+        optimizer_state=init_optimizer(config.optimizer, parameters(network)),
+        workspace=Workspace(backend),
+        train_loader=_loader(planned, "train", config.train.batch_size, training=True),
+        test_loader=_loader(planned, planned.test_split, config.train.eval_batch_size, training=False),
+    )
+
+
+def parameters(network: Network) -> list[Array]:
+    """Return weight and bias of every block, in the order of `Updates`."""
+    return [array for pair in zip(network.weights, network.biases, strict=True) for array in pair]
+
+
+def _loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loader:
+    data, config, dataset = planned.config.data, planned.config, planned.dataset
+    mean, std = None, None
+    if isinstance(data.normalize, Normalize):
+        mean, std = data.normalize.mean, data.normalize.std
+    elif data.normalize == "dataset":
+        mean, std = dataset.mean, dataset.std
+    return Loader(
+        dataset,
+        split,
+        batch_size,
+        seed=config.seed,
+        shuffle=training,
+        mean=mean,
+        std=std,
+        flip=data.flip if training else 0.0,
+        crop_padding=data.crop_padding if training else 0,
+        dtype=config.dtype,
+        in_memory_bytes=data.in_memory_mb * 2**20,
+        pool_images=data.pool_images,
+        to_device=None if planned.backend.on_host else planned.backend.asarray,
+    )
+
+
+def _score(loss: Array, logits: Array, labels: Array, reduction: str) -> Score:
+    xp = array_module(logits)
+    rank = label_rank(logits, labels)
+    summed = loss * len(labels) if reduction == "mean" else loss
+    return Score(
+        loss,
+        xp.stack([xp.asarray(part, dtype=xp.float64) for part in (summed, (rank < 1).sum(), (rank < 5).sum())]),
+        len(labels),
+    )

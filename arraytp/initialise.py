@@ -1,0 +1,67 @@
+"""How weights are drawn (methods.md, section 1). Numbers are float64, from named random streams."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arraytp.streams import stream
+
+Floats = NDArray[np.float64]
+
+
+def initial_weight(init: str, shape: tuple[int, ...], seed: int, purpose: str, *key: int) -> Floats:
+    """Draw a weight.
+
+    Parameters
+    ----------
+    init : {"kaiming-uniform", "xavier-normal", "orthogonal"}
+        kaiming-uniform is PyTorch's layer default U(−1/√fan_in, 1/√fan_in); xavier-normal has standard deviation
+        √(2 / (fan_in + fan_out)); orthogonal is the QR factor of a Gaussian matrix, for a kernel of its (K, O) matrix.
+    shape : tuple of int
+        (k, k, C, O) or (in, out); fan_in = k·k·C, fan_out = k·k·O.
+    seed : int
+        The run's seed.
+    purpose, *key
+        The random stream, see `arraytp.streams.stream`; 0 is appended to the key for weights, 1 for biases.
+
+    Returns
+    -------
+    array of float64 of the given shape
+    """
+    generator = stream(seed, purpose, *key, 0)
+    fan_in, fan_out = fans(shape)
+    if init == "kaiming-uniform":
+        weight = generator.uniform(-1, 1, shape) / math.sqrt(fan_in)
+    elif init == "xavier-normal":
+        weight = generator.standard_normal(shape) * math.sqrt(2 / (fan_in + fan_out))
+    elif init == "orthogonal":
+        weight = orthogonal(generator.standard_normal((fan_in, shape[-1]))).reshape(shape)
+    else:
+        raise ValueError(f"unknown initialisation {init!r}")
+    return weight
+
+
+def initial_bias(init: str, shape: tuple[int, ...], seed: int, purpose: str, *key: int) -> Floats:
+    """Draw a bias of shape (shape[-1],): U(−1/√fan_in, 1/√fan_in) for kaiming-uniform, else 0."""
+    if init == "kaiming-uniform":
+        return stream(seed, purpose, *key, 1).uniform(-1, 1, shape[-1]) / math.sqrt(fans(shape)[0])
+    return np.zeros(shape[-1])
+
+
+def orthogonal(gaussian: Floats) -> Floats:
+    """Return the orthogonal factor of a matrix, with orthonormal rows or columns, whichever are fewer.
+
+    The columns of Q take the sign of R's diagonal, without which the result would depend on the QR routine's
+    convention and not be uniformly distributed.
+    """
+    rows, columns = gaussian.shape
+    q, r = np.linalg.qr(gaussian if rows >= columns else gaussian.T)
+    q = q * np.where(np.diag(r) < 0, -1.0, 1.0)
+    return np.ascontiguousarray(q if rows >= columns else q.T)
+
+
+def fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return fan_in and fan_out of a weight (in, out) or a kernel (k, k, C, O)."""
+    taps = int(np.prod(shape[:-2]))
+    return taps * shape[-2], taps * shape[-1]

@@ -1,0 +1,63 @@
+"""The tables of a result folder, kept as text so that a checkpoint can hold them exactly."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+METRICS_COLUMNS = (
+    "epoch", "seconds", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
+)  # fmt: skip
+ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
+
+
+@dataclass
+class CsvTable:
+    """A CSV file that grows by rows; numbers are written so that they read back exactly.
+
+    Parameters
+    ----------
+    path : Path
+    columns : tuple of str
+    rows : list of str
+        Without line ends.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[str] = field(default_factory=list)
+
+    def restart(self, rows: list[str]) -> None:
+        """Write the file anew with the given rows."""
+        self.rows = rows
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(f"{line}\n" for line in (",".join(self.columns), *rows)), encoding="utf-8")
+        partial.replace(self.path)
+
+    def append(self, *values: float) -> None:
+        """Add a row to the table and to the file's end."""
+        row = ",".join(repr(value) for value in values)
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(row + "\n")
+
+
+@dataclass
+class Totals:
+    """Sums over the images seen so far in an epoch, in float64 and in the order of the batches."""
+
+    loss: float = 0.0
+    top1: float = 0.0
+    top5: float = 0.0
+    images: int = 0
+
+    def add(self, loss: float, top1: float, top5: float, images: int) -> None:
+        """Add a batch's sums."""
+        self.loss += loss
+        self.top1 += top1
+        self.top5 += top5
+        self.images += images
+
+    def means(self) -> tuple[float, float, float]:
+        """Return mean loss, top-1 and top-5 accuracy in percent; NaN without images."""
+        if not self.images:
+            return float("nan"), float("nan"), float("nan")
+        return self.loss / self.images, 100 * self.top1 / self.images, 100 * self.top5 / self.images

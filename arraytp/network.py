@@ -1,0 +1,226 @@
+"""Blocks and networks: shapes, parameters, and the plain forward and backward pass of one block.
+
+A network is a chain of blocks F^0 … F^{N−1}, s^0 = x, s^{n+1} = F^n(s^n). A block is
+affine (dense | conv) → activation → [max-pool]; a dense block flattens its input first.
+
+The functions here are the readable truth, one whole batch at a time. `arraytp.fused` computes the same in slices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from arraytp import options
+from arraytp.backend import NUMPY, Array, Backend
+from arraytp.errors import UserError
+from arraytp.initialise import initial_bias, initial_weight
+from arraytp.ops.activations import activation_backward, activation_forward
+from arraytp.ops.conv import conv_backward_input, conv_backward_weight, conv_forward
+from arraytp.ops.dense import dense_backward_input, dense_backward_weight, dense_forward
+from arraytp.ops.patches import Window, im2col, make_window
+from arraytp.ops.pool import max_pool_backward, max_pool_forward
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is fixed about a block before training.
+
+    Parameters
+    ----------
+    label : str
+        "conv1", "dense2": kind and count, for tables and messages.
+    kind : {"conv", "dense"}
+    in_shape : tuple of int
+        Shape of s^n per sample: (H, W, C), or (in,) for a dense block.
+    pre_shape : tuple of int
+        Shape of z per sample.
+    out_shape : tuple of int
+        Shape of s^{n+1} per sample: z's unless pooled.
+    weight_shape : tuple of int
+        (k, k, C, O) or (in, out).
+    activation : str
+    window, pool : Window or None
+        Of the convolution and of the max-pool.
+    """
+
+    label: str
+    kind: Literal["conv", "dense"]
+    in_shape: Shape
+    pre_shape: Shape
+    out_shape: Shape
+    weight_shape: Shape
+    activation: str
+    window: Window | None = None
+    pool: Window | None = None
+
+
+@dataclass
+class Network:
+    """A chain of blocks with its parameters θ.
+
+    Parameters
+    ----------
+    blocks : tuple of Block
+    weights : list of arrays
+        Of the blocks' `weight_shape`.
+    biases : list of arrays
+        Of shape (O,) or (out,).
+    """
+
+    blocks: tuple[Block, ...]
+    weights: list[Array] = field(default_factory=list)
+    biases: list[Array] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """N, the number of blocks."""
+        return len(self.blocks)
+
+
+@dataclass
+class ForwardPass:
+    """What a forward pass leaves for the rules.
+
+    Parameters
+    ----------
+    s : list of arrays
+        s[0] is the input, s[n + 1] the output of block n, of shape (B, *out_shape).
+    index : list of arrays or None
+        index[n]: the maxima of block n's pool (`max_pool_forward`), None without one.
+    """
+
+    s: list[Array]
+    index: list[Array | None]
+
+    @property
+    def logits(self) -> Array:
+        """The output of the last block, of shape (B, classes)."""
+        return self.s[-1]
+
+
+def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Shape) -> tuple[Block, ...]:
+    """Chain layers from the input's shape on.
+
+    Parameters
+    ----------
+    layers : sequence of Conv or Dense options
+    input_shape : tuple of int
+        (H, W, C), or (in,).
+
+    Raises
+    ------
+    UserError
+        If a layer does not fit the shape that reaches it; names block, its input and what would fit.
+    """
+    blocks: list[Block] = []
+    shape = input_shape
+    for n, layer in enumerate(layers):
+        count = 1 + sum(block.kind == layer.type for block in blocks)
+        label = f"{layer.type}{count}"
+        try:
+            block = _conv(layer, label, shape) if isinstance(layer, options.Conv) else _dense(layer, label, shape)
+        except ValueError as error:
+            raise UserError(f"network block {n} ({label}): input {show_shape(shape)}: {error}") from error
+        blocks.append(block)
+        shape = block.out_shape
+    return tuple(blocks)
+
+
+def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:
+    if len(shape) != 3:
+        raise ValueError("a conv block needs an image (height, width, channels), so it cannot follow a dense block")
+    height, width, channels = shape
+    window = make_window(height, width, layer.kernel, layer.stride, layer.padding)
+    pre_shape = (window.out_height, window.out_width, layer.channels)
+    pool = None
+    if layer.pool is not None:
+        if 2 * layer.pool.padding > layer.pool.kernel:
+            raise ValueError(f"pool padding {layer.pool.padding} is more than half of its kernel {layer.pool.kernel}")
+        pool = make_window(*pre_shape[:2], layer.pool.kernel, layer.pool.stride, layer.pool.padding)
+    out_shape = pre_shape if pool is None else (pool.out_height, pool.out_width, layer.channels)
+    weight_shape = (layer.kernel, layer.kernel, channels, layer.channels)
+    return Block(label, "conv", shape, pre_shape, out_shape, weight_shape, layer.activation, window, pool)
+
+
+def _dense(layer: options.Dense, label: str, shape: Shape) -> Block:
+    size = int(np.prod(shape))
+    return Block(label, "dense", (size,), (layer.units,), (layer.units,), (size, layer.units), layer.activation)
+
+
+def make_network(
+    blocks: tuple[Block, ...], init: str, seed: int, dtype: str = "float32", backend: Backend = NUMPY
+) -> Network:
+    """Return a network with initial parameters, the same for the same seed on every backend.
+
+    Parameters
+    ----------
+    blocks : tuple of Block
+    init : {"kaiming-uniform", "xavier-normal", "orthogonal"}
+    seed : int
+    dtype : {"float32", "float64"}
+        Numbers are drawn in float64 and rounded.
+    backend : Backend
+    """
+    network = Network(blocks)
+    for n, block in enumerate(blocks):
+        weight = initial_weight(init, block.weight_shape, seed, "init", n)
+        bias = initial_bias(init, block.weight_shape, seed, "init", n)
+        network.weights.append(backend.asarray(weight.astype(dtype)))
+        network.biases.append(backend.asarray(bias.astype(dtype)))
+    return network
+
+
+def block_forward(block: Block, weight: Array, bias: Array, x: Array) -> tuple[Array, Array, Array | None]:
+    """Return z, s^{n+1} and the pool's index (or None) of one block, plainly: affine → activation → [max-pool].
+
+    Parameters
+    ----------
+    block : Block
+    weight, bias : arrays
+        θ of the block.
+    x : array of shape (B, *in_shape)
+        s^n; a dense block takes any shape of the right size.
+    """
+    if block.window is None:
+        z = dense_forward(x.reshape(len(x), -1), weight, bias)
+    else:
+        z, _ = conv_forward(x, weight, bias, block.window)
+    s = activation_forward(z, block.activation)
+    if block.pool is None:
+        return z, s, None
+    return z, *max_pool_forward(s, block.pool)
+
+
+def block_backward(
+    block: Block, ds: Array, z: Array, index: Array | None, x: Array, feedback: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Return dW, db and the gradient of x of one block, plainly, given the gradient of its output.
+
+    Parameters
+    ----------
+    block : Block
+    ds : array of shape (B, *out_shape)
+        Gradient of s^{n+1}.
+    z, index : arrays
+        From `block_forward`.
+    x : array of shape (B, *in_shape)
+    feedback : array of shape weight_shape, or None
+        What carries the gradient back to x: the weight itself (BP), a fixed random one (FA); None: no gradient of x.
+    """
+    df = ds if index is None or block.pool is None else max_pool_backward(ds, index, block.pool)
+    dz = activation_backward(df, activation_forward(z, block.activation), block.activation)
+    if block.window is None:
+        dweight, dbias = dense_backward_weight(dz, x.reshape(len(x), -1))
+        dx = None if feedback is None else dense_backward_input(dz, feedback).reshape(x.shape)
+        return dweight, dbias, dx
+    dweight, dbias = conv_backward_weight(dz, im2col(x, block.window))
+    dx = None if feedback is None else conv_backward_input(dz, feedback, block.window)
+    return dweight.reshape(block.weight_shape), dbias, dx
+
+
+def show_shape(shape: Shape) -> str:
+    """Return a shape as "28x28x1"."""
+    return "x".join(map(str, shape))

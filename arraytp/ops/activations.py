@@ -1,0 +1,116 @@
+"""Element-wise activations s = f(z) and their derivatives D = f'(z) (methods.md, section 1).
+
+Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things rest on it: max-pooling
+commutes with f, and f' can be read off s instead of z, so that z need not be kept.
+"""
+
+from arraytp.backend import Array, array_module
+
+LEAKY_SLOPE = 0.1
+
+
+def activation_forward(z: Array, name: str, out: Array | None = None) -> Array:
+    """Return s = f(z).
+
+    Parameters
+    ----------
+    z : array of any shape
+    name : {"linear", "leaky-relu", "elu", "relu", "tanh"}
+        Leaky ReLU has slope 0.1 below 0, ELU has alpha 1.
+    out : array of z's shape, optional
+        Where to write; may be z itself.
+
+    Returns
+    -------
+    array of z's shape and dtype
+    """
+    xp = array_module(z)
+    if name == "linear":
+        if out is None or out is z:
+            return z
+        out[...] = z
+        return out
+    if name == "leaky-relu":
+        # max(z, 0.1 z) is z for z ≥ 0 and 0.1 z below.
+        return xp.maximum(z, z * z.dtype.type(LEAKY_SLOPE), out=out)
+    if name == "relu":
+        return xp.maximum(z, z.dtype.type(0), out=out)
+    if name == "tanh":
+        return xp.tanh(z, out=out)
+    if name == "elu":
+        return _elu(z, out)
+    raise ValueError(f"unknown activation {name!r}")
+
+
+def _elu(z: Array, out: Array | None) -> Array:
+    """Return max(z, 0) + (exp(min(z, 0)) − 1), the latter as 2u / (1 − u) with u = tanh(min(z, 0) / 2).
+
+    The identity is exact, loses no digits near 0 (measured: 1.6 ulp, as u ≤ 0 leaves nothing to cancel), and NumPy's
+    vectorised tanh makes it 2.4 times as fast in float32 as expm1 (docs/performance.md).
+    """
+    xp = array_module(z)
+    u = xp.minimum(z, z.dtype.type(0))
+    u *= z.dtype.type(0.5)
+    xp.tanh(u, out=u)
+    rest = z.dtype.type(1) - u
+    u += u
+    u /= rest
+    out = xp.maximum(z, z.dtype.type(0), out=out)
+    out += u
+    return out
+
+
+def activation_derivative(s: Array, name: str) -> Array | None:
+    """Return D = f'(z), computed from s = f(z); None stands for 1 everywhere (linear).
+
+    Parameters
+    ----------
+    s : array of any shape
+        The activation, not the pre-activation.
+    name : str
+        As in `activation_forward`.
+
+    Returns
+    -------
+    array of s's shape and dtype, or None
+        Leaky ReLU at 0: 1; ReLU at 0: 0; ELU: 1 above 0, else exp(z) = s + 1; tanh: 1 − s².
+    """
+    xp = array_module(s)
+    one = s.dtype.type(1)
+    if name == "linear":
+        return None
+    if name == "leaky-relu":
+        return xp.maximum(s >= 0, s.dtype.type(LEAKY_SLOPE))
+    if name == "relu":
+        return (s > 0).astype(s.dtype)
+    if name == "tanh":
+        return one - s * s
+    if name == "elu":
+        return xp.minimum(s, s.dtype.type(0)) + one
+    raise ValueError(f"unknown activation {name!r}")
+
+
+def activation_backward(ds: Array, s: Array, name: str, out: Array | None = None) -> Array:
+    """Return dz = D ⊙ ds.
+
+    Parameters
+    ----------
+    ds, s : arrays of one shape
+        Gradient of the activation, and the activation.
+    name : str
+        As in `activation_forward`.
+    out : array of the same shape, optional
+        Where to write; may be ds itself.
+
+    Returns
+    -------
+    array of the same shape
+        `ds` itself for the linear activation when `out` is not given.
+    """
+    derivative = activation_derivative(s, name)
+    if derivative is None:
+        if out is None or out is ds:
+            return ds
+        out[...] = ds
+        return out
+    return array_module(ds).multiply(ds, derivative, out=out)

@@ -1,0 +1,178 @@
+"""Patch matrices: im2col, whose rows are receptive fields, and its adjoint col2im.
+
+Dimensions: B batch, (H, W) input size, (P, Q) output size, C channels, k kernel, K = k·k·C elements of a patch.
+A patch lists its elements in the order (row in the kernel, column in the kernel, channel).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from arraytp.backend import Array, array_module
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a square window of a convolution or pooling slides over an image.
+
+    Parameters
+    ----------
+    kernel, stride : int
+        Side of the window and step between windows, in pixels.
+    top, bottom, left, right : int
+        Border added to the image.
+    height, width : int
+        H and W of the image without the border.
+    """
+
+    kernel: int
+    stride: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+    height: int
+    width: int
+
+    @property
+    def out_height(self) -> int:
+        """P, the number of windows from top to bottom."""
+        return (self.top + self.height + self.bottom - self.kernel) // self.stride + 1
+
+    @property
+    def out_width(self) -> int:
+        """Q, the number of windows from left to right."""
+        return (self.left + self.width + self.right - self.kernel) // self.stride + 1
+
+    @property
+    def bordered(self) -> tuple[int, int]:
+        """Height and width of the image with its border."""
+        return self.top + self.height + self.bottom, self.left + self.width + self.right
+
+    @property
+    def interior(self) -> tuple[slice, slice]:
+        """Where the image lies within its border."""
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+    def offset(self, i: int, j: int) -> tuple[slice, slice]:
+        """Return the pixels of the bordered image that row i, column j of every window covers."""
+        return (
+            slice(i, i + self.stride * (self.out_height - 1) + 1, self.stride),
+            slice(j, j + self.stride * (self.out_width - 1) + 1, self.stride),
+        )
+
+
+def same_border(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Return the border before and after an axis for "SAME" padding as TensorFlow defines it (methods.md, section 2)."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def make_window(height: int, width: int, kernel: int, stride: int, padding: int | Literal["same"]) -> Window:
+    """Return the window over an image.
+
+    Parameters
+    ----------
+    height, width : int
+        Size of the image in pixels.
+    kernel, stride : int
+        Side of the window and step between windows in pixels.
+    padding : int or "same"
+        Border width on every side, or as much as gives ceil(size / stride) windows per axis.
+
+    Raises
+    ------
+    ValueError
+        If not a single window fits.
+    """
+    if padding == "same":
+        (top, bottom), (left, right) = same_border(height, kernel, stride), same_border(width, kernel, stride)
+    else:
+        top = bottom = left = right = padding
+    window = Window(kernel, stride, top, bottom, left, right, height, width)
+    if min(window.bordered) < kernel:
+        raise ValueError(f"a window of {kernel}x{kernel} does not fit into {height}x{width} with padding {padding}")
+    return window
+
+
+def add_border(x: Array, window: Window, value: float = 0.0, out: Array | None = None) -> Array:
+    """Return the image within a border of a constant value.
+
+    Parameters
+    ----------
+    x : array of shape (B, H, W, C)
+    window : Window
+    value : float
+        The border's value.
+    out : array of shape (B, H + top + bottom, W + left + right, C), optional
+        Where to write; its border must hold `value` already, only the interior is written.
+
+    Returns
+    -------
+    array of shape (B, H + top + bottom, W + left + right, C)
+        `x` itself where there is no border.
+    """
+    if window.bordered == (window.height, window.width):
+        return x
+    if out is None:
+        out = array_module(x).full((len(x), *window.bordered, x.shape[-1]), value, dtype=x.dtype)
+    rows, columns = window.interior
+    out[:, rows, columns] = x
+    return out
+
+
+def im2col(x: Array, window: Window, out: Array | None = None, bordered: Array | None = None) -> Array:
+    """Write every receptive field as a row.
+
+    Parameters
+    ----------
+    x : array of shape (B, H, W, C)
+    window : Window
+    out : array of shape (B, P, Q, k·k·C), optional
+        Where to write, C-contiguous.
+    bordered : array of shape (B, H + top + bottom, W + left + right, C), optional
+        Workspace, C-contiguous, whose border is zero.
+
+    Returns
+    -------
+    array of shape (B, P, Q, k·k·C)
+    """
+    xp = array_module(x)
+    k, stride = window.kernel, window.stride
+    image = xp.ascontiguousarray(add_border(x, window, out=bordered))
+    batch, channels = len(x), x.shape[-1]
+    shape = (batch, window.out_height, window.out_width, k, k * channels)
+    if out is None:
+        out = xp.empty((*shape[:3], k * k * channels), dtype=x.dtype)
+    # Channels last: a row of a window, k pixels of C channels, is one run of memory.
+    sample, row, pixel, element = image.strides
+    fields = xp.lib.stride_tricks.as_strided(image, shape, (sample, stride * row, stride * pixel, row, element))
+    out.reshape(shape)[...] = fields
+    return out
+
+
+def col2im(dpatches: Array, window: Window, bordered: Array | None = None) -> Array:
+    """Add every patch back to where it came from: the adjoint of `im2col`.
+
+    Parameters
+    ----------
+    dpatches : array of shape (B, P, Q, k·k·C)
+    window : Window
+    bordered : array of shape (B, H + top + bottom, W + left + right, C), optional
+        Workspace, overwritten.
+
+    Returns
+    -------
+    array of shape (B, H, W, C)
+        A view of the workspace. Pixels that no window covers are 0.
+    """
+    xp = array_module(dpatches)
+    k = window.kernel
+    batch, channels = len(dpatches), dpatches.shape[-1] // (k * k)
+    fields = dpatches.reshape(batch, window.out_height, window.out_width, k, k, channels)
+    if bordered is None:
+        bordered = xp.empty((batch, *window.bordered, channels), dtype=dpatches.dtype)
+    bordered.fill(0)
+    for i in range(k):
+        for j in range(k):
+            bordered[(slice(None), *window.offset(i, j))] += fields[:, :, :, i, j]
+    return bordered[(slice(None), *window.interior)]

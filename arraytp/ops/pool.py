@@ -1,0 +1,129 @@
+"""Max-pooling and its adjoint.
+
+Dimensions: B batch, (H, W) input size, (P, Q) output size, C channels, k kernel.
+"""
+
+import numpy as np
+
+from arraytp.backend import Array, array_module
+from arraytp.ops.patches import Window, add_border
+
+
+def max_pool_forward(
+    s: Array,
+    window: Window,
+    out: Array | None = None,
+    index: Array | None = None,
+    bordered: Array | None = None,
+    stack: Array | None = None,
+) -> tuple[Array, Array]:
+    """Take the maximum of every window; the border counts as minus infinity.
+
+    Parameters
+    ----------
+    s : array of shape (B, H, W, C)
+    window : Window
+    out, index : arrays of shape (B, P, Q, C), C-contiguous, optional
+        Where to write.
+    bordered : array of shape (B, H + top + bottom, W + left + right, C), optional
+        Workspace whose border is minus infinity.
+    stack : array of shape (k·k, B, P, Q, C), optional
+        Workspace.
+
+    Returns
+    -------
+    out : array of shape (B, P, Q, C)
+    index : array of uint8 of shape (B, P, Q, C)
+        Which element of the window, counted row by row, is the maximum; the first one wins a tie.
+
+    Raises
+    ------
+    ValueError
+        If the window has more elements than uint8 can count.
+    """
+    k = window.kernel
+    if k > 15:
+        raise ValueError(f"max-pool kernel {k} is larger than 15")
+    xp = array_module(s)
+    shape = (len(s), window.out_height, window.out_width, s.shape[-1])
+    stack = xp.empty((k * k, *shape), dtype=s.dtype) if stack is None else stack
+    _stack_elements(add_border(s, window, value=-xp.inf, out=bordered), window, stack)
+    out = xp.empty(shape, dtype=s.dtype) if out is None else out
+    index = xp.empty(shape, dtype=xp.uint8) if index is None else index
+    stack.max(axis=0, out=out)
+    # Earlier elements have higher ranks, so that the largest rank among the maxima is that of the first.
+    rank = (stack == out).view(xp.uint8)
+    rank *= xp.arange(k * k, 0, -1, dtype=xp.uint8)[:, None, None, None, None]
+    rank.max(axis=0, out=index)
+    xp.subtract(xp.uint8(k * k), index, out=index)
+    return out, index
+
+
+def _stack_elements(image: Array, window: Window, out: Array) -> None:
+    """Write element e of every window to out[e]: a copy whose parts are contiguous, for the element-wise maximum."""
+    k, stride = window.kernel, window.stride
+    sample, row, pixel, channel = image.strides
+    strides = (row, pixel, sample, stride * row, stride * pixel, channel)
+    as_strided = array_module(image).lib.stride_tricks.as_strided
+    out.reshape(k, k, *out.shape[1:])[...] = as_strided(image, (k, k, *out.shape[1:]), strides)
+
+
+def max_pool_backward(dout: Array, index: Array, window: Window) -> Array:
+    """Give every window's gradient to its maximum; where windows overlap, gradients add up: the exact adjoint.
+
+    Parameters
+    ----------
+    dout : array of shape (B, P, Q, C)
+    index : array of uint8 of shape (B, P, Q, C)
+        From `max_pool_forward`.
+    window : Window
+
+    Returns
+    -------
+    array of shape (B, H, W, C)
+    """
+    xp = array_module(dout)
+    k = window.kernel
+    bordered = xp.zeros((len(dout), *window.bordered, dout.shape[-1]), dtype=dout.dtype)
+    for element in range(k * k):
+        chosen = index == xp.uint8(element)
+        bordered[(slice(None), *window.offset(*divmod(element, k)))] += dout * chosen
+    return xp.ascontiguousarray(bordered[(slice(None), *window.interior)])
+
+
+def max_pool_scatter(dout: Array, index: Array, window: Window, corner: Array, position: Array, out: Array) -> None:
+    """Compute `max_pool_backward` by adding each gradient at its maximum's place: faster, on the host only.
+
+    On a device the additions of overlapping windows would come in no fixed order, and so not to the same bits.
+
+    Parameters
+    ----------
+    dout, index, window
+        As in `max_pool_backward`; C-contiguous.
+    corner : array of intp of shape (B, P, Q, C)
+        From `window_corners`.
+    position : array of intp of shape (B, P, Q, C)
+        Workspace.
+    out : array of shape (B, H, W, C)
+        Overwritten; C-contiguous.
+    """
+    channels = dout.shape[-1]
+    rows, columns = np.divmod(np.arange(window.kernel**2), window.kernel)
+    offsets = ((rows - window.top) * window.width + columns - window.left) * channels
+    # A maximum is never in the border, unless all is NaN: then any place will do, as long as it is one.
+    np.take(offsets, index, out=position, mode="clip")
+    position += corner
+    np.clip(position, 0, out.size - 1, out=position)
+    out.fill(0)
+    np.add.at(out.reshape(-1), position.reshape(-1), dout.reshape(-1))
+
+
+def window_corners(batch: int, window: Window, channels: int) -> Array:
+    """Return the flat place in (B, H, W, C) of every window's first element (were there no border)."""
+    sample, row, column = np.ix_(
+        np.arange(batch),
+        window.stride * np.arange(window.out_height),
+        window.stride * np.arange(window.out_width),
+    )
+    pixel = (sample * window.height + row) * window.width + column
+    return pixel[..., None] * channels + np.arange(channels)

@@ -1,0 +1,173 @@
+"""SGD, Adam and learning-rate schedules, in place on the parameters (methods.md, section 1).
+
+g gradient, θ parameter, v velocity, m and u first and second moment, t the number of the step from 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+
+from arraytp import options
+from arraytp.backend import Array, array_module
+from arraytp.parallel import Buffers, Workspace, slices
+
+HOST_ELEMENTS = 1 << 15
+
+OptimizerOptions = options.SGD | options.Adam
+ScheduleOptions = options.Constant | options.Cosine
+
+
+@dataclass
+class OptimizerState:
+    """What an optimiser remembers.
+
+    Parameters
+    ----------
+    step : int
+        t, the number of updates done.
+    moments : list of tuple of arrays
+        Per parameter and of its shape: (v,) for SGD with momentum, () without, (m, u) for Adam.
+    """
+
+    step: int
+    moments: list[tuple[Array, ...]]
+
+
+def init_optimizer(optimizer: OptimizerOptions, parameters: Sequence[Array]) -> OptimizerState:
+    """Return the state before the first step: all moments 0."""
+    count = 2 if isinstance(optimizer, options.Adam) else int(optimizer.momentum > 0)
+    zeros = [tuple(array_module(p).zeros_like(p) for _ in range(count)) for p in parameters]
+    return OptimizerState(0, zeros)
+
+
+def apply_updates(
+    optimizer: OptimizerOptions,
+    lr: float,
+    state: OptimizerState,
+    parameters: Sequence[Array],
+    gradients: Sequence[Array],
+    workspace: Workspace,
+) -> None:
+    """Do one step of SGD or Adam on every parameter, in place.
+
+    Parameters
+    ----------
+    optimizer : SGD or Adam options
+        Weight decay is coupled L2, g ← g + wd·θ, biases too.
+    lr : float
+        Learning rate of this step.
+    state : OptimizerState
+        Updated in place.
+    parameters, gradients : sequences of arrays of the same shapes and dtype
+        Gradients are left as they are.
+    workspace : Workspace
+    """
+    state.step += 1
+    tasks = []
+    for theta, gradient, moments in zip(parameters, gradients, state.moments, strict=True):
+        flat = [array.reshape(-1) for array in (theta, gradient, *moments)]
+        length = HOST_ELEMENTS if workspace.backend.on_host else theta.size
+        tasks += [
+            partial(_step, optimizer, lr, state.step, [a[part] for a in flat]) for part in slices(theta.size, length)
+        ]
+    workspace.run(tasks)
+
+
+def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array], scratch: Buffers) -> None:
+    """Do one step on one stretch of one parameter: arrays are θ, g and the moments."""
+    theta, g, *moments = arrays
+    work = scratch.array("optimizer", (2, theta.size), theta.dtype)
+    if optimizer.weight_decay:
+        xp = array_module(theta)
+        decayed = xp.multiply(theta, theta.dtype.type(optimizer.weight_decay), out=work[1])
+        decayed += g
+        g = decayed
+    if isinstance(optimizer, options.Adam):
+        adam_step(optimizer, lr, step, theta, g, moments[0], moments[1], work[0])
+    else:
+        sgd_step(optimizer, lr, theta, g, moments[0] if moments else None, work[0])
+
+
+def sgd_step(optimizer: options.SGD, lr: float, theta: Array, g: Array, v: Array | None, work: Array) -> None:
+    """v ← μv + g, θ ← θ − lr·v; no dampening, no Nesterov; without momentum θ ← θ − lr·g.
+
+    Parameters
+    ----------
+    optimizer : SGD options
+    lr : float
+    theta, g : arrays of one shape
+        Parameter (updated in place) and gradient.
+    v : array of the same shape or None
+        Velocity, updated in place; 0 before the first step, so that the first step has v = g.
+    work : array of the same shape
+        Overwritten.
+    """
+    xp, number = array_module(theta), theta.dtype.type
+    if v is not None:
+        v *= number(optimizer.momentum)
+        v += g
+        g = v
+    xp.multiply(g, number(lr), out=work)
+    theta -= work
+
+
+def adam_step(
+    optimizer: options.Adam, lr: float, step: int, theta: Array, g: Array, m: Array, u: Array, work: Array
+) -> None:
+    """Adam, with epsilon as the authors of each paper have it.
+
+        m ← β1·m + (1 − β1)·g,  u ← β2·u + (1 − β2)·g²
+        pytorch: θ ← θ − lr·m̂ / (√û + ε),  m̂ = m / (1 − β1^t),  û = u / (1 − β2^t)
+        keras:   θ ← θ − lr_t·m / (√u + ε),  lr_t = lr·√(1 − β2^t) / (1 − β1^t)
+
+    Parameters
+    ----------
+    optimizer : Adam options
+    lr : float
+    step : int
+        t, from 1.
+    theta, g : arrays of one shape
+        Parameter (updated in place) and gradient.
+    m, u : arrays of the same shape
+        Moments, updated in place.
+    work : array of the same shape
+        Overwritten.
+    """
+    xp, number = array_module(theta), theta.dtype.type
+    correction1 = 1 - optimizer.beta1**step
+    correction2 = math.sqrt(1 - optimizer.beta2**step)
+    m *= number(optimizer.beta1)
+    xp.multiply(g, number(1 - optimizer.beta1), out=work)
+    m += work
+    u *= number(optimizer.beta2)
+    xp.multiply(g, g, out=work)
+    work *= number(1 - optimizer.beta2)
+    u += work
+    xp.sqrt(u, out=work)
+    if optimizer.epsilon_form == "pytorch":
+        work *= number(1 / correction2)
+        rate = lr / correction1
+    else:
+        rate = lr * correction2 / correction1
+    work += number(optimizer.epsilon)
+    xp.divide(m, work, out=work)
+    work *= number(rate)
+    theta -= work
+
+
+def learning_rate(schedule: ScheduleOptions, lr: float, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 0.
+
+    Parameters
+    ----------
+    schedule : Constant or Cosine options
+        Cosine: eta_min + (lr − eta_min)(1 + cos(π·epoch/t_max))/2, which rises again past t_max.
+    lr : float
+        The initial learning rate lr0.
+    epoch : int
+    """
+    if isinstance(schedule, options.Constant):
+        return lr
+    return schedule.eta_min + (lr - schedule.eta_min) * (1 + math.cos(math.pi * epoch / schedule.t_max)) / 2

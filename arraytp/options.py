@@ -1,0 +1,119 @@
+"""Settings as plain frozen dataclasses: what a config file may say about blocks, optimisers and schedules.
+
+The modules that act on them (network, optim) and the config reader share these; nothing here computes.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+ActivationName = Literal["linear", "leaky-relu", "elu", "relu", "tanh"]
+InitName = Literal["kaiming-uniform", "xavier-normal", "orthogonal"]
+Size = Annotated[int, Ge(1)]
+Border = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+Probability = Annotated[float, Ge(0), Le(1)]
+
+STRICT = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Max-pooling; `padding` rows and columns of minus infinity on every side."""
+
+    kernel: Size
+    stride: Size
+    padding: Border = 0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """A block convolution → activation → [max-pool]. `padding` is "same" as TensorFlow defines it, or a border width."""
+
+    type: Literal["conv"] = "conv"
+    channels: Size
+    kernel: Size
+    stride: Size = 1
+    padding: Border | Literal["same"] = 0
+    activation: ActivationName = "linear"
+    pool: Pool | None = None
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A block dense → activation. Its input is flattened first."""
+
+    type: Literal["dense"] = "dense"
+    units: Size
+    activation: ActivationName = "linear"
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """A named network, or a free-form list of blocks; exactly one of `name` and `blocks`.
+
+    `activation`, where given, replaces the named network's own activation of the hidden blocks.
+    """
+
+    name: Literal["fc-shallow", "fc-deep", "lenet", "vgg", "conv-imagenet"] | None = None
+    blocks: Annotated[list[Conv | Dense], MinLen(1)] | None = None
+    activation: ActivationName | None = None
+    init: InitName = "kaiming-uniform"
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Positive
+    momentum: Decay = 0.0
+    weight_decay: NonNegative = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Adam in either convention of epsilon: m̂/(√v̂ + ε) (`pytorch`) or lr_t·m/(√v + ε) (`keras`)."""
+
+    name: Literal["adam"] = "adam"
+    lr: Positive
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    epsilon: Positive = 1e-8
+    epsilon_form: Literal["pytorch", "keras"] = "pytorch"
+    weight_decay: NonNegative = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The learning rate stays as it is."""
+
+    name: Literal["constant"] = "constant"
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Per epoch: eta_min + (lr − eta_min)(1 + cos(π·epoch/t_max))/2; past t_max it rises again."""
+
+    name: Literal["cosine"] = "cosine"
+    t_max: Size = 85
+    eta_min: NonNegative = 1e-5
+
+    __pydantic_config__ = STRICT

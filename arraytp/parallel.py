@@ -1,0 +1,137 @@
+"""Sharing the work of a step among threads, on buffers that are made once.
+
+A step is cut into tasks whose number and extent depend on shapes alone, never on the number of threads; every task
+writes to places of its own. So the result is the same, bit for bit, on one thread or many. While tasks run, the BLAS
+library is held to one thread per task: the samples of a task stay in a core's cache from one operation to the next.
+"""
+
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+from arraytp.backend import NUMPY, Array, Backend
+
+
+class Buffers:
+    """Named arrays that are made at first use and used again: scratch, not state."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._flat: dict[Any, Array] = {}
+        self._cached: dict[Any, Array] = {}
+
+    def array(self, key: Any, shape: Sequence[int], dtype: Any) -> Array:
+        """Return a C-contiguous array with undefined content; the same memory for the same key."""
+        size = int(np.prod(shape))
+        flat = self._flat.get((key, np.dtype(dtype)))
+        if flat is None or flat.size < size:
+            flat = self._flat[(key, np.dtype(dtype))] = self._backend.xp.empty(size, dtype=dtype)
+        return flat[:size].reshape(shape)
+
+    def filled(self, key: Any, shape: Sequence[int], dtype: Any, value: float) -> Array:
+        """Return an array that held `value` everywhere when it was made; for borders that are never written to."""
+        key = (key, tuple(shape[1:]), np.dtype(dtype), value)
+        return self.cached(key, shape[0], lambda: self._backend.xp.full(shape, value, dtype=dtype))
+
+    def cached(self, key: Any, length: int, make: Callable[[], Array]) -> Array:
+        """Return the first `length` rows of what `make` once made for this key; made anew when it has fewer."""
+        array = self._cached.get(key)
+        if array is None or len(array) < length:
+            array = self._cached[key] = make()
+        return array[:length]
+
+    def nbytes(self) -> int:
+        """Return the bytes held."""
+        return sum(array.nbytes for array in itertools.chain(self._flat.values(), self._cached.values()))
+
+
+Task = Callable[[Buffers], None]
+
+
+class Workspace:
+    """A backend, the buffers of a run, and the threads that share its work.
+
+    Parameters
+    ----------
+    backend : Backend
+        Where the arrays live.
+    threads : int, optional
+        Default: `OMP_NUM_THREADS` if set, else the cores this process may use. On a device tasks run one after
+        another on its stream, and this is ignored.
+    """
+
+    def __init__(self, backend: Backend = NUMPY, threads: int | None = None) -> None:
+        self.backend = backend
+        self.threads = (threads or default_threads()) if backend.on_host else 1
+        self.shared = Buffers(backend)
+        self._scratch = [Buffers(backend) for _ in range(self.threads)]
+        self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
+
+    def array(self, key: Any, shape: Sequence[int], dtype: Any) -> Array:
+        """Return a shared buffer, as `Buffers.array`."""
+        return self.shared.array(key, shape, dtype)
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Run all tasks, each with the scratch buffers of the thread that it runs on, and wait for them."""
+        if not self.backend.on_host:
+            for task in tasks:
+                task(self._scratch[0])
+            return
+        with _blas().limit(limits=1):
+            queue, lock = iter(tasks), threading.Lock()
+            helpers = min(self.threads, len(tasks)) - 1
+            futures = [
+                self._pool.submit(_work, queue, lock, scratch)
+                for scratch in self._scratch[1 : helpers + 1]
+                if self._pool is not None
+            ]
+            try:
+                _work(queue, lock, self._scratch[0])
+            finally:
+                for future in futures:
+                    future.result()
+
+    def nbytes(self) -> int:
+        """Return the bytes that all buffers hold."""
+        return sum(buffers.nbytes() for buffers in (self.shared, *self._scratch))
+
+
+def _work(queue: Iterator[Task], lock: threading.Lock, scratch: Buffers) -> None:
+    """Run tasks from the queue until it is empty."""
+    while True:
+        with lock:
+            task = next(queue, None)
+        if task is None:
+            return
+        task(scratch)
+
+
+def slices(count: int, length: int) -> list[slice]:
+    """Cut range(count) into slices of `length`, the last one maybe shorter."""
+    return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def even_slices(count: int, parts: int) -> list[slice]:
+    """Cut range(count) into at most `parts` slices whose lengths differ by at most 1."""
+    parts = max(1, min(parts, count))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def default_threads() -> int:
+    """Return `OMP_NUM_THREADS` if it is a positive number, else the number of cores this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    """Find the BLAS libraries of this process once: looking for them takes milliseconds."""
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")

@@ -1,0 +1,281 @@
+"""What a training run shows while it works: a live line on a terminal, plain lines elsewhere, nothing when quiet.
+
+Everything goes to standard error, so that standard output holds results only.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_REFRESH_SECONDS = 0.125
+_PLAIN_SECONDS = 10.0
+_SHORTEST_BAR, _LONGEST_BAR = 8, 32
+
+
+@dataclass
+class Meter:
+    """Where a run is and how fast it goes. Times and images are those of this process only.
+
+    Attributes
+    ----------
+    name : str
+        What the display calls the run.
+    epochs, steps_per_epoch : int
+        The whole run.
+    epoch, step : int
+        Finished epochs, and steps done in the running one.
+    images, steps, seconds : int, int, float
+        Trained in this process, and the time it took without evaluation.
+    tests, test_seconds : int, float
+        Evaluations in this process, and the time they took.
+    loss, top1 : float
+        Means over the running epoch's images of which they are known; NaN before the first. top1 in percent.
+    test_top1 : float
+        Of the last finished epoch, in percent; NaN when there is none.
+    """
+
+    name: str
+    epochs: int
+    steps_per_epoch: int
+    epoch: int = 0
+    step: int = 0
+    images: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    tests: int = 0
+    test_seconds: float = 0.0
+    loss: float = math.nan
+    top1: float = math.nan
+    measured_images: int = 0
+    test_top1: float = math.nan
+
+    def measure(self, images: int, loss: float, top1: float) -> None:
+        """Take the mean loss and the accuracy of `images` more images into the running epoch's means."""
+        self.measured_images += images
+        share = images / self.measured_images
+        self.loss = loss if share == 1 else self.loss + share * (loss - self.loss)
+        self.top1 = top1 if share == 1 else self.top1 + share * (top1 - self.top1)
+
+    def images_per_second(self) -> float:
+        """Return the training speed in this process, evaluation left out; NaN before the first step."""
+        return self.images / self.seconds if self.seconds > 0 else math.nan
+
+    def seconds_left(self) -> float:
+        """Return the time to the end of the run, evaluations included; NaN before the first step."""
+        if not self.steps:
+            return math.nan
+        epochs_left = max(self.epochs - self.epoch, 0)
+        steps_left = max(epochs_left * self.steps_per_epoch - self.step, 0)
+        per_test = self.test_seconds / self.tests if self.tests else 0.0
+        return steps_left * self.seconds / self.steps + epochs_left * per_test
+
+
+class Progress:
+    """The display of one training run; use it as a context manager.
+
+    Parameters
+    ----------
+    name : str
+        What to call the run.
+    epochs, steps_per_epoch : int
+        The whole run, whatever part of it is already done.
+    steps_done : int
+        Steps already trained, by an earlier process too; 0 for a fresh run.
+    test_top1 : float
+        Test accuracy in percent of the last finished epoch, where there is one; NaN otherwise.
+    quiet : bool
+        Show nothing.
+    stream : text stream, optional
+        Where to write; standard error when left out.
+    clock : callable
+        Seconds from an arbitrary origin.
+
+    Examples
+    --------
+    >>> with Progress("fa", epochs=1, steps_per_epoch=2, quiet=True) as progress:
+    ...     progress.step(128, loss=2.3, top1=10.0)
+    ...     progress.step(128, loss=2.1, top1=20.0)
+    ...     progress.epoch({"epoch": 1, "train_loss": 2.2, "train_top1": 15.0, "test_loss": 2.0, "test_top1": 22.0})
+    """
+
+    def __init__(
+        self,
+        name: str,
+        epochs: int,
+        steps_per_epoch: int,
+        *,
+        steps_done: int = 0,
+        test_top1: float = math.nan,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        epoch, step = divmod(steps_done, max(steps_per_epoch, 1))
+        self.meter = Meter(name, epochs, steps_per_epoch, epoch=epoch, step=step, test_top1=test_top1)
+        self._clock = clock
+        self._quiet = quiet
+        self._console = Console(file=stream or sys.stderr, highlight=False)
+        terminal = self._console.is_interactive and self._console.file.isatty()
+        self._live = (
+            Live(_Line(self.meter), console=self._console, auto_refresh=False, redirect_stdout=False)
+            if terminal and not quiet
+            else None
+        )
+        self._wait = _REFRESH_SECONDS if self._live else math.inf if quiet else _PLAIN_SECONDS
+        self._last = self._shown = clock()
+
+    def __enter__(self) -> Self:
+        """Open the display and start the clock."""
+        self._last = self._shown = self._clock()
+        if self._live:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the display; the live line stays as it last was."""
+        if self._live:
+            self._live.refresh()
+            self._live.stop()
+
+    def step(self, images: int, *, steps: int = 1, loss: float | None = None, top1: float | None = None) -> None:
+        """Count trained steps; cheap enough for every step.
+
+        Parameters
+        ----------
+        images : int
+            Images trained since the last call.
+        steps : int
+            Steps trained since the last call.
+        loss, top1 : float, optional
+            Mean loss and accuracy in percent of these images. Leave them out where reading them from a device
+            would hold it up, and give those of the whole interval at its end.
+        """
+        meter, now = self.meter, self._clock()
+        meter.seconds += now - self._last
+        self._last = now
+        meter.images += images
+        meter.steps += steps
+        meter.step += steps
+        if loss is not None and top1 is not None:
+            meter.measure(images, loss, top1)
+        epoch_is_full = self._live is not None and meter.step >= meter.steps_per_epoch
+        if now - self._shown >= self._wait or epoch_is_full:
+            self._shown = now
+            self._show(_running(meter))
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """Close an epoch after its evaluation: the time since the last step counts as evaluation.
+
+        Parameters
+        ----------
+        row : mapping
+            The epoch's row of metrics.csv: epoch, train_loss, train_top1, test_loss, test_top1 at least; losses
+            and accuracies may be NaN.
+        """
+        meter, now = self.meter, self._clock()
+        meter.tests += 1
+        meter.test_seconds += now - self._last
+        meter.epoch, meter.step = int(row["epoch"]), 0
+        meter.loss, meter.top1, meter.test_top1 = row["train_loss"], row["train_top1"], row["test_top1"]
+        meter.measured_images = 0
+        if not self._quiet:
+            self._show(_finished(meter, row))
+        self._last = self._shown = self._clock()
+
+    def say(self, message: str) -> None:
+        """Write one line, above the live line where there is one."""
+        if not self._quiet:
+            self._console.print(Text(message), soft_wrap=True)
+
+    def _show(self, pieces: list[str]) -> None:
+        if self._live:
+            self._live.refresh()
+        else:
+            self._console.print(Text("  ".join(pieces)), soft_wrap=True)
+
+
+class _Line:
+    """The live line; room beside the texts goes to a bar, and a narrow terminal loses texts, the least wanted first."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        meter, width = self.meter, options.max_width
+        head, *rest = _running(meter)
+        for unwanted in ("step ", "top-1 ", "loss "):
+            if len("  ".join([head, *rest])) > width:
+                rest = [piece for piece in rest if not piece.startswith(unwanted)]
+        room = width - len("  ".join([head, *rest])) - 2
+        if room < _SHORTEST_BAR:
+            yield Text("  ".join([head, *rest]), no_wrap=True, overflow="ellipsis")
+            return
+        total = max(meter.epochs * meter.steps_per_epoch, 1)
+        done = meter.epoch * meter.steps_per_epoch + meter.step if meter.epochs else total
+        line = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=total, completed=done, width=min(room - room % 4, _LONGEST_BAR))
+        line.add_row(Text(head, no_wrap=True), bar, Text("  ".join(rest), no_wrap=True))
+        yield line
+
+
+def _running(meter: Meter) -> list[str]:
+    """Return the pieces of the line inside an epoch; until the first step they speak of the last finished epoch."""
+    epoch = min(meter.epoch + 1, meter.epochs) if meter.steps else meter.epoch
+    pieces = [f"{meter.name}  epoch {epoch}/{meter.epochs}"]
+    if meter.step:
+        testing = meter.step >= meter.steps_per_epoch
+        pieces.append("testing" if testing else f"step {meter.step}/{meter.steps_per_epoch}")
+    pieces += _number("{:,.0f} images/s", meter.images_per_second())
+    pieces += _loss("loss", meter.loss) + _number("top-1 {:.1f} %", meter.top1)
+    return pieces + _number("test {:.1f} %", meter.test_top1) + _time(meter)
+
+
+def _finished(meter: Meter, row: Mapping[str, float]) -> list[str]:
+    """Return the pieces of the plain line that closes an epoch."""
+    pieces = [f"{meter.name}  epoch {meter.epoch}/{meter.epochs}"]
+    pieces += _loss("train loss", row["train_loss"]) + _number("top-1 {:.1f} %", row["train_top1"])
+    pieces += _loss("test loss", row["test_loss"]) + _number("top-1 {:.1f} %", row["test_top1"])
+    return pieces + _number("{:,.0f} images/s", meter.images_per_second()) + _time(meter)
+
+
+def _number(template: str, value: float) -> list[str]:
+    return [] if math.isnan(value) else [template.format(value)]
+
+
+def _loss(name: str, value: float) -> list[str]:
+    return _number(name + (" {:.2e}" if abs(value) < 0.01 else " {:.3f}"), value)
+
+
+def _time(meter: Meter) -> list[str]:
+    if meter.epoch >= meter.epochs:
+        return [f"took {duration(meter.seconds + meter.test_seconds)}"]
+    seconds = meter.seconds_left()
+    return [] if math.isnan(seconds) else [f"ETA {duration(seconds)}"]
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as m:ss, h:mm:ss or, from a day on, "2 d 03:04".
+
+    Examples
+    --------
+    >>> duration(72.4), duration(3725), duration(97440)
+    ('1:12', '1:02:05', '1 d 03:04')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,7 @@
+"""Result folders read back: tables and figures that compare runs. Reads files only, never a live run."""
+
+from arraytp.report.figures import write_comparison, write_figures
+from arraytp.report.reading import Result, read_result, read_results
+from arraytp.report.tables import comparison_table
+
+__all__ = ["Result", "comparison_table", "read_result", "read_results", "write_comparison", "write_figures"]

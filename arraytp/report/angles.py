@@ -1,0 +1,74 @@
+"""Angles between a rule's updates and BP's, summarised over a run. Undefined angles are counted, never filled in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arraytp.report.reading import Result, numbered_blocks
+
+SHOWN_AS_ZERO = 0.05
+
+
+@dataclass(frozen=True)
+class BlockAngle:
+    """One block's angles over a run, in degrees.
+
+    Attributes
+    ----------
+    mean, deviation : float
+        Mean and standard deviation over the defined measurements; NaN when there is none.
+    measured, undefined : int
+        All measurements, and those of them that are NaN (an update that is zero or not finite has no direction).
+    """
+
+    mean: float
+    deviation: float
+    measured: int
+    undefined: int
+
+
+def block_angles(result: Result) -> list[BlockAngle]:
+    """Return the summary of every block, from the input's on."""
+    block, angle = result.angles["block"], result.angles["angle_deg"]
+    return [_summary(angle[block == n]) for n in range(len(result.blocks))]
+
+
+def _summary(angles: NDArray[np.float64]) -> BlockAngle:
+    defined = angles[~np.isnan(angles)]
+    mean, deviation = (float(defined.mean()), float(defined.std())) if defined.size else (np.nan, np.nan)
+    return BlockAngle(mean, deviation, angles.size, angles.size - defined.size)
+
+
+def block_series(result: Result, block: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the steps at which a block was measured and its angles there in degrees, shape (measurements,) each."""
+    rows = result.angles["block"] == block
+    return result.angles["step"][rows], result.angles["angle_deg"][rows]
+
+
+def hidden_mean(result: Result) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the steps and the mean angle in degrees of the blocks below the output, or of an only block.
+
+    The output block is left out because most rules give it BP's own update. A step at which one of the
+    blocks has no angle has no mean either: it is NaN.
+    """
+    hidden = max(len(result.blocks) - 1, 1)
+    rows = result.angles["block"] < hidden
+    steps, place, count = np.unique(result.angles["step"][rows], return_inverse=True, return_counts=True)
+    return steps, np.bincount(place, result.angles["angle_deg"][rows], minlength=len(steps)) / count
+
+
+def differs_from_bp(result: Result) -> bool:
+    """Say whether there are angles to show: any measured by a rule other than BP, or any above rounding."""
+    angles = result.angles["angle_deg"]
+    return angles.size > 0 and (result.rule != "bp" or bool((~(angles < SHOWN_AS_ZERO)).any()))
+
+
+def common_blocks(results: Sequence[Result]) -> list[str]:
+    """Return block labels for a comparison: the runs' own where these agree, `block n` for every place where not."""
+    count = max((len(result.blocks) for result in results), default=0)
+    named = [result.blocks for result in results if result.blocks_are_named]
+    longest = max(named, key=len, default=[])
+    agree = len(longest) == count and all(labels == longest[: len(labels)] for labels in named)
+    return longest if agree else numbered_blocks(count)

@@ -1,0 +1,158 @@
+"""Figures of result folders as PNG files: of one run, and of several compared."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from arraytp.errors import UserError
+from arraytp.report.angles import common_blocks
+from arraytp.report.panels import angle_bars, angle_lines, block_lines, epoch_line, epoch_lines, finish_epochs
+from arraytp.report.reading import Result, read_result
+from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
+from arraytp.report.tables import csv_table, markdown_table
+
+_TITLE_WIDTH = 76
+
+
+def write_figures(result: Result | Path | str, out: Path | str | None = None) -> list[Path]:
+    """Write one run's learning_curves.png, angles_per_block.png and angles_over_time.png.
+
+    Parameters
+    ----------
+    result : Result or path
+        The run, or its result folder.
+    out : path, optional
+        Folder for the figures, made where missing; `figures` in the result folder when left out.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    UserError
+        As `read_result`; also when the files cannot be written.
+    """
+    run = result if isinstance(result, Result) else read_result(result)
+    folder = Path(out) if out is not None else run.path / "figures"
+    makers = {
+        "learning_curves.png": learning_curves,
+        "angles_per_block.png": angles_per_block,
+        "angles_over_time.png": angles_over_time,
+    }
+    with matplotlib.rc_context(RC):
+        return [_save(make(run), folder / name) for name, make in makers.items()]
+
+
+def write_comparison(results: Sequence[Result], out: Path | str) -> list[Path]:
+    """Write comparison.png, comparison.md and comparison.csv of several runs into the folder `out`.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    UserError
+        The files cannot be written.
+    """
+    folder = Path(out)
+    with matplotlib.rc_context(RC):
+        picture = _save(comparison(results), folder / "comparison.png")
+    markdown = _write(markdown_table(results).encode(), folder / "comparison.md")
+    table = _write(csv_table(results).encode(), folder / "comparison.csv")
+    return [picture, markdown, table]
+
+
+def learning_curves(result: Result) -> Figure:
+    """Draw loss and accuracy over the epochs, training dashed, test solid."""
+    figure = _figure(9.6, 3.9, f"{result.label}: loss and accuracy")
+    left, right = figure.subplots(1, 2)
+    colour = rule_colour(result)
+    train, test = Look(colour, (0, (4, 1.5))), Look(colour)
+    drawn = [epoch_line(left, result, look, f"{kind}_loss", kind) for kind, look in (("train", train), ("test", test))]
+    finish_epochs(left, [result], "loss", any(drawn))
+    drawn = [
+        epoch_line(right, result, look, f"{kind}_top{k}", f"{kind} top-{k}", alpha)
+        for k, alpha in ((1, 1.0), (5, 0.4))
+        for kind, look in (("train", train), ("test", test))
+    ]
+    finish_epochs(right, [result], "accuracy (%)", any(drawn))
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    return figure
+
+
+def angles_per_block(result: Result) -> Figure:
+    """Draw the mean angle to BP's update of every block."""
+    figure = _figure(7.2, 4.2, f"{result.label}: angle to BP's update per block, mean ± s.d.")
+    axes = figure.subplots()
+    angle_bars(axes, [result], [Look(rule_colour(result))], result.blocks)
+    axes.set_xlabel("block, from the input's to the output's")
+    return figure
+
+
+def angles_over_time(result: Result) -> Figure:
+    """Draw the angle to BP's update of every block over the training steps."""
+    figure = _figure(7.2, 4.2, f"{result.label}: angle to BP's update during training")
+    axes = figure.subplots()
+    block_lines(axes, result)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right center", title="block")
+    return figure
+
+
+def comparison(results: Sequence[Result]) -> Figure:
+    """Draw four panels: angle per block, angle over the steps, train and test accuracy over the epochs."""
+    given, blocks = looks(results), common_blocks(results)
+    labels = [wrapped(result.label) for result in results]
+    columns = legend_columns(labels, width=110)
+    rows = -(-len(labels) // columns) * max((label.count("\n") + 1 for label in labels), default=1)
+    figure = _figure(10, 7 + 0.22 * rows)
+    a, b, c, d = figure.subplots(2, 2).flat
+    d.sharey(c)
+    angle_bars(a, results, given, blocks)
+    angle_lines(b, results, given)
+    epoch_lines(c, results, given, "train_top1", "train top-1 (%)")
+    epoch_lines(d, results, given, "test_top1", "test top-1 (%)")
+    titles = (
+        "Angle to BP's update per block, mean ± s.d.",
+        "Angle to BP's update, mean of hidden blocks",
+        "Accuracy on training data",
+        "Accuracy on test data",
+    )
+    for axes, letter, title in zip((a, b, c, d), "ABCD", titles, strict=True):
+        axes.set_title(f"$\\bf{{{letter}}}$   {title}")
+    handles = [d.plot([], [], color=look.colour, linestyle=look.dash, linewidth=2.4)[0] for look in given]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def _figure(width: float, height: float, title: str = "") -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(wrapped(title, _TITLE_WIDTH), x=0.02, ha="left", fontsize=11)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return _write(buffer.getvalue(), path)
+
+
+def _write(content: bytes, path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder with --out") from error
+    return path

@@ -1,0 +1,145 @@
+"""The panels figures are made of: each draws results into given axes, gaps where a number is undefined."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from numpy.typing import NDArray
+
+from arraytp.report.angles import SHOWN_AS_ZERO, block_angles, block_series, differs_from_bp, hidden_mean
+from arraytp.report.reading import Result
+from arraytp.report.style import NOTE_COLOUR, Look, note, shades, wrapped
+
+_MOST_MARKED = 30
+_MOST_RAW = 80
+_RIGHT_ANGLE = 90.0
+
+Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def angle_bars(axes: Axes, results: Sequence[Result], looks: Sequence[Look], blocks: Sequence[str]) -> None:
+    """Draw each block's mean angle over the run as bars, one a run, with the standard deviation."""
+    shown = [(result, look) for result, look in zip(results, looks, strict=True) if differs_from_bp(result)]
+    if not shown:
+        note(axes, _no_angles(results))
+        return
+    width = 0.8 / max(len(shown), 1.3)
+    highest = 0.0
+    summaries = [block_angles(result) for result, _ in shown]
+    for n, ((result, look), angles) in enumerate(zip(shown, summaries, strict=True)):
+        means = np.array([angle.mean for angle in angles])
+        deviations = np.array([angle.deviation for angle in angles])
+        places = np.arange(len(angles)) + width * (n + 0.5 - len(shown) / 2)
+        axes.bar(places, means, width * 0.92, color=look.colour, label=result.label)
+        error: dict[str, Any] = {"elinewidth": 1.0, "capsize": min(30 * width / len(blocks), 4), "capthick": 1.0}
+        axes.errorbar(places, means, deviations, fmt="none", ecolor="#444444", **error)
+        for place in places[np.isnan(means)]:
+            axes.text(place, 1, "undefined", rotation=90, ha="center", va="bottom", color=look.colour, fontsize=8)
+        highest = max(highest, *np.nan_to_num(means + deviations))
+    for n in range(len(blocks)):
+        if all(angles[n].mean < SHOWN_AS_ZERO for angles in summaries if n < len(angles)):
+            axes.annotate("0°", (n, 0), (0, 3), textcoords="offset points", ha="center", color=NOTE_COLOUR, fontsize=9)
+    axes.set_xticks(range(len(blocks)), blocks)
+    if sum(len(block) + 2 for block in blocks) > 44:
+        axes.tick_params(axis="x", labelrotation=40)
+    axes.grid(visible=False, axis="x")
+    axes.set(xlim=(-0.6, len(blocks) - 0.4), ylabel="angle to BP's update (°)")
+    _angle_limits(axes, highest)
+
+
+def angle_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look]) -> None:
+    """Draw the mean angle of the blocks below the output over the training steps, one line a run."""
+    shown = [(result, look) for result, look in zip(results, looks, strict=True) if differs_from_bp(result)]
+    series = [(hidden_mean(result), look, result.label) for result, look in shown]
+    _draw_angles(axes, series, _no_angles(results))
+
+
+def block_lines(axes: Axes, result: Result) -> None:
+    """Draw one run's angle over the training steps, one line a block."""
+    looks = [Look(colour) for colour in shades(len(result.blocks))]
+    named = enumerate(zip(looks, result.blocks, strict=True))
+    series = [(block_series(result, n), look, label) for n, (look, label) in named]
+    _draw_angles(axes, series if differs_from_bp(result) else [], _no_angles([result]))
+
+
+def _draw_angles(axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: str) -> None:
+    defined = [angles[~np.isnan(angles)] for (_, angles), _, _ in series]
+    undefined = [label for found, (_, _, label) in zip(defined, series, strict=True) if not found.size]
+    gap = f"undefined at every step: {', '.join(undefined)}"
+    if len(undefined) == len(series):
+        note(axes, wrapped(gap) if undefined else empty)
+        return
+    for (steps, angles), look, label in series:
+        _draw_series(axes, steps, angles, look, label)
+    axes.set(xlabel="training step", ylabel="angle to BP's update (°)")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _angle_limits(axes, max(found.max() for found in defined if found.size))
+    axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
+    if undefined:
+        axes.text(0.01, 0.04, wrapped(gap), transform=axes.transAxes, color=NOTE_COLOUR, fontsize=8)
+
+
+def _draw_series(axes: Axes, steps: NDArray[np.float64], angles: NDArray[np.float64], look: Look, label: str) -> None:
+    """Draw a line; where measurements are many, pale, with their running mean over it."""
+    marker = "o" if steps.size <= _MOST_MARKED else ""
+    if steps.size <= _MOST_RAW:
+        axes.plot(steps, angles, color=look.colour, linestyle=look.dash, marker=marker, markersize=3.5, label=label)
+        return
+    axes.plot(steps, angles, color=look.colour, linewidth=0.6, alpha=0.3)
+    axes.plot(steps, running_mean(angles, steps.size // 40), color=look.colour, linestyle=look.dash, label=label)
+
+
+def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Return the mean of each value and its `reach` defined neighbours on either side; NaN stays NaN."""
+    window = np.ones(2 * reach + 1)
+    defined = np.isfinite(values)
+    total = np.convolve(np.where(defined, values, 0.0), window, mode="full")[reach : reach + values.size]
+    count = np.convolve(defined, window, mode="full")[reach : reach + values.size]
+    return np.where(defined, total / np.maximum(count, 1), np.nan)
+
+
+def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], column: str, ylabel: str) -> None:
+    """Draw one column of metrics.csv over the epochs, one line a run."""
+    drawn = [epoch_line(axes, result, look, column, result.label) for result, look in zip(results, looks, strict=True)]
+    finish_epochs(axes, results, ylabel, any(drawn))
+
+
+def epoch_line(axes: Axes, result: Result, look: Look, column: str, label: str, alpha: float = 1.0) -> bool:
+    """Draw one column of one run; say whether there was anything to draw."""
+    epochs, values = result.metrics["epoch"], result.metrics[column]
+    if np.isnan(values).all():
+        return False
+    marker = "o" if epochs.size <= _MOST_MARKED else ""
+    style: dict[str, Any] = {"linestyle": look.dash, "marker": marker, "markersize": 3.5, "alpha": alpha}
+    axes.plot(epochs, values, color=look.colour, label=label, **style)
+    return True
+
+
+def finish_epochs(axes: Axes, results: Sequence[Result], ylabel: str, drawn: bool) -> None:
+    """Label axes over epochs, or say that they are empty."""
+    if not drawn:
+        note(axes, "not measured")
+        return
+    last = max(max(result.metrics["epoch"], default=0.0) for result in results)
+    margin = max(0.03 * last, 0.1 if last else 0.6)
+    axes.set(xlabel="epoch", ylabel=ylabel, xlim=(-margin, last + margin))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+
+
+def _no_angles(results: Sequence[Result]) -> str:
+    only_bp = results and all(result.rule == "bp" for result in results)
+    return "0° by definition: this is BP" if only_bp else "not measured"
+
+
+def _angle_limits(axes: Axes, highest: float) -> None:
+    """Start at 0°; mark the right angle when it is near, since it is what an unrelated update has."""
+    if highest <= 0.55 * _RIGHT_ANGLE:
+        axes.set_ylim(0, max(highest * 1.1, 1.0))
+        return
+    axes.set_ylim(0, max(highest * 1.04, 98))
+    axes.axhline(_RIGHT_ANGLE, color="#999999", linewidth=1, linestyle=(0, (2, 2)), zorder=0.5)
+    style: dict[str, Any] = {"color": NOTE_COLOUR, "fontsize": 8, "ha": "right", "va": "bottom"}
+    axes.text(1, _RIGHT_ANGLE + 0.6, "90°: unrelated", transform=axes.get_yaxis_transform(), **style)

@@ -1,0 +1,256 @@
+"""Read result folders: every number as it was written, damage reported with file and line."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from arraytp.errors import UserError
+
+Columns = dict[str, NDArray[np.float64]]
+
+METRICS = "epoch,seconds,lr,train_loss,train_top1,train_top5,test_loss,test_top1,test_top5"
+ANGLES = "step,epoch,block,angle_deg,distance"
+FEEDBACK = "step,epoch,block,loss,angle_deg,distance"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run's result folder.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    label : str
+        What tables and figures call the run.
+    config_text, config : str, dict
+        config.yml as written, and parsed.
+    metrics, angles, feedback : dict of str to ndarray
+        The columns of the CSV files, float64, one array of shape (rows,) each; no rows where the file is missing.
+    summary : dict or None
+        summary.json; None while the run has not finished.
+    """
+
+    path: Path
+    label: str
+    config_text: str
+    config: dict[str, Any]
+    metrics: Columns
+    angles: Columns
+    feedback: Columns
+    summary: dict[str, Any] | None
+
+    @property
+    def rule(self) -> str:
+        """The learning rule's name."""
+        return str(self.config["rule"]["name"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.summary is not None
+
+    @property
+    def epochs_planned(self) -> int:
+        """How many epochs the config asks for."""
+        return int(self.config["train"]["epochs"])
+
+    @property
+    def blocks_are_named(self) -> bool:
+        """Whether the run has written labels of its blocks, as it does at its end."""
+        return bool((self.summary or {}).get("blocks"))
+
+    @property
+    def blocks(self) -> list[str]:
+        """Short labels of the blocks from the input's on; `block n` where the run has not written any."""
+        if self.summary and self.blocks_are_named:
+            return list(self.summary["blocks"])
+        numbers = self.angles["block"]
+        return numbered_blocks(int(numbers.max()) + 1 if numbers.size else 0)
+
+
+def numbered_blocks(count: int) -> list[str]:
+    """Return labels of blocks that have none, counted from 0 as in every file."""
+    return [f"block {n}" for n in range(count)]
+
+
+def read_results(folders: Sequence[Path | str]) -> list[Result]:
+    """Read the result folders among `folders` and those one level inside the others, such as a run's variants.
+
+    Labels are the paths from the folders' common parent on. Inside a folder BP comes first, since the other rules are
+    measured against it, then the names' order.
+
+    Raises
+    ------
+    UserError
+        As `read_result`; also a folder that neither is a result folder nor holds one.
+    """
+    paths = {path.resolve(): path for folder in folders for path in _expand(Path(folder))}
+    parent = common_parent(list(paths))
+    return [read_result(path, place.relative_to(parent).as_posix()) for place, path in paths.items()]
+
+
+def common_parent(paths: Sequence[Path]) -> Path:
+    """Return the deepest folder that holds all of the (absolute) paths, each at least one level down."""
+    return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def _expand(folder: Path) -> list[Path]:
+    inside = [child.parent for child in folder.glob("*/config.yml")]
+    if inside and not (folder / "config.yml").is_file():
+        return sorted(inside, key=lambda child: (child.name != "bp", _natural(child.name)))
+    if folder.is_dir() and not (folder / "config.yml").is_file():
+        raise UserError(f"{folder} is not a result folder: neither it nor a folder in it holds a config.yml")
+    return [folder]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts lr-2 before lr-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_result(folder: Path | str, label: str | None = None) -> Result:
+    """Read one result folder, of an unfinished run too.
+
+    Parameters
+    ----------
+    folder : path
+        Holds config.yml; every other file may be missing. While there is no summary.json, a last CSV line without its
+        line end is one that is being written, and is left out.
+    label : str, optional
+        What tables and figures call the run; the folder's name when left out.
+
+    Raises
+    ------
+    UserError
+        Not a result folder, or a file is damaged; the message names the file and the line.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a result folder written by `arraytp run`")
+    if not (path / "config.yml").is_file():
+        raise UserError(f"{path} is not a result folder: it holds no config.yml")
+    text = _text(path / "config.yml")
+    summary = _read_summary(path / "summary.json")
+    unfinished = summary is None
+    result = Result(
+        path=path,
+        label=label or path.resolve().name,
+        config_text=text,
+        config=_read_config(path / "config.yml", text),
+        metrics=_read_csv(path / "metrics.csv", METRICS, ("epoch",), unfinished),
+        angles=_read_csv(path / "angles.csv", ANGLES, ("step", "block"), unfinished),
+        feedback=_read_csv(path / "feedback.csv", FEEDBACK, ("step", "block"), unfinished),
+        summary=summary,
+    )
+    highest = max(result.angles["block"], default=-1)
+    if highest >= len(result.blocks):
+        raise UserError(
+            f"{path / 'angles.csv'}: block {highest:.0f}, but summary.json names {len(result.blocks)} blocks"
+        )
+    return result
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; the file is damaged") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_config(path: Path, text: str) -> dict[str, Any]:
+    try:
+        tree = YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}, line {line}: not YAML: {error.problem}") from error
+    except YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    for section, key in (("rule", "name"), ("train", "epochs")):
+        inner = tree.get(section) if isinstance(tree, dict) else None
+        if not isinstance(inner, dict) or key not in inner:
+            raise UserError(f"{path}: {section}.{key} is missing; a result folder's config.yml holds the whole config")
+    if type(tree["train"]["epochs"]) is not int:
+        raise UserError(f"{path}: train.epochs is {tree['train']['epochs']!r}, not a whole number")
+    return dict(tree)
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: holds a {type(summary).__name__}, not an object with the run's summary")
+    blocks = summary.get("blocks", [])
+    if not isinstance(blocks, list) or not all(isinstance(label, str) for label in blocks):
+        raise UserError(f"{path}: blocks is {blocks!r}, not a list of labels")
+    speed = summary.get("images_per_second")
+    if speed is not None and not isinstance(speed, int | float):
+        raise UserError(f"{path}: images_per_second is {speed!r}, not a number")
+    return summary
+
+
+def _read_csv(path: Path, expected: str, key: Sequence[str], unfinished: bool) -> Columns:
+    """Read the expected columns; `key` are whole numbers ≥ 0, the first never decreasing, together never repeated."""
+    columns = expected.split(",")
+    if not path.is_file():
+        return {name: np.empty(0) for name in columns}
+    *lines, rest = _text(path).split("\n")
+    if rest and not unfinished:
+        raise UserError(f"{path}, line {len(lines) + 1}: the line has no end; the file was cut")
+    rows = [line.split(",") for line in lines]
+    if not rows and unfinished:
+        return {name: np.empty(0) for name in columns}
+    header = rows[0] if rows else []
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; expected {expected}")
+    values = [_numbers(path, line, header, row) for line, row in enumerate(rows[1:], start=2)]
+    table = np.array(values, dtype=np.float64).reshape(len(values), len(header))
+    result = {name: table[:, header.index(name)] for name in columns}
+    _check_key(path, result, key)
+    return result
+
+
+def _numbers(path: Path, line: int, header: Sequence[str], row: Sequence[str]) -> list[float]:
+    if len(row) != len(header):
+        raise UserError(f"{path}, line {line}: {len(row)} values, but the header names {len(header)}")
+    return [_number(path, line, name, cell) for name, cell in zip(header, row, strict=True)]
+
+
+def _number(path: Path, line: int, name: str, cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        raise UserError(f"{path}, line {line}: {name} is {cell!r}, not a number (undefined is nan)") from None
+
+
+def _check_key(path: Path, table: Columns, key: Sequence[str]) -> None:
+    seen: set[tuple[float, ...]] = set()
+    last = 0.0
+    for line, values in enumerate(zip(*(table[name] for name in key), strict=True), start=2):
+        for name, value in zip(key, values, strict=True):
+            if not (value >= 0 and float(value).is_integer()):
+                raise UserError(f"{path}, line {line}: {name} is {value:g}, not a whole number from 0 on")
+        named = ", ".join(f"{name} {value:.0f}" for name, value in zip(key, values, strict=True))
+        if values[0] < last:
+            raise UserError(f"{path}, line {line}: {named} comes after {key[0]} {last:.0f}; rows must be in order")
+        if values in seen:
+            raise UserError(f"{path}, line {line}: {named} is there twice")
+        seen.add(values)
+        last = values[0]

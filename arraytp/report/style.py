@@ -1,0 +1,118 @@
+"""How figures look: one colour a rule in every figure, told apart by colour-blind readers too."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+
+from arraytp.report.reading import Result
+
+RULE_COLOURS = {
+    "bp": "#000000",
+    "fa": "#0072b2",
+    "dfa": "#d55e00",
+    "gait-prop": "#e69f00",
+    "tp": "#56b4e9",
+    "dtp": "#882255",
+    "ldrl": "#009e73",
+    "drl": "#cc79a7",
+}
+OTHER_COLOUR = "#777777"
+NOTE_COLOUR = "#666666"
+RC: Any = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "savefig.dpi": 150,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+    "text.usetex": False,
+}
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
+_PALEST = 0.55
+
+Dash = str | tuple[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour and line style of one run."""
+
+    colour: str
+    dash: Dash = "-"
+
+
+def looks(results: Sequence[Result]) -> list[Look]:
+    """Give every run its look: its rule's colour; runs of one rule differ in shade and dashes.
+
+    Where all runs have the same rule, colour is free to tell them apart, from dark to light in their order.
+    """
+    if len({result.rule for result in results}) == 1 and len(results) > 1:
+        return [Look(colour, _DASHES[n % len(_DASHES)]) for n, colour in enumerate(shades(len(results)))]
+    counts, seen = Counter(result.rule for result in results), Counter[str]()
+    given = []
+    for result in results:
+        place = seen[result.rule]
+        paleness = _PALEST * place / max(counts[result.rule] - 1, 1)
+        given.append(Look(_pale(rule_colour(result), paleness), _DASHES[place % len(_DASHES)]))
+        seen[result.rule] += 1
+    return given
+
+
+def rule_colour(result: Result) -> str:
+    """Return the colour of a run's rule."""
+    return RULE_COLOURS.get(result.rule, OTHER_COLOUR)
+
+
+def shades(count: int) -> list[str]:
+    """Return ordered colours from dark to light."""
+    map_ = matplotlib.colormaps["viridis"]
+    return [to_hex(map_(0.88 * n / max(count - 1, 1))) for n in range(count)]
+
+
+def _pale(colour: str, amount: float) -> str:
+    red, green, blue = (part + (1 - part) * amount for part in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+def wrapped(label: str, width: int = 46) -> str:
+    """Break a long label into lines; nothing is cut off."""
+    return textwrap.fill(label, width)
+
+
+def legend_columns(labels: Sequence[str], width: int) -> int:
+    """Return how many legend columns fit into `width` characters, evened out over the rows."""
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
+    fitting = max(width // (longest + 6), 1)
+    rows = -(-len(labels) // fitting)
+    return -(-len(labels) // rows) if rows else 1
+
+
+def note(axes: Axes, text: str) -> None:
+    """Say in the middle of empty axes why they are empty."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=NOTE_COLOUR)
+    axes.set_axis_off()

@@ -1,0 +1,200 @@
+"""Tables that compare runs: for a reader as aligned text or Markdown, for programs as CSV with every digit."""
+
+import csv
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from arraytp.report.angles import BlockAngle, block_angles, common_blocks
+from arraytp.report.reading import Result
+
+_LONGEST_LABEL = 28
+_NOT_MEASURED = "\N{EN DASH}"
+_HEADERS = ["run", "rule", "epochs", "train loss", "test top-1", "best top-1", "test top-5", "images/s"]
+_METRICS = ("train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5")
+
+
+def comparison_table(results: Sequence[Result], width: int = 100) -> str:
+    """Return the comparison as aligned text: one row a run, then notes on what the numbers mean.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        The runs, in the order of the rows.
+    width : int
+        Columns to keep within. Angles that do not fit beside the rest follow in tables of their own.
+
+    Returns
+    -------
+    str
+        Lines without trailing blanks; ends with a line end.
+    """
+    columns = [_column(cells) for cells in zip(*_cells(results), strict=True)]
+    parts = [_joined(part) for part in _parts(columns, width)]
+    notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in _notes(results)]
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])]) + "\n"
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """Return the same table and notes in Markdown."""
+    headers, *rows = _cells(results)
+    rule = ["---" if header in ("run", "rule") else "---:" for header in headers]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [headers, rule, *rows]]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    return "\n".join([*lines, *(f"\n{note.replace('*', chr(92) + '*')}" for note in _notes(results))]) + "\n"
+
+
+def csv_table(results: Sequence[Result]) -> str:
+    """Return the comparison as CSV, unrounded: an empty cell was not measured, nan is undefined."""
+    blocks = common_blocks(results)
+    file = io.StringIO()
+    records = [_record(result, blocks) for result in results]
+    writer = csv.DictWriter(file, list(records[0]) if records else ["run"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue()
+
+
+def _record(result: Result, blocks: Sequence[str]) -> dict[str, Any]:
+    """Return one row of the CSV; None where nothing was measured."""
+    summary = result.summary or {}
+    record: dict[str, Any] = {"run": result.label, "rule": result.rule, "seed": result.config.get("seed")}
+    record |= {"finished": "yes" if result.finished else "no", "epochs": _epochs_done(result)}
+    record |= {f"final_{name}": _given(_last(result, name)) for name in _METRICS}
+    record |= {"best_test_top1": _given(_best(result))}
+    record |= {name: summary.get(name) for name in ("images_per_second", "peak_memory_mb")}
+    for name, angle in zip(blocks, _padded(block_angles(result), len(blocks)), strict=True):
+        key = name.replace(" ", "_")
+        mean, deviation = (angle.mean, angle.deviation) if angle and angle.measured else (None, None)
+        record |= {f"angle_{key}": mean, f"angle_{key}_sd": deviation}
+    return record
+
+
+def _cells(results: Sequence[Result]) -> list[list[str]]:
+    """Return the header and one row a run, as text; angles come last."""
+    blocks = common_blocks(results) if any(result.angles["block"].size for result in results) else []
+    rows = [[*_HEADERS, *(f"{name} angle°" for name in blocks)]]
+    for result in results:
+        angles = _padded(block_angles(result), len(blocks))[: len(blocks)]
+        rows.append([*_performance(result), *(_angle(angle) for angle in angles)])
+    return rows
+
+
+def _performance(result: Result) -> list[str]:
+    speed = (result.summary or {}).get("images_per_second")
+    done, planned = _epochs_done(result), result.epochs_planned
+    loss = _last(result, "train_loss")
+    return [
+        result.label,
+        result.rule,
+        str(planned) if result.finished else f"{done} of {planned}",
+        _number(loss, ".2e" if abs(loss) < 0.01 else ".3f"),
+        _number(_last(result, "test_top1"), ".2f"),
+        _number(_best(result), ".2f"),
+        _number(_last(result, "test_top5"), ".2f"),
+        _number(math.nan if speed is None else speed, ",.0f"),
+    ]
+
+
+def _angle(angle: BlockAngle | None) -> str:
+    if angle is None or not angle.measured:
+        return _NOT_MEASURED
+    if angle.undefined == angle.measured:
+        return "undef."
+    return f"{angle.mean:.1f}{'*' if angle.undefined else ''}"
+
+
+def _number(value: float, form: str) -> str:
+    return _NOT_MEASURED if math.isnan(value) else format(value, form)
+
+
+def _given(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _last(result: Result, name: str) -> float:
+    values = result.metrics[name]
+    return float(values[-1]) if values.size else math.nan
+
+
+def _best(result: Result) -> float:
+    values = result.metrics["test_top1"]
+    return float(np.nanmax(values)) if not np.isnan(values).all() else math.nan
+
+
+def _epochs_done(result: Result) -> int:
+    epochs = result.metrics["epoch"]
+    return int(epochs[-1]) if epochs.size else 0
+
+
+def _padded(angles: Sequence[BlockAngle], count: int) -> list[BlockAngle | None]:
+    return [*angles, *[None] * (count - len(angles))]
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    notes = ["top-1, top-5: accuracy in percent, test at the end of the last epoch, best over all epochs of test."]
+    angles = [(result, angle) for result in results for angle in block_angles(result)]
+    if any(angle.measured for _, angle in angles):
+        notes.append("angle°: mean angle in degrees between the weight update and BP's on the same batch and weights.")
+    else:
+        notes.append("Angles to BP were not measured.")
+    partly = [result.label for result, angle in angles if 0 < angle.undefined < angle.measured]
+    if partly:
+        notes.append(f"*: without the steps at which an update was zero or not finite ({', '.join(_unique(partly))}).")
+    never = [result.label for result, angle in angles if 0 < angle.undefined == angle.measured]
+    if never:
+        notes.append(f"undef.: at every step an update was zero or not finite ({', '.join(_unique(never))}).")
+    unfinished = [result.label for result in results if not result.finished]
+    if unfinished:
+        notes.append(f"Not finished: {', '.join(unfinished)}.")
+    return notes
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _column(cells: Sequence[str]) -> list[list[str]]:
+    """Return a column as blocks of equally wide lines: header of two lines, then one block a row."""
+    header, *rows = cells
+    name = header in ("run", "rule")
+    blocks = [header.rsplit(" ", 1) if " " in header else ["", header]]
+    blocks += [textwrap.wrap(cell, _LONGEST_LABEL) for cell in rows]
+    width = max(len(line) for block in blocks for line in block)
+    return [[line.ljust(width) if name else line.rjust(width) for line in block] for block in blocks]
+
+
+def _width(column: Sequence[Sequence[str]]) -> int:
+    return len(column[0][0])
+
+
+def _parts(columns: Sequence[list[list[str]]], width: int) -> list[list[list[list[str]]]]:
+    """Divide the columns into tables within the width: one where all fits, else the angles apart, names repeated."""
+    fixed = len(_HEADERS)
+    if sum(_width(column) + 2 for column in columns) - 2 <= width:
+        return [list(columns)]
+    parts = [list(columns[:fixed])]
+    room = 0
+    for column in columns[fixed:]:
+        room -= _width(column) + 2
+        if room < 0 or len(parts) == 1:
+            parts.append([columns[0]])
+            room = width - _width(columns[0]) - 2 - _width(column)
+        parts[-1].append(column)
+    return parts
+
+
+def _joined(columns: Sequence[list[list[str]]]) -> str:
+    """Return the lines of one table: header, rule, rows."""
+    lines = []
+    for row in zip(*columns, strict=True):
+        height = max(len(block) for block in row)
+        for n in range(height):
+            cells = [block[n] if n < len(block) else " " * len(block[0]) for block in row]
+            lines.append("  ".join(cells).rstrip())
+    widest = sum(_width(column) + 2 for column in columns) - 2
+    return "\n".join([*lines[:2], "─" * widest, *lines[2:]])

@@ -1,0 +1,8 @@
+"""The learning rules, one file each, and the one line that makes each known to configs."""
+
+from types import ModuleType
+
+from arraytp.rules import bp, dfa, fa
+
+RuleOptions = bp.Options | fa.Options | dfa.Options
+RULES: dict[str, ModuleType] = {"bp": bp, "fa": fa, "dfa": dfa}

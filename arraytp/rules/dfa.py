@@ -1,0 +1,65 @@
+"""Direct feedback alignment (DFA): the output error goes to every block through a fixed random matrix of its own.
+
+    e = ∂L/∂s^N
+    for n = 0 … N−2:
+        ds^{n+1} = e B^n,  B^n of shape (classes, size of s^{n+1})
+        dz^n = D^n ⊙ (unpool ds^{n+1})
+        dW^n = (s^n)ᵀ dz^n,  db^n = Σ dz^n
+    the output block as in BP
+
+Source: Nøkland (2016); methods.md, section 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from arraytp.backend import Array, Backend
+from arraytp.fused import backward, product
+from arraytp.initialise import initial_weight
+from arraytp.network import ForwardPass, Network
+from arraytp.options import STRICT, InitName
+from arraytp.parallel import Workspace
+from arraytp.rules.protocol import State, Updates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How the fixed random matrices are drawn."""
+
+    name: Literal["dfa"] = "dfa"
+    feedback_init: InitName = "orthogonal"
+
+    __pydantic_config__ = STRICT
+
+
+def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
+    """Draw B^n of shape (classes, size of s^{n+1}) for every block but the last."""
+    classes = network.blocks[-1].out_shape[0]
+    state: State = {}
+    for n, block in enumerate(network.blocks[:-1]):
+        shape = (classes, int(np.prod(block.out_shape)))
+        matrix = initial_weight(options.feedback_init, shape, seed, "feedback", n)
+        state[f"feedback/{n}/weight"] = backend.asarray(matrix.astype(network.weights[n].dtype))
+    return state
+
+
+def updates(
+    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+) -> Updates:
+    """Return DFA's updates of every block; parameters and result as in `arraytp.rules.bp.updates`."""
+    result: Updates = []
+    last = len(network) - 1
+    for n, block in enumerate(network.blocks):
+        s = passed.s[n + 1]
+        if n == last:
+            ds = dlogits
+        else:
+            ds = workspace.array("dfa ds", (len(dlogits), s[0].size), s.dtype)
+            product(dlogits, state[f"feedback/{n}/weight"], ds, workspace)
+        dweight, dbias, _ = backward(
+            block, ds.reshape(s.shape), s, passed.index[n], passed.s[n], None, workspace, ("dfa", n)
+        )
+        result.append((dweight, dbias))
+    return result

@@ -1,0 +1,15 @@
+"""What a learning rule is: a module with `Options`, `init_state` and `updates`.
+
+    Options     frozen dataclass of the rule's settings, with `name`
+    init_state  (options, network, seed, backend) → State: the rule's own arrays (feedback weights, noise, buffers)
+    updates     (options, state, network, forward pass, ∂L/∂logits, workspace) → Updates
+
+A rule returns updates and never applies them to θ. `State` is a flat map of names to arrays, so that a checkpoint can
+hold that of any rule; its names are paths such as "feedback/2/weight".
+"""
+
+from arraytp.backend import Array
+
+State = dict[str, Array]
+Updates = list[tuple[Array, Array]]
+"""Per block, gradient-like arrays of the shapes of weight and bias: plain SGD does `parameter -= lr * update`."""

@@ -1,0 +1,182 @@
+"""The command line as a whole: exit statuses, one-line errors, and no import that a command does not need."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import click
+import pytest
+
+from arraytp import __version__, cli
+from arraytp.errors import Interrupted, NonFiniteError, UserError
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """Replace all commands by one called `probe`, which does what the test gives."""
+
+    def install(action):
+        module = ModuleType("arraytp_probe")
+
+        @click.command()
+        @click.option("--count", type=int)
+        def command(count):
+            return action()
+
+        module.command = command
+        monkeypatch.setitem(sys.modules, "arraytp_probe", module)
+        monkeypatch.setattr(cli, "COMMANDS", {"probe": ("arraytp_probe", "Do what a test wants.")})
+
+    return install
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+def python(code, **options):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
+
+
+OUTCOMES = {
+    "a mistake of the user": (UserError("x.yml:3: seed is bad"), 2, "arraytp: error: x.yml:3: seed is bad\n"),
+    "two mistakes": (UserError("first\nsecond"), 2, "arraytp: error: first\narraytp: error: second\n"),
+    "a number that is not finite": (
+        NonFiniteError("loss is nan at step 3"),
+        1,
+        "arraytp: error: loss is nan at step 3\n",
+    ),
+    "an interrupt with a checkpoint": (
+        Interrupted("saved; go on with --resume", 15),
+        143,
+        "saved; go on with --resume\n",
+    ),
+    "control-c": (KeyboardInterrupt(), 130, "\narraytp: error: interrupted\n"),
+    "a bad value from a command": (
+        click.BadParameter("no such thing", param_hint="--count"),
+        2,
+        "arraytp: error: Invalid value for --count: no such thing; see arraytp probe --help\n",
+    ),
+    "a file that click cannot open": (click.FileError("x.json", "denied"), 1, "arraytp: error: Could not open file"),
+}
+
+
+@pytest.mark.parametrize(("error", "status", "message"), OUTCOMES.values(), ids=OUTCOMES)
+def test_an_error_becomes_one_line_and_a_status(probe, capsys, error, status, message):
+    probe(raising(error))
+    assert cli.main(["probe"]) == status
+    streams = capsys.readouterr()
+    assert streams.err.startswith(message)
+    assert "Traceback" not in streams.err
+    assert streams.out == ""
+
+
+def test_a_command_that_finishes_ends_with_status_0(probe):
+    probe(lambda: None)
+    assert cli.main(["probe"]) == 0
+
+
+def test_a_command_may_choose_its_status(probe):
+    probe(lambda: click.get_current_context().exit(3))
+    assert cli.main(["probe"]) == 3
+
+
+def test_an_unforeseen_error_keeps_its_traceback():
+    broken = (
+        "import sys; from arraytp import cli; cli.COMMANDS = {'x': ('absent_module', '')}; sys.exit(cli.main(['x']))"
+    )
+    done = python(broken)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "ModuleNotFoundError" in done.stderr
+
+
+USAGE = {
+    "an unknown command": (
+        ["prob"],
+        "arraytp: error: there is no command 'prob'; the commands are probe; see arraytp --help",
+    ),
+    "an unknown option": (["--frob"], "arraytp: error: No such option"),
+    "an unknown option of a command": (["probe", "--frob"], "see arraytp probe --help"),
+    "a value of the wrong type": (["probe", "--count", "x"], "'x' is not a valid integer; see arraytp probe --help"),
+    "an argument too many": (["probe", "x"], "arraytp: error: Got unexpected extra argument"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
+def test_a_wrong_command_line_ends_with_status_2(probe, capsys, arguments, message):
+    probe(lambda: None)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_no_command_at_all_shows_the_help_and_ends_with_status_2(capsys):
+    assert cli.main([]) == 2
+    assert "Usage: arraytp [OPTIONS] COMMAND" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"arraytp {__version__}\n"
+
+
+def test_the_help_lists_every_command(capsys):
+    assert cli.main(["-h"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.split("Commands:\n")[1].splitlines()]
+    assert listed == list(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["frob"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+import sys
+from arraytp.cli import main
+main({arguments})
+heavy = ["numpy", "pydantic", "ruamel", "rich", "matplotlib", "h5py", "scipy", "cupy"]
+sys.exit(3 if any(name in sys.modules for name in heavy) else 0)
+"""
+    assert python(code).returncode == 0
+
+
+def test_help_takes_less_than_three_tenths_of_a_second_of_processor_time():
+    code = (
+        "import sys, time; from arraytp.cli import main; main(['--help']); sys.stderr.write(str(time.process_time()))"
+    )
+    assert min(float(python(code).stderr) for _ in range(3)) < 0.3
+
+
+WRITERS = {
+    "at once": "main(['--help'])",
+    "at the end": "sys.stdout.write('left in the buffer'), main(['--version'])",
+    "by a command that only fills the buffer": "main(['fill'])",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_a_reader_that_leaves_early_causes_no_noise(writer):
+    code = f"""
+import sys, types, click
+from arraytp import cli
+from arraytp.cli import main
+fill = types.ModuleType("fill")
+fill.command = click.Command("fill", callback=lambda: sys.stdout.write("left in the buffer") and None)
+sys.modules["fill"] = fill
+cli.COMMANDS["fill"] = ("fill", "")
+outcome = {writer}
+sys.exit(outcome if isinstance(outcome, int) else outcome[-1])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == 1

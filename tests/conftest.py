@@ -1,0 +1,64 @@
+"""Where tests compute: on NumPy, on NumPy with read-only arguments, on the strict device double, and on CuPy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import strict_device
+from hypothesis import settings
+
+from arraytp.backend import NUMPY, Backend, get_backend
+from arraytp.errors import UserError
+
+settings.register_profile("arraytp", deadline=None, print_blob=True)
+settings.load_profile("arraytp")
+
+STRICT = Backend("strict", strict_device)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A backend, and how a test hands arrays to it and reads them back."""
+
+    name: str
+    backend: Backend
+    read_only: bool = False
+
+    def put(self, array):
+        """Return a copy of a host array as an argument of the code under test."""
+        array = np.array(array)
+        if self.read_only:
+            array.flags.writeable = False
+        return self.backend.asarray(array)
+
+    def get(self, array):
+        """Return an array of the place as a host array, after checking that it is of the place."""
+        assert type(array).__module__.partition(".")[0] == self.backend.xp.__name__.partition(".")[0]
+        return self.backend.to_host(array)
+
+
+def _cupy():
+    try:
+        return Place("cupy", get_backend("cupy"))
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+_PLACES = {
+    "numpy": lambda: Place("numpy", NUMPY),
+    "read-only": lambda: Place("read-only", NUMPY, read_only=True),
+    "strict": lambda: Place("strict", STRICT),
+    "cupy": _cupy,
+}
+
+
+@pytest.fixture(scope="session", params=["numpy", "read-only", "strict", pytest.param("cupy", marks=pytest.mark.gpu)])
+def place(request):
+    """Every place in turn."""
+    return _PLACES[request.param]()
+
+
+@pytest.fixture(scope="session", params=["strict", pytest.param("cupy", marks=pytest.mark.gpu)])
+def device(request):
+    """Every place that is not the host."""
+    return _PLACES[request.param]()

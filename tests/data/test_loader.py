@@ -1,0 +1,226 @@
+import threading
+from contextlib import closing
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arraytp.data import augment
+from arraytp.data.loader import Loader
+from arraytp.errors import UserError
+
+IN_MEMORY, STREAMED = 2**32, 0
+modes = pytest.mark.parametrize("in_memory_bytes", [IN_MEMORY, STREAMED], ids=["in-memory", "streamed"])
+
+
+def copies(batches):
+    """Batches as arrays of their own: the loader's are used again."""
+    return [(images.copy(), labels.copy()) for images, labels in batches]
+
+
+def equal(some, others):
+    return len(some) == len(others) and all(
+        np.array_equal(a, c) and np.array_equal(b, d) for (a, b), (c, d) in zip(some, others, strict=True)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 700),
+    in_memory_bytes=st.sampled_from([IN_MEMORY, STREAMED]),
+    pool_images=st.sampled_from([1, 260, 10**6]),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_takes_every_image_once_with_its_label(
+    tiny, row_numbers, batch_size, in_memory_bytes, pool_images, shuffle, epoch
+):
+    loader = Loader(
+        tiny,
+        "train",
+        batch_size,
+        seed=1,
+        shuffle=shuffle,
+        in_memory_bytes=in_memory_bytes,
+        pool_images=pool_images,
+        dtype=np.float64,
+    )
+    batches = copies(loader.batches(epoch))
+    assert loader.streamed == (in_memory_bytes == STREAMED)
+    assert len(batches) == loader.steps_per_epoch == -(-600 // batch_size)
+    assert all(len(images) == len(labels) == batch_size for images, labels in batches[:-1])
+    rows = [row for images, _ in batches for row in row_numbers(images)]
+    assert sorted(rows) == list(range(600))
+    assert (rows == list(range(600))) == (not shuffle)
+    images, labels = tiny.load("train")
+    assert np.array_equal(np.concatenate([batch[1] for batch in batches]), labels[rows])
+    np.testing.assert_allclose(np.concatenate([batch[0] for batch in batches]), images[rows] / 255, rtol=1e-15)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.sampled_from([7, 100, 256, 600]),
+    in_memory_bytes=st.sampled_from([IN_MEMORY, STREAMED]),
+    pool_images=st.sampled_from([1, 260]),
+    data=st.data(),
+)
+def test_an_epoch_entered_later_goes_on_with_the_same_batches(tiny, batch_size, in_memory_bytes, pool_images, data):
+    loader = Loader(
+        tiny,
+        "train",
+        batch_size,
+        seed=1,
+        shuffle=True,
+        flip=0.5,
+        crop_padding=2,
+        mean=tiny.mean,
+        std=tiny.std,
+        in_memory_bytes=in_memory_bytes,
+        pool_images=pool_images,
+    )
+    start = data.draw(st.integers(0, loader.steps_per_epoch))
+    assert equal(copies(loader.batches(2, start)), copies(loader.batches(2))[start:])
+
+
+@modes
+def test_the_order_does_not_depend_on_the_batch_size(tiny, row_numbers, in_memory_bytes):
+    orders = []
+    for size in (1, 64, 600):
+        loader = Loader(tiny, "train", size, seed=0, shuffle=True, flip=0.5, in_memory_bytes=in_memory_bytes)
+        orders.append(np.concatenate([images for images, _ in copies(loader.batches(0))]))
+    assert np.array_equal(orders[0], orders[1])
+    assert np.array_equal(orders[0], orders[2])
+
+
+@modes
+def test_epochs_and_seeds_differ_and_repeat(tiny, in_memory_bytes):
+    def epoch(seed, number):
+        loader = Loader(tiny, "train", 50, seed=seed, shuffle=True, flip=0.5, in_memory_bytes=in_memory_bytes)
+        return copies(loader.batches(number))
+
+    assert equal(epoch(1, 0), epoch(1, 0))
+    assert not equal(epoch(1, 0), epoch(1, 1))
+    assert not equal(epoch(1, 0), epoch(2, 0))
+
+
+@modes
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("flip", "padding"), [(0, 0), (0.5, 0), (0, 2), (0.5, 2)])
+def test_batches_are_augmented_and_normalised_as_defined(tiny, in_memory_bytes, dtype, flip, padding):
+    options = {"seed": 3, "in_memory_bytes": in_memory_bytes, "shuffle": False}
+    loader = Loader(
+        tiny, "train", 128, flip=flip, crop_padding=padding, mean=tiny.mean, std=tiny.std, dtype=dtype, **options
+    )
+    images, labels = tiny.load("train")
+    draws = augment.draw(3, 1, 600, flip, padding)
+    images = augment.crop_images(augment.flip_images(images, draws.flips), draws.rows, draws.columns, padding)
+    expected = (images / 255 - np.array(tiny.mean)) / np.array(tiny.std)
+    batches = copies(loader.batches(1))
+    assert {batch[0].dtype for batch in batches} == {np.dtype(dtype)}
+    assert {batch[1].dtype for batch in batches} == {np.dtype(np.int64)}
+    np.testing.assert_allclose(
+        np.concatenate([batch[0] for batch in batches]), expected, atol=16 * np.finfo(dtype).eps, rtol=0
+    )
+    assert np.array_equal(np.concatenate([batch[1] for batch in batches]), labels)
+
+
+@modes
+def test_what_a_device_computes_equals_the_host(tiny, in_memory_bytes):
+    moved = []
+
+    def to_device(array):
+        moved.append(array.dtype)
+        return array.copy()
+
+    options = {
+        "seed": 3,
+        "shuffle": True,
+        "flip": 0.5,
+        "crop_padding": 2,
+        "mean": tiny.mean,
+        "std": tiny.std,
+        "in_memory_bytes": in_memory_bytes,
+    }
+    host = Loader(tiny, "train", 128, **options)
+    device = Loader(tiny, "train", 128, to_device=to_device, **options)
+    assert equal(copies(host.batches(1, 2)), copies(device.batches(1, 2)))
+    assert np.dtype(np.uint8) in moved
+
+
+def test_batches_go_round_in_four_buffers(tiny):
+    loader = Loader(tiny, "train", 10, seed=0, shuffle=True)
+    places = [images.__array_interface__["data"][0] for images, _ in loader.batches(0)]
+    assert len(places) == 60
+    assert len(set(places)) <= 4
+
+
+@modes
+def test_leaving_the_loop_early_leaves_no_thread(tiny, in_memory_bytes):
+    loader = Loader(tiny, "train", 10, seed=0, shuffle=True, in_memory_bytes=in_memory_bytes)
+    with closing(loader.batches(0)) as batches:
+        next(batches)
+    assert [thread for thread in threading.enumerate() if thread.name == "arraytp-loader"] == []
+
+
+def test_damage_is_reported_before_any_batch_in_memory(tmp_path, pack):
+    dataset = pack(tmp_path / "d")
+    with h5py.File(dataset.folder / "train-00002.h5", "r+") as file:
+        file["images"][99] ^= 1
+    with pytest.raises(UserError, match=r"train-00002.h5: rows 0 to 99 do not match"):
+        Loader(dataset, "train", 10, seed=0, shuffle=True)
+
+
+def test_damage_met_while_streaming_stops_the_epoch_before_the_damaged_rows(tmp_path, pack, row_numbers):
+    dataset = pack(tmp_path / "d")
+    with h5py.File(dataset.folder / "train-00002.h5", "r+") as file:
+        file["images"][99] ^= 1
+    loader = Loader(dataset, "train", 10, seed=0, shuffle=False, in_memory_bytes=0, pool_images=1)
+    seen = []
+
+    def consume():
+        for images, _ in loader.batches(0):
+            seen.extend(row_numbers(images))
+
+    with pytest.raises(UserError, match=r"train-00002.h5: rows 0 to 99 do not match"):
+        consume()
+    assert seen == list(range(len(seen)))
+    assert 0 < len(seen) <= 500
+
+
+def test_a_damaged_header_is_reported_before_streaming_begins(tmp_path, pack):
+    dataset = pack(tmp_path / "d")
+    path = dataset.folder / "train-00001.h5"
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00001.h5"):
+        Loader(dataset, "train", 10, seed=0, shuffle=True, in_memory_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": (0.5,)}, "1 values of mean, expected 3"),
+        ({"std": (0.5, 0.5)}, "2 values of std, expected 3"),
+        ({"std": (0.5, 0.5, 0.0)}, "expected numbers above 0"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "expected finite numbers"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_refused(tiny, options, message):
+    with pytest.raises(UserError, match=message):
+        Loader(tiny, "train", 10, seed=0, shuffle=True, **options)
+
+
+def test_an_unknown_split_is_refused(tiny):
+    with pytest.raises(UserError, match="no split 'val'"):
+        Loader(tiny, "val", 10, seed=0, shuffle=True)
+
+
+def test_a_start_outside_the_epoch_is_a_programming_error(tiny):
+    loader = Loader(tiny, "train", 100, seed=0, shuffle=True)
+    assert list(loader.batches(0, 6)) == []
+    for start in (-1, 7):
+        with pytest.raises(ValueError, match="of an epoch with 6"):
+            loader.batches(0, start)

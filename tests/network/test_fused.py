@@ -1,0 +1,180 @@
+"""The fused passes equal the plain ones to rounding, on every place, and bit for bit on any number of threads."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import plain
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import (
+    ACTIVATIONS,
+    NAMED,
+    batch,
+    chains,
+    close,
+    conv_layers,
+    fitting_blocks,
+    moved,
+    named_blocks,
+    random_network,
+    rng,
+)  # noqa: E501
+
+from arraytp import fused
+from arraytp.architectures import plan_network
+from arraytp.network import block_backward
+from arraytp.options import Conv, Dense, NetworkOptions, Pool
+from arraytp.parallel import Workspace
+
+# Sums of up to 1e4 products in another order: 1e-16 · √1e4 and a margin.
+ROUNDING = 1e-12
+
+
+def carriers_of(network, seed):
+    return [rng(seed, 6, n).standard_normal(w.shape).astype(w.dtype) for n, w in enumerate(network.weights)]
+
+
+def fused_updates(network, carriers, x, dlogits, workspace):
+    passed = fused.forward(network, x, workspace)
+    found, ds = [], dlogits
+    for n in reversed(range(len(network))):
+        carrier = carriers[n] if n > 0 else None
+        ds = ds.reshape(passed.s[n + 1].shape)
+        dweight, dbias, ds = fused.backward(
+            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.s[n], carrier, workspace, ("test", n)
+        )
+        found.append((dweight, dbias))
+    return passed, found[::-1]
+
+
+def check_network(place, blocks, count, seed, tolerance=ROUNDING, dtype="float64", threads=2):
+    network, (x, _) = random_network(blocks, seed, dtype), batch(blocks, count, seed, dtype)
+    carriers = carriers_of(network, seed)
+    dlogits = rng(seed, 7).standard_normal((count, *blocks[-1].out_shape)).astype(dtype)
+    passed, found = fused_updates(
+        moved(network, place.put),
+        [place.put(carrier) for carrier in carriers],
+        place.put(x),
+        place.put(dlogits),
+        Workspace(place.backend, threads),
+    )
+    _, s, _ = plain.forward(network, x)
+    for mine, wanted in zip(passed.s, s, strict=True):
+        close(place.get(mine), wanted, tolerance)
+    for mine, wanted in zip(found, plain.updates(network, carriers, x, dlogits), strict=True):
+        close(place.get(mine[0]), wanted[0], tolerance)
+        close(place.get(mine[1]), wanted[1], tolerance)
+
+
+@given(blocks=chains(), count=st.sampled_from([1, 2, 3, 17]), seed=st.integers(0, 2**16))
+@settings(max_examples=30)
+def test_free_form_networks(place, blocks, count, seed):
+    check_network(place, blocks, count, seed)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@given(data=st.data(), count=st.sampled_from([1, 3, 5]), seed=st.integers(0, 2**16))
+@settings(max_examples=20)
+def test_the_input_gradient_of_a_conv_block(place, activation, data, count, seed):
+    """The first block's, which no network asks for; all activations, pools and borders, both forms of the product."""
+    layer = data.draw(conv_layers((activation,)))
+    (block,) = fitting_blocks([layer], tuple(data.draw(st.integers(1, size)) for size in (9, 9, 3)))
+    network, (x, _) = random_network((block,), seed), batch((block,), count, seed)
+    carrier = carriers_of(network, seed)[0]
+    (z,), (_, s), (index,) = plain.forward(network, x)
+    ds = rng(seed, 7).standard_normal(s.shape)
+    wanted = block_backward(block, ds, z, index, x, carrier)
+    there, workspace = moved(network, place.put), Workspace(place.backend, 2)
+    passed = fused.forward(there, place.put(x), workspace)
+    found = fused.backward(
+        block, place.put(ds), passed.s[1], passed.index[0], passed.s[0], place.put(carrier), workspace, 0
+    )
+    for mine, reference in zip(found, wanted, strict=True):
+        close(place.get(mine), reference, ROUNDING)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("count", [1, 3, 17])
+def test_named_networks(place, name, count):
+    if (name, count) == ("vgg", 17) and place.name != "numpy":
+        pytest.skip("too large to repeat everywhere")
+    check_network(place, named_blocks(name), count, 0)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_networks_in_single_precision(place, name):
+    """1e-7 · √(sum lengths), and a unit that rounding puts on the other side of a kink."""
+    check_network(place, named_blocks(name), 3, 0, 1e-4, "float32")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_a_named_network(place, activation):
+    options = NetworkOptions(name="lenet", activation=activation)
+    check_network(place, plan_network(options, (12, 9, 2), 10), 3, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 17])
+@pytest.mark.parametrize("name", NAMED)
+def test_the_number_of_threads_changes_no_bit(name, count):
+    blocks = named_blocks(name)
+    network, (x, _) = random_network(blocks, 0, "float32"), batch(blocks, count, 0, "float32")
+    carriers = carriers_of(network, 0)
+    dlogits = rng(7).standard_normal((count, *blocks[-1].out_shape)).astype("float32")
+    found = {}
+    for threads in (1, 2, 3):
+        passed, updates = fused_updates(network, carriers, x, dlogits, Workspace(threads=threads))
+        found[threads] = [array.tobytes() for array in (passed.logits, *(a for pair in updates for a in pair))]
+    assert found[1] == found[2] == found[3]
+
+
+def test_slices_and_lanes_of_every_length_add_up(monkeypatch):
+    """Small limits cut a small batch into many slices; the last one is shorter."""
+    monkeypatch.setattr(fused, "HOST_PATCH_BYTES", 1)
+    monkeypatch.setattr(fused, "GEMM_ROWS", 60)
+    monkeypatch.setattr(fused, "DEVICE_PATCH_BYTES", 50_000)
+    blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)
+    place = SimpleNamespace(put=np.array, get=np.asarray, backend=Workspace().backend)
+    for count in (1, 2, 7, 13):
+        check_network(place, blocks, count, count, threads=3)
+
+
+def test_slices_on_a_device_add_up(device, monkeypatch):
+    monkeypatch.setattr(fused, "DEVICE_PATCH_BYTES", 50_000)
+    check_network(device, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), 13, 0)
+
+
+def test_a_smaller_batch_after_a_larger_one_reads_no_leftovers(place):
+    """The last batch of an epoch is smaller: buffers keep the larger one's numbers beyond it."""
+    layers = [
+        Conv(channels=4, kernel=3, padding=1, activation="elu", pool=Pool(kernel=3, stride=2, padding=1)),
+        Conv(channels=3, kernel=2, padding="same", stride=2, activation="tanh"),
+        Dense(units=4),
+    ]
+    blocks = fitting_blocks(layers, (7, 6, 2))
+    network = random_network(blocks)
+    there, carriers = moved(network, place.put), carriers_of(network, 0)
+    placed, workspace = [place.put(c) for c in carriers], Workspace(place.backend, 2)
+    for count in (9, 4, 9, 1, 5):
+        x, _ = batch(blocks, count, count)
+        dlogits = rng(count, 7).standard_normal((count, 4))
+        _, found = fused_updates(there, placed, place.put(x), place.put(dlogits), workspace)
+        for mine, wanted in zip(found, plain.updates(network, carriers, x, dlogits), strict=True):
+            close(place.get(mine[0]), wanted[0], ROUNDING)
+            close(place.get(mine[1]), wanted[1], ROUNDING)
+
+
+def test_results_with_different_keys_do_not_overwrite_each_other():
+    blocks = named_blocks("lenet")
+    network, workspace = random_network(blocks), Workspace(threads=1)
+    first = fused.forward(network, batch(blocks, 2, 1)[0], workspace, key="one")
+    kept = first.logits.copy()
+    fused.forward(network, batch(blocks, 2, 2)[0], workspace, key="two")
+    np.testing.assert_array_equal(first.logits, kept)
+
+
+def test_the_product_is_the_matrix_product(place):
+    a, b = rng(1).standard_normal((5, 7)), rng(2).standard_normal((7, 1030))
+    out = place.backend.xp.empty((5, 1030))
+    fused.product(place.put(a), place.put(b), out, Workspace(place.backend, 2))
+    close(place.get(out), a @ b, ROUNDING)

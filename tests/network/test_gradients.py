@@ -1,0 +1,86 @@
+"""Gradients of blocks and of whole networks against central finite differences in float64, relative error below 1e-6.
+
+Kinks: see `gradients.check`; points that no step fits around would fail the test rather than pass it.
+"""
+
+from dataclasses import replace
+
+import gradients
+import numpy as np
+import plain
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import ACTIVATIONS, NAMED, batch, chains, conv_layers, fitting_blocks, named_blocks, random_network, rng
+
+from arraytp.fused import forward
+from arraytp.network import block_backward, block_forward
+from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
+from arraytp.options import Dense
+from arraytp.parallel import Workspace
+from arraytp.rules import bp
+
+
+def check_block(block, count, seed):
+    network = random_network((block,), seed)
+    weight, bias = network.weights[0], network.biases[0]
+    x, _ = batch((block,), count, seed)
+    z, s, index = block_forward(block, weight, bias, x)
+    r = rng(seed, 3).standard_normal(s.shape)
+
+    def loss(x, weight, bias):
+        z, s, index = block_forward(block, weight, bias, x)
+        return float((np.sin(s) * r).sum()), (z > 0).tobytes() + (b"" if index is None else index.tobytes())
+
+    dweight, dbias, dx = block_backward(block, np.cos(s) * r, z, index, x, weight)
+    generator = rng(seed, 4)
+    gradients.check(lambda x: loss(x, weight, bias), x, dx, generator)
+    gradients.check(lambda w: loss(x, w, bias), weight, dweight, generator)
+    gradients.check(lambda b: loss(x, weight, b), bias, dbias, generator)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@given(data=st.data(), count=st.integers(1, 3), seed=st.integers(0, 2**16))
+@settings(max_examples=20)
+def test_a_conv_block(activation, data, count, seed):
+    layer = data.draw(conv_layers((activation,)))
+    shape = tuple(data.draw(st.integers(1, size)) for size in (9, 9, 3))
+    check_block(fitting_blocks([layer], shape)[0], count, seed)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@given(wide=st.integers(1, 8), units=st.integers(1, 8), count=st.integers(1, 3), seed=st.integers(0, 2**16))
+@settings(max_examples=10)
+def test_a_dense_block(activation, wide, units, count, seed):
+    check_block(fitting_blocks([Dense(units=units, activation=activation)], (wide,))[0], count, seed)
+
+
+def check_network(network, x, labels, reduction, directions):
+    """Check every weight and bias of BP's updates, in directions of their own."""
+    workspace = Workspace(threads=2)
+    passed = forward(network, x, workspace)
+    _, cache = cross_entropy_forward(passed.logits, labels, reduction)
+    updates = bp.updates(bp.Options(), {}, network, passed, cross_entropy_backward(cache, reduction), workspace)
+    generator = rng(len(x), 5)
+    for arrays, which in (("weights", 0), ("biases", 1)):
+        for n, parameter in enumerate(getattr(network, arrays)):
+
+            def loss(value, arrays=arrays, n=n):
+                moved = list(getattr(network, arrays))
+                moved[n] = value
+                return plain.loss(replace(network, **{arrays: moved}), x, labels, reduction)
+
+            gradients.check(loss, parameter, updates[n][which], generator, directions)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@given(blocks=chains(), count=st.integers(1, 3), seed=st.integers(0, 2**16))
+@settings(max_examples=15)
+def test_a_free_form_network(reduction, blocks, count, seed):
+    check_network(random_network(blocks, seed), *batch(blocks, count, seed), reduction, directions=1)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_network(name):
+    blocks = named_blocks(name)
+    check_network(random_network(blocks), *batch(blocks, 2), "mean", directions=1)

@@ -1,0 +1,158 @@
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from arraytp.errors import UserError
+from arraytp.report.angles import block_angles, hidden_mean
+from arraytp.report.figures import (
+    angles_over_time,
+    angles_per_block,
+    comparison,
+    learning_curves,
+    write_comparison,
+    write_figures,
+)
+from arraytp.report.panels import running_mean
+from arraytp.report.reading import read_result, read_results
+from arraytp.report.style import RULE_COLOURS, looks
+
+Make = Callable[..., Path]
+NAN = float("nan")
+EIGHT = (*(f"conv{n}" for n in range(1, 8)), "dense1")
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+def texts(figure: Figure) -> str:
+    return " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+
+
+def test_the_figures_of_a_run_are_pngs_of_readable_size_in_its_folder(make_result: Make) -> None:
+    folder = make_result()
+    files = write_figures(folder)
+    names = ["learning_curves.png", "angles_per_block.png", "angles_over_time.png"]
+    assert files == [folder / "figures" / name for name in names]
+    for file in files:
+        width, height = png_size(file)
+        assert 900 <= width <= 2000
+        assert 500 <= height <= 1500
+
+
+def test_a_comparison_is_a_picture_and_two_tables(make_result: Make, tmp_path: Path) -> None:
+    make_result("results/bp", "bp")
+    results = read_results([make_result("results/fa").parent])
+    picture, markdown, table = write_comparison(results, tmp_path / "new" / "out")
+    assert png_size(picture)[0] == 1500
+    assert markdown.read_text(encoding="utf-8").startswith("| run |")
+    assert table.read_text(encoding="utf-8").startswith("run,rule,seed")
+
+
+def test_drawing_leaves_the_users_matplotlib_as_it_was(make_result: Make, tmp_path: Path) -> None:
+    results = [read_result(make_result())]
+    with matplotlib.rc_context({"font.size": 7.5}):
+        write_comparison(results, tmp_path)
+        assert matplotlib.rcParams["font.size"] == 7.5
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_mistake(make_result: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"learning_curves\.png: cannot be written: .*--out"):
+        write_figures(make_result(), tmp_path / "file")
+
+
+def test_bars_stand_at_the_mean_angles(make_result: Make) -> None:
+    result = read_result(make_result())
+    bars = angles_per_block(result).axes[0].patches
+    assert [bar.get_height() for bar in bars] == [35.0, 25.0, 15.0, 5.0]
+    assert [angle.deviation for angle in block_angles(result)] == [5.0] * 4
+
+
+def test_lines_are_the_columns_of_the_files(make_result: Make) -> None:
+    result = read_result(make_result())
+    loss, accuracy = learning_curves(result).axes
+    np.testing.assert_array_equal(loss.lines[0].get_ydata(), [NAN, 2.0, 1.0])
+    np.testing.assert_array_equal(accuracy.lines[1].get_ydata(), [10.0, 60.125, 60.25])
+    conv1 = angles_over_time(result).axes[0].lines[0]
+    np.testing.assert_array_equal(conv1.get_xdata(), [0, 10])
+    np.testing.assert_array_equal(conv1.get_ydata(), [30, 40])
+
+
+def test_the_mean_over_steps_leaves_out_the_output_block_and_keeps_gaps(make_result: Make) -> None:
+    result = read_result(make_result(angles={0: [40, 20, 0], 5: [NAN, 20, 0], 9: [30, 20, 0]}, blocks=("a", "b", "c")))
+    steps, angles = hidden_mean(result)
+    np.testing.assert_array_equal(steps, [0, 5, 9])
+    np.testing.assert_array_equal(angles, [30, NAN, 25])
+
+
+def test_an_only_block_is_its_own_mean(make_result: Make) -> None:
+    result = read_result(make_result(angles={0: [7.0]}, blocks=("dense1",)))
+    np.testing.assert_array_equal(hidden_mean(result)[1], [7.0])
+
+
+@pytest.mark.parametrize("reach", [0, 1, 7])
+def test_the_running_mean_keeps_constants_and_gaps(reach: int) -> None:
+    values = np.array([3.0, 3.0, NAN, 3.0, 3.0])
+    np.testing.assert_allclose(running_mean(values, reach), values)
+
+
+def test_the_running_mean_averages_neighbours() -> None:
+    np.testing.assert_allclose(running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 1), [1.5, 3.0, 3.0, 3.0])
+
+
+def test_empty_axes_say_why(make_result: Make) -> None:
+    assert texts(angles_per_block(read_result(make_result("a", angles={})))) == "not measured"
+    assert texts(angles_per_block(read_result(make_result("b", "bp", angles={0: [0.0] * 4})))).startswith("0° by def")
+    dead = read_result(make_result("c", angles={0: [NAN, 0.0]}, blocks=("x", "y")))
+    assert "undefined" in texts(angles_per_block(dead))
+    assert texts(angles_over_time(dead)).endswith("undefined at every step: x")
+    assert "undefined at every step: c" in texts(comparison([dead]))
+
+
+def test_bp_is_not_drawn_among_the_angles_unless_it_differs_from_itself(make_result: Make) -> None:
+    make_result("results/bp", "bp", angles={0: [0.001] * 4})
+    results = read_results([make_result("results/fa").parent])
+    assert len(comparison(results).axes[0].patches) == 4
+    make_result("other/bp", "bp", angles={0: [3.0] * 4})
+    results = read_results([make_result("other/fa").parent])
+    assert len(comparison(results).axes[0].patches) == 8
+
+
+def test_rules_keep_their_colours_and_their_runs_differ(make_result: Make) -> None:
+    for name, rule in (("a", "bp"), ("b", "fa"), ("c", "fa"), ("d", "something-new")):
+        folder = make_result(f"results/{name}", rule)
+    given = looks(read_results([folder.parent]))
+    assert [given[0].colour, given[1].colour] == [RULE_COLOURS["bp"], RULE_COLOURS["fa"]]
+    assert len({(look.colour, look.dash) for look in given}) == 4
+
+
+def test_twelve_runs_of_one_rule_all_look_different(make_result: Make) -> None:
+    for n in range(12):
+        folder = make_result(f"results/lr-{n}")
+    assert len({(look.colour, look.dash) for look in looks(read_results([folder.parent]))}) == 12
+
+
+@pytest.mark.parametrize("case", ["zero epochs", "no rows", "long run", "long names"])
+def test_unusual_runs_are_drawn_without_warnings(make_result: Make, tmp_path: Path, case: str) -> None:
+    if case == "zero epochs":
+        make_result("results/a", epochs=0, angles={})
+    elif case == "no rows":
+        (make_result("results/a", finished=False, angles={}) / "metrics.csv").unlink()
+    elif case == "long run":
+        make_result("results/a", epochs=60, angles={s: [50.0 + s % 7, 0.0] for s in range(200)}, blocks=("a", "b"))
+    else:
+        for n in range(6):
+            make_result(f"results/{'a-long-name-' * 6}{n}", ("fa", "dfa")[n % 2], blocks=EIGHT)
+    results = read_results([tmp_path / "results"])
+    write_figures(results[0], tmp_path / "figures")
+    width, height = png_size(write_comparison(results, tmp_path / "out")[0])
+    assert 1000 <= height <= 1.2 * width

@@ -1,0 +1,184 @@
+"""A run that was stopped and resumed leaves the same bits behind as one that was not, wherever it was stopped."""
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+
+from arraytp.errors import Interrupted
+
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.001}
+ADAM = {"name": "adam", "lr": 0.01}
+DATA = {
+    "in memory": {"flip": 0.5, "crop_padding": 1},
+    "streamed": {"flip": 0.5, "crop_padding": 1, "in_memory_mb": 0, "pool_images": 15},
+}
+COMBINATIONS = {
+    f"{rule}, {optimizer['name']}, {data}": (rule, optimizer, data)
+    for rule, optimizer, data in (
+        ("bp", SGD, "in memory"),
+        ("bp", ADAM, "streamed"),
+        ("fa", SGD, "streamed"),
+        ("fa", ADAM, "in memory"),
+        ("dfa", SGD, "streamed"),
+        ("dfa", ADAM, "in memory"),
+    )
+}
+
+
+def everything(run):
+    """Return every array of the run's state and every number of its tables but the times."""
+    experiment = run.experiment
+    network = [*experiment.network.weights, *experiment.network.biases]
+    moments = [moment for moments in experiment.optimizer_state.moments for moment in moments]
+    arrays = [*network, *moments, *experiment.rule_state.values()]
+    return (
+        [array.tobytes() for array in arrays],
+        experiment.optimizer_state.step,
+        metrics(run.folder),
+        (run.folder / "angles.csv").read_text(),
+        (run.position.epoch, run.position.batch, run.position.step, run.position.train_images),
+    )
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def run_with_stops(start, stop_after, config, name, stops):
+    """Train to the end, stopped at each of the given looks in turn; return the last of the runs."""
+    for count, after in enumerate(stops):
+        run = start(config, name, resume=count > 0)
+        with pytest.raises(Interrupted):
+            run.train(stop_after(after))
+    run = start(config, name, resume=bool(stops))
+    run.train(stop_after())
+    return run
+
+
+def looks_of(start, stop_after, config, name="whole"):
+    """Train without a stop; return the run and how often it looked whether to stop."""
+    run, stop = start(config, name), stop_after()
+    run.train(stop)
+    return run, stop.looks
+
+
+@pytest.mark.parametrize(("rule", "optimizer", "data"), COMBINATIONS.values(), ids=COMBINATIONS)
+def test_a_run_may_be_stopped_after_any_step_and_within_any_evaluation(
+    make_config, start, stop_after, toy, rule, optimizer, data
+):
+    config = make_config(rule={"name": rule}, optimizer=optimizer, data={"dataset": str(toy), **DATA[data]})
+    whole, looks = looks_of(start, stop_after, config)
+    # 3 evaluations of 2 batches (20 images by 12), 2 epochs of 3 steps (45 images by 16).
+    assert looks == 3 * 2 + 2 * 3
+    expected = everything(whole)
+    for after in range(looks):
+        resumed = run_with_stops(start, stop_after, config, f"stopped-{after}", [after])
+        assert everything(resumed) == expected, f"stopped at look {after}"
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_a_run_may_be_stopped_again_and_again(make_config, start, stop_after, toy, data):
+    config = make_config(rule={"name": "fa"}, optimizer=ADAM, data={"dataset": str(toy), **data})
+    whole, _ = looks_of(start, stop_after, config)
+    # An evaluation that is cut starts over.
+    for stops in ([0, 2, 0, 0, 1, 2, 0, 1], [2, 2, 4, 1]):
+        resumed = run_with_stops(start, stop_after, config, f"stops-{len(stops)}", stops)
+        assert everything(resumed) == everything(whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_number_format_and_loss_make_no_difference(make_config, start, stop_after, dtype, reduction):
+    config = make_config(dtype=dtype, loss={"reduction": reduction}, rule={"name": "dfa"})
+    whole, looks = looks_of(start, stop_after, config)
+    resumed = run_with_stops(start, stop_after, config, "stopped", [looks // 2])
+    assert everything(resumed) == everything(whole)
+    assert {weight.dtype.name for weight in resumed.experiment.network.weights} == {dtype}
+
+
+def test_more_epochs_give_what_they_would_have_given_at_once(make_config, start, stop_after):
+    def epochs(count):
+        return make_config(
+            rule={"name": "fa"},
+            optimizer=ADAM,
+            train={"epochs": count, "batch_size": 16, "eval_batch_size": 12},
+            schedule={"name": "cosine", "t_max": 3},
+        )
+
+    whole, _ = looks_of(start, stop_after, epochs(3))
+    start(epochs(1), "grown").train(stop_after())
+    for count in (2, 3):
+        grown = start(epochs(count), "grown", resume=True)
+        grown.train(stop_after())
+    assert everything(grown) == everything(whole)
+
+
+def test_rows_written_after_the_checkpoint_are_written_once(make_config, start, stop_after):
+    """A kill loses what came after the last checkpoint; the tables must not hold that part twice."""
+    config = make_config(rule={"name": "fa"}, compare={"every": 1})
+    whole, looks = looks_of(start, stop_after, config)
+    run = start(config, "killed")
+    with pytest.raises(Interrupted):
+        run.train(stop_after(looks // 2))
+    for table, row in (("metrics.csv", "1,9.9,0.05,1,1,1,1,1,1\n"), ("angles.csv", "6,1,0,0.0,0.0\n6,1,1,0.")):
+        with (run.folder / table).open("a") as file:
+            file.write(row)
+    resumed = start(config, "killed", resume=True)
+    resumed.train(stop_after())
+    assert everything(resumed) == everything(whole)
+
+
+def test_a_checkpoint_written_in_passing_is_as_good_as_one_on_request(make_config, start, stop_after, monkeypatch):
+    """Checkpoints by the clock do not disturb the run, and any of them may be the last before a kill."""
+    plain, _ = looks_of(start, stop_after, make_config(rule={"name": "fa"}))
+    train = {"epochs": 2, "batch_size": 16, "eval_batch_size": 12, "checkpoint_minutes": 1e-9}
+    config = make_config(rule={"name": "fa"}, train=train)
+    folders = itertools.count()
+    copies = []
+
+    run = start(config, "often")
+    save = run._save
+
+    def saved():
+        save()
+        copy = run.folder.with_name(f"copy-{next(folders)}")
+        copy.mkdir()
+        (copy / "checkpoint.h5").write_bytes((run.folder / "checkpoint.h5").read_bytes())
+        copies.append(copy.name)
+
+    monkeypatch.setattr(run, "_save", saved)
+    run.train(stop_after())
+    assert everything(run) == everything(plain)
+    assert len(copies) == 2 * 3 + 1
+    for name in copies:
+        resumed = start(config, name, resume=True)
+        resumed.train(stop_after())
+        assert everything(resumed) == everything(plain)
+
+
+def test_time_counts_on_over_a_stop(make_config, start, stop_after):
+    config = make_config()
+    with pytest.raises(Interrupted):
+        start(config).train(stop_after(6))
+    before = start(config, resume=True).position.seconds
+    resumed = start(config, resume=True)
+    resumed.train(stop_after())
+    with (resumed.folder / "metrics.csv").open() as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] >= round(before, 3) > 0
+
+
+def test_the_weights_of_the_checkpoint_are_those_at_the_stop(make_config, start, stop_after):
+    config = make_config(optimizer=ADAM, rule={"name": "fa"})
+    stopped = start(config)
+    with pytest.raises(Interrupted, match=r"toy: stopped in epoch 1, step 2; .*checkpoint\.h5 is written"):
+        stopped.train(stop_after(3))
+    resumed = start(config, resume=True)
+    for before, after in zip(stopped.experiment.network.weights, resumed.experiment.network.weights, strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert resumed.position == stopped.position
+    assert resumed.experiment.optimizer_state.step == 2
