@@ -1,7 +1,7 @@
 """The state of a run in one HDF5 file: θ, the rule's arrays, the optimiser, the position. Written atomically.
 
 attrs: format="arraytp-checkpoint", version=1
-/network/<n>/{weight,bias}
+/network/<n>/{weight,bias}          every array has a checksum
 /rule/…                             the rule's arrays by their names
 /optimizer  attrs: step
 /optimizer/<parameter>/<moment>
@@ -9,8 +9,8 @@ attrs: format="arraytp-checkpoint", version=1
 """
 
 import json
-import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import numpy as np
 from arraytp.backend import Array, array_module
 from arraytp.errors import UserError
 from arraytp.experiment import Experiment
+from arraytp.metrics import write_file
 from arraytp.network import Network
 
 FORMAT, VERSION = "arraytp-checkpoint", 1
 
 
 def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the file is replaced only when the new one is complete and on the disk.
+    """Write a checkpoint as `write_file` does.
 
     Parameters
     ----------
@@ -41,24 +42,15 @@ def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any])
         If the disk is full, say; the former checkpoint is still there.
     """
     backend = experiment.plan.backend
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
-            file.create_group("run").create_dataset("state", data=json.dumps(run))
-            file.create_group("optimizer").attrs["step"] = experiment.optimizer_state.step
-            for name, array in _arrays(experiment).items():
-                file.create_dataset(name, data=backend.to_host(array), fletcher32=True)
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # In memory first: HDF5 takes the process with it when it cannot write a file to its end.
+    image = BytesIO()
+    with h5py.File(image, "w") as file:
+        file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+        file.create_group("run").create_dataset("state", data=json.dumps(run))
+        file.create_group("optimizer").attrs["step"] = experiment.optimizer_state.step
+        for name, array in _arrays(experiment).items():
+            file.create_dataset(name, data=backend.to_host(array), fletcher32=True)
+    write_file(path, image.getbuffer())
 
 
 def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:

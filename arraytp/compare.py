@@ -1,5 +1,7 @@
 """Angle and relative distance between two updates (methods.md, section 1)."""
 
+import math
+
 import numpy as np
 
 from arraytp.backend import Array, array_module
@@ -12,17 +14,22 @@ def angle_degrees(a: Array, b: Array) -> float:
     """
     xp = array_module(a, b)
     u, v = a.reshape(-1).astype(xp.float64), b.reshape(-1).astype(xp.float64)
-    norms = float(xp.linalg.norm(u) * xp.linalg.norm(v))
+    norms = _norm(u) * _norm(v)
     if not norms > 0 or not np.isfinite(norms):
         return float("nan")
-    return float(np.degrees(np.arccos(np.clip(float(u @ v) / norms, -1.0, 1.0))))
+    return float(np.degrees(np.arccos(np.clip(float(xp.multiply(u, v).sum()) / norms, -1.0, 1.0))))
 
 
 def relative_distance(a: Array, b: Array) -> float:
     """Return ‖a − b‖ / ‖b‖ in float64, b being the reference; NaN if b is zero or anything is not finite."""
     xp = array_module(a, b)
     u, v = a.reshape(-1).astype(xp.float64), b.reshape(-1).astype(xp.float64)
-    distance, norm = float(xp.linalg.norm(u - v)), float(xp.linalg.norm(v))
+    distance, norm = _norm(u - v), _norm(v)
     if not norm > 0 or not np.isfinite(distance) or not np.isfinite(norm):
         return float("nan")
     return distance / norm
+
+
+def _norm(u: Array) -> float:
+    """Return ‖u‖; a plain sum, since that of the BLAS library depends on the number of its threads."""
+    return math.sqrt(float(array_module(u).square(u).sum()))

@@ -27,10 +27,12 @@ from arraytp.ops.patches import col2im, im2col
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
 from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
 
-HOST_PATCH_BYTES = 8 << 20
+HOST_PATCH_BYTES = 2 << 20
+HOST_GROUP_BYTES = 2 << 20
 DEVICE_PATCH_BYTES = 1 << 29
-GEMM_ROWS = 256
-LANES = 2
+GEMM_ROWS = 512
+TILES = 4
+LANES = 4
 LANE_BYTES = 4 << 20
 
 
@@ -130,10 +132,9 @@ def _dense_backward(
     workspace: Workspace,
 ) -> None:
     dweight, dbias, dx = out
-    dz = workspace.array("dz", ds.shape, ds.dtype)
+    dz = activation_backward(ds, s, block.activation, out=workspace.array("dz", ds.shape, ds.dtype))
 
     def weight_columns(part: slice, scratch: Buffers) -> None:
-        activation_backward(ds[:, part], s[:, part], block.activation, out=dz[:, part])
         dz[:, part].sum(axis=0, out=dbias[part])
         _gemm(x.T, dz[:, part], dweight[:, part])
 
@@ -142,9 +143,10 @@ def _dense_backward(
         assert feedback is not None
         _gemm(dz, feedback[part].T, dx.reshape(x.shape)[:, part])
 
-    workspace.run([partial(weight_columns, part) for part in _tiles(dz.shape[1])])
+    tasks = [partial(weight_columns, part) for part in _tiles(dz.shape[1])]
     if dx is not None:
-        workspace.run([partial(input_columns, part) for part in _tiles(x.shape[1])])
+        tasks += [partial(input_columns, part) for part in _tiles(x.shape[1])]
+    workspace.run(tasks)
 
 
 def _conv_forward(
@@ -152,22 +154,23 @@ def _conv_forward(
 ) -> list[Task]:
     matrix = as_matrix(weight)
 
+    group, length = _slice_lengths(block, len(x), x.itemsize, on_host)
+
     def samples(part: slice, scratch: Buffers) -> None:
-        patches = _patches(block, x[part], scratch)
         s = out[part]
-        if block.pool is None:
-            _gemm(patches, matrix, s.reshape(len(patches), -1))
-        else:
+        z = s if block.pool is None else scratch.array("z", (len(s), *block.pre_shape), x.dtype)
+        for inner in slices(len(s), length):
+            patches = _patches(block, x[part][inner], scratch)
+            _gemm(patches, matrix, z[inner].reshape(len(patches), -1))
+        if block.pool is not None:
             assert index is not None
-            z = scratch.array("z", (len(s), *block.pre_shape), x.dtype)
-            _gemm(patches, matrix, z.reshape(len(patches), -1))
             bordered = scratch.filled(block.pool, (len(s), *block.pool.bordered, z.shape[-1]), x.dtype, -np.inf)
             stack = scratch.array("stack", (block.pool.kernel**2, *s.shape), x.dtype)
             max_pool_forward(z, block.pool, s, index[part], bordered, stack)
         s += bias
         activation_forward(s, block.activation, out=s)
 
-    return [partial(samples, part) for part in slices(len(x), _slice_length(block, len(x), x.itemsize, on_host))]
+    return [partial(samples, part) for part in slices(len(x), group)]
 
 
 def _conv_backward(
@@ -181,7 +184,7 @@ def _conv_backward(
     workspace: Workspace,
 ) -> None:
     dweight, dbias, dx = out
-    length = _slice_length(block, len(x), x.itemsize, workspace.backend.on_host)
+    group, length = _slice_lengths(block, len(x), x.itemsize, workspace.backend.on_host)
     lanes = even_slices(len(x), _lane_count(dweight.nbytes)) if workspace.backend.on_host else [slice(0, len(x))]
     lane_weight = workspace.array("lane weight", (len(lanes), *as_matrix(dweight).shape), x.dtype)
     lane_bias = workspace.array("lane bias", (len(lanes), *dbias.shape), x.dtype)
@@ -192,15 +195,15 @@ def _conv_backward(
         lane_bias[number].fill(0)
         samples = lanes[number]
         share = scratch.array("share", lane_weight.shape[1:], x.dtype)
-        for inner in slices(samples.stop - samples.start, length):
-            part = slice(samples.start + inner.start, samples.start + inner.stop)
+        for part in slices(samples.stop, group, samples.start):
             dz, dz_bias = _dz(block, ds[part], s[part], None if index is None else index[part], scratch)
-            patches = _patches(block, x[part], scratch)
-            _gemm(patches.T, dz.reshape(len(patches), -1), share)
-            lane_weight[number] += share
             lane_bias[number] += dz_bias
-            if into_input is not None and dx is not None:
-                into_input(dz, dx[part], scratch)
+            for inner in slices(len(dz), length):
+                patches = _patches(block, x[part][inner], scratch)
+                _gemm(patches.T, dz[inner].reshape(len(patches), -1), share)
+                lane_weight[number] += share
+                if into_input is not None and dx is not None:
+                    into_input(dz[inner], dx[part][inner], scratch)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])
     _sum_lanes(lane_weight, as_matrix(dweight), workspace)
@@ -217,8 +220,8 @@ def _dz(block: Block, ds: Array, s: Array, index: Array | None, scratch: Buffers
         return df, dz_bias
     if array_module(df) is not np:
         return max_pool_backward(df, index, block.pool), dz_bias
-    key = ("corners", block.pool, df.shape[-1])
-    corner = scratch.cached(key, len(df), lambda: window_corners(len(df), block.pool, df.shape[-1]))
+    corners = partial(window_corners, len(df), block.pool, df.shape[-1])
+    corner = scratch.cached(("corners", block.pool, df.shape[-1]), len(df), corners)
     dz = scratch.array("dz", (len(df), *block.pre_shape), df.dtype)
     max_pool_scatter(df, index, block.pool, corner, scratch.array("position", df.shape, np.intp), dz)
     return dz, dz_bias
@@ -266,14 +269,20 @@ def _sum_lanes(lanes: Array, out: Array, workspace: Workspace) -> None:
     workspace.run([partial(rows, part) for part in even_slices(len(out), LANES)])
 
 
-def _slice_length(block: Block, batch: int, itemsize: int, on_host: bool) -> int:
-    """Return how many samples make a slice: patches that fit the cache, yet rows enough for an efficient GEMM."""
+def _slice_lengths(block: Block, batch: int, itemsize: int, on_host: bool) -> tuple[int, int]:
+    """Return how many samples go through the block together, and how many of them through one GEMM.
+
+    The patches of one GEMM shall fit the cache, yet have rows enough. Element-wise operations work on the larger group:
+    short ones would leave the threads waiting for the interpreter.
+    """
     positions = block.pre_shape[0] * block.pre_shape[1]
     patch_bytes = positions * int(np.prod(block.weight_shape[:3])) * itemsize
     if not on_host:
-        return max(1, DEVICE_PATCH_BYTES // patch_bytes)
+        return batch, max(1, DEVICE_PATCH_BYTES // patch_bytes)
     length = max(1, HOST_PATCH_BYTES // patch_bytes, GEMM_ROWS // positions)
-    return min(length, -(-batch // 2))
+    group = max(length, HOST_GROUP_BYTES // (positions * block.pre_shape[2] * itemsize))
+    most = -(-batch // 2)
+    return min(group, most), min(length, most)
 
 
 def _lane_count(weight_bytes: int) -> int:
@@ -283,7 +292,7 @@ def _lane_count(weight_bytes: int) -> int:
 
 def _tiles(columns: int) -> list[slice]:
     """Cut the columns of a GEMM's result so that threads share it and packing the other factor stays cheap."""
-    return even_slices(columns, min(LANES, columns // 256))
+    return even_slices(columns, min(TILES, columns // 256))
 
 
 def _gemm(a: Array, b: Array, out: Array) -> None:

@@ -1,5 +1,6 @@
-"""The tables of a result folder, kept as text so that a checkpoint can hold them exactly."""
+"""The tables of a result folder, kept as text so that a checkpoint can hold them exactly; how its files are written."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +29,7 @@ class CsvTable:
     def restart(self, rows: list[str]) -> None:
         """Write the file anew with the given rows."""
         self.rows = rows
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(f"{line}\n" for line in (",".join(self.columns), *rows)), encoding="utf-8")
-        partial.replace(self.path)
+        write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *rows)).encode())
 
     def append(self, *values: float) -> None:
         """Add a row to the table and to the file's end."""
@@ -38,6 +37,30 @@ class CsvTable:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(row + "\n")
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file; the one of that name is replaced only when the new one is complete and on the disk.
+
+    Raises
+    ------
+    OSError
+        If the disk is full, say; the former file is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @dataclass

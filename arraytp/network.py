@@ -221,6 +221,12 @@ def block_backward(
     return dweight.reshape(block.weight_shape), dbias, dx
 
 
+def block_flops(block: Block) -> int:
+    """Return the floating-point operations of a block's affine map for one sample; its two adjoints take as many."""
+    positions = int(np.prod(block.pre_shape[:-1]))
+    return 2 * positions * int(np.prod(block.weight_shape))
+
+
 def show_shape(shape: Shape) -> str:
     """Return a shape as "28x28x1"."""
     return "x".join(map(str, shape))

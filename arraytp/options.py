@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import Discriminator
 
 ActivationName = Literal["linear", "leaky-relu", "elu", "relu", "tanh"]
 InitName = Literal["kaiming-uniform", "xavier-normal", "orthogonal"]
@@ -33,7 +34,10 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True)
 class Conv:
-    """A block convolution → activation → [max-pool]. `padding` is "same" as TensorFlow defines it, or a border width."""
+    """A block convolution → activation → [max-pool].
+
+    `padding` is "same" as TensorFlow defines it, or a border width.
+    """
 
     type: Literal["conv"] = "conv"
     channels: Size
@@ -65,7 +69,7 @@ class NetworkOptions:
     """
 
     name: Literal["fc-shallow", "fc-deep", "lenet", "vgg", "conv-imagenet"] | None = None
-    blocks: Annotated[list[Conv | Dense], MinLen(1)] | None = None
+    blocks: Annotated[list[Annotated[Conv | Dense, Discriminator("type")]], MinLen(1)] | None = None
     activation: ActivationName | None = None
     init: InitName = "kaiming-uniform"
 

@@ -113,9 +113,9 @@ def _work(queue: Iterator[Task], lock: threading.Lock, scratch: Buffers) -> None
         task(scratch)
 
 
-def slices(count: int, length: int) -> list[slice]:
-    """Cut range(count) into slices of `length`, the last one maybe shorter."""
-    return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+def slices(stop: int, length: int, start: int = 0) -> list[slice]:
+    """Cut range(start, stop) into slices of `length`, the last one maybe shorter."""
+    return [slice(first, min(first + length, stop)) for first in range(start, stop, length)]
 
 
 def even_slices(count: int, parts: int) -> list[slice]:

@@ -15,7 +15,7 @@ from arraytp.backend import array_module
 from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, Score
-from arraytp.metrics import ANGLES_COLUMNS, METRICS_COLUMNS, CsvTable, Totals
+from arraytp.metrics import ANGLES_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
 from arraytp.optim import learning_rate
 from arraytp.progress import Progress
 from arraytp.signals import StopRequest
@@ -280,9 +280,7 @@ class Run:
             "versions": {"arraytp": __version__, "python": platform.python_version(), **plan.backend.versions()},
             "device": plan.backend.device(),
         }
-        partial = self.folder / "summary.json.partial"
-        partial.write_text(json.dumps(_json_safe(summary), indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "summary.json")
+        write_file(self.folder / "summary.json", (json.dumps(_json_safe(summary), indent=2) + "\n").encode())
 
 
 def _pairs(experiment: Experiment) -> Iterator[tuple[Any, Any]]:

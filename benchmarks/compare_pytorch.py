@@ -171,7 +171,9 @@ def main() -> None:
     parser.add_argument("--json")
     arguments = parser.parse_args()
     sides = ["arraytp", "torch"] + (["torch channels-last"] if arguments.channels_last else [])
-    print(f"{'network':11} {'optimizer':9} {'side':20} {'median ms':>9} {'min ms':>8} {'peak MB':>8} {'step MB':>8} ratio")
+    print(
+        f"{'network':11} {'optimizer':9} {'side':20} {'median ms':>9} {'min ms':>8} {'peak MB':>8} {'step MB':>8} ratio"
+    )
     results = []
     for name in arguments.networks:
         for optimizer in arguments.optimizers:

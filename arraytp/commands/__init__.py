@@ -1,0 +1,1 @@
+"""The commands, one module each; `arraytp.cli` imports them when they are called."""

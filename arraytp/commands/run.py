@@ -14,6 +14,7 @@ import click
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.errors import Interrupted, UserError
 from arraytp.experiment import Plan, build_planned, plan
+from arraytp.metrics import write_file
 from arraytp.report import read_results, write_comparison, write_figures
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest
@@ -180,9 +181,7 @@ def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
 def _write_config(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "summary.json").unlink(missing_ok=True)
-    partial = job.folder / "config.yml.partial"
-    partial.write_text(dump_config(job.plan.config), encoding="utf-8")
-    partial.replace(job.folder / "config.yml")
+    write_file(job.folder / "config.yml", dump_config(job.plan.config).encode())
 
 
 def _report(batches: list[list[Job]]) -> None:

@@ -1,0 +1,1 @@
+"""Operations on arrays: pure functions, each forward beside its hand-written adjoint."""

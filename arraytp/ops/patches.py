@@ -62,7 +62,7 @@ class Window:
 
 
 def same_border(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Return the border before and after an axis for "SAME" padding as TensorFlow defines it (methods.md, section 2)."""
+    """Return the border before and after an axis for "SAME" padding as TensorFlow defines it."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from arraytp.backend import Array, Backend
 from arraytp.fused import backward
-from arraytp.network import ForwardPass, Network
+from arraytp.network import ForwardPass, Network, block_flops
 from arraytp.options import STRICT
 from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
@@ -61,3 +61,9 @@ def updates(
         )
         result.append((dweight, dbias))
     return result[::-1]
+
+
+def product_flops(options: Options, network: Network) -> int:
+    """Return the operations of the products of `updates` for one sample: two products a block, one in the first."""
+    flops = [block_flops(block) for block in network.blocks]
+    return 2 * sum(flops) - flops[0]

@@ -18,7 +18,7 @@ import numpy as np
 from arraytp.backend import Array, Backend
 from arraytp.fused import backward, product
 from arraytp.initialise import initial_weight
-from arraytp.network import ForwardPass, Network
+from arraytp.network import ForwardPass, Network, block_flops
 from arraytp.options import STRICT, InitName
 from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
@@ -63,3 +63,10 @@ def updates(
         )
         result.append((dweight, dbias))
     return result
+
+
+def product_flops(options: Options, network: Network) -> int:
+    """Return the floating-point operations of the products of `updates` for one sample: dW per block, and e B^n."""
+    classes = network.blocks[-1].out_shape[0]
+    direct = sum(2 * classes * int(np.prod(block.out_shape)) for block in network.blocks[:-1])
+    return sum(block_flops(block) for block in network.blocks) + direct

@@ -18,6 +18,7 @@ from arraytp.initialise import initial_weight
 from arraytp.network import ForwardPass, Network
 from arraytp.options import STRICT, InitName
 from arraytp.parallel import Workspace
+from arraytp.rules import bp
 from arraytp.rules.protocol import State, Updates
 
 
@@ -56,3 +57,8 @@ def updates(
         )
         result.append((dweight, dbias))
     return result[::-1]
+
+
+def product_flops(options: Options, network: Network) -> int:
+    """Return the floating-point operations of the products of `updates` for one sample: as many as BP's."""
+    return bp.product_flops(bp.Options(), network)

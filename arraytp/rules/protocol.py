@@ -1,8 +1,9 @@
-"""What a learning rule is: a module with `Options`, `init_state` and `updates`.
+"""What a learning rule is: a module with `Options`, `init_state`, `updates` and `product_flops`.
 
-    Options     frozen dataclass of the rule's settings, with `name`
-    init_state  (options, network, seed, backend) → State: the rule's own arrays (feedback weights, noise, buffers)
-    updates     (options, state, network, forward pass, ∂L/∂logits, workspace) → Updates
+    Options         frozen dataclass of the rule's settings, with `name`
+    init_state      (options, network, seed, backend) → State: the rule's own arrays (feedback weights, noise, buffers)
+    updates         (options, state, network, forward pass, ∂L/∂logits, workspace) → Updates
+    product_flops   (options, network) → floating-point operations of the matrix products of `updates`, per sample
 
 A rule returns updates and never applies them to θ. `State` is a flat map of names to arrays, so that a checkpoint can
 hold that of any rule; its names are paths such as "feedback/2/weight".

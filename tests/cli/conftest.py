@@ -1,10 +1,12 @@
 """A working directory with a toy data set and a config, and the command line called in this process."""
 
+import csv
 import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 import pytest
 
@@ -96,7 +98,9 @@ def tree(place):
     """Return every path in the working directory with its content."""
 
     def listing():
-        return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+        return {
+            str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in place.rglob("*")
+        }
 
     return listing
 
@@ -116,3 +120,27 @@ def refused(arraytp, tree):
         return outcome.err.removeprefix("arraytp: error: ").rstrip("\n")
 
     return call
+
+
+def _numbers(folder):
+    with (folder / "metrics.csv").open() as file:
+        metrics = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+    arrays = {}
+    with h5py.File(folder / "checkpoint.h5") as file:
+        for part in ("network", "rule", "optimizer"):
+            if part in file:
+                file[part].visititems(
+                    lambda name, item, part=part: (
+                        arrays.update({f"{part}/{name}": item[()].tobytes()})
+                        if isinstance(item, h5py.Dataset)
+                        else None
+                    )
+                )
+        steps = int(file["optimizer"].attrs["step"])
+    return metrics, (folder / "angles.csv").read_text(), arrays, steps
+
+
+@pytest.fixture(scope="session")
+def numbers():
+    """Return what must be the same in two equal runs: metrics but for the times, angles, every array of the state."""
+    return _numbers

@@ -18,16 +18,6 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def numbers(folder):
-    """Return what must be the same in two equal runs: all but times and the folder's name."""
-    metrics = [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.csv")]
-    arrays = {}
-    with h5py.File(folder / "checkpoint.h5") as file:
-        file.visititems(lambda name, item: arrays.update({name: item[()].tobytes()} if hasattr(item, "chunks") else {}))
-        assert arrays.pop("run/state")
-    return metrics, (folder / "angles.csv").read_text(), arrays
-
-
 def test_a_result_folder_holds_the_files_of_the_contract(arraytp, place):
     outcome = arraytp("run", "toy.yml", "--quiet", figures=True)
     folder = place / "results" / "toy"
@@ -88,7 +78,7 @@ def test_the_summary_tells_what_was_run_and_how_it_ended(arraytp, place):
     assert summary["device"]
 
 
-def test_the_stored_config_gives_the_same_run_again(arraytp, place):
+def test_the_stored_config_gives_the_same_run_again(arraytp, place, numbers):
     arraytp("run", "toy.yml", "--quiet", "--set", "data.flip=0.5", "--set", "optimizer={name: adam, lr: 0.01}")
     assert arraytp("run", "results/toy/config.yml", "--quiet", "--out", "again").status == 0
     assert numbers(place / "again") == numbers(place / "results/toy")
@@ -168,7 +158,13 @@ def test_variants_have_folders_of_their_own_and_are_compared(arraytp, place):
     outcome = arraytp("run", "variants.yml", "--quiet", figures=True)
     folder = place / "results/variants"
     assert outcome.status == 0
-    assert {path.name for path in folder.iterdir()} == {"bp", "dfa", "comparison.png", "comparison.md", "comparison.csv"}
+    assert {path.name for path in folder.iterdir()} == {
+        "bp",
+        "dfa",
+        "comparison.png",
+        "comparison.md",
+        "comparison.csv",
+    }
     assert {path.name for path in (folder / "dfa").iterdir()} == FILES | {"figures"}
     assert load_one(folder / "dfa/config.yml").rule.name == "dfa"
     assert [line.split()[:2] for line in outcome.out.splitlines() if line.startswith(("bp", "dfa"))] == [
@@ -177,7 +173,7 @@ def test_variants_have_folders_of_their_own_and_are_compared(arraytp, place):
     ]
 
 
-def test_variants_of_one_seed_start_from_the_same_weights(arraytp, place):
+def test_variants_of_one_seed_start_from_the_same_weights(arraytp, place, numbers):
     arraytp("run", "variants.yml", "--quiet", "--set", "train.epochs=0")
     bp, dfa = (numbers(place / "results/variants" / name) for name in ("bp", "dfa"))
     assert bp[0] == dfa[0]
@@ -188,9 +184,9 @@ def test_several_configs_run_after_one_another(arraytp, place):
     outcome = arraytp("run", "toy.yml", "variants.yml", "--quiet")
     assert outcome.status == 0
     assert outcome.out.endswith("results: results/toy\nresults: results/variants\n")
-    assert sorted(str(path.parent.relative_to(place / "results")) for path in place.glob("results/**/summary.json")) == [
-        "toy", "variants/bp", "variants/dfa",
-    ]  # fmt: skip
+    assert {str(path) for path in place.glob("results/**/summary.json")} == {
+        str(place / "results" / name / "summary.json") for name in ("toy", "variants/bp", "variants/dfa")
+    }
 
 
 def test_out_names_the_folder_or_with_several_configs_their_parent(arraytp, place):
@@ -222,7 +218,7 @@ def test_quiet_leaves_only_the_table(arraytp):
     ]
 
 
-def test_fresh_replaces_results_of_any_config(arraytp, place):
+def test_fresh_replaces_results_of_any_config(arraytp, place, numbers):
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=2")
     (place / "results/toy/config.yml").write_text("no: [config")
     assert arraytp("run", "toy.yml", "--quiet", "--fresh", "--set", "seed=1").status == 0
@@ -238,13 +234,13 @@ def test_resuming_a_finished_run_does_nothing_but_print_the_table(arraytp, tree)
     assert tree() == before
 
 
-def test_resuming_what_never_started_starts_it(arraytp, place):
+def test_resuming_what_never_started_starts_it(arraytp, place, numbers):
     assert arraytp("run", "toy.yml", "--quiet", "--resume").status == 0
     arraytp("run", "toy.yml", "--quiet", "--out", "plain")
     assert numbers(place / "results/toy") == numbers(place / "plain")
 
 
-def test_resuming_with_more_epochs_equals_having_asked_for_them_at_first(arraytp, place):
+def test_resuming_with_more_epochs_equals_having_asked_for_them_at_first(arraytp, place, numbers):
     arraytp("run", "toy.yml", "--quiet")
     assert arraytp("run", "toy.yml", "--quiet", "--resume", "--set", "train.epochs=3").status == 0
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=3", "--out", "whole")

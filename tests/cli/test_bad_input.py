@@ -1,0 +1,403 @@
+"""What a user gets wrong: one line that says what and what would be right, the exit status, nothing half-written."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from arraytp.train import Run
+
+
+def blocks(text):
+    return f"network={{blocks: [{text}]}}"
+
+
+SETTINGS = {
+    "a misspelt key": ("optimizer.lrr=1", ["optimizer.lrr is not a known key; did you mean lr?"]),
+    "a misspelt section": ("trian.epochs=1", ["trian is not a known key; did you mean train?"]),
+    "a misspelt rule": ("rule.name=dfaa", ["rule.name must be one of bp, fa", "did you mean dfa?"]),
+    "text for a number": ("train.epochs=many", ["train.epochs must be a whole number of at least 0", '"many"']),
+    "a fraction for a count": ("train.batch_size=1.5", ["train.batch_size must be a whole number", "1.5"]),
+    "negative epochs": ("train.epochs=-1", ["train.epochs", "at least 0", "-1"]),
+    "an empty batch": ("train.batch_size=0", ["train.batch_size", "at least 1", "0"]),
+    "an empty evaluation batch": ("train.eval_batch_size=0", ["train.eval_batch_size", "at least 1"]),
+    "a negative seed": ("seed=-1", ["seed", "at least 0", "-1"]),
+    "a negative rate": ("optimizer.lr=-0.1", ["optimizer.lr must be a number above 0", "-0.1"]),
+    "a rate that is not a number": ("optimizer.lr=.nan", ["optimizer.lr must be a finite number"]),
+    "a kernel of no size": ("network.blocks.0.kernel=0", ["network.blocks.0.kernel", "at least 1"]),
+    "no channels": ("network.blocks.0.channels=-4", ["network.blocks.0.channels", "at least 1", "-4"]),
+    "a stride of nothing": ("network.blocks.0.stride=0", ["network.blocks.0.stride", "at least 1"]),
+    "an unknown activation": (
+        "network.blocks.0.activation=relu6",
+        ["network.blocks.0.activation", "did you mean relu?"],
+    ),
+    "an unknown block": ("network.blocks.9.units=3", ["network.blocks has the entries 0 to 2; 9 is none of them"]),
+    "no equals sign": ("seed", ["--set seed: expected key.path=value"]),
+    "no key": ("=1", ["expected key.path=value"]),
+    "nothing": ("", ["expected key.path=value"]),
+    "broken YAML": ("train={epochs: ", ["not valid YAML"]),
+    "a variant that is not there": ("variants.bp.seed=1", ["NAME among the variants: none"]),
+    "a data set that is not there": ("data.dataset=nowhere", ["'nowhere'", "fashion-mnist-10k"]),
+    "a data set that is a file": ("data.dataset=toy.yml", ["'toy.yml'", "no such folder"]),
+    "a data set that is some folder": ("data.dataset=.", ["dataset.json: not found", "arraytp data pack"]),
+    "three means for one channel": (
+        "data.normalize={mean: [0, 0, 0], std: [1, 1, 1]}",
+        ["data.normalize: 3 values of mean and std", "toy need 1, one per channel"],
+    ),
+    "means without deviations": ("data.normalize={mean: [0]}", ["data.normalize.std is missing"]),
+    "a deviation of zero": ("data.normalize={mean: [0], std: [0]}", ["data.normalize.std.0", "above 0"]),
+    "no CuPy": ("backend=cupy", ["backend cupy: ", "use --backend numpy"]),
+    "a convolution after a dense block": (
+        blocks("{type: dense, units: 8}, {type: conv, channels: 2, kernel: 3}, {type: dense, units: 3}"),
+        ["block 1 (conv1)", "input 8", "cannot follow a dense block"],
+    ),
+    "a kernel larger than the image": (
+        blocks("{type: conv, channels: 2, kernel: 9}, {type: dense, units: 3}"),
+        ["block 0 (conv1)", "input 8x8x1", "9x9", "does not fit"],
+    ),
+    "a pool larger than what it pools": (
+        blocks("{type: conv, channels: 2, kernel: 3, pool: {kernel: 7, stride: 1}}, {type: dense, units: 3}"),
+        ["block 0 (conv1)", "7x7", "does not fit", "6x6"],
+    ),
+    "a pool with too wide a border": (
+        "network.blocks.0.pool={kernel: 3, stride: 1, padding: 2}",
+        ["block 0 (conv1)", "input 8x8x1", "pool padding 2", "half of its kernel 3"],
+    ),
+    "a second convolution that finds too little": (
+        blocks("{type: conv, channels: 2, kernel: 7}, {type: conv, channels: 2, kernel: 3}, {type: dense, units: 3}"),
+        ["block 1 (conv2)", "input 2x2x2", "3x3"],
+    ),
+    "a named network for larger images": ("network={name: vgg}", ["block 3 (conv4)", "input 1x1x256"]),
+    "an output that is not one per class": (
+        blocks("{type: dense, units: 8}, {type: dense, units: 10}"),
+        ["block 1 (dense2)", "output 10", "units: 3"],
+    ),
+    "an output that is an image": (
+        blocks("{type: conv, channels: 3, kernel: 8}"),
+        ["block 0 (conv1)", "output 1x1x3", "must be dense", "units: 3"],
+    ),
+    "more memory than there is": (
+        blocks("{type: dense, units: 99999999999}, {type: dense, units: 3}"),
+        ["not enough memory"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("setting", "said"), SETTINGS.values(), ids=SETTINGS)
+def test_a_wrong_setting_is_refused(refused, setting, said):
+    message = refused("run", "toy.yml", "--quiet", "--set", setting)
+    assert all(part in message for part in said), message
+
+
+ARGUMENTS = {
+    "no config": ([], ["Missing argument 'CONFIG...'", "arraytp run --help"]),
+    "a config that is not there": (["nowhere.yml"], ["nowhere.yml: no such file"]),
+    "a folder for a config": (["toy"], ["toy: is a folder; give a config file"]),
+    "one of two configs is not there": (["toy.yml", "nowhere.yml"], ["nowhere.yml: no such file"]),
+    "a config twice": (["toy.yml", "./toy.yml"], ["results/toy: two of the configs write their results here"]),
+    "two configs of one name": (["toy.yml", "sub/toy.yml", "--out", "both"], ["both/toy: two of the configs"]),
+    "going on and starting over": (["toy.yml", "--resume", "--fresh"], ["--resume and --fresh exclude each other"]),
+    "an unknown option": (["toy.yml", "--frsh"], ["'--frsh'", "--fresh"]),
+    "an unknown backend": (["toy.yml", "--backend", "torch"], ["'torch' is not one of 'numpy', 'cupy'"]),
+    "an unknown dtype": (["toy.yml", "--dtype", "float16"], ["'float16' is not one of 'float32', 'float64'"]),
+    "no CuPy": (["toy.yml", "--backend", "cupy"], ["backend cupy: ", "use --backend numpy"]),
+    "an option without its value": (["toy.yml", "--set"], ["'--set' requires an argument"]),
+    "a file for a folder": (["toy.yml", "--out", "toy.yml"], ["toy.yml: is a file; --out needs a folder"]),
+    "a folder below a file": (["toy.yml", "--out", "toy.yml/x"], ["toy.yml/x: cannot be written: Not a directory"]),
+    "no folder at all": (["toy.yml", "--out", ""], ["--out is empty; give a folder"]),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_a_wrong_argument_is_refused(refused, place, words, said):
+    (place / "sub").mkdir()
+    shutil.copy("toy.yml", "sub/toy.yml")
+    message = refused("run", *words)
+    assert all(part in message for part in said), message
+
+
+TEXTS = {
+    "an empty file": (b"", "bad.yml: empty; a config needs at least data, network, optimizer and train"),
+    "bytes": (b"name: \xff\xfe", "bad.yml:1: not UTF-8 text"),
+    "an open bracket": (b"data: {dataset: toy\n", "not valid YAML"),
+    "a tab": (b"data:\n\tdataset: toy\n", "bad.yml:2: not valid YAML: a tab where YAML wants spaces"),
+    "a key twice": (b"seed: 1\nseed: 2\n", "bad.yml:2: the key seed is given twice"),
+    "a list": (b"- 1\n", "bad.yml: must be a map of keys"),
+    "a variant in error": (b"seed: x\nvariants: {a: , b: {seed: 1}}\n", "bad.yml:1: seed must be a whole number"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), TEXTS.values(), ids=TEXTS)
+def test_a_file_that_is_no_config_is_refused(arraytp, tree, place, content, said):
+    (place / "bad.yml").write_bytes(content)
+    before = tree()
+    outcome = arraytp("run", "toy.yml", "bad.yml")
+    assert outcome.status == 2
+    assert said in outcome.err
+    assert all(line.startswith("arraytp: error: ") for line in outcome.err.splitlines())
+    assert tree() == before
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0xFF
+    path.write_bytes(content)
+
+
+def damage_pixels(folder):
+    with h5py.File(folder / "train-00002.h5") as file:
+        offset = file["images"].id.get_offset()
+    flip(folder / "train-00002.h5", offset + 77)
+
+
+def relabel(folder):
+    with h5py.File(folder / "train-00001.h5", "r+") as file:
+        file["labels"][3] = 7
+
+
+DAMAGE = {
+    "a missing shard": (
+        lambda d: (d / "train-00002.h5").unlink(),
+        ["toy/train-00002.h5: shard is missing", "rows 0 to 9"],
+    ),
+    "a truncated shard": (
+        lambda d: os.truncate(d / "train-00001.h5", 999),
+        ["train-00001.h5: shard is truncated", "rows 0 to 9"],
+    ),
+    "an empty shard": (
+        lambda d: (d / "test-00001.h5").write_bytes(b""),
+        ["test-00001.h5: shard is truncated: 0 bytes"],
+    ),
+    "damaged pixels": (damage_pixels, ["toy/train-00002.h5: rows 0 to 9 do not match their checksum"]),
+    "a label that was changed": (relabel, ["toy/train-00001.h5: rows 0 to 9 do not match their checksum"]),
+    "a shard in another's place": (
+        lambda d: shutil.copy(d / "train-00000.h5", d / "train-00001.h5"),
+        ["train-00001.h5: not the shard that dataset.json names"],
+    ),
+    "a cut dataset.json": (lambda d: os.truncate(d / "dataset.json", 99), ["toy/dataset.json: not valid JSON"]),
+    "an edited dataset.json": (
+        lambda d: (d / "dataset.json").write_text((d / "dataset.json").read_text().replace('"toy"', '"tox"')),
+        ["toy/dataset.json: its content does not match its own checksum"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("harm", "said"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_data_is_never_trained_on(refused, place, harm, said):
+    harm(place / "toy")
+    message = refused("run", "toy.yml", "--quiet")
+    assert all(part in message for part in said), message
+
+
+def test_damage_found_while_streaming_keeps_what_is_trained(arraytp, place, numbers):
+    """A streamed split is verified as it is read, so damage may show late; once repaired the run goes on."""
+    settings = ["--quiet", "--set", "data={dataset: toy, in_memory_mb: 0, pool_images: 1}"]
+    arraytp("run", "toy.yml", *settings)
+    good = (place / "toy/train-00002.h5").read_bytes()
+    damage_pixels(place / "toy")
+    more = ["--resume", "--set", "train.epochs=2"]
+    outcome = arraytp("run", "toy.yml", *settings, *more)
+    assert outcome.status == 2
+    assert outcome.err == (
+        "arraytp: error: toy/train-00002.h5: rows 0 to 9 do not match their checksum; pack the data set again\n"
+    )
+    (place / "toy/train-00002.h5").write_bytes(good)
+    assert arraytp("run", "toy.yml", *settings, *more).status == 0
+    arraytp("run", "toy.yml", *settings, "--set", "train.epochs=2", "--out", "whole")
+    assert numbers(place / "results/toy") == numbers(place / "whole")
+
+
+@pytest.mark.parametrize("splits", [("train", "spare"), ("test", "train")])
+def test_a_data_set_needs_something_to_test_on(refused, place, pack, splits):
+    pack(place / "other", splits=splits, train=0 if splits[0] == "test" else 45)
+    message = refused("run", "toy.yml", "--set", "data.dataset=other")
+    assert "needs train and one of test, val" in message
+
+
+def test_results_that_are_there_are_not_overwritten(arraytp, refused):
+    arraytp("run", "toy.yml", "--quiet")
+    message = refused("run", "toy.yml")
+    assert message == (
+        "results/toy: holds results already; --resume goes on with them, --fresh starts over, "
+        "--out takes another folder"
+    )
+
+
+def test_results_without_their_config_are_not_overwritten_either(arraytp, refused, place):
+    arraytp("run", "toy.yml", "--quiet")
+    (place / "results/toy/config.yml").unlink()
+    assert "results/toy: holds results already" in refused("run", "toy.yml")
+    assert "results/toy/config.yml: no such file; --fresh starts over" in refused("run", "toy.yml", "--resume")
+
+
+OTHERS = {
+    "seed=3": "seed is 0 there and 3 here",
+    "dtype=float64": "dtype is float32 there and float64 here",
+    "optimizer={name: adam, lr: 1}": "optimizer.name is sgd there and adam here",
+    "network.blocks.1.units=9": "network.blocks.1.units is 8 there and 9 here",
+    "train.batch_size=8": "train.batch_size is 16 there and 8 here",
+    "compare.every=7": "compare.every is 2 there and 7 here",
+}
+
+
+@pytest.mark.parametrize(("setting", "said"), OTHERS.items(), ids=OTHERS)
+def test_going_on_with_another_config_is_refused(arraytp, refused, setting, said):
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
+    message = refused("run", "toy.yml", "--resume", "--set", setting, "--set", "train.epochs=5")
+    assert message.startswith(f"results/toy: holds a run of another config ({said}); --fresh starts over")
+
+
+def test_going_on_with_fewer_epochs_is_refused(arraytp, refused):
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=2")
+    message = refused("run", "toy.yml", "--resume", "--set", "train.epochs=1")
+    assert "checkpoint.h5: is in epoch 2 already, but train.epochs is 1" in message
+
+
+def test_a_damaged_stored_config_is_named(arraytp, refused, place):
+    arraytp("run", "toy.yml", "--quiet")
+    (place / "results/toy/config.yml").write_text("seed: [")
+    message = refused("run", "toy.yml", "--resume")
+    assert message.startswith("results/toy/config.yml:1: not valid YAML")
+    assert "--fresh starts over" in message
+
+
+def replace_in(name, value):
+    def change(path):
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            if value is not None:
+                file[name] = value
+
+    return change
+
+
+def flip_weights(path):
+    with h5py.File(path) as file:
+        chunk = file["network/1/weight"].id.get_chunk_info(0)
+    flip(path, chunk.byte_offset + 5)
+
+
+def of_the_future(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 9
+
+
+CHECKPOINTS = {
+    "cut": (lambda path: os.truncate(path, 3000), "the checkpoint is damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "the checkpoint is damaged"),
+    "text": (lambda path: path.write_text("hello"), "the checkpoint is damaged"),
+    "one bit of a weight": (flip_weights, "the checkpoint is damaged"),
+    "another version": (of_the_future, "not a checkpoint of this version"),
+    "without an array": (replace_in("network/1/weight", None), "has no array network/1/weight"),
+    "without the optimiser": (replace_in("optimizer/0/0", None), "has no array optimizer/0/0"),
+    "without the rule's arrays": (replace_in("rule", None), "has no array rule/feedback/1/weight"),
+    "another shape": (
+        replace_in("network/1/weight", np.zeros((3, 8), np.float32)),
+        "array network/1/weight is float32[3, 8], expected float32[36, 8]",
+    ),
+    "another dtype": (replace_in("network/2/bias", np.zeros(3)), "is float64[3], expected float32[3]"),
+    "without a position": (replace_in("run/state", "{}"), "the checkpoint is damaged"),
+    "with a strange position": (replace_in("run/state", "[]"), "the checkpoint is damaged"),
+    "with half a position": (replace_in("run/state", '{"position": {"to'), "the checkpoint is damaged"),
+}
+
+
+@pytest.mark.parametrize(("harm", "said"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_bad_checkpoint_is_refused_and_a_fresh_start_works(arraytp, refused, place, harm, said):
+    arraytp("run", "toy.yml", "--quiet")
+    harm(place / "results/toy/checkpoint.h5")
+    message = refused("run", "toy.yml", "--quiet", "--resume", "--set", "train.epochs=2")
+    assert message.startswith("results/toy/checkpoint.h5: ")
+    assert said in message
+    assert message.endswith("--fresh starts over")
+    assert arraytp("run", "toy.yml", "--quiet", "--fresh").status == 0
+
+
+DIVERGING = {
+    "a huge rate": ["optimizer.lr=1e30"],
+    "a rate beyond the number format": ["optimizer.lr=1e300"],
+    "a huge rate for Adam": ["optimizer={name: adam, lr: 1e30}"],
+    "double precision": ["optimizer.lr=1e200", "dtype=float64"],
+    "large batches": ["optimizer.lr=1e30", "train.batch_size=45", "train.epochs=3"],
+}
+
+
+@pytest.mark.parametrize("settings", DIVERGING.values(), ids=DIVERGING)
+def test_a_run_that_diverges_says_when_and_where(arraytp, place, settings):
+    words = ["run", "toy.yml", "--quiet", *(word for setting in settings for word in ("--set", setting))]
+    outcome = arraytp(*words)
+    assert outcome.status == 1
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("arraytp: error: toy: not finite ")
+    assert " step" in outcome.err
+    assert "block " in outcome.err
+    assert "there is no checkpoint yet; a smaller optimizer.lr may help" in outcome.err
+    assert not (place / "results/toy/checkpoint.h5").exists()
+    assert not list(place.rglob("*.partial"))
+    assert arraytp(*words, "--resume") == outcome
+
+
+def test_the_first_block_that_is_not_finite_is_named(arraytp):
+    """Step 0 makes the weights huge; at step 1 the product of two such layers overflows in the second block."""
+    outcome = arraytp("run", "toy.yml", "--quiet", "--set", "optimizer.lr=1e30")
+    assert "not finite at step 1: output of block 1 (dense1)" in outcome.err
+
+
+def test_images_that_are_not_finite_are_not_blamed_on_the_learning_rate(arraytp):
+    outcome = arraytp("run", "toy.yml", "--quiet", "--set", "data.normalize={mean: [0.1], std: [1e-300]}")
+    assert outcome.status == 1
+    assert "not finite in the evaluation after 0 steps" in outcome.err
+    assert "see data.normalize" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("poison", "said"),
+    [(np.nan, "at step 3: output of block 1 (dense1)"), (np.inf, "after 6 steps: weights of block 1")],
+)
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(arraytp, place, monkeypatch, poison, said):
+    """The weights are poisoned in the second epoch; the checkpoint of the first stays and serves to go on.
+
+    Behind tanh an infinite weight leaves the outputs finite; it shows when the next checkpoint is due.
+    """
+    arraytp("run", "toy.yml", "--quiet")
+    checkpoint = place / "results/toy/checkpoint.h5"
+    before = checkpoint.read_bytes()
+    train_epoch = Run._train_epoch
+
+    def poisoned(run, *rest):
+        run.experiment.network.weights[1][0, 0] = poison
+        train_epoch(run, *rest)
+
+    words = ["run", "toy.yml", "--quiet", "--resume", "--set", "train.epochs=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train_epoch", poisoned)
+        outcome = arraytp(*words)
+    assert outcome.status == 1
+    assert f"toy: not finite {said}" in outcome.err
+    assert "the last good checkpoint is results/toy/checkpoint.h5" in outcome.err
+    assert checkpoint.read_bytes() == before
+    assert arraytp(*words).status == 0
+
+
+PROCESSES = {
+    "a missing config": (["run", "nowhere.yml"], 2),
+    "a wrong setting": (["run", "toy.yml", "--set", "optimizer.lrr=1"], 2),
+    "a diverging run": (["run", "toy.yml", "--quiet", "--set", "optimizer.lr=1e300"], 1),
+}
+
+
+@pytest.mark.parametrize(("words", "status"), PROCESSES.values(), ids=PROCESSES)
+def test_a_real_process_ends_with_the_same_status_and_one_line(place, words, status):
+    command = Path(sys.executable).with_name("arraytp")
+    if not command.exists():
+        pytest.skip("the package is not installed with its command")
+    done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("arraytp: error: ")
+    assert done.stdout == ""

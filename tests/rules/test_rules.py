@@ -1,0 +1,189 @@
+"""BP, FA and DFA against loops written from methods.md, against each other, and by hand."""
+
+import naive
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import NAMED, batch, chains, close, fitting_blocks, moved, named_blocks, random_network, rng
+from training import trainer
+
+from arraytp.backend import NUMPY
+from arraytp.network import make_network
+from arraytp.options import SGD, Dense
+from arraytp.rules import RULES
+
+ROUNDING = 1e-12
+
+
+def on(place, network, rule, threads=2, seed=0, **options):
+    return trainer(moved(network, place.put), rule, SGD(lr=0.1), place.backend, threads, seed, **options)
+
+
+def loops(rule, runner, network, x, labels, reduction, get):
+    """Return the updates of the naive twin with the rule's own feedback weights."""
+    feedback = {int(name.split("/")[1]): get(array) for name, array in runner.state.items()}
+    _, s, _ = naive.forward(network.blocks, network.weights, network.biases, x)
+    dlogits = naive.cross_entropy_gradient(s[-1], labels, reduction)
+    return naive.updates(rule, network.blocks, network.weights, network.biases, feedback, x, dlogits)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    blocks=chains(largest=5),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+@settings(max_examples=12)
+def test_updates_are_the_loops(place, rule, blocks, count, seed, reduction):
+    network, (x, labels) = random_network(blocks, seed), batch(blocks, count, seed)
+    runner = on(place, network, rule, seed=seed)
+    loss, found = runner.propose(place.put(x), place.put(labels), reduction)
+    wanted = loops(rule, runner, network, x, labels, reduction, place.get)
+    for mine, (dweight, dbias) in zip(found, wanted, strict=True):
+        close(place.get(mine[0]), dweight, ROUNDING)
+        close(place.get(mine[1]), dbias, ROUNDING)
+    logits = naive.forward(blocks, network.weights, network.biases, x)[1][-1]
+    assert float(loss) == pytest.approx(naive.cross_entropy(logits, labels, reduction), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_feedback_alignment_with_the_forward_weights_is_bp_bit_for_bit(place, name):
+    blocks = named_blocks(name)
+    network, (x, labels) = random_network(blocks), batch(blocks, 3)
+    fa, bp = on(place, network, "fa", feedback_init="kaiming-uniform"), on(place, network, "bp")
+    for n, weight in enumerate(network.weights[1:], start=1):
+        fa.state[f"feedback/{n}/weight"] = place.put(weight)
+    x, labels = place.put(x), place.put(labels)
+    for mine, exact in zip(fa.propose(x, labels)[1], bp.propose(x, labels)[1], strict=True):
+        np.testing.assert_array_equal(place.get(mine[0]), place.get(exact[0]))
+        np.testing.assert_array_equal(place.get(mine[1]), place.get(exact[1]))
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_only_the_output_block_learns_as_in_bp(rule, name):
+    blocks = named_blocks(name)
+    network, (x, labels) = random_network(blocks), batch(blocks, 3)
+    runner = trainer(network, rule, SGD(lr=0.1), NUMPY, feedback_init="kaiming-uniform")
+    bp = trainer(network, "bp", SGD(lr=0.1), NUMPY)
+    _, found = runner.propose(x, labels)
+    _, exact = bp.propose(x, labels)
+    np.testing.assert_array_equal(found[-1][0], exact[-1][0])
+    np.testing.assert_array_equal(found[-1][1], exact[-1][1])
+    for mine, reference in zip(found[:-1], exact[:-1], strict=True):
+        assert not np.allclose(mine[0], reference[0], rtol=0.1, atol=0)
+
+
+def test_direct_feedback_alignment_of_two_tanh_layers_by_hand(place):
+    """e = softmax − onehot; dW⁰ = xᵀ(e B ⊙ (1 − h²)), dW¹ = hᵀ e."""
+    blocks = fitting_blocks([Dense(units=5, activation="tanh"), Dense(units=3)], (4,))
+    network, (x, labels) = random_network(blocks), batch(blocks, 6)
+    runner = on(place, network, "dfa")
+    (w0, w1), (b0, b1) = network.weights, network.biases
+    h = np.tanh(x @ w0 + b0)
+    p = np.exp(h @ w1 + b1)
+    e = (p / p.sum(axis=1, keepdims=True) - np.eye(3)[labels]) / 6
+    delta = e @ place.get(runner.state["feedback/0/weight"]) * (1 - h**2)
+    _, found = runner.propose(place.put(x), place.put(labels))
+    for mine, wanted in zip(
+        (a for pair in found for a in pair), (x.T @ delta, delta.sum(0), h.T @ e, e.sum(0)), strict=True
+    ):
+        close(place.get(mine), wanted, ROUNDING)
+
+
+def test_feedback_alignment_of_two_tanh_layers_by_hand(place):
+    """As BP, with B¹ for W¹ on the way down: dW⁰ = xᵀ(e (B¹)ᵀ ⊙ (1 − h²))."""
+    blocks = fitting_blocks([Dense(units=5, activation="tanh"), Dense(units=3)], (4,))
+    network, (x, labels) = random_network(blocks), batch(blocks, 6)
+    runner = on(place, network, "fa")
+    (w0, w1), (b0, b1) = network.weights, network.biases
+    h = np.tanh(x @ w0 + b0)
+    p = np.exp(h @ w1 + b1)
+    e = p / p.sum(axis=1, keepdims=True) - np.eye(3)[labels]
+    delta = e @ place.get(runner.state["feedback/1/weight"]).T * (1 - h**2)
+    _, found = runner.propose(place.put(x), place.put(labels), "sum")
+    close(place.get(found[0][0]), x.T @ delta, ROUNDING)
+    close(place.get(found[0][1]), delta.sum(0), ROUNDING)
+
+
+def state_of(network, rule):
+    options = {} if rule == "bp" else {"feedback_init": "kaiming-uniform"}
+    return trainer(network, rule, SGD(lr=1), NUMPY, **options).state
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_state_holds_one_matrix_per_hidden_block(name):
+    blocks = named_blocks(name)
+    network, last = random_network(blocks), len(blocks) - 1
+    shapes = {rule: {k: v.shape for k, v in state_of(network, rule).items()} for rule in RULES}
+    assert shapes["bp"] == {}
+    assert shapes["fa"] == {f"feedback/{n}/weight": blocks[n].weight_shape for n in range(1, last + 1)}
+    classes = blocks[-1].out_shape[0]
+    assert shapes["dfa"] == {f"feedback/{n}/weight": (classes, np.prod(blocks[n].out_shape)) for n in range(last)}
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+@pytest.mark.parametrize("init", ["orthogonal", "xavier-normal", "kaiming-uniform"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_feedback_is_the_seeds_on_every_place(place, rule, init, dtype):
+    network = make_network(named_blocks("lenet"), "orthogonal", 3, dtype, place.backend)
+    host = make_network(named_blocks("lenet"), "orthogonal", 3, dtype)
+    there = trainer(network, rule, SGD(lr=1), place.backend, seed=3, feedback_init=init).state
+    here = trainer(host, rule, SGD(lr=1), NUMPY, seed=3, feedback_init=init).state
+    other = trainer(host, rule, SGD(lr=1), NUMPY, seed=4, feedback_init=init).state
+    for name, array in here.items():
+        assert there[name].dtype == dtype
+        np.testing.assert_array_equal(place.get(there[name]), array)
+        assert not np.array_equal(other[name], array)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "xavier-normal", "kaiming-uniform"])
+def test_no_feedback_matrix_is_a_forward_weight(init):
+    """Published code seeds B of layer k like W of layer k + 1, so that equal shapes give equal matrices."""
+    blocks = fitting_blocks([Dense(units=6) for _ in range(4)], (6,))
+    network = make_network(blocks, init, 0, "float64")
+    drawn = [*network.weights]
+    for rule in ("fa", "dfa"):
+        found = list(trainer(network, rule, SGD(lr=1), NUMPY, feedback_init=init).state.values())
+        drawn += [b for b in found if b.shape == (6, 6)] if rule == "fa" else []
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            # Unrelated 6 × 6 matrices have a correlation of about 1/6.
+            assert abs(np.vdot(a, b)) < 0.9 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_writes_neither_to_the_network_nor_to_its_state(rule):
+    blocks = named_blocks("lenet")
+    network, (x, labels) = random_network(blocks), batch(blocks, 3)
+    runner = trainer(network, rule, SGD(lr=1), NUMPY)
+    watched = [*network.weights, *network.biases, *runner.state.values(), x]
+    kept = [array.copy() for array in watched]
+    runner.propose(x, labels)
+    for array, before in zip(watched, kept, strict=True):
+        np.testing.assert_array_equal(array, before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_updates_of_a_batch_are_the_sum_of_its_samples(rule):
+    """With the loss summed, samples do not know of each other."""
+    blocks = named_blocks("lenet")
+    network, (x, labels) = random_network(blocks), batch(blocks, 4)
+    runner = trainer(network, rule, SGD(lr=1), NUMPY)
+    alone = [[array.copy() for pair in runner.propose(x[b : b + 1], labels[b : b + 1], "sum")[1] for array in pair]
+             for b in range(4)]  # fmt: skip
+    _, together = runner.propose(x, labels, "sum")
+    for n, array in enumerate(a for pair in together for a in pair):
+        close(array, sum(found[n] for found in alone), ROUNDING)
+
+
+def test_feedback_alignment_learns():
+    """After 60 steps on one batch the loss is a tenth; random feedback is enough (Lillicrap et al.)."""
+    blocks = fitting_blocks([Dense(units=40, activation="tanh"), Dense(units=4)], (10,))
+    for rule in RULES:
+        x, labels = rng(1).standard_normal((12, 10)), np.arange(12) % 4
+        runner = trainer(random_network(blocks), rule, SGD(lr=0.3, momentum=0.9), NUMPY)
+        losses = [float(runner.step(x, labels)) for _ in range(60)]
+        assert losses[-1] < 0.1 * losses[0]

@@ -1,0 +1,161 @@
+"""Short runs of whole experiments: the device double trains as NumPy does, and a checkpoint brings back every bit."""
+
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import strict_device
+
+from arraytp.backend import Backend
+from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
+from arraytp.config import parse_config
+from arraytp.data.writer import Description, writing
+from arraytp.errors import UserError
+from arraytp.experiment import build, parameters
+from arraytp.signals import StopRequest
+from arraytp.train import Run
+
+RULES = ("bp", "fa", "dfa")
+OPTIMIZERS = {
+    "sgd": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
+    "adam": {"name": "adam", "lr": 1e-3, "epsilon_form": "keras"},
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """90 training and 30 test images of shape (8, 7, 2) in 6 classes."""
+    folder = tmp_path_factory.mktemp("images") / "data"
+    generator = np.random.default_rng(5)
+    description = Description("tiny", (8, 7, 2), tuple(f"class {n}" for n in range(6)))
+    with writing(folder, description) as writer:
+        for split, count in (("train", 90), ("test", 30)):
+            images = generator.integers(0, 256, (count, 8, 7, 2), dtype=np.uint8)
+            writer.add(split, images, generator.integers(0, 6, count))
+    return folder
+
+
+def config(dataset, rule="bp", optimizer="sgd", dtype="float64"):
+    tree = {
+        "name": "short",
+        "dtype": dtype,
+        "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
+        "network": {"name": "lenet"},
+        "rule": {"name": rule},
+        "optimizer": OPTIMIZERS[optimizer],
+        "schedule": {"name": "cosine", "t_max": 3},
+        "train": {"epochs": 1, "batch_size": 16},
+        "compare": {"every": 2},
+    }
+    return parse_config(tree).variants[""]
+
+
+def train(experiment, steps, epoch=0):
+    """Train and return the losses, as numbers."""
+    losses = []
+    with closing(experiment.train_loader.batches(epoch)) as batches:
+        for _, (images, labels) in zip(range(steps), batches, strict=False):
+            losses.append(float(experiment.step(images, labels, epoch).loss))
+    return losses
+
+
+def state_of(experiment):
+    arrays = [*parameters(experiment.network), *experiment.rule_state.values()]
+    arrays += [moment for moments in experiment.optimizer_state.moments for moment in moments]
+    return [experiment.plan.backend.to_host(array) for array in arrays]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_device_trains_as_the_host_does(device, dataset, rule, optimizer):
+    """Augmentation included; double precision, where the two orders of summation differ by 1e-12 after four steps."""
+    there, here = (build(config(dataset, rule, optimizer), backend) for backend in (device.backend, None))
+    np.testing.assert_allclose(train(there, 4), train(here, 4), rtol=1e-9)
+    for mine, wanted in zip(state_of(there), state_of(here), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-6, atol=1e-9)
+    for mine, wanted in zip(there.compare(), here.compare(), strict=True):
+        assert mine.angle_deg == pytest.approx(wanted.angle_deg, abs=1e-5)
+        assert mine.distance == pytest.approx(wanted.distance, rel=1e-6, abs=1e-9)
+    totals = [sum(x.plan.backend.to_host(score.totals) for score in x.evaluate()) for x in (there, here)]
+    np.testing.assert_allclose(*totals, rtol=1e-9)
+    assert all(all_finite(there.network))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_on_a_device_reads_nothing_back(dataset, rule):
+    """Each read would make the host wait for the device."""
+    experiment = build(config(dataset, rule), Backend("strict", strict_device))
+    with closing(experiment.train_loader.batches(0)) as batches:
+        experiment.step(*next(batches))
+        before = strict_device.reads.total()
+        experiment.step(*next(batches))
+        assert strict_device.reads.total() == before
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_checkpoint_brings_back_every_bit(place, dataset, tmp_path, rule, optimizer):
+    first, second = (build(config(dataset, rule, optimizer, "float32"), place.backend) for _ in range(2))
+    train(first, 3)
+    write_checkpoint(tmp_path / "checkpoint.h5", first, {"position": {"step": 3}, "loss": 0.1})
+    kept = [array.copy() for array in state_of(first)]
+    after = train(first, 3, epoch=1)
+    assert read_checkpoint(tmp_path / "checkpoint.h5", second) == {"position": {"step": 3}, "loss": 0.1}
+    assert second.optimizer_state.step == 3
+    for mine, wanted in zip(state_of(second), kept, strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+    assert train(second, 3, epoch=1) == after
+    for mine, wanted in zip(state_of(second), state_of(first), strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+
+
+def test_a_checkpoint_of_a_device_is_read_on_the_host(device, dataset, tmp_path):
+    there, here = build(config(dataset, "fa"), device.backend), build(config(dataset, "fa"))
+    train(there, 2)
+    write_checkpoint(tmp_path / "checkpoint.h5", there, {})
+    read_checkpoint(tmp_path / "checkpoint.h5", here)
+    for mine, wanted in zip(state_of(here), state_of(there), strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+
+
+@pytest.mark.parametrize(
+    ("other", "error"), [({"rule": "dfa"}, "has no array rule/feedback/0"), ({"dtype": "float32"}, "expected float32")]
+)
+def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path, other, error):
+    first = build(config(dataset, "bp"))
+    write_checkpoint(tmp_path / "checkpoint.h5", first, {})
+    second = build(replace(config(dataset), **vars(config(dataset, **other))))
+    before = [array.copy() for array in state_of(second)]
+    with pytest.raises(UserError, match=error):
+        read_checkpoint(tmp_path / "checkpoint.h5", second)
+    for array, kept in zip(state_of(second), before, strict=True):
+        np.testing.assert_array_equal(array, kept)
+
+
+def test_the_loop_runs_on_a_device(device, dataset, tmp_path):
+    """An epoch with angles, evaluation, checkpoint and summary; its table is the host's to rounding."""
+    tables = {}
+    for backend in (device.backend, None):
+        folder = tmp_path / str(backend and backend.name)
+        folder.mkdir()
+        run = Run(build(config(dataset, "fa"), backend), folder, "short", quiet=True)
+        run.start()
+        run.train(StopRequest())
+        rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+        tables[backend] = np.array([[*row[:1], *row[2:]] for row in rows], float)
+        assert (folder / "summary.json").exists()
+        assert len((folder / "angles.csv").read_text().splitlines()) == 1 + 3 * 4
+    np.testing.assert_allclose(*tables.values(), rtol=1e-8)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(dataset):
+    runs = [train(build(replace(config(dataset), seed=seed)), 3) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_host_images_are_refused_by_a_device(dataset):
+    experiment = build(config(dataset), Backend("strict", strict_device))
+    with pytest.raises(TypeError, match="device array"):
+        experiment.step(np.zeros((2, 8, 7, 2)), np.zeros(2, np.int64))

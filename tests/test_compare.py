@@ -1,0 +1,63 @@
+"""Angles and relative distances that are known, and NaN where there is none."""
+
+import math
+
+import numpy as np
+import pytest
+from samples import rng
+
+from arraytp.compare import angle_degrees, relative_distance
+
+
+@pytest.mark.parametrize("degrees", [0, 1, 30, 45, 60, 90, 120, 179, 180])
+def test_the_angle_of_two_vectors_in_a_plane(place, degrees):
+    """The arc cosine loses half the digits near 0 and 180 degrees: 1e-8 radians there."""
+    a = np.array([[3.0, 0.0]])
+    b = 7 * np.array([[math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]])
+    assert angle_degrees(place.put(a), place.put(b)) == pytest.approx(degrees, abs=2e-6)
+
+
+def test_the_angle_does_not_depend_on_length_or_order():
+    a, b = rng(1).standard_normal((3, 3, 2, 4)), rng(2).standard_normal((3, 3, 2, 4))
+    assert angle_degrees(a, b) == pytest.approx(angle_degrees(1e-6 * b, 1e6 * a), rel=1e-12)
+
+
+def test_equal_arrays_have_no_angle_even_where_rounding_exceeds_one(place):
+    for seed in range(20):
+        a = place.put(rng(seed).standard_normal(1000).astype(np.float32))
+        assert angle_degrees(a, a) == pytest.approx(0, abs=2e-6)
+        assert angle_degrees(a, -a) == pytest.approx(180, abs=2e-6)
+
+
+def test_single_precision_is_measured_in_double():
+    """Squares of 1e30 overflow float32, and of 1e-30 vanish."""
+    for size in (1e30, 1e-30):
+        a, b = np.array([size, 0], np.float32), np.array([size, size], np.float32)
+        assert angle_degrees(a, b) == pytest.approx(45, abs=1e-5)
+        assert relative_distance(a, b) == pytest.approx(math.sqrt(0.5), rel=1e-6)
+
+
+def test_the_distance_is_relative_to_the_second(place):
+    a, b = place.put(np.array([3.0, 4.0])), place.put(np.array([0.0, 2.0]))
+    assert relative_distance(a, b) == pytest.approx(math.sqrt(13) / 2, rel=1e-15)
+    assert relative_distance(b, a) == pytest.approx(math.sqrt(13) / 5, rel=1e-15)
+    assert relative_distance(a, a) == 0
+
+
+@pytest.mark.parametrize("bad", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+def test_an_undefined_angle_is_nan(place, bad):
+    good, bad = place.put(np.array([1.0, 2.0])), place.put(np.array(bad))
+    assert math.isnan(angle_degrees(good, bad))
+    assert math.isnan(angle_degrees(bad, good))
+    assert math.isnan(relative_distance(good, bad))
+
+
+def test_the_distance_of_zero_from_something_is_one():
+    assert relative_distance(np.zeros(3), np.ones(3)) == 1
+    assert math.isnan(relative_distance(np.array([math.nan]), np.ones(1)))
+
+
+def test_arrays_of_two_places_are_refused(device):
+    host = np.ones(3)
+    with pytest.raises(TypeError, match=r"arrays of \w+ and \w+ cannot be mixed"):
+        angle_degrees(host, device.put(host))

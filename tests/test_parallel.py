@@ -1,0 +1,102 @@
+"""Tasks, slices and buffers."""
+
+import threading
+
+import numpy as np
+import pytest
+import strict_device
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arraytp.backend import NUMPY, Backend
+from arraytp.parallel import Buffers, Workspace, default_threads, even_slices, slices
+
+
+@given(count=st.integers(0, 50), length=st.integers(1, 20))
+def test_slices_cover_everything_once_in_order(count, length):
+    found = slices(count, length)
+    assert [i for part in found for i in range(count)[part]] == list(range(count))
+    assert all(part.stop - part.start == length for part in found[:-1])
+
+
+@given(count=st.integers(1, 50), parts=st.integers(0, 20))
+def test_even_slices_cover_everything_once_with_lengths_that_differ_by_one(count, parts):
+    found = even_slices(count, parts)
+    assert [i for part in found for i in range(count)[part]] == list(range(count))
+    lengths = {part.stop - part.start for part in found}
+    assert max(lengths) - min(lengths) <= 1
+    assert len(found) == max(1, min(parts, count))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_task_runs_once_with_scratch_of_its_own(threads):
+    workspace, done, lock = Workspace(threads=threads), [], threading.Lock()
+
+    def task(number):
+        def run(scratch):
+            own = scratch.array("own", (1000,), float)
+            own.fill(number)
+            with lock:
+                done.append((number, own.sum() == 1000 * number))
+
+        return run
+
+    workspace.run([task(n) for n in range(20)])
+    assert sorted(done) == [(n, True) for n in range(20)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_a_task_reaches_the_caller_and_the_workspace_goes_on(threads):
+    workspace, done = Workspace(threads=threads), []
+
+    def bad(scratch):
+        raise FloatingPointError("bad task")
+
+    with pytest.raises(FloatingPointError, match="bad task"):
+        workspace.run([bad, bad, bad])
+    workspace.run([lambda scratch: done.append(1)] * 4)
+    assert done == [1] * 4
+
+
+def test_no_tasks_are_no_error():
+    Workspace(threads=2).run([])
+
+
+def test_a_device_runs_tasks_in_order_on_one_thread():
+    workspace, order = Workspace(Backend("strict", strict_device), threads=4), []
+    assert workspace.threads == 1
+    workspace.run([lambda scratch, n=n: order.append((n, threading.current_thread())) for n in range(5)])
+    assert order == [(n, threading.main_thread()) for n in range(5)]
+
+
+def test_a_buffer_is_made_once_and_grows_when_it_must():
+    buffers = Buffers(NUMPY)
+    first = buffers.array("a", (4, 5), np.float32)
+    assert np.shares_memory(buffers.array("a", (2, 5), np.float32), first)
+    assert not np.shares_memory(buffers.array("b", (4, 5), np.float32), first)
+    assert not np.shares_memory(buffers.array("a", (4, 5), np.float64), first)
+    assert buffers.nbytes() == 80 + 80 + 160
+    assert buffers.array("a", (3, 10), np.float32).flags.c_contiguous
+    assert buffers.nbytes() == 120 + 80 + 160
+
+
+def test_a_filled_buffer_keeps_its_border():
+    buffers = Buffers(NUMPY)
+    array = buffers.filled("a", (2, 4, 4), float, -np.inf)
+    array[:, 1:3, 1:3] = 5
+    again = buffers.filled("a", (2, 4, 4), float, -np.inf)
+    assert np.shares_memory(again, array)
+    again[:, 1:3, 1:3] = -np.inf
+    assert (again == -np.inf).all()
+    assert not np.shares_memory(buffers.filled("a", (2, 4, 4), float, 0.0), array)
+    assert (buffers.filled("a", (5, 4, 4), float, -np.inf) == -np.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("3", 3), ("1", 1), ("0", None), ("", None), ("many", None), ("2,1", None)]
+)
+def test_the_number_of_threads_is_that_of_openmp_or_the_cores(monkeypatch, value, wanted):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(7))
+    assert default_threads() == (wanted or 7)
+    assert Workspace(threads=2).threads == 2
