@@ -74,8 +74,8 @@ class Train:
 
     epochs: Annotated[Border, Field(examples=[10])]
     batch_size: Annotated[Size, Field(examples=[128])]
-    eval_batch_size: Size = 1000
-    checkpoint_minutes: Positive = 10.0
+    eval_batch_size: Size = 256
+    checkpoint_minutes: Positive = 2.0
 
     __pydantic_config__ = STRICT
 

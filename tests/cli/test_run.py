@@ -88,7 +88,7 @@ def test_the_stored_config_gives_the_same_run_again(arraytp, place, numbers):
 def test_the_stored_config_has_every_default_filled_in(arraytp, place):
     arraytp("run", "toy.yml", "--quiet")
     stored = (place / "results/toy/config.yml").read_text()
-    for key in ("seed: 0", "dtype: float32", "normalize: dataset", "weight_decay: 0.0", "checkpoint_minutes: 10.0"):
+    for key in ("seed: 0", "dtype: float32", "normalize: dataset", "weight_decay: 0.0", "checkpoint_minutes: 2.0"):
         assert key in stored
 
 

@@ -23,6 +23,7 @@ from samples import (
 
 from arraytp import fused
 from arraytp.architectures import plan_network
+from arraytp.backend import NUMPY
 from arraytp.network import block_backward
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
 from arraytp.parallel import Workspace
@@ -128,13 +129,13 @@ def test_the_number_of_threads_changes_no_bit(name, count):
     assert found[1] == found[2] == found[3]
 
 
-def test_slices_and_lanes_of_every_length_add_up(monkeypatch):
-    """Small limits cut a small batch into many slices; the last one is shorter."""
-    monkeypatch.setattr(fused, "HOST_PATCH_BYTES", 1)
-    monkeypatch.setattr(fused, "GEMM_ROWS", 60)
-    monkeypatch.setattr(fused, "DEVICE_PATCH_BYTES", 50_000)
+@pytest.mark.parametrize(("group", "patches", "rows"), [(1, 1, 60), (1, 1, 1), (30_000, 1, 1), (30_000, 14_000, 1)])
+def test_slices_and_lanes_of_every_length_add_up(monkeypatch, group, patches, rows):
+    """Small limits cut a small batch into many slices, some of them within larger groups; the last ones are shorter."""
+    for name, limit in {"HOST_GROUP_BYTES": group, "HOST_PATCH_BYTES": patches, "GEMM_ROWS": rows}.items():
+        monkeypatch.setattr(fused, name, limit)
     blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)
-    place = SimpleNamespace(put=np.array, get=np.asarray, backend=Workspace().backend)
+    place = SimpleNamespace(put=np.array, get=np.asarray, backend=NUMPY)
     for count in (1, 2, 7, 13):
         check_network(place, blocks, count, count, threads=3)
 

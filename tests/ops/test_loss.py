@@ -51,12 +51,12 @@ def test_equal_logits_cost_the_logarithm_of_the_number_of_classes():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_large_logits_neither_overflow_nor_lose_the_loss(place, dtype):
-    logits = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0]], dtype)
-    loss, cache = cross_entropy_forward(place.put(logits), place.put(np.array([0, 0])), "sum")
+    logits = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [-3e4, -2e4, -4e4]], dtype)
+    loss, cache = cross_entropy_forward(place.put(logits), place.put(np.array([0, 0, 1])), "sum")
     assert float(loss) == 2e4
     dlogits = cross_entropy_backward(cache, "sum")
     assert dlogits.dtype == loss.dtype == dtype
-    np.testing.assert_array_equal(place.get(dlogits), [[0, 0, 0], [-1, 1, 0]])
+    np.testing.assert_array_equal(place.get(dlogits), [[0, 0, 0], [-1, 1, 0], [0, 0, 0]])
 
 
 def test_a_sum_is_the_batch_size_times_the_mean():

@@ -9,10 +9,11 @@ import strict_device
 
 from arraytp.backend import Backend
 from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
-from arraytp.config import parse_config
+from arraytp.config import Loss, parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
 from arraytp.experiment import build, parameters
+from arraytp.fused import forward
 from arraytp.signals import StopRequest
 from arraytp.train import Run
 
@@ -147,6 +148,23 @@ def test_the_loop_runs_on_a_device(device, dataset, tmp_path):
         assert (folder / "summary.json").exists()
         assert len((folder / "angles.csv").read_text().splitlines()) == 1 + 3 * 4
     np.testing.assert_allclose(*tables.values(), rtol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_score_holds_the_sum_of_losses_and_the_counts_of_hits(dataset, reduction):
+    """Six classes: a label is among the first five unless it comes last."""
+    experiment = build(replace(config(dataset), loss=Loss(reduction=reduction)))
+    with closing(experiment.train_loader.batches(0)) as batches:
+        images, labels = next(batches)
+    logits = forward(experiment.network, images, experiment.workspace).logits
+    labels = np.concatenate([logits[:4].argmax(axis=1), logits[4:6].argmin(axis=1), labels[6:]])
+    score = experiment.score(images, labels)
+    logits = forward(experiment.network, images, experiment.workspace).logits
+    own = np.exp(logits)[np.arange(len(labels)), labels] / np.exp(logits).sum(axis=1)
+    places = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
+    np.testing.assert_allclose(score.totals, [-np.log(own).sum(), (places == 0).sum(), (places < 5).sum()], rtol=1e-12)
+    assert 0 < score.totals[1] < score.totals[2] < score.images == 16
+    assert float(score.loss) == pytest.approx(-np.log(own).sum() / (16 if reduction == "mean" else 1), rel=1e-12)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(dataset):

@@ -1,0 +1,231 @@
+"""One-line mistakes that the tests must notice: each is made in a copy of the package, and its tests must fail there."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Mutation(NamedTuple):
+    """A mistake: `old` occurs once in arraytp/`file` and becomes `new`; one of `tests` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _in(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutation]:
+    return [Mutation(file, old, new, tuple(tests.split())) for old, new in changes]
+
+
+MUTATIONS = [
+    *_in(
+        "ops/activations.py",
+        "ops/test_activations.py",
+        ("LEAKY_SLOPE = 0.1", "LEAKY_SLOPE = 0.01"),
+        ("u *= z.dtype.type(0.5)", "u *= z.dtype.type(0.25)"),
+        ("    u += u\n", "    u += 0\n"),
+        ("xp.maximum(s >= 0, ", "xp.maximum(s > 0, "),
+        ("(s > 0).astype(s.dtype)", "(s >= 0).astype(s.dtype)"),
+        ("one - s * s", "one - s"),
+        ("xp.minimum(s, s.dtype.type(0)) + one", "xp.minimum(s, s.dtype.type(0))"),
+    ),
+    *_in(
+        "ops/conv.py",
+        "ops/test_conv.py",
+        ("as_matrix(weight) + bias, patches", "as_matrix(weight), patches"),
+        ("@ rows, rows.sum(axis=0)", "@ rows, rows.mean(axis=0)"),
+        ("weight[::-1, ::-1]", "weight[::-1]"),
+        ("transpose(0, 1, 3, 2)", "transpose(1, 0, 3, 2)"),
+        ("bottom=k - 1 - window.bottom", "bottom=k - 1 - window.top"),
+        ("left=k - 1 - window.left", "left=k - window.left"),
+        ("border < window.kernel", "border <= window.kernel"),
+        ("window.stride == 1 and border", "border"),
+    ),
+    *_in(
+        "ops/dense.py",
+        "ops/test_dense.py",
+        ("x @ weight + bias", "x @ weight"),
+        ("dz.sum(axis=0)", "dz.mean(axis=0)"),
+        ("dz @ weight.T", "-dz @ weight.T"),
+    ),
+    *_in(
+        "ops/loss.py",
+        "ops/test_loss.py",
+        ("logits.max(axis=1, keepdims=True)", "logits.max()"),
+        ("loss / loss.dtype.type(len(labels))", "loss / loss.dtype.type(logits.shape[1])"),
+        ("labels] -= dlogits", "labels] += dlogits"),
+        ("dlogits /= dlogits.dtype.type(len(labels))", "dlogits /= dlogits.dtype.type(1)"),
+        ("[None, :] < labels[:, None]", "[None, :] > labels[:, None]"),
+        ("(logits > own)", "(logits >= own)"),
+    ),
+    *_in(
+        "ops/patches.py",
+        "ops/test_patches.py ops/test_conv.py",
+        ("return total // 2, total - total // 2", "return total - total // 2, total // 2"),
+        ("-(-size // stride) - 1", "size // stride - 1"),
+        ("self.left + self.width + self.right - self.kernel) // self.stride + 1",
+         "self.left + self.width + self.right - self.kernel + 1) // self.stride"),
+        ("slice(j, j + self.stride", "slice(i, i + self.stride"),
+        ("slice(self.left, self.left + self.width)", "slice(self.top, self.top + self.width)"),
+        ("fields[:, :, :, i, j]", "fields[:, :, :, j, i]"),
+        ("] += fields", "] = fields"),
+        ("    bordered.fill(0)\n", ""),
+        ("stride * pixel, row, element)", "stride * pixel, pixel, element)"),
+        ("top = bottom = left = right = padding", "top = bottom = left = right = 0"),
+    ),
+    *_in(
+        "ops/pool.py",
+        "ops/test_pool.py",
+        ("xp.arange(k * k, 0, -1, dtype=xp.uint8)", "xp.arange(1, k * k + 1, dtype=xp.uint8)"),
+        ("value=-xp.inf", "value=0.0"),
+        ("] += dout * chosen", "] = dout * chosen"),
+        ("(rows - window.top) * window.width", "rows * window.width"),
+        ("window.stride * np.arange(window.out_width)", "np.arange(window.out_width)"),
+        ("stride * row, stride * pixel, channel)", "stride * pixel, stride * row, channel)"),
+        ("out.fill(0)", "pass"),
+    ),
+    *_in(
+        "network.py",
+        "network/test_gradients.py",
+        ("activation_backward(df, activation_forward(z, block.activation), block.activation)",
+         "activation_backward(df, z, block.activation)"),
+        ("df = ds if index is None", "df = -ds if index is None"),
+    ),
+    *_in(
+        "fused.py",
+        "network/test_fused.py",
+        ("        s += bias\n", "        s += 0\n"),
+        ("        z += bias[part]\n", "        z += 0\n"),
+        ("lane_weight[number] += share", "lane_weight[number] = share"),
+        ("lane_bias[number] += dz_bias", "lane_bias[number] = dz_bias"),
+        ("x.dtype, -np.inf)", "x.dtype, 0.0)"),
+        ("lanes[:, part].sum(axis=0, out=out[part])", "lanes[:1, part].sum(axis=0, out=out[part])"),
+        ("_lane_count(dweight.nbytes))", "workspace.threads)"),
+        ("feedback[part].T, dx", "feedback[part].T * 0.5, dx"),
+        ("into_input(dz[inner], dx[part][inner], scratch)", "into_input(dz[inner], dx[part][: len(dz[inner])], scratch)"),
+        ("_patches(block, x[part][inner], scratch)\n                _gemm(patches.T", "_patches(block, x[part][: len(dz[inner])], scratch)\n                _gemm(patches.T"),
+    ),
+    *_in(
+        "rules/bp.py",
+        "rules/test_rules.py",
+        ("network.weights[n] if n > 0", "-network.weights[n] if n > 0"),
+        ("return result[::-1]", "return result"),
+    ),
+    *_in(
+        "rules/fa.py",
+        "rules/test_rules.py",
+        ('state[f"feedback/{n}/weight"] if n > 0', "network.weights[n] if n > 0"),
+        ('seed, "feedback", n)', 'seed, "init", n)'),
+        ("start=1", "start=0"),
+    ),
+    *_in(
+        "rules/dfa.py",
+        "rules/test_rules.py",
+        ("if n == last:", "if n == 0:"),
+        ('seed, "feedback", n)', "0, \"feedback\", n)"),
+        ('product(dlogits, state', 'product(-dlogits, state'),
+    ),
+    *_in(
+        "optim.py",
+        "optim/test_optimizers.py",
+        ("        v += g\n", "        v += g * number(1 - optimizer.momentum)\n"),
+        ("        g = v\n", ""),
+        ("        decayed += g\n", "        decayed -= g\n"),
+        ("math.sqrt(1 - optimizer.beta2**step)", "1 - optimizer.beta2**step"),
+        ("work *= number(1 / correction2)", "work *= number(1)"),
+        ("rate = lr * correction2 / correction1", "rate = lr / correction1"),
+        ("rate = lr / correction1", "rate = lr"),
+        ("    work += number(optimizer.epsilon)\n", ""),
+        ("m *= number(optimizer.beta1)", "m *= number(optimizer.beta2)"),
+        ("work *= number(1 - optimizer.beta2)", "work *= number(1 - optimizer.beta1)"),
+        ("state.step += 1", "state.step += 2"),
+        ("epoch / schedule.t_max)) / 2", "epoch / schedule.t_max))"),
+        ("math.pi * epoch / schedule.t_max", "math.pi * min(epoch / schedule.t_max, 1)"),
+        ("(lr - schedule.eta_min)", "lr"),
+    ),
+    *_in(
+        "initialise.py",
+        "test_initialise.py rules/test_rules.py",
+        ("generator.uniform(-1, 1, shape) / math.sqrt(fan_in)", "generator.uniform(-1, 1, shape) / fan_in"),
+        ("math.sqrt(2 / (fan_in + fan_out))", "math.sqrt(2 / fan_in)"),
+        ("np.where(np.diag(r) < 0, -1.0, 1.0)", "1.0"),
+        ("math.sqrt(fans(shape)[0])", "math.sqrt(fans(shape)[1])"),
+        ("stream(seed, purpose, *key, 1)", "stream(seed, purpose, *key, 0)"),
+        ("taps * shape[-2], taps * shape[-1]", "shape[-2], shape[-1]"),
+    ),
+    *_in(
+        "compare.py",
+        "test_compare.py",
+        ("np.clip(float(xp.multiply(u, v).sum()) / norms, -1.0, 1.0)", "float(xp.multiply(u, v).sum()) / norms"),
+        ("_norm(u - v), _norm(v)", "_norm(u - v), _norm(u)"),
+        ("np.degrees(", "float("),
+        ("if not norms > 0", "if norms < 0"),
+    ),
+    *_in(
+        "streams.py",
+        "test_streams.py test_initialise.py",
+        ('"feedback": 1', '"feedback": 0'),
+        ("spawn_key=(_PURPOSES[purpose], *key)", "spawn_key=(_PURPOSES[purpose], len(key))"),
+    ),
+    *_in(
+        "parallel.py",
+        "test_parallel.py network/test_memory.py",
+        ("flat is None or flat.size < size", "True"),
+        ("min(first + length, stop)", "first + length"),
+    ),
+    *_in(
+        "experiment.py",
+        "rules/test_training.py",
+        ("(rank < 5)", "(rank < 4)"),
+        ('summed = loss * len(labels) if reduction == "mean"', 'summed = loss * len(labels) if reduction == "sum"'),
+    ),
+    *_in(
+        "checkpoint.py",
+        "rules/test_training.py",
+        ("    experiment.optimizer_state.step = step\n", ""),
+        ("for i, moment in enumerate(moments):", "for i, moment in enumerate(moments[:1]):"),
+    ),
+]  # fmt: skip
+
+
+def _name(mutation: Mutation) -> str:
+    return f"{mutation.file}: {mutation.old.strip()} -> {mutation.new.strip()}"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=_name)
+def test_each_mutation_changes_one_place(mutation):
+    """When the code changes, its mutations have to follow."""
+    assert (ROOT / "arraytp" / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
+    assert all((ROOT / "tests" / test).exists() for test in mutation.tests)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutated")
+    for part in ("arraytp", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "mutations"))
+    shutil.copy(ROOT / "setup.cfg", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=_name)
+def test_each_mutation_is_noticed(copy, mutation):
+    file = copy / "arraytp" / mutation.file
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        tests = [f"tests/{test}" for test in mutation.tests]
+        command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        found = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    finally:
+        file.write_text(whole, encoding="utf-8")
+    # 1: a test failed; anything else (collection errors, none failed) proves nothing.
+    assert found.returncode == 1, found.stdout[-2000:]

@@ -1,0 +1,249 @@
+"""The package from Python: load a config, build, step, read the arrays; rules and ops one by one."""
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arraytp import experiment
+from arraytp.backend import NUMPY
+from arraytp.compare import angle_degrees, relative_distance
+from arraytp.config import load_one, parse_config
+from arraytp.errors import UserError
+from arraytp.fused import forward
+from arraytp.network import make_network, plan_blocks
+from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
+from arraytp.options import Dense
+from arraytp.parallel import Workspace
+from arraytp.rules import RULES, bp, fa
+
+QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.yml"
+
+
+def small(**sections):
+    tree = {
+        "data": {"dataset": "fashion-mnist-10k", "in_memory_mb": 0, "pool_images": 256},
+        "network": {"blocks": [{"type": "dense", "units": 12, "activation": "tanh"}, {"type": "dense", "units": 10}]},
+        "rule": {"name": "fa"},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "train": {"epochs": 1, "batch_size": 32, "eval_batch_size": 500},
+    }
+    return parse_config({**tree, **sections}).variants[""]
+
+
+@pytest.fixture
+def batch():
+    """Return an experiment and its first training batch, copied so that it stays."""
+
+    def make(config):
+        made = experiment.build(config)
+        with closing(made.train_loader.batches(0)) as batches:
+            images, labels = next(batches)
+            return made, images.copy(), labels.copy()
+
+    return make
+
+
+def test_the_quickstart_steps_from_python():
+    made = experiment.build(load_one(QUICKSTART, ["data.in_memory_mb=0", "train.batch_size=16"], variant="fa"))
+    before = [weight.copy() for weight in made.network.weights]
+    with closing(made.train_loader.batches(0)) as batches:
+        images, labels = next(batches)
+        score = made.step(images, labels)
+    assert images.shape == (16, 28, 28, 1)
+    assert score.images == 16
+    assert float(score.loss) == pytest.approx(np.log(10), rel=0.2)
+    shapes = [(5, 5, 1, 32), (5, 5, 32, 64), (3136, 512), (512, 10)]
+    assert [weight.shape for weight in made.network.weights] == shapes
+    assert [update.shape for update, _ in made.updates] == shapes
+    assert [s.shape[1:] for s in made.passed.s] == [(28, 28, 1), (14, 14, 32), (7, 7, 64), (512,), (10,)]
+    for old, new in zip(before, made.network.weights, strict=True):
+        assert not np.array_equal(old, new)
+    found = made.compare()
+    assert [entry.block for entry in found] == [0, 1, 2, 3]
+    assert all(0 <= entry.angle_deg <= 180 for entry in found)
+
+
+def test_a_step_is_propose_and_apply(batch):
+    one, images, labels = batch(small())
+    two, _, _ = batch(small())
+    one.step(images, labels)
+    two.propose(images, labels)
+    for initial, weight in zip(experiment.build(small()).network.weights, two.network.weights, strict=True):
+        np.testing.assert_array_equal(initial, weight)
+    two.apply()
+    for a, b in zip(one.network.weights, two.network.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sgd_subtracts_the_updates_times_the_rate(batch):
+    made, images, labels = batch(small())
+    made.propose(images, labels)
+    expected = [
+        weight - np.float32(0.1) * update
+        for weight, (update, _) in zip(made.network.weights, made.updates, strict=True)
+    ]
+    made.apply()
+    for weight, wanted in zip(made.network.weights, expected, strict=True):
+        np.testing.assert_array_equal(weight, wanted)
+
+
+def test_the_schedule_goes_by_the_epoch_given_to_step(batch):
+    config = small(schedule={"name": "cosine", "t_max": 10, "eta_min": 0.0}, dtype="float64")
+    moved = []
+    for epoch in (0, 5):
+        made, images, labels = batch(config)
+        before = made.network.weights[0].copy()
+        made.step(images, labels, epoch)
+        moved.append(made.network.weights[0] - before)
+    np.testing.assert_allclose(moved[1], moved[0] / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_reports_the_loss_and_hits_of_the_batch_before_the_update(batch):
+    made, images, labels = batch(small(dtype="float64", loss={"reduction": "sum"}))
+    z = np.tanh(images.reshape(32, -1) @ made.network.weights[0] + made.network.biases[0])
+    logits = z @ made.network.weights[1] + made.network.biases[1]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(32), labels]
+    better = (logits > logits[np.arange(32), labels][:, None]).sum(1)
+    score = made.step(images, labels)
+    assert float(score.loss) == pytest.approx(losses.sum(), rel=1e-12)
+    assert score.totals.tolist() == pytest.approx([losses.sum(), (better < 1).sum(), (better < 5).sum()])
+
+
+def test_a_mean_loss_is_summed_over_the_batch_in_the_totals(batch):
+    summed, images, labels = batch(small(loss={"reduction": "sum"}))
+    mean, _, _ = batch(small(loss={"reduction": "mean"}))
+    a, b = summed.propose(images, labels), mean.propose(images, labels)
+    assert float(b.loss) * 32 == pytest.approx(float(a.loss), rel=1e-6)
+    np.testing.assert_allclose(a.totals, b.totals, rtol=1e-6)
+    np.testing.assert_allclose(summed.updates[0][0], 32 * mean.updates[0][0], rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_scores_every_test_image_once_and_learns_nothing(batch):
+    made, images, labels = batch(small())
+    made.propose(images, labels)
+    before = [weight.copy() for weight in made.network.weights]
+    scores = list(made.evaluate())
+    assert [score.images for score in scores] == [500] * 4
+    assert all(0 <= score.totals[1] <= score.totals[2] <= 500 for score in scores)
+    for old, new in zip(before, made.network.weights, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_bp_is_at_no_angle_to_itself_and_fa_with_the_forward_weights_is_bp(batch):
+    for rule in ("bp", "fa"):
+        made, images, labels = batch(small(rule={"name": rule}, dtype="float64"))
+        for name, feedback in made.rule_state.items():
+            feedback[...] = made.network.weights[int(name.split("/")[1])]
+        made.propose(images, labels)
+        for found in made.compare():
+            assert found.angle_deg == pytest.approx(0, abs=1e-5)
+            assert found.distance == pytest.approx(0, abs=1e-12)
+
+
+def test_compare_and_apply_need_a_batch_first():
+    made = experiment.build(small())
+    with pytest.raises(RuntimeError, match="call propose first"):
+        made.compare()
+    with pytest.raises(RuntimeError, match="call propose first"):
+        made.apply()
+
+
+def test_arrays_may_be_replaced_between_steps(batch):
+    made, images, labels = batch(small())
+    made.network.weights[1] = np.zeros_like(made.network.weights[1])
+    made.network.biases[1][...] = 0
+    assert float(made.propose(images, labels).loss) == pytest.approx(np.log(10), rel=1e-6)
+
+
+def test_equal_configs_build_equal_experiments_and_seeds_differ():
+    one, two, other = (experiment.build(small(seed=seed)) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one.network.weights[0], two.network.weights[0])
+    np.testing.assert_array_equal(one.rule_state["feedback/1/weight"], two.rule_state["feedback/1/weight"])
+    assert not np.array_equal(one.network.weights[0], other.network.weights[0])
+
+
+def test_a_plan_tells_what_will_be_built_without_reading_images():
+    planned = experiment.plan(load_one(QUICKSTART, variant="dfa"))
+    assert [block.label for block in planned.blocks] == ["conv1", "conv2", "dense1", "dense2"]
+    assert planned.test_split == "test"
+    assert planned.dataset.counts == {"train": 10000, "test": 2000}
+
+
+def test_an_experiment_takes_normalisation_of_ones_own(batch):
+    raw, pixels, _ = batch(small(data={"dataset": "fashion-mnist-10k", "in_memory_mb": 0, "normalize": "none"}))
+    own = {"dataset": "fashion-mnist-10k", "in_memory_mb": 0, "normalize": {"mean": [0.5], "std": [0.25]}}
+    _, images, _ = batch(small(data=own))
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    np.testing.assert_allclose(images, (pixels - 0.5) / 0.25, atol=1e-5)
+    assert raw.config.data.normalize == "none"
+
+
+def test_normalisation_of_another_number_of_channels_is_refused():
+    data = {"dataset": "fashion-mnist-10k", "normalize": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
+    with pytest.raises(UserError, match=r"data\.normalize: 3 values of mean and std.* need 1, one per channel"):
+        experiment.plan(small(data=data))
+
+
+def test_rules_networks_and_ops_work_without_config_or_data():
+    """A user's own loop: two dense blocks, random numbers, FA's updates against BP's."""
+    generator = np.random.default_rng(0)
+    x, labels = generator.standard_normal((20, 6)), generator.integers(0, 4, 20)
+    network = make_network(
+        plan_blocks([Dense(units=5, activation="elu"), Dense(units=4)], (6,)), "xavier-normal", seed=0, dtype="float64"
+    )
+    workspace = Workspace(NUMPY, threads=1)
+    passed = forward(network, x, workspace)
+    loss, cache = cross_entropy_forward(passed.logits, labels, "mean")
+    dlogits = cross_entropy_backward(cache, "mean")
+    options = fa.Options(feedback_init="xavier-normal")
+    state = fa.init_state(options, network, 0, NUMPY)
+    own = fa.updates(options, state, network, passed, dlogits, workspace)
+    exact = bp.updates(bp.Options(), {}, network, passed, dlogits, workspace)
+    np.testing.assert_allclose(own[1][0], exact[1][0])
+    assert angle_degrees(own[0][0], exact[0][0]) > 1
+    for (update, _), weight in zip(exact, network.weights, strict=True):
+        np.subtract(weight, 0.5 * update, out=weight)
+    again, _ = cross_entropy_forward(forward(network, x, workspace).logits, labels, "mean")
+    assert float(again) < float(loss)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_keeps_to_the_protocol(batch, name):
+    made, images, labels = batch(small(rule={"name": name}))
+    before = [weight.copy() for weight in made.network.weights]
+    made.propose(images, labels)
+    assert RULES[name].Options().name == name
+    assert all(isinstance(key, str) for key in made.rule_state)
+    for (dweight, dbias), weight, bias in zip(made.updates, made.network.weights, made.network.biases, strict=True):
+        assert (dweight.shape, dbias.shape) == (weight.shape, bias.shape)
+        assert dweight.dtype == dbias.dtype == weight.dtype
+    for old, new in zip(before, made.network.weights, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_angles_have_known_values():
+    u = np.array([[1.0, 0.0], [0.0, 0.0]])
+    assert angle_degrees(u, u) == 0
+    assert angle_degrees(u, -3 * u) == 180
+    assert angle_degrees(u, u.T[::-1]) == 90
+    assert angle_degrees(u, np.ones((2, 2))) == pytest.approx(60)
+    assert relative_distance(3 * u, 2 * u) == 0.5
+    assert relative_distance(u, u) == 0
+
+
+@pytest.mark.parametrize(("a", "b"), [([0.0], [1.0]), ([1.0], [0.0]), ([np.nan], [1.0]), ([np.inf], [1.0])])
+def test_an_undefined_angle_is_nan(a, b):
+    assert np.isnan(angle_degrees(np.array(a), np.array(b)))
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [0.0]), ([np.nan], [1.0]), ([np.inf], [1.0]), ([1.0], [np.inf])])
+def test_an_undefined_distance_is_nan(a, b):
+    assert np.isnan(relative_distance(np.array(a), np.array(b)))
+
+
+def test_small_and_large_numbers_of_float32_do_not_spoil_an_angle():
+    a = np.array([3e-30, 4e-30], np.float32)
+    assert angle_degrees(a, np.array([4e30, -3e30], np.float32)) == pytest.approx(90)
+    assert angle_degrees(a, a) == pytest.approx(0, abs=1e-6)
