@@ -1,5 +1,8 @@
 """The papers' networks: shapes worked out by hand, and errors that name block, input and what would fit."""
 
+from itertools import pairwise
+from math import prod
+
 import pytest
 
 from arraytp.architectures import NAMED, plan_network
@@ -78,15 +81,10 @@ def test_an_activation_replaces_that_of_the_hidden_blocks_only():
     assert [b.activation for b in blocks] == ["tanh", "tanh", "tanh", "linear"]
 
 
-def test_each_block_continues_where_the_one_before_ends():
-    for name, (shape, classes) in BLOCKS.items():
-        blocks = plan_network(NetworkOptions(name=name), shape, classes)
-        size = 1
-        for before, block in zip(blocks, blocks[1:], strict=False):
-            size = 1
-            for side in before.out_shape:
-                size *= side
-            assert block.in_shape == (before.out_shape if block.kind == "conv" else (size,))
+@pytest.mark.parametrize("name", NAMED)
+def test_each_block_continues_where_the_one_before_ends(name):
+    for before, block in pairwise(plan_network(NetworkOptions(name=name), *BLOCKS[name])):
+        assert block.in_shape == (before.out_shape if block.kind == "conv" else (prod(before.out_shape),))
 
 
 @pytest.mark.parametrize(

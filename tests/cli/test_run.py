@@ -57,7 +57,7 @@ def test_angles_are_measured_every_so_many_steps_for_every_block(arraytp, place)
     assert list(table[0]) == ["step", "epoch", "block", "angle_deg", "distance"]
     # 3 steps an epoch, measured every second step.
     assert [(row["step"], row["epoch"], row["block"]) for row in table] == [
-        (str(step), str(step // 3), str(block)) for step in (0, 2, 4) for block in range(3)
+        (str(step), str(step // 3 + 1), str(block)) for step in (0, 2, 4) for block in range(3)
     ]
     last = [row for row in table if row["block"] == "2"]
     assert all(float(row["angle_deg"]) == pytest.approx(0, abs=0.1) for row in last), "FA's last block is BP's"

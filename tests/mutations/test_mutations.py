@@ -1,4 +1,4 @@
-"""One-line mistakes that the tests must notice: each is made in a copy of the package, and its tests must fail there."""
+"""One-line mistakes that the tests must notice: made in a copy of the package, each must make its tests fail."""
 
 import shutil
 import subprocess
@@ -109,8 +109,9 @@ MUTATIONS = [
         ("lanes[:, part].sum(axis=0, out=out[part])", "lanes[:1, part].sum(axis=0, out=out[part])"),
         ("_lane_count(dweight.nbytes))", "workspace.threads)"),
         ("feedback[part].T, dx", "feedback[part].T * 0.5, dx"),
-        ("into_input(dz[inner], dx[part][inner], scratch)", "into_input(dz[inner], dx[part][: len(dz[inner])], scratch)"),
-        ("_patches(block, x[part][inner], scratch)\n                _gemm(patches.T", "_patches(block, x[part][: len(dz[inner])], scratch)\n                _gemm(patches.T"),
+        ("into_input(dz[inner], dx[part][inner]", "into_input(dz[inner], dx[part][: len(dz[inner])]"),
+        ("x[part][inner], scratch)\n                _gemm(patches.T",
+         "x[part][: len(dz[inner])], scratch)\n                _gemm(patches.T"),
     ),
     *_in(
         "rules/bp.py",

@@ -19,7 +19,7 @@ from samples import (
     named_blocks,
     random_network,
     rng,
-)  # noqa: E501
+)
 
 from arraytp import fused
 from arraytp.architectures import plan_network

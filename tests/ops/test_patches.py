@@ -1,7 +1,7 @@
 """im2col and col2im against loops, against each other, and SAME padding against its definition."""
 
-import numpy as np
 import naive
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

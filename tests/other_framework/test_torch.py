@@ -172,8 +172,7 @@ def test_kaiming_uniform_has_the_bounds_of_torchs_layers(shape, layer):
     weight, bias = (draw("kaiming-uniform", shape, 0, "init", 0) for draw in (initial_weight, initial_bias))
     bound = 1 / math.sqrt(np.prod(shape[:-1]))
     for mine, theirs in ((weight, twin.weight), (bias, twin.bias)):
-        theirs = theirs.detach().numpy()
         margin = 12 / mine.size
-        for drawn in (mine, theirs):
+        for drawn in (mine, theirs.detach().numpy()):
             assert bound * (1 - margin) < np.abs(drawn).max() <= bound * (1 + 1e-6)
         assert mine.std() == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(mine.size))

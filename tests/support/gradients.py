@@ -1,8 +1,8 @@
 """Central finite differences along random directions, in float64.
 
 ⟨v, ∇L⟩ is compared with (L(θ + h v) − L(θ − h v)) / 2h for a random v of norm 1. A typical ⟨v, ∇L⟩ is ‖∇L‖/√n, and the
-error is measured relative to that or to ⟨v, ∇L⟩ itself, whichever is larger: a direction that happens to be orthogonal to
-the gradient proves as much as any other.
+error is measured relative to that or to ⟨v, ∇L⟩ itself, whichever is larger: a direction that happens to be orthogonal
+to the gradient proves as much as any other.
 """
 
 import numpy as np

@@ -175,9 +175,11 @@ def adam(theta, gradient, m, u, t, *, lr, beta1, beta2, epsilon, epsilon_form, w
 
 
 def dense(x, weight, bias):
-    flat = x.reshape(len(x), -1)
-    return np.array([[b + sum(r * w for r, w in zip(row, column, strict=True)) for column, b in zip(weight.T, bias, strict=True)]
-                     for row in flat])  # fmt: skip
+    z = np.zeros((len(x), weight.shape[1]))
+    for b, sample in enumerate(x.reshape(len(x), -1)):
+        for o in range(weight.shape[1]):
+            z[b, o] = bias[o] + sum(value * w for value, w in zip(sample, weight[:, o], strict=True))
+    return z
 
 
 def forward(blocks, weights, biases, x):

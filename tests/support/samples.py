@@ -66,7 +66,7 @@ def close(actual, wanted, tolerance):
 
 
 def apart(shape, seed):
-    """Return numbers of which no two are closer than 0.1 and none is closer to 0 than 0.05: far from every kink."""
+    """Return numbers of which no two are closer than 0.1, none is closer to 0 than 0.05: far from kinks."""
     size = int(np.prod(shape))
     return (rng(seed).permutation(size) - size // 2 + 0.5).reshape(shape) / 10
 

@@ -3,12 +3,14 @@
 What runs on it does not lean on what only the host can do. It refuses
 
 - every implicit conversion to NumPy: `np.asarray(x)`, `np.exp(x)`, `np.concatenate([x])`, `host[...] = x`;
-- host arrays and lists as operands, indices, values or outputs; Python numbers and NumPy scalars are taken, as CuPy does;
+- host arrays and lists as operands, indices, values or outputs; Python numbers and NumPy scalars are taken, as by
+  CuPy;
 - functions, methods and keywords that are not in its list. Those in it were looked up in CuPy's reference.
 
-It differs from NumPy where CuPy does: reductions and elements are arrays of shape (), `asarray` and `asnumpy` copy, flags
-tell only contiguity. It is stricter than CuPy in three ways: memory of `empty` is full of NaN (or the largest integer), so
-that reading it shows; views made by `as_strided` cannot be written to; NumPy's ufuncs are not dispatched to the device.
+It differs from NumPy where CuPy does: reductions and elements are arrays of shape (), `asarray` and `asnumpy` copy,
+flags tell only contiguity. It is stricter than CuPy in three ways: memory of `empty` is full of NaN (or the largest
+integer), so that reading it shows; views made by `as_strided` cannot be written to; NumPy's ufuncs are not dispatched
+to the device.
 
 `reads` counts what makes the host wait for the device: `asnumpy`, `item`, `float(x)`, `bool(x)`, masks as an index.
 """
@@ -28,7 +30,7 @@ reads = Counter()
 _SCALARS = (bool, int, float, np.generic)
 
 
-class ndarray:  # noqa: N801 - the name that array modules give it
+class ndarray:
     """An array of the double. Made by the module's functions only."""
 
     __slots__ = ("_host",)
@@ -246,9 +248,10 @@ def _ufunc(function):
 
 
 for _function in (
-    np.add, np.subtract, np.multiply, np.divide, np.negative, np.absolute, np.sign, np.maximum, np.minimum, np.sqrt, np.square,
-    np.exp, np.expm1, np.log, np.log1p, np.tanh, np.rint, np.greater, np.greater_equal, np.less, np.less_equal, np.equal,
-    np.not_equal, np.logical_and, np.logical_or, np.logical_not, np.isfinite, np.isnan, np.isinf,
+    np.add, np.subtract, np.multiply, np.divide, np.negative, np.absolute, np.sign, np.maximum, np.minimum, np.sqrt,
+    np.square, np.exp, np.expm1, np.log, np.log1p, np.tanh, np.rint, np.greater, np.greater_equal, np.less,
+    np.less_equal, np.equal, np.not_equal, np.logical_and, np.logical_or, np.logical_not, np.isfinite, np.isnan,
+    np.isinf,
 ):  # fmt: skip
     globals()[_function.__name__] = _ufunc(_function)
 
