@@ -187,8 +187,9 @@ class Run:
     def _compare(self) -> float:
         """Write the angles to BP; return the seconds that it took, which are not the rule's."""
         started = time.monotonic()
+        position = self.position
         for found in self.experiment.compare():
-            self.angles.append(self.position.step, self.position.epoch + 1, found.block, found.angle_deg, found.distance)
+            self.angles.append(position.step, position.epoch + 1, found.block, found.angle_deg, found.distance)
         return time.monotonic() - started
 
     def _evaluate(self, epoch: int, stop: StopRequest, progress: Progress) -> None:

@@ -30,6 +30,7 @@ from arraytp.parallel import Workspace
 
 # Sums of up to 1e4 products in another order: 1e-16 · √1e4 and a margin.
 ROUNDING = 1e-12
+ON_HOST = SimpleNamespace(put=np.array, get=np.asarray, backend=NUMPY)
 
 
 def carriers_of(network, seed):
@@ -96,11 +97,16 @@ def test_the_input_gradient_of_a_conv_block(place, activation, data, count, seed
 
 
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("count", [1, 3, 17])
-def test_named_networks(place, name, count):
-    if (name, count) == ("vgg", 17) and place.name != "numpy":
-        pytest.skip("too large to repeat everywhere")
-    check_network(place, named_blocks(name), count, 0)
+def test_named_networks(place, name):
+    check_network(place, named_blocks(name), 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [pytest.param(n, c, marks=[pytest.mark.slow] * ((n, c) == ("vgg", 17))) for n in NAMED for c in (1, 17)],
+)
+def test_named_networks_on_other_odd_batches(name, count):
+    check_network(ON_HOST, named_blocks(name), count, 0)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -135,9 +141,8 @@ def test_slices_and_lanes_of_every_length_add_up(monkeypatch, group, patches, ro
     for name, limit in {"HOST_GROUP_BYTES": group, "HOST_PATCH_BYTES": patches, "GEMM_ROWS": rows}.items():
         monkeypatch.setattr(fused, name, limit)
     blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)
-    place = SimpleNamespace(put=np.array, get=np.asarray, backend=NUMPY)
     for count in (1, 2, 7, 13):
-        check_network(place, blocks, count, count, threads=3)
+        check_network(ON_HOST, blocks, count, count, threads=3)
 
 
 def test_slices_on_a_device_add_up(device, monkeypatch):

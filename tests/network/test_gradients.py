@@ -55,7 +55,7 @@ def test_a_dense_block(activation, wide, units, count, seed):
     check_block(fitting_blocks([Dense(units=units, activation=activation)], (wide,))[0], count, seed)
 
 
-def check_network(network, x, labels, reduction, directions):
+def check_network(network, x, labels, reduction, **settings):
     """Check every weight and bias of BP's updates, in directions of their own."""
     workspace = Workspace(threads=2)
     passed = forward(network, x, workspace)
@@ -70,17 +70,18 @@ def check_network(network, x, labels, reduction, directions):
                 moved[n] = value
                 return plain.loss(replace(network, **{arrays: moved}), x, labels, reduction)
 
-            gradients.check(loss, parameter, updates[n][which], generator, directions)
+            gradients.check(loss, parameter, updates[n][which], generator, directions=1, **settings)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @given(blocks=chains(), count=st.integers(1, 3), seed=st.integers(0, 2**16))
 @settings(max_examples=15)
 def test_a_free_form_network(reduction, blocks, count, seed):
-    check_network(random_network(blocks, seed), *batch(blocks, count, seed), reduction, directions=1)
+    check_network(random_network(blocks, seed), *batch(blocks, count, seed), reduction)
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_network(name):
+    """Steps are small from the start: among the 92,000 pooled units of VGG some are close to a kink."""
     blocks = named_blocks(name)
-    check_network(random_network(blocks), *batch(blocks, 2), "mean", directions=1)
+    check_network(random_network(blocks), *batch(blocks, 2), "mean", first_step=1e-5)

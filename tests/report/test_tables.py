@@ -22,7 +22,7 @@ stopped  dfa   1 of 3  2.000  60.12  60.12  90.00         –       –       �
 top-1, top-5: accuracy in percent, test at the end of the last epoch, best over all epochs of test.
 angle°: mean angle in degrees between the weight update and BP's on the same batch and weights.
 Not finished: stopped.
-"""  # noqa: RUF001
+"""
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def config(dataset, rule="bp", optimizer="sgd", dtype="float64"):
         "dtype": dtype,
         "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
         "network": {"name": "lenet"},
-        "rule": {"name": rule},
+        "rule": {"name": rule} | ({} if rule == "bp" else {"feedback_init": "xavier-normal"}),
         "optimizer": OPTIMIZERS[optimizer],
         "schedule": {"name": "cosine", "t_max": 3},
         "train": {"epochs": 1, "batch_size": 16},

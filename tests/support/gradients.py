@@ -11,7 +11,7 @@ TOLERANCE = 1e-6
 FIRST_STEP, SMALLEST_STEP = 1e-4, 1e-7
 
 
-def check(loss, parameter, gradient, generator, directions=2):
+def check(loss, parameter, gradient, generator, directions=2, first_step=FIRST_STEP):
     """Assert that `gradient` is that of `loss`.
 
     Parameters
@@ -27,14 +27,13 @@ def check(loss, parameter, gradient, generator, directions=2):
     for _ in range(directions):
         v = generator.standard_normal(parameter.shape)
         v /= np.linalg.norm(v)
-        found = _difference(loss, parameter, v, region)
+        found = _difference(loss, parameter, v, region, first_step)
         exact = float(np.vdot(v, gradient))
         scale = max(abs(exact), float(np.linalg.norm(gradient)) / np.sqrt(gradient.size))
         assert abs(found - exact) <= TOLERANCE * scale + 1e-11, f"difference {found:.12g}, gradient {exact:.12g}"
 
 
-def _difference(loss, parameter, v, region):
-    h = FIRST_STEP
+def _difference(loss, parameter, v, region, h):
     while h >= SMALLEST_STEP:
         (above, region_above), (below, region_below) = loss(parameter + h * v), loss(parameter - h * v)
         if region_above == region_below == region:

@@ -57,7 +57,7 @@ def batch(blocks, count, seed=0, dtype="float64"):
 
 
 def close(actual, wanted, tolerance):
-    """Assert |actual − wanted| ≤ tolerance · max |wanted| everywhere; the scale is the array's, as rounding of sums is."""
+    """Assert |actual − wanted| ≤ tolerance · max |wanted|: rounding of sums scales with the array."""
     assert actual.shape == wanted.shape
     if not wanted.size:
         return
