@@ -80,7 +80,9 @@ def activation_derivative(s: Array, name: str) -> Array | None:
     if name == "linear":
         return None
     if name == "leaky-relu":
-        return xp.maximum(s >= 0, s.dtype.type(LEAKY_SLOPE))
+        # A sum, since NumPy casts truth values slowly in other operations; 0.9 + 0.1 rounds to 1 in both dtypes.
+        slope = s.dtype.type(LEAKY_SLOPE)
+        return (s >= 0) * (one - slope) + slope
     if name == "relu":
         return (s > 0).astype(s.dtype)
     if name == "tanh":

@@ -248,6 +248,13 @@ def test_resuming_with_more_epochs_equals_having_asked_for_them_at_first(arraytp
     assert load_one(place / "results/toy/config.yml").train.epochs == 3
 
 
+def test_a_run_of_no_epochs_can_be_prolonged(arraytp, place, numbers):
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
+    assert arraytp("run", "toy.yml", "--quiet", "--resume").status == 0
+    arraytp("run", "toy.yml", "--quiet", "--out", "whole")
+    assert numbers(place / "results/toy") == numbers(place / "whole")
+
+
 def test_resume_runs_the_variants_that_are_missing(arraytp, place):
     arraytp("run", "variants.yml", "--quiet", "--set", "variants.bp.train.epochs=2")
     summary = place / "results/variants/bp/summary.json"

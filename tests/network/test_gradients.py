@@ -9,6 +9,7 @@ import gradients
 import numpy as np
 import plain
 import pytest
+import threadpoolctl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, conv_layers, fitting_blocks, named_blocks, random_network, rng
@@ -19,6 +20,13 @@ from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.options import Dense
 from arraytp.parallel import Workspace
 from arraytp.rules import bp
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_blas_thread():
+    """Thousands of small products: on a busy machine the threads of BLAS would mostly wait for each other."""
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield
 
 
 def check_block(block, count, seed):
@@ -84,4 +92,4 @@ def test_a_free_form_network(reduction, blocks, count, seed):
 def test_a_named_network(name):
     """Steps are small from the start: among the 92,000 pooled units of VGG some are close to a kink."""
     blocks = named_blocks(name)
-    check_network(random_network(blocks), *batch(blocks, 2), "mean", first_step=1e-5)
+    check_network(random_network(blocks), *batch(blocks, 2), "mean", first_step=4e-5)

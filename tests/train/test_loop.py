@@ -1,0 +1,85 @@
+"""The training loop is nothing but the experiment's own steps, scores and comparisons, in order, written down."""
+
+import csv
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from arraytp import experiment
+from arraytp.experiment import Comparison
+
+
+def by_hand(config):
+    """Train without the loop; return the experiment, what metrics.csv should say, and what angles.csv should say."""
+    made = experiment.build(config)
+    metrics, angles, step = [[np.nan] * 3 + scored(made)], [], 0
+    for epoch in range(config.train.epochs):
+        totals, images_seen = np.zeros(3), 0
+        with closing(made.train_loader.batches(epoch)) as batches:
+            for images, labels in batches:
+                score = made.propose(images, labels)
+                if step % config.compare.every == 0:
+                    angles += [(step, epoch + 1, found) for found in made.compare()]
+                made.apply(epoch)
+                totals += score.totals
+                images_seen += score.images
+                step += 1
+        metrics.append([*means(totals, images_seen), *scored(made)])
+    return made, metrics, angles
+
+
+def means(totals, images):
+    loss, top1, top5 = totals.tolist()
+    return [loss / images, 100 * top1 / images, 100 * top5 / images]
+
+
+def scored(made):
+    scores = list(made.evaluate())
+    return means(sum(score.totals for score in scores), sum(score.images for score in scores))
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.reader(file))[1:]
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_the_loop_does_what_one_would_do_by_hand(make_config, start, stop_after, toy, rule):
+    config = make_config(
+        rule={"name": rule},
+        data={"dataset": str(toy), "flip": 0.5, "crop_padding": 1},
+        optimizer={"name": "adam", "lr": 0.01},
+        schedule={"name": "cosine", "t_max": 3},
+        train={"epochs": 3, "batch_size": 16, "eval_batch_size": 12},
+        compare={"every": 2},
+    )
+    made, metrics, angles = by_hand(config)
+    run = start(config)
+    run.train(stop_after())
+    for own, looped in zip(made.network.weights, run.experiment.network.weights, strict=True):
+        np.testing.assert_array_equal(own, looped)
+    written = [[float(cell) for cell in row[3:]] for row in rows(run.folder / "metrics.csv")]
+    np.testing.assert_array_equal(written, metrics)
+    assert [row[0] for row in rows(run.folder / "metrics.csv")] == ["0", "1", "2", "3"]
+    found = [
+        (int(step), int(epoch), Comparison(int(block), float(angle), float(distance)))
+        for step, epoch, block, angle, distance in rows(run.folder / "angles.csv")
+    ]
+    assert found == angles
+
+
+def test_bp_is_not_compared_with_itself(make_config, start, stop_after):
+    run = start(make_config(rule={"name": "bp"}, compare={"every": 1}))
+    run.train(stop_after())
+    assert rows(run.folder / "angles.csv") == []
+
+
+def test_comparing_changes_nothing_that_is_trained(make_config, start, stop_after):
+    weights = []
+    for every in (0, 1):
+        run = start(make_config(rule={"name": "fa"}, compare={"every": every}), f"every-{every}")
+        run.train(stop_after())
+        weights.append(run.experiment.network.weights)
+    for without, with_angles in zip(*weights, strict=True):
+        np.testing.assert_array_equal(without, with_angles)
