@@ -191,7 +191,10 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     UserError
         If one of them cannot be had or does not fit the others.
     """
-    dataset = open_dataset(config.data.dataset)
+    try:
+        dataset = open_dataset(config.data.dataset)
+    except UserError as error:
+        raise UserError(f"data.dataset: {error}") from error
     counts = dataset.counts
     test_split = next((split for split in TEST_SPLITS if split in counts), None)
     if "train" not in counts or test_split is None:

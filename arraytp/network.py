@@ -6,11 +6,10 @@ affine (dense | conv) → activation → [max-pool]; a dense block flattens its 
 The functions here are the readable truth, one whole batch at a time. `arraytp.fused` computes the same in slices.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
-
-import numpy as np
 
 from arraytp import options
 from arraytp.backend import NUMPY, Array, Backend
@@ -139,14 +138,17 @@ def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:
     if layer.pool is not None:
         if 2 * layer.pool.padding > layer.pool.kernel:
             raise ValueError(f"pool padding {layer.pool.padding} is more than half of its kernel {layer.pool.kernel}")
-        pool = make_window(*pre_shape[:2], layer.pool.kernel, layer.pool.stride, layer.pool.padding)
+        try:
+            pool = make_window(*pre_shape[:2], layer.pool.kernel, layer.pool.stride, layer.pool.padding)
+        except ValueError as error:
+            raise ValueError(f"the pool over the convolution's output {show_shape(pre_shape)}: {error}") from error
     out_shape = pre_shape if pool is None else (pool.out_height, pool.out_width, layer.channels)
     weight_shape = (layer.kernel, layer.kernel, channels, layer.channels)
     return Block(label, "conv", shape, pre_shape, out_shape, weight_shape, layer.activation, window, pool)
 
 
 def _dense(layer: options.Dense, label: str, shape: Shape) -> Block:
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     return Block(label, "dense", (size,), (layer.units,), (layer.units,), (size, layer.units), layer.activation)
 
 
@@ -223,8 +225,7 @@ def block_backward(
 
 def block_flops(block: Block) -> int:
     """Return the floating-point operations of a block's affine map for one sample; its two adjoints take as many."""
-    positions = int(np.prod(block.pre_shape[:-1]))
-    return 2 * positions * int(np.prod(block.weight_shape))
+    return 2 * math.prod(block.pre_shape[:-1]) * math.prod(block.weight_shape)
 
 
 def show_shape(shape: Shape) -> str:

@@ -255,7 +255,7 @@ def _number(template: str, value: float) -> list[str]:
 
 
 def _loss(name: str, value: float) -> list[str]:
-    return _number(name + (" {:.2e}" if abs(value) < 0.01 else " {:.3f}"), value)
+    return _number(name + (" {:.3f}" if 0.01 <= abs(value) < 1e5 else " {:.2e}"), value)
 
 
 def _time(meter: Meter) -> list[str]:

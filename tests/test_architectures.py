@@ -98,7 +98,7 @@ def test_each_block_continues_where_the_one_before_ends(name):
         ),
         (
             [Conv(channels=4, kernel=3), Conv(channels=4, kernel=40), Dense(units=10)],
-            r"network block 1 \(conv2\): input 30x30x4: a window of 40x40 does not fit into 30x30 with padding 0",
+            r"network block 1 \(conv2\): input 30x30x4: kernel 40 does not fit into 30x30 with padding 0; at most 30",
         ),
         (
             [Conv(channels=4, kernel=3, pool=Pool(kernel=2, stride=2, padding=2)), Dense(units=10)],
@@ -106,7 +106,7 @@ def test_each_block_continues_where_the_one_before_ends(name):
         ),
         (
             [Conv(channels=4, kernel=31, pool=Pool(kernel=3, stride=2)), Dense(units=10)],
-            r"network block 0 \(conv1\): input 32x32x3: a window of 3x3 does not fit into 2x2 with padding 0",
+            r"block 0 \(conv1\): input 32x32x3: the pool over the convolution's output 2x2x4: kernel 3 .*; at most 2",
         ),
     ],
 )

@@ -180,6 +180,20 @@ def test_an_experiment_takes_normalisation_of_ones_own(batch):
     assert raw.config.data.normalize == "none"
 
 
+def test_test_images_are_neither_flipped_nor_cropped_nor_shuffled():
+    data = {"dataset": "fashion-mnist-10k", "in_memory_mb": 0}
+    batches = []
+    for settings in (data, data | {"flip": 1.0, "crop_padding": 4}):
+        made = experiment.build(small(data=settings))
+        with closing(made.test_loader.batches(0)) as test, closing(made.train_loader.batches(0)) as train:
+            batches.append([array.copy() for array in (*next(test), next(train)[0])])
+    (images, labels, plain), (same_images, same_labels, augmented) = batches
+    np.testing.assert_array_equal(images, same_images)
+    np.testing.assert_array_equal(labels, same_labels)
+    np.testing.assert_array_equal(labels, made.plan.dataset.read("test", 0, 500)[1])
+    assert not np.array_equal(plain, augmented)
+
+
 def test_normalisation_of_another_number_of_channels_is_refused():
     data = {"dataset": "fashion-mnist-10k", "normalize": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
     with pytest.raises(UserError, match=r"data\.normalize: 3 values of mean and std.* need 1, one per channel"):

@@ -90,7 +90,9 @@ def make_window(height: int, width: int, kernel: int, stride: int, padding: int 
         top = bottom = left = right = padding
     window = Window(kernel, stride, top, bottom, left, right, height, width)
     if min(window.bordered) < kernel:
-        raise ValueError(f"a window of {kernel}x{kernel} does not fit into {height}x{width} with padding {padding}")
+        raise ValueError(
+            f"kernel {kernel} does not fit into {height}x{width} with padding {padding}; at most {min(window.bordered)}"
+        )
     return window
 
 

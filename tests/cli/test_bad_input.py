@@ -58,11 +58,11 @@ SETTINGS = {
     ),
     "a kernel larger than the image": (
         blocks("{type: conv, channels: 2, kernel: 9}, {type: dense, units: 3}"),
-        ["block 0 (conv1)", "input 8x8x1", "9x9", "does not fit"],
+        ["block 0 (conv1)", "input 8x8x1", "kernel 9 does not fit", "at most 8"],
     ),
     "a pool larger than what it pools": (
         blocks("{type: conv, channels: 2, kernel: 3, pool: {kernel: 7, stride: 1}}, {type: dense, units: 3}"),
-        ["block 0 (conv1)", "7x7", "does not fit", "6x6"],
+        ["block 0 (conv1)", "pool over", "6x6", "kernel 7 does not fit", "at most 6"],
     ),
     "a pool with too wide a border": (
         "network.blocks.0.pool={kernel: 3, stride: 1, padding: 2}",
@@ -70,7 +70,7 @@ SETTINGS = {
     ),
     "a second convolution that finds too little": (
         blocks("{type: conv, channels: 2, kernel: 7}, {type: conv, channels: 2, kernel: 3}, {type: dense, units: 3}"),
-        ["block 1 (conv2)", "input 2x2x2", "3x3"],
+        ["block 1 (conv2)", "input 2x2x2", "kernel 3", "at most 2"],
     ),
     "a named network for larger images": ("network={name: vgg}", ["block 3 (conv4)", "input 1x1x256"]),
     "an output that is not one per class": (

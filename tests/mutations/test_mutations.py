@@ -31,7 +31,7 @@ MUTATIONS = [
         ("LEAKY_SLOPE = 0.1", "LEAKY_SLOPE = 0.01"),
         ("u *= z.dtype.type(0.5)", "u *= z.dtype.type(0.25)"),
         ("    u += u\n", "    u += 0\n"),
-        ("xp.maximum(s >= 0, ", "xp.maximum(s > 0, "),
+        ("return (s >= 0)", "return (s > 0)"),
         ("(s > 0).astype(s.dtype)", "(s >= 0).astype(s.dtype)"),
         ("one - s * s", "one - s"),
         ("xp.minimum(s, s.dtype.type(0)) + one", "xp.minimum(s, s.dtype.type(0))"),
