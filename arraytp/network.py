@@ -16,11 +16,12 @@ from arraytp import options
 from arraytp.backend import NUMPY, Array, Backend, array_module
 from arraytp.errors import UserError
 from arraytp.initialise import initial_bias, initial_weight
-from arraytp.ops.activations import activation_backward, activation_forward
-from arraytp.ops.conv import conv_backward_input, conv_backward_weight, conv_forward
+from arraytp.ops.activations import activation_backward, activation_forward, activation_inverse
+from arraytp.ops.conv import as_matrix, conv_backward_input, conv_backward_weight, conv_forward
 from arraytp.ops.dense import dense_backward_input, dense_backward_weight, dense_forward
-from arraytp.ops.patches import Window, im2col, make_window
+from arraytp.ops.patches import Window, col2im, coverage, im2col, make_window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward
+from arraytp.ops.solve import factor, right_solve
 
 Shape = tuple[int, ...]
 
@@ -246,6 +247,30 @@ def block_backward(
     dweight, dbias = conv_backward_weight(dz, im2col(x, block.window))
     dx = None if feedback is None else conv_backward_input(dz, feedback, block.window)
     return dweight.reshape(block.weight_shape), dbias, dx
+
+
+def block_inverse(block: Block, weight: Array, bias: Array, y: Array, x: Array) -> Array:
+    """Return G(y) with G(F(x)) = x of one square block without pool, plainly: f⁻¹, −b, W⁻¹, col2im (GP paper, 2.2.2).
+
+    Overlapping patches add up to n_x ⊙ x, n_x windows over each pixel; (n_x − 1) ⊙ x of the forward pass is taken off.
+
+    Parameters
+    ----------
+    block : Block
+    weight, bias : arrays
+        θ of the block.
+    y : array of shape (B, *out_shape)
+        Near the block's output, auxiliary units included.
+    x : array of shape (B, *in_shape)
+        The block's input in the forward pass; pixels that no window covers keep it.
+    """
+    factors = factor(as_matrix(weight))
+    z = activation_inverse(y, block.activation) - bias
+    patches = right_solve(factors, z.reshape(-1, z.shape[-1]))
+    if block.window is None:
+        return patches.reshape(x.shape)
+    n_x = coverage(block.window, x)
+    return col2im(patches.reshape(z.shape), block.window) - (n_x - x.dtype.type(1)) * x
 
 
 def pad_auxiliary(block: Block, passed: Array) -> Array:

@@ -86,19 +86,26 @@ class NetworkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v."""
+    """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v.
+
+    `orthogonality` λ adds 4λ(WWᵀ − I)W to g where W's matrix is square.
+    """
 
     name: Literal["sgd"] = "sgd"
     lr: Positive
     momentum: Decay = 0.0
     weight_decay: NonNegative = 0.0
+    orthogonality: NonNegative = 0.0
 
     __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Adam in either convention of epsilon: m̂/(√v̂ + ε) (`pytorch`) or lr_t·m/(√v + ε) (`keras`)."""
+    """Adam in either convention of epsilon: m̂/(√v̂ + ε) (`pytorch`) or lr_t·m/(√v + ε) (`keras`).
+
+    `orthogonality` as for SGD.
+    """
 
     name: Literal["adam"] = "adam"
     lr: Positive
@@ -107,6 +114,7 @@ class Adam:
     epsilon: Positive = 1e-8
     epsilon_form: Literal["pytorch", "keras"] = "pytorch"
     weight_decay: NonNegative = 0.0
+    orthogonality: NonNegative = 0.0
 
     __pydantic_config__ = STRICT
 
