@@ -168,7 +168,7 @@ def perturbation(options: Options, difference: Array, block: Block) -> tuple[Arr
     still = largest < number(np.finfo(flat.dtype).tiny)
     safe = xp.where(still, number(1), largest)
     # Divided by the largest entry first: its square may be too small for the dtype.
-    norm = safe * xp.sqrt(xp.square(flat / safe[:, None]).sum(axis=1))
+    norm = xp.where(still, number(1), safe * xp.sqrt(xp.square(flat / safe[:, None]).sum(axis=1)))
     if options.norm == "l2_squared":
         norm = norm * norm
     scale = options.eta * (float(np.prod(block.out_shape)) ** 0.5 if options.scale_by_sqrt_dim else 1.0)

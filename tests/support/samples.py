@@ -50,6 +50,12 @@ def moved(network, put):
     return Network(network.blocks, [put(w) for w in network.weights], [put(b) for b in network.biases])
 
 
+def well_conditioned(order, number, seed):
+    """Return a square matrix whose singular values run from 1 down to 1/number."""
+    left, right = (np.linalg.qr(rng(seed, 3, i).standard_normal((order, order)))[0] for i in (0, 1))
+    return np.ascontiguousarray(left * np.geomspace(1, 1 / number, order) @ right)
+
+
 def batch(blocks, count, seed=0, dtype="float64"):
     """Return inputs and labels."""
     generator = rng(seed, 2)
