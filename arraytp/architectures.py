@@ -1,6 +1,9 @@
 """The networks of the papers by name (methods.md, section 5)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from arraytp.errors import UserError
 from arraytp.network import Block, Shape, plan_blocks, show_shape
@@ -81,11 +84,45 @@ def plan_network(network: NetworkOptions, input_shape: Shape, classes: int) -> t
     UserError
         If a block does not fit its input, or the output does not fit the classes.
     """
-    blocks = plan_blocks(layers_of(network, classes), input_shape)
+    layers = layers_of(network, classes)
+    blocks = plan_blocks(layers, input_shape)
+    if network.square:
+        blocks = plan_blocks(square(layers, blocks), input_shape)
     last = blocks[-1]
-    if last.kind != "dense" or last.out_shape != (classes,):
+    if last.kind != "dense" or last.passed_shape != (classes,):
         raise UserError(
-            f"network block {len(blocks) - 1} ({last.label}): output {show_shape(last.out_shape)}: "
-            f"the last block must be dense with one unit per class of the data set, units: {classes}"
+            f"network block {len(blocks) - 1} ({last.label}): output {show_shape(last.passed_shape)}: the last block "
+            f"must be dense with one unit per class of the data set, units: {classes} besides auxiliary ones"
         )
     return blocks
+
+
+def square(layers: Sequence[Layer], blocks: tuple[Block, ...]) -> list[Layer]:
+    """Give every layer but the first the auxiliary units that make its weight matrix square (GP paper, section 2.1).
+
+    What is passed on stays as it is: a convolution of C channels has k²·C in all.
+
+    Parameters
+    ----------
+    layers : sequence of Conv or Dense options
+    blocks : tuple of Block
+        Of these layers.
+
+    Raises
+    ------
+    UserError
+        If a layer passes on more units than it has inputs.
+    """
+    result: list[Layer] = [layers[0]]
+    for n, (layer, block) in enumerate(zip(layers[1:], blocks[1:], strict=True), start=1):
+        inputs, passed = int(np.prod(block.weight_shape[:-1])), block.passed_shape[-1]
+        if inputs < passed:
+            raise UserError(
+                f"network block {n} ({block.label}): square: {inputs} inputs cannot give the {passed} units that are "
+                f"passed on; at most {inputs} can be"
+            )
+        if isinstance(layer, Conv):
+            result.append(replace(layer, channels=inputs, auxiliary=inputs - passed))
+        else:
+            result.append(replace(layer, units=inputs, auxiliary=inputs - passed))
+    return result

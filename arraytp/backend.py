@@ -31,6 +31,11 @@ def array_module(*arrays: Array) -> Any:
     return sys.modules[names.pop()]
 
 
+def device_linalg(array: Array) -> Any:
+    """Return the module with `lu_factor` and `lu_solve` for an array of a device: for CuPy, cupyx.scipy.linalg."""
+    return importlib.import_module(array_module(array).__name__ + "x.scipy.linalg")
+
+
 @dataclass(frozen=True)
 class Backend:
     """An array module and the few things that differ between host and device.

@@ -13,6 +13,10 @@ class NonFiniteError(ArithmeticError):
     """Training left the finite numbers; the message says at which step and in which block. Exit status 1."""
 
 
+class IllConditionedError(NonFiniteError):
+    """A weight matrix has no inverse that its dtype can carry; the message names the block and the condition number."""
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived and the state was saved; the message says how to go on.
 

@@ -41,6 +41,8 @@ class Plan:
     dataset : Dataset
     blocks : tuple of Block
     test_split : str
+    notes : tuple of str
+        What the rule has to say about the config, one line each.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class Plan:
     dataset: Dataset
     blocks: tuple[Block, ...]
     test_split: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,9 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"{dataset.name} need {dataset.shape[2]}, one per channel"
         )
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
-    return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split)
+    check = getattr(RULES[config.rule.name], "check", None)
+    notes = () if check is None else tuple(check(config.rule, blocks, config.dtype))
+    return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
 
 
 def build(config: Config, backend: Backend | None = None) -> Experiment:

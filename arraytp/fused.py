@@ -51,21 +51,26 @@ def forward(network: Network, x: Array, workspace: Workspace, key: str = "forwar
     -------
     ForwardPass
     """
-    s, index = [x], []
+    s, inputs, index = [x], [x], []
     for n, block in enumerate(network.blocks):
         out = workspace.array((key, n, "s"), (len(x), *block.out_shape), x.dtype)
         maxima = None
         if block.pool is not None:
             maxima = workspace.array((key, n, "index"), (len(x), *block.out_shape), np.uint8)
+        passed = out
+        if block.auxiliary:
+            passed = workspace.array((key, n, "x"), (len(x), *block.passed_shape), x.dtype)
         weight, bias = network.weights[n], network.biases[n]
         if block.window is None:
-            tasks = _dense_forward(block, weight, bias, s[n].reshape(len(x), -1), out)
+            workspace.run(_dense_forward(block, weight, bias, inputs[n].reshape(len(x), -1), out))
         else:
-            tasks = _conv_forward(block, weight, bias, s[n], out, maxima, workspace.backend.on_host)
-        workspace.run(tasks)
+            workspace.run(_conv_forward(block, weight, bias, inputs[n], out, maxima, workspace.backend.on_host))
+        if block.auxiliary:
+            passed[...] = out[..., : passed.shape[-1]]
         s.append(out)
+        inputs.append(passed)
         index.append(maxima)
-    return ForwardPass(s, index)
+    return ForwardPass(s, inputs, index)
 
 
 def backward(
@@ -83,12 +88,12 @@ def backward(
     Parameters
     ----------
     block : Block
-    ds : array of shape (B, *out_shape)
-        Gradient of s^{n+1}.
+    ds : array of shape (B, *passed_shape)
+        Gradient of what s^{n+1} passes on; that of its auxiliary units is 0.
     s, index, x : arrays
-        s[n + 1], index[n] and s[n] of the `ForwardPass`.
+        s[n + 1], index[n] and x[n] of the `ForwardPass`.
     feedback : array of shape weight_shape, or None
-        What carries the gradient back to x; None: no gradient of x.
+        What carries the gradient back to x; None: no gradient of x. Entries of auxiliary units may be missing.
     workspace : Workspace
     key : object
         Names the buffers of the result, which are valid until the next call with this key.
@@ -96,10 +101,18 @@ def backward(
     dweight = workspace.array((key, "dweight"), block.weight_shape, x.dtype)
     dbias = workspace.array((key, "dbias"), block.weight_shape[-1:], x.dtype)
     dx = None if feedback is None else workspace.array((key, "dx"), x.shape, x.dtype)
+    units = slice(block.passed_shape[-1])
+    s, ds = s[..., units], ds.reshape(len(x), *block.passed_shape)
+    feedback = None if feedback is None else feedback[..., units]
+    out = as_matrix(dweight)[:, units], dbias[units], dx
     if block.window is None:
-        _dense_backward(block, ds, s, x.reshape(len(x), -1), feedback, (dweight, dbias, dx), workspace)
+        _dense_backward(block, ds, s, x.reshape(len(x), -1), feedback, out, workspace)
     else:
-        _conv_backward(block, ds, s, index, x, feedback, (dweight, dbias, dx), workspace)
+        index = None if index is None else array_module(x).ascontiguousarray(index[..., units])
+        _conv_backward(block, ds, s, index, x, feedback, out, workspace)
+    if block.auxiliary:
+        dweight[..., units.stop :] = 0
+        dbias[units.stop :] = 0
     return dweight, dbias, dx
 
 
@@ -186,7 +199,7 @@ def _conv_backward(
     dweight, dbias, dx = out
     group, length = _slice_lengths(block, len(x), x.itemsize, workspace.backend.on_host)
     lanes = even_slices(len(x), _lane_count(dweight.nbytes)) if workspace.backend.on_host else [slice(0, len(x))]
-    lane_weight = workspace.array("lane weight", (len(lanes), *as_matrix(dweight).shape), x.dtype)
+    lane_weight = workspace.array("lane weight", (len(lanes), *dweight.shape), x.dtype)
     lane_bias = workspace.array("lane bias", (len(lanes), *dbias.shape), x.dtype)
     into_input = None if feedback is None else _input_gradient(block, feedback)
 
@@ -206,7 +219,7 @@ def _conv_backward(
                     into_input(dz[inner], dx[part][inner], scratch)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])
-    _sum_lanes(lane_weight, as_matrix(dweight), workspace)
+    _sum_lanes(lane_weight, dweight, workspace)
     lane_bias.sum(axis=0, out=dbias)
 
 
@@ -222,7 +235,7 @@ def _dz(block: Block, ds: Array, s: Array, index: Array | None, scratch: Buffers
         return max_pool_backward(df, index, block.pool), dz_bias
     corners = partial(window_corners, len(df), block.pool, df.shape[-1])
     corner = scratch.cached(("corners", block.pool, df.shape[-1]), len(df), corners)
-    dz = scratch.array("dz", (len(df), *block.pre_shape), df.dtype)
+    dz = scratch.array("dz", (len(df), *block.pre_shape[:2], df.shape[-1]), df.dtype)
     max_pool_scatter(df, index, block.pool, corner, scratch.array("position", df.shape, np.intp), dz)
     return dz, dz_bias
 

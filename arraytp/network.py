@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from arraytp import options
-from arraytp.backend import NUMPY, Array, Backend
+from arraytp.backend import NUMPY, Array, Backend, array_module
 from arraytp.errors import UserError
 from arraytp.initialise import initial_bias, initial_weight
-from arraytp.ops.activations import activation_backward, activation_forward
-from arraytp.ops.conv import conv_backward_input, conv_backward_weight, conv_forward
+from arraytp.ops.activations import activation_backward, activation_forward, activation_inverse
+from arraytp.ops.conv import as_matrix, conv_backward_input, conv_backward_weight, conv_forward
 from arraytp.ops.dense import dense_backward_input, dense_backward_weight, dense_forward
-from arraytp.ops.patches import Window, im2col, make_window
+from arraytp.ops.patches import Window, col2im, coverage, im2col, make_window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward
+from arraytp.ops.solve import factor, right_solve
 
 Shape = tuple[int, ...]
 
@@ -44,6 +45,8 @@ class Block:
     activation : str
     window, pool : Window or None
         Of the convolution and of the max-pool.
+    auxiliary : int
+        How many units at the end of s^{n+1}'s last axis are kept but not passed on.
     """
 
     label: str
@@ -55,6 +58,12 @@ class Block:
     activation: str
     window: Window | None = None
     pool: Window | None = None
+    auxiliary: int = 0
+
+    @property
+    def passed_shape(self) -> Shape:
+        """Shape per sample of what goes on to the next block: s^{n+1} without its auxiliary units."""
+        return *self.out_shape[:-1], self.out_shape[-1] - self.auxiliary
 
 
 @dataclass
@@ -86,18 +95,21 @@ class ForwardPass:
     Parameters
     ----------
     s : list of arrays
-        s[0] is the input, s[n + 1] the output of block n, of shape (B, *out_shape).
+        s[0] is the input, s[n + 1] the output of block n, of shape (B, *out_shape), auxiliary units included.
+    x : list of arrays
+        x[n] is the input of block n, C-contiguous: what s[n] passes on; the last one holds the logits.
     index : list of arrays or None
         index[n]: the maxima of block n's pool (`max_pool_forward`), None without one.
     """
 
     s: list[Array]
+    x: list[Array]
     index: list[Array | None]
 
     @property
     def logits(self) -> Array:
-        """The output of the last block, of shape (B, classes)."""
-        return self.s[-1]
+        """What the last block passes on, of shape (B, classes)."""
+        return self.x[-1]
 
 
 def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Shape) -> tuple[Block, ...]:
@@ -124,13 +136,14 @@ def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Sha
         except ValueError as error:
             raise UserError(f"network block {n} ({label}): input {show_shape(shape)}: {error}") from error
         blocks.append(block)
-        shape = block.out_shape
+        shape = block.passed_shape
     return tuple(blocks)
 
 
 def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:
     if len(shape) != 3:
         raise ValueError("a conv block needs an image (height, width, channels), so it cannot follow a dense block")
+    _check_auxiliary(layer.auxiliary, layer.channels, "channels")
     height, width, channels = shape
     window = make_window(height, width, layer.kernel, layer.stride, layer.padding)
     pre_shape = (window.out_height, window.out_width, layer.channels)
@@ -144,12 +157,26 @@ def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:
             raise ValueError(f"the pool over the convolution's output {show_shape(pre_shape)}: {error}") from error
     out_shape = pre_shape if pool is None else (pool.out_height, pool.out_width, layer.channels)
     weight_shape = (layer.kernel, layer.kernel, channels, layer.channels)
-    return Block(label, "conv", shape, pre_shape, out_shape, weight_shape, layer.activation, window, pool)
+    return Block(
+        label, "conv", shape, pre_shape, out_shape, weight_shape, layer.activation, window, pool, layer.auxiliary
+    )
 
 
 def _dense(layer: options.Dense, label: str, shape: Shape) -> Block:
+    _check_auxiliary(layer.auxiliary, layer.units, "units")
     size = math.prod(shape)
-    return Block(label, "dense", (size,), (layer.units,), (layer.units,), (size, layer.units), layer.activation)
+    out_shape = (layer.units,)
+    weight_shape = (size, layer.units)
+    return Block(
+        label, "dense", (size,), out_shape, out_shape, weight_shape, layer.activation, auxiliary=layer.auxiliary
+    )
+
+
+def _check_auxiliary(auxiliary: int, units: int, key: str) -> None:
+    if auxiliary >= units:
+        raise ValueError(
+            f"auxiliary: {auxiliary} of {key}: {units} leaves nothing to pass on; {key} counts the auxiliary ones too"
+        )
 
 
 def make_network(
@@ -204,14 +231,15 @@ def block_backward(
     Parameters
     ----------
     block : Block
-    ds : array of shape (B, *out_shape)
-        Gradient of s^{n+1}.
+    ds : array of shape (B, *passed_shape)
+        Gradient of what s^{n+1} passes on; that of its auxiliary units is 0.
     z, index : arrays
         From `block_forward`.
     x : array of shape (B, *in_shape)
     feedback : array of shape weight_shape, or None
         What carries the gradient back to x: the weight itself (BP), a fixed random one (FA); None: no gradient of x.
     """
+    ds = pad_auxiliary(block, ds)
     df = ds if index is None or block.pool is None else max_pool_backward(ds, index, block.pool)
     dz = activation_backward(df, activation_forward(z, block.activation), block.activation)
     if block.window is None:
@@ -223,9 +251,46 @@ def block_backward(
     return dweight.reshape(block.weight_shape), dbias, dx
 
 
+def block_inverse(block: Block, weight: Array, bias: Array, y: Array, x: Array) -> Array:
+    """Return G(y) with G(F(x)) = x of one square block without pool, plainly: f⁻¹, −b, W⁻¹, col2im (GP paper, 2.2.2).
+
+    Overlapping patches add up to n_x ⊙ x, n_x windows over each pixel; (n_x − 1) ⊙ x of the forward pass is taken off.
+
+    Parameters
+    ----------
+    block : Block
+    weight, bias : arrays
+        θ of the block.
+    y : array of shape (B, *out_shape)
+        Near the block's output, auxiliary units included.
+    x : array of shape (B, *in_shape)
+        The block's input in the forward pass; pixels that no window covers keep it.
+    """
+    factors = factor(as_matrix(weight))
+    z = activation_inverse(y, block.activation) - bias
+    patches = right_solve(factors, z.reshape(-1, z.shape[-1]))
+    if block.window is None:
+        return patches.reshape(x.shape)
+    n_x = coverage(block.window, x)
+    return col2im(patches.reshape(z.shape), block.window) - (n_x - x.dtype.type(1)) * x
+
+
+def pad_auxiliary(block: Block, passed: Array) -> Array:
+    """Return an array of shape (B, *passed_shape) with zeros for the auxiliary units: shape (B, *out_shape)."""
+    if not block.auxiliary:
+        return passed
+    xp = array_module(passed)
+    return xp.concatenate([passed, xp.zeros((*passed.shape[:-1], block.auxiliary), dtype=passed.dtype)], axis=-1)
+
+
 def block_flops(block: Block) -> int:
-    """Return the floating-point operations of a block's affine map for one sample; its two adjoints take as many."""
+    """Return the floating-point operations of a block's affine map for one sample."""
     return 2 * math.prod(block.pre_shape[:-1]) * math.prod(block.weight_shape)
+
+
+def adjoint_flops(block: Block) -> int:
+    """Return the operations of either adjoint for one sample: the map's, less what auxiliary units have no part in."""
+    return block_flops(block) * block.passed_shape[-1] // block.out_shape[-1]
 
 
 def show_shape(shape: Shape) -> str:

@@ -36,7 +36,8 @@ class Pool:
 class Conv:
     """A block convolution → activation → [max-pool].
 
-    `padding` is "same" as TensorFlow defines it, or a border width.
+    `padding` is "same" as TensorFlow defines it, or a border width. The last `auxiliary` of all `channels` are kept but
+    not passed on to the next block.
     """
 
     type: Literal["conv"] = "conv"
@@ -46,17 +47,22 @@ class Conv:
     padding: Border | Literal["same"] = 0
     activation: ActivationName = "linear"
     pool: Pool | None = None
+    auxiliary: Border = 0
 
     __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A block dense → activation. Its input is flattened first."""
+    """A block dense → activation. Its input is flattened first.
+
+    The last `auxiliary` of all `units` are kept but not passed on.
+    """
 
     type: Literal["dense"] = "dense"
     units: Size
     activation: ActivationName = "linear"
+    auxiliary: Border = 0
 
     __pydantic_config__ = STRICT
 
@@ -65,32 +71,41 @@ class Dense:
 class NetworkOptions:
     """A named network, or a free-form list of blocks; exactly one of `name` and `blocks`.
 
-    `activation`, where given, replaces the named network's own activation of the hidden blocks.
+    `activation`, where given, replaces the named network's own activation of the hidden blocks. `square` gives every
+    block but the first as many auxiliary units as make its weight matrix square.
     """
 
     name: Literal["fc-shallow", "fc-deep", "lenet", "vgg", "conv-imagenet"] | None = None
     blocks: Annotated[list[Annotated[Conv | Dense, Discriminator("type")]], MinLen(1)] | None = None
     activation: ActivationName | None = None
     init: InitName = "kaiming-uniform"
+    square: bool = False
 
     __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v."""
+    """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v.
+
+    `orthogonality` λ adds 4λ(WWᵀ − I)W to g where W's matrix is square.
+    """
 
     name: Literal["sgd"] = "sgd"
     lr: Positive
     momentum: Decay = 0.0
     weight_decay: NonNegative = 0.0
+    orthogonality: NonNegative = 0.0
 
     __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Adam in either convention of epsilon: m̂/(√v̂ + ε) (`pytorch`) or lr_t·m/(√v + ε) (`keras`)."""
+    """Adam in either convention of epsilon: m̂/(√v̂ + ε) (`pytorch`) or lr_t·m/(√v + ε) (`keras`).
+
+    `orthogonality` as for SGD.
+    """
 
     name: Literal["adam"] = "adam"
     lr: Positive
@@ -99,6 +114,7 @@ class Adam:
     epsilon: Positive = 1e-8
     epsilon_form: Literal["pytorch", "keras"] = "pytorch"
     weight_decay: NonNegative = 0.0
+    orthogonality: NonNegative = 0.0
 
     __pydantic_config__ = STRICT
 

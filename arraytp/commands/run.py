@@ -72,6 +72,9 @@ def command(
     batches = [_jobs(path, settings, out, len(configs) > 1) for path in configs]
     jobs = [job for batch in batches for job in batch]
     _check_folders(jobs, resume, fresh)
+    for job in jobs:
+        for note in job.plan.notes:
+            click.echo(f"arraytp: note: {job.label}: {note}", err=True)
     try:
         with StopRequest() as stop:
             _run_all(jobs, stop, resume, fresh, quiet)

@@ -60,6 +60,33 @@ def _elu(z: Array, out: Array | None) -> Array:
     return out
 
 
+def activation_inverse(s: Array, name: str) -> Array:
+    """Return z with f(z) = s; not finite where s is outside f's range.
+
+    Parameters
+    ----------
+    s : array of any shape
+    name : {"linear", "leaky-relu", "elu", "tanh"}
+        ELU's values lie above −1, tanh's between −1 and 1; the others reach every number. ReLU has no inverse.
+
+    Returns
+    -------
+    array of s's shape and dtype
+        `s` itself for the linear activation.
+    """
+    xp = array_module(s)
+    if name == "linear":
+        return s
+    if name == "leaky-relu":
+        # min(s, 10 s) is s for s ≥ 0 and s / 0.1 below.
+        return xp.minimum(s, s * s.dtype.type(1 / LEAKY_SLOPE))
+    if name == "tanh":
+        return s.dtype.type(0.5) * (xp.log1p(s) - xp.log1p(-s))
+    if name == "elu":
+        return xp.maximum(s, s.dtype.type(0)) + xp.log1p(xp.minimum(s, s.dtype.type(0)))
+    raise ValueError(f"activation {name!r} has no inverse")
+
+
 def activation_derivative(s: Array, name: str) -> Array | None:
     """Return D = f'(z), computed from s = f(z); None stands for 1 everywhere (linear).
 

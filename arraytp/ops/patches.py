@@ -152,6 +152,19 @@ def im2col(x: Array, window: Window, out: Array | None = None, bordered: Array |
     return out
 
 
+def coverage(window: Window, like: Array) -> Array:
+    """Return n_x, how many windows cover each pixel: the transposed convolution of ones, of shape (1, H, W, 1).
+
+    Parameters
+    ----------
+    window : Window
+    like : array
+        Whose array module and dtype the result has.
+    """
+    xp = array_module(like)
+    return col2im(xp.ones((1, window.out_height, window.out_width, window.kernel**2), dtype=like.dtype), window)
+
+
 def col2im(dpatches: Array, window: Window, bordered: Array | None = None) -> Array:
     """Add every patch back to where it came from: the adjoint of `im2col`.
 

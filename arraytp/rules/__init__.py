@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from arraytp.rules import bp, dfa, fa
+from arraytp.rules import bp, dfa, fa, gait_prop
 
-RuleOptions = bp.Options | fa.Options | dfa.Options
-RULES: dict[str, ModuleType] = {"bp": bp, "fa": fa, "dfa": dfa}
+RuleOptions = bp.Options | fa.Options | dfa.Options | gait_prop.Options
+RULES: dict[str, ModuleType] = {"bp": bp, "fa": fa, "dfa": dfa, "gait-prop": gait_prop}

@@ -1,6 +1,6 @@
 """Backpropagation (BP): the reference of every angle.
 
-ds^N = ∂L/∂s^N
+ds^N = ∂L/∂s^N, 0 for auxiliary units
 for n = N−1 … 0:
     dz^n = D^n ⊙ (unpool ds^{n+1}),  D^n = f'(z^n)
     dW^n = (s^n)ᵀ dz^n,  db^n = Σ dz^n,  ds^n = dz^n (W^n)ᵀ
@@ -11,7 +11,7 @@ from typing import Literal
 
 from arraytp.backend import Array, Backend
 from arraytp.fused import backward
-from arraytp.network import ForwardPass, Network, block_flops
+from arraytp.network import ForwardPass, Network, adjoint_flops
 from arraytp.options import STRICT
 from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
@@ -44,7 +44,7 @@ def updates(
     passed : ForwardPass
         Of the batch, with the network's present weights.
     dlogits : array of shape (B, classes)
-        ∂L/∂s^N.
+        ∂L/∂logits; that of auxiliary units is 0, here as in every block.
     workspace : Workspace
 
     Returns
@@ -57,7 +57,7 @@ def updates(
     for n in reversed(range(len(network))):
         carrier = network.weights[n] if n > 0 else None
         dweight, dbias, ds = backward(
-            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.s[n], carrier, workspace, ("bp", n)
+            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.x[n], carrier, workspace, ("bp", n)
         )
         result.append((dweight, dbias))
     return result[::-1]
@@ -65,5 +65,5 @@ def updates(
 
 def product_flops(options: Options, network: Network) -> int:
     """Return the operations of the products of `updates` for one sample: two products a block, one in the first."""
-    flops = [block_flops(block) for block in network.blocks]
+    flops = [adjoint_flops(block) for block in network.blocks]
     return 2 * sum(flops) - flops[0]

@@ -18,7 +18,7 @@ import numpy as np
 from arraytp.backend import Array, Backend
 from arraytp.fused import backward, product
 from arraytp.initialise import initial_weight
-from arraytp.network import ForwardPass, Network, block_flops
+from arraytp.network import ForwardPass, Network, adjoint_flops
 from arraytp.options import STRICT, InitName
 from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
@@ -36,10 +36,10 @@ class Options:
 
 def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
     """Draw B^n of shape (classes, size of s^{n+1}) for every block but the last."""
-    classes = network.blocks[-1].out_shape[0]
+    classes = network.blocks[-1].passed_shape[0]
     state: State = {}
     for n, block in enumerate(network.blocks[:-1]):
-        shape = (classes, int(np.prod(block.out_shape)))
+        shape = (classes, int(np.prod(block.passed_shape)))
         matrix = initial_weight(options.feedback_init, shape, seed, "feedback", n)
         state[f"feedback/{n}/weight"] = backend.asarray(matrix.astype(network.weights[n].dtype))
     return state
@@ -56,17 +56,15 @@ def updates(
         if n == last:
             ds = dlogits
         else:
-            ds = workspace.array("dfa ds", (len(dlogits), s[0].size), s.dtype)
+            ds = workspace.array("dfa ds", (len(dlogits), int(np.prod(block.passed_shape))), s.dtype)
             product(dlogits, state[f"feedback/{n}/weight"], ds, workspace)
-        dweight, dbias, _ = backward(
-            block, ds.reshape(s.shape), s, passed.index[n], passed.s[n], None, workspace, ("dfa", n)
-        )
+        dweight, dbias, _ = backward(block, ds, s, passed.index[n], passed.x[n], None, workspace, ("dfa", n))
         result.append((dweight, dbias))
     return result
 
 
 def product_flops(options: Options, network: Network) -> int:
     """Return the floating-point operations of the products of `updates` for one sample: dW per block, and e B^n."""
-    classes = network.blocks[-1].out_shape[0]
-    direct = sum(2 * classes * int(np.prod(block.out_shape)) for block in network.blocks[:-1])
-    return sum(block_flops(block) for block in network.blocks) + direct
+    classes = network.blocks[-1].passed_shape[0]
+    direct = sum(2 * classes * int(np.prod(block.passed_shape)) for block in network.blocks[:-1])
+    return sum(adjoint_flops(block) for block in network.blocks) + direct

@@ -53,7 +53,7 @@ def updates(
     for n in reversed(range(len(network))):
         carrier = state[f"feedback/{n}/weight"] if n > 0 else None
         dweight, dbias, ds = backward(
-            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.s[n], carrier, workspace, ("fa", n)
+            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.x[n], carrier, workspace, ("fa", n)
         )
         result.append((dweight, dbias))
     return result[::-1]

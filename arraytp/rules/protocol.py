@@ -5,6 +5,10 @@
     updates         (options, state, network, forward pass, ∂L/∂logits, workspace) → Updates
     product_flops   (options, network) → floating-point operations of the matrix products of `updates`, per sample
 
+A rule that does not take every network also has
+
+    check           (options, blocks, dtype) → list of lines worth knowing; raises UserError for what it cannot train
+
 A rule returns updates and never applies them to θ. `State` is a flat map of names to arrays, so that a checkpoint can
 hold that of any rule; its names are paths such as "feedback/2/weight".
 """

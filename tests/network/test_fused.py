@@ -42,9 +42,8 @@ def fused_updates(network, carriers, x, dlogits, workspace):
     found, ds = [], dlogits
     for n in reversed(range(len(network))):
         carrier = carriers[n] if n > 0 else None
-        ds = ds.reshape(passed.s[n + 1].shape)
         dweight, dbias, ds = fused.backward(
-            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.s[n], carrier, workspace, ("test", n)
+            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.x[n], carrier, workspace, ("test", n)
         )
         found.append((dweight, dbias))
     return passed, found[::-1]
@@ -53,7 +52,7 @@ def fused_updates(network, carriers, x, dlogits, workspace):
 def check_network(place, blocks, count, seed, tolerance=ROUNDING, dtype="float64", threads=2):
     network, (x, _) = random_network(blocks, seed, dtype), batch(blocks, count, seed, dtype)
     carriers = carriers_of(network, seed)
-    dlogits = rng(seed, 7).standard_normal((count, *blocks[-1].out_shape)).astype(dtype)
+    dlogits = rng(seed, 7).standard_normal((count, *blocks[-1].passed_shape)).astype(dtype)
     passed, found = fused_updates(
         moved(network, place.put),
         [place.put(carrier) for carrier in carriers],
@@ -107,6 +106,20 @@ def test_named_networks(place, name):
 )
 def test_named_networks_on_other_odd_batches(name, count):
     check_network(ON_HOST, named_blocks(name), count, 0)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("count", [1, 5])
+def test_square_networks(place, name, count):
+    if place.name != "numpy" or name in ("vgg", "lenet", "fc-deep"):
+        pytest.skip("too large to repeat everywhere")
+    check_network(place, named_blocks(name, square=True), count, 0)
+
+
+@given(blocks=chains(auxiliary=True), count=st.sampled_from([1, 3]), seed=st.integers(0, 2**16))
+@settings(max_examples=30)
+def test_networks_with_auxiliary_units(place, blocks, count, seed):
+    check_network(place, blocks, count, seed)
 
 
 @pytest.mark.parametrize("name", NAMED)

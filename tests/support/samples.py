@@ -1,5 +1,6 @@
 """What tests draw: windows, blocks, small forms of the named networks, batches; and how close two arrays are."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,9 +29,9 @@ def rng(*key):
     return np.random.default_rng(key)
 
 
-def named_blocks(name):
+def named_blocks(name, square=False):
     shape, classes = NAMED[name]
-    return plan_network(NetworkOptions(name=name), shape, classes)
+    return plan_network(NetworkOptions(name=name, square=square), shape, classes)
 
 
 def random_network(blocks, seed=0, dtype="float64"):
@@ -49,11 +50,17 @@ def moved(network, put):
     return Network(network.blocks, [put(w) for w in network.weights], [put(b) for b in network.biases])
 
 
+def well_conditioned(order, number, seed):
+    """Return a square matrix whose singular values run from 1 down to 1/number."""
+    left, right = (np.linalg.qr(rng(seed, 3, i).standard_normal((order, order)))[0] for i in (0, 1))
+    return np.ascontiguousarray(left * np.geomspace(1, 1 / number, order) @ right)
+
+
 def batch(blocks, count, seed=0, dtype="float64"):
     """Return inputs and labels."""
     generator = rng(seed, 2)
     x = generator.standard_normal((count, *blocks[0].in_shape)).astype(dtype)
-    return x, generator.integers(0, blocks[-1].out_shape[0], count)
+    return x, generator.integers(0, blocks[-1].passed_shape[0], count)
 
 
 def close(actual, wanted, tolerance):
@@ -118,8 +125,11 @@ def conv_layers(draw, activations=ACTIVATIONS):
 
 
 @st.composite
-def chains(draw, largest=9):
-    """Blocks of a free-form network that fits its input: up to two convolutions, then up to two dense layers."""
+def chains(draw, largest=9, auxiliary=False):
+    """Blocks of a free-form network that fits its input: up to two convolutions, then up to two dense layers.
+
+    With `auxiliary`, each block has up to two auxiliary units.
+    """
     shape = (draw(st.integers(1, largest)), draw(st.integers(1, largest)), draw(st.integers(1, 3)))
     layers = [
         *draw(st.lists(conv_layers(), max_size=2)),
@@ -127,7 +137,15 @@ def chains(draw, largest=9):
           for _ in range(draw(st.integers(0, 1)))),
         Dense(units=draw(st.integers(2, 5))),
     ]  # fmt: skip
+    if auxiliary:
+        layers = [with_auxiliary(layer, draw(st.integers(0, 2))) for layer in layers]
     return fitting_blocks(layers, shape)
+
+
+def with_auxiliary(layer, count):
+    """Return a layer that passes on as much as before and keeps so many auxiliary units."""
+    key = "channels" if isinstance(layer, Conv) else "units"
+    return replace(layer, **{key: getattr(layer, key) + count}, auxiliary=count)
 
 
 def fitting_blocks(layers, shape):

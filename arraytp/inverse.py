@@ -1,0 +1,160 @@
+"""Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), in slices shared by threads.
+
+`arraytp.network.block_inverse` is the plain form. W is factorised once per step and block. Where fewer rows are to be
+carried through W⁻¹ than it has rows of interest, they are solved for; else those rows of W⁻¹ are formed and multiplied.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from arraytp.backend import Array, array_module
+from arraytp.errors import IllConditionedError, UserError
+from arraytp.fused import backward
+from arraytp.network import Block, ForwardPass, Network
+from arraytp.ops.activations import activation_backward, activation_inverse
+from arraytp.ops.conv import as_matrix
+from arraytp.ops.patches import col2im, coverage
+from arraytp.ops.solve import Factors, condition, factor, right_solve, unit_rows
+from arraytp.parallel import Buffers, Workspace, even_slices
+
+SLICES = 4
+INVERTIBLE = ("linear", "leaky-relu", "elu", "tanh")
+
+
+def check_invertible(blocks: tuple[Block, ...]) -> None:
+    """Refuse blocks after the first that have no inverse.
+
+    Raises
+    ------
+    UserError
+        For a pool, an activation without inverse, or a weight matrix that is not square; names block and remedy.
+    """
+    for n, block in enumerate(blocks[1:], start=1):
+        where = f"network block {n} ({block.label}): rule gait-prop inverts every block but the first, and "
+        inputs, outputs = int(np.prod(block.weight_shape[:-1])), block.out_shape[-1]
+        if block.pool is not None:
+            raise UserError(f"{where}max-pooling has no inverse; use a convolution with a stride instead")
+        if block.activation not in INVERTIBLE:
+            raise UserError(
+                f"{where}{block.activation} has no inverse; use leaky-relu or linear (all values), elu (values above "
+                "-1) or tanh (between -1 and 1)"
+            )
+        if inputs != outputs:
+            raise UserError(
+                f"{where}a weight matrix of {inputs}x{outputs} is not square; it needs {inputs} units in all, those "
+                "not passed on as auxiliary ones: network.square: true sees to that"
+            )
+
+
+def factor_blocks(network: Network, workspace: Workspace) -> dict[int, Factors]:
+    """Factorise the weight matrix of every block but the first, one task a block.
+
+    Raises
+    ------
+    IllConditionedError
+        If a condition number is beyond what the dtype can carry, 1 / machine epsilon; names the block and the number.
+    """
+    found: dict[int, tuple[Factors, float]] = {}
+
+    def task(n: int, scratch: Buffers) -> None:
+        factors = factor(as_matrix(network.weights[n]))
+        found[n] = factors, condition(factors)
+
+    largest_first = sorted(range(1, len(network)), key=lambda n: network.weights[n].size, reverse=True)
+    workspace.run([partial(task, n) for n in largest_first])
+    for n in sorted(found):
+        dtype, estimate = network.weights[n].dtype, found[n][1]
+        if estimate > 1 / np.finfo(dtype).eps:
+            raise IllConditionedError(
+                f"block {n} ({network.blocks[n].label}): the weight matrix cannot be inverted in {dtype}: its "
+                f"condition number is {estimate:.1e}, at most {1 / np.finfo(dtype).eps:.1e} can be; network.init: "
+                "orthogonal and optimizer.orthogonality keep it near 1"
+            )
+    return {n: factors for n, (factors, _) in found.items()}
+
+
+def inverse(
+    block: Block, factors: Factors, bias: Array, y: Array, x: Array, workspace: Workspace, key: object
+) -> Array:
+    """Return G(y), the input of a block whose output is y: `arraytp.network.block_inverse`.
+
+    Parameters
+    ----------
+    block : Block
+    factors : Factors
+        Of its weight matrix.
+    bias : array of shape (O,)
+    y : array of shape (B, *out_shape)
+        Near the block's output, auxiliary units included.
+    x : array of shape (B, *in_shape)
+        The block's input in the forward pass.
+    workspace : Workspace
+    key : object
+        Names the buffer of the result, which is valid until the next call with this key.
+
+    Returns
+    -------
+    array of x's shape
+    """
+    out = workspace.array((key, "x"), x.shape, x.dtype)
+    order = len(factors.lu)
+    matrix = None if y.size // order <= order else inverse_rows(factors, order, workspace)
+    others = _other_windows(block, x, workspace)
+
+    def samples(part: slice, scratch: Buffers) -> None:
+        z = (activation_inverse(y[part], block.activation) - bias).reshape(-1, order)
+        patches = right_solve(factors, z) if matrix is None else z @ matrix
+        if block.window is None:
+            out[part] = patches.reshape(out[part].shape)
+        else:
+            out[part] = col2im(patches.reshape(y[part].shape), block.window)
+            out[part] -= others * x[part]
+
+    workspace.run([partial(samples, part) for part in even_slices(len(x), SLICES)])
+    return out
+
+
+def backward_through_inverse(
+    block: Block, factors: Factors, ds: Array, passed: ForwardPass, n: int, workspace: Workspace, key: object
+) -> tuple[Array, Array, Array]:
+    """Return dW, db and (D ⊙ ds) W⁻¹ of block n: `arraytp.fused.backward` with W⁻¹ in place of Wᵀ.
+
+    Parameters as there; auxiliary units have ds = 0, so that only the rows of W⁻¹ count that belong to passed units.
+    """
+    s, x, units = passed.s[n + 1], passed.x[n], block.passed_shape[-1]
+    if block.window is not None or len(x) >= units:
+        rows = inverse_rows(factors, units, workspace)
+        carrier = array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
+        dweight, dbias, dx = backward(block, ds, s, None, x, carrier, workspace, key)
+        return dweight, dbias, dx
+    dweight, dbias, _ = backward(block, ds, s, None, x, None, workspace, key)
+    dz = workspace.array((key, "solved"), s.shape, s.dtype)
+    dz[:, units:] = 0
+    activation_backward(ds.reshape(len(x), units), s[:, :units], block.activation, out=dz[:, :units])
+    _solve_rows(factors, dz, workspace)
+    return dweight, dbias, dz.reshape(x.shape)
+
+
+def inverse_rows(factors: Factors, count: int, workspace: Workspace) -> Array:
+    """Return the first `count` rows of W⁻¹, of shape (count, n): what `count` units of the output say of the input."""
+    rows = unit_rows(factors, count)
+    _solve_rows(factors, rows, workspace)
+    return rows
+
+
+def _solve_rows(factors: Factors, rows: Array, workspace: Workspace) -> None:
+    """Replace the rows y by x with x W = y."""
+
+    def task(part: slice, scratch: Buffers) -> None:
+        rows[part] = right_solve(factors, rows[part])
+
+    workspace.run([partial(task, part) for part in even_slices(len(rows), SLICES if workspace.backend.on_host else 1)])
+
+
+def _other_windows(block: Block, x: Array, workspace: Workspace) -> Array:
+    """Return n_x − 1 of a convolution: windows over each pixel besides the first."""
+    window = block.window
+    if window is None:
+        return None
+    return workspace.shared.cached(("n_x", window, str(x.dtype)), 1, lambda: coverage(window, x) - x.dtype.type(1))

@@ -1,0 +1,138 @@
+"""G(F(x)) = x for square blocks of every shape, W orthogonal or not; nearby outputs go to nearby inputs."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from samples import close, fitting_blocks, rng, well_conditioned
+
+from arraytp.architectures import plan_network, square
+from arraytp.errors import IllConditionedError, UserError
+from arraytp.inverse import check_invertible, factor_blocks, inverse
+from arraytp.network import Network, block_forward, block_inverse, plan_blocks
+from arraytp.ops.solve import factor
+from arraytp.options import Conv, Dense, NetworkOptions, Pool
+from arraytp.parallel import Workspace
+
+# The issue's bound; measured: at most 4e-12.
+ROUND_TRIP = 1e-10
+
+
+def square_block(layer, shape):
+    """Return the layer as the second of a network, in its square form."""
+    layers = [Conv(channels=shape[-1], kernel=1), layer] if len(shape) == 3 else [Dense(units=shape[0]), layer]
+    try:
+        return plan_blocks(square(layers, plan_blocks(layers, shape)), shape)[1]
+    except UserError:
+        assume(False)
+
+
+def check_round_trip(place, block, count, seed):
+    inputs = block.out_shape[-1]
+    weight = well_conditioned(inputs, 20, seed).reshape(block.weight_shape)
+    bias, x = rng(seed, 5).standard_normal(inputs), rng(seed, 6).standard_normal((count, *block.in_shape))
+    _, s, _ = block_forward(block, weight, bias, x)
+    close(block_inverse(block, weight, bias, s, x), x, ROUND_TRIP)
+    put = place.put
+    factors = factor(put(weight.reshape(inputs, inputs)))
+    found = inverse(block, factors, put(bias), put(s), put(x), Workspace(place.backend, 2), "x")
+    close(place.get(found), x, ROUND_TRIP)
+    other = s + 1e-3 * rng(seed, 7).standard_normal(s.shape) * (s > 0)
+    wanted = block_inverse(block, weight, bias, other, x)
+    found = inverse(block, factors, put(bias), put(other), put(x), Workspace(place.backend, 2), "x")
+    close(place.get(found), wanted, ROUND_TRIP)
+
+
+IMAGENET = plan_network(NetworkOptions(name="conv-imagenet", square=True), (224, 224, 3), 1000)
+
+
+@pytest.mark.parametrize("block", IMAGENET[1:-1], ids=lambda block: block.label)
+def test_every_convolution_of_the_imagenet_network_comes_back(place, block):
+    if place.name == "read-only" or (place.name == "strict" and block.out_shape[-1] > 500):
+        pytest.skip("as numpy, or too large to repeat everywhere")
+    check_round_trip(place, block, 1, 0)
+
+
+@given(
+    kernel=st.integers(1, 4), stride=st.integers(1, 4), padding=st.just("same") | st.integers(0, 2),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)), channels=st.integers(1, 3),
+    activation=st.sampled_from(["linear", "leaky-relu"]), count=st.integers(1, 3), seed=st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=40)
+def test_random_convolutions_come_back(place, kernel, stride, padding, size, channels, activation, count, seed):
+    """Pixels that no window covers (stride > kernel) keep their value of the forward pass."""
+    layer = Conv(channels=1, kernel=kernel, stride=stride, padding=padding, activation=activation)
+    check_round_trip(place, square_block(layer, (*size, channels)), count, seed)
+
+
+@pytest.mark.parametrize("activation", ["linear", "leaky-relu", "elu", "tanh"])
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_dense_blocks_come_back(place, activation, count):
+    """More samples than units, or fewer: by the rows of the inverse, or by solving."""
+    block = square_block(Dense(units=2, activation=activation), (24,))
+    weight, bias = 0.3 * well_conditioned(24, 20, 1), rng(2).standard_normal(24)
+    x = rng(3).standard_normal((count, 24))
+    _, s, _ = block_forward(block, weight, bias, x)
+    factors = factor(place.put(weight))
+    found = inverse(block, factors, place.put(bias), place.put(s), place.put(x), Workspace(place.backend, 2), 0)
+    close(place.get(found), x, ROUND_TRIP)
+
+
+def test_two_overlapping_windows_by_hand():
+    """Kernel 2, stride 1 on three pixels of one channel in a row of height 2: the middle column is covered twice."""
+    layers = [Conv(channels=1, kernel=1), Conv(channels=4, kernel=2, auxiliary=3)]
+    block = fitting_blocks(layers, (2, 3, 1))[1]
+    x = np.array([[[1.0], [2], [3]], [[4], [5], [6]]])[None]
+    s = np.array([[[[1.0, 2, 4, 5], [2, 3, 5, 6]]]])
+    np.testing.assert_array_equal(block_inverse(block, np.eye(4).reshape(2, 2, 1, 4), np.zeros(4), s, x), x)
+    s[0, 0, 0, 1] += 1
+    x[0, 0, 1, 0] = 2
+    found = block_inverse(block, np.eye(4).reshape(2, 2, 1, 4), np.zeros(4), s, x)
+    np.testing.assert_array_equal(found[0, :, :, 0], [[1, 3, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", "8.4e\\+06"), ("float64", "4.5e\\+15")])
+def test_a_matrix_beyond_its_dtype_is_refused_by_name_and_number(place, dtype, limit):
+    blocks = fitting_blocks([Dense(units=6), Dense(units=6), Dense(units=6)], (6,))
+    singular = np.ones((6, 6), dtype)
+    weights = [place.put(w.astype(dtype)) for w in (np.eye(6), np.eye(6), singular)]
+    network = Network(blocks, weights, [place.put(np.zeros(6, dtype))] * 3)
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(
+            IllConditionedError, match=rf"block 2 \(dense3\).*{dtype}.*number is (\d\.\de\+\d+|inf).*{limit}"
+        ),
+    ):
+        factor_blocks(network, Workspace(place.backend, 2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (Conv(channels=4, kernel=2, pool=Pool(kernel=1, stride=1)), "max-pooling has no inverse"),
+        (Conv(channels=4, kernel=2, activation="relu"), "relu has no inverse"),
+        (Conv(channels=3, kernel=2), "4x3 is not square.*4 units in all"),
+        (Dense(units=9), "16x9 is not square.*16 units in all"),
+    ],
+)
+def test_a_block_without_inverse_is_refused_at_once(layer, words):
+    blocks = fitting_blocks([Conv(channels=1, kernel=1), layer], (4, 4, 1))
+    with pytest.raises(UserError, match=rf"network block 1 \({blocks[1].label}\).*{words}"):
+        check_invertible(blocks)
+
+
+@pytest.mark.parametrize("layer", [Dense(units=5, auxiliary=5), Conv(channels=2, kernel=1, auxiliary=3)])
+def test_auxiliary_units_leave_something_to_pass_on(layer):
+    with pytest.raises(UserError, match=r"auxiliary: [53] of (units: 5|channels: 2) leaves nothing to pass on"):
+        plan_blocks([layer], (4, 4, 1))
+
+
+def test_the_square_form_of_the_imagenet_network_is_the_papers():
+    assert [block.out_shape[-1] for block in IMAGENET] == [24, 216, 600, 432, 432, 864, 864, 3072]
+    assert [block.passed_shape[-1] for block in IMAGENET] == [24, 24, 48, 48, 96, 96, 192, 1000]
+
+
+def test_a_layer_that_passes_on_more_than_it_takes_has_no_square_form():
+    options = NetworkOptions(blocks=[Dense(units=3), Dense(units=10)], square=True)
+    with pytest.raises(UserError, match=r"network block 1 \(dense2\): square: 3 inputs cannot give the 10 units"):
+        plan_network(options, (4, 4, 1), 10)

@@ -1,0 +1,57 @@
+"""Solving with square matrices: against products, NumPy's condition number, and on every place."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import close, rng, well_conditioned
+
+from arraytp.ops.solve import condition, factor, right_solve, unit_rows
+
+
+@given(order=st.integers(1, 30), rows=st.integers(1, 9), number=st.sampled_from([1, 1e2, 1e4]), seed=st.integers(0, 99))
+@settings(max_examples=30)
+def test_solutions_times_the_matrix_are_the_right_hand_sides(place, order, rows, number, seed):
+    w, x = well_conditioned(order, number, seed), rng(seed, 2).standard_normal((rows, order))
+    found = place.get(right_solve(factor(place.put(w)), place.put(x @ w)))
+    close(found, x, 1e-14 * 30 * number)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("float64", 1e-12)])
+def test_solving_with_an_orthogonal_matrix_is_multiplying_with_its_transpose(place, dtype, tolerance):
+    """In float32 only refinement gets there: the triangular factors alone lose two digits at order 600."""
+    w = well_conditioned(600, 1, 0).astype(dtype)
+    y = rng(3).standard_normal((5, 600)).astype(dtype)
+    found = place.get(right_solve(factor(place.put(w)), place.put(y)))
+    assert found.dtype == dtype
+    close(found, y @ w.T, tolerance)
+
+
+def test_solving_for_rows_of_the_identity_gives_rows_of_the_inverse(place):
+    w = well_conditioned(12, 10, 0)
+    factors = factor(place.put(w))
+    for count in (1, 5, 12):
+        close(place.get(right_solve(factors, unit_rows(factors, count))), np.linalg.inv(w)[:count], 1e-12)
+
+
+@pytest.mark.parametrize("number", [1, 1e3, 1e9])
+def test_the_condition_number_is_estimated_within_its_norms(place, number):
+    """The estimate is that of the largest row sum; it and the 2-norm differ by at most the order, either way."""
+    w = well_conditioned(20, number, 1)
+    exact = np.linalg.cond(w, np.inf)
+    assert exact / 40 <= condition(factor(place.put(w))) <= exact * 1.001
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_singular_matrix_has_a_condition_number_beyond_its_dtype(place, dtype):
+    w = rng(1).standard_normal((6, 6)).astype(dtype)
+    w[4] = 0
+    with np.errstate(all="ignore"):
+        assert condition(factor(place.put(w))) > 1 / np.finfo(dtype).eps
+
+
+def test_a_matrix_that_is_not_finite_has_no_condition_number(place):
+    w = np.eye(3)
+    w[1, 1] = np.nan
+    with np.errstate(all="ignore"):
+        assert np.isnan(condition(factor(place.put(w))))
