@@ -1,18 +1,27 @@
 """`arraytp data`: pack official files into shards, verify them, describe them."""
 
 import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
 from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
+from arraytp.data.writer import SKIPPED_NAME
 from arraytp.errors import UserError
-from data_prep import idx
+from data_prep import folder, idx
+from data_prep.options import PackOptions, Resize
 
 _FOLDER = click.Path(path_type=Path)
 _DATASET_HELP = (
     f"""DATASET is a folder, or the name of a data set that comes with arraytp ({", ".join(embedded_names())})."""
 )
+
+_Packer = Callable[[Path, Path, PackOptions], int]
+_DECODING: Mapping[str, _Packer] = {"folder": folder.pack}
+_SOURCES = (*sorted(idx.CLASSES), *_DECODING)
 
 
 @click.group()
@@ -24,14 +33,24 @@ def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: 
     limits = {}
     for value in values:
         split, _, count = value.partition("=")
-        if split not in ("train", "test") or not count.isdecimal() or int(count) < 1:
+        if not split or not count.isdecimal() or int(count) < 1:
             raise click.BadParameter(f"{value!r} is not like train=10000 or test=2000")
         limits[split] = int(count)
     return limits
 
 
+def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    height, _, width = value.partition("x")
+    sides = [int(side) for side in (height, width or height) if re.fullmatch("[1-9][0-9]{0,3}", side)]
+    if len(sides) != 2 or value.endswith("x"):
+        raise click.BadParameter(f"{value!r} is not like 224 or 180x240 (height x width, up to 9999 pixels)")
+    return sides[0], sides[1]
+
+
 @command.command()
-@click.argument("source", type=click.Choice(sorted(idx.CLASSES)))
+@click.argument("source", type=click.Choice(_SOURCES))
 @click.argument("src", type=_FOLDER)
 @click.argument("dst", type=_FOLDER)
 @click.option("--name", help="The data set's name.  [default: SOURCE]")
@@ -48,22 +67,54 @@ def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: 
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of the train images."
 )
+@click.option(
+    "--size",
+    callback=_parse_size,
+    metavar="N|HxW",
+    help="Resize image files to N x N or H x W pixels.  [default: as they are, all the same]",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(get_args(Resize)),
+    default="stretch",
+    show_default=True,
+    help="Change the images' aspect, or scale the shorter side and cut off both ends of the longer.",
+)
+@click.option(
+    "--max-skipped",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Leave out up to this many broken image files, and list them in skipped.csv.",
+)
+@click.pass_context
 def pack(
+    context: click.Context,
+    /,
     source: str,
     src: Path,
     dst: Path,
-    name: str | None,
-    limits: dict[str, int],
-    compression: str,
-    shard_images: int | None,
-    seed: int,
+    **options: Any,
 ) -> None:
-    """Pack the official files of SOURCE, in folder SRC, into a data set in the new or empty folder DST."""
-    options = idx.PackOptions(
-        name=name, limits=limits, compression=compression == "gzip", shard_images=shard_images, seed=seed
-    )
-    idx.pack(source, src, dst, options)
+    """Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST."""
+    given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
+    if source in _DECODING:
+        skipped = _DECODING[source](src, dst, given)
+    else:
+        _refuse_decoding_options(context, source)
+        skipped = 0
+        idx.pack(source, src, dst, given)
     _describe(open_dataset(dst))
+    if skipped:
+        click.echo(f"skipped  {skipped:,} broken files, listed in {dst / SKIPPED_NAME}")
+
+
+def _refuse_decoding_options(context: click.Context, source: str) -> None:
+    for name in ("size", "resize", "max_skipped"):
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is for {', '.join(_DECODING)}, {source} has no image files"
+            )
 
 
 @command.command(epilog=_DATASET_HELP)
