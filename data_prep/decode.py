@@ -16,7 +16,7 @@ from data_prep.options import Resize
 
 # Memory: an image takes 4 bytes a pixel, up to three times at once.
 MAX_PIXELS = 2**26
-_FORMATS = ("JPEG", "PNG", "WEBP", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

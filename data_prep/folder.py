@@ -1,7 +1,7 @@
 """Pack any tree split/class/image, in a folder or a tar archive."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -24,8 +24,10 @@ def image_rows(files: Files) -> Iterable[tuple[int, str]]:
             yield row, name
 
 
-def plan_tree(files: Files) -> Plan:
+def plan_tree(files: Files, leave: Container[int] = ()) -> Plan:
     """Take the first folder for the split, the second for the class; labels are the classes in alphabetical order.
+
+    Rows in `leave` are not looked at.
 
     Raises
     ------
@@ -34,6 +36,8 @@ def plan_tree(files: Files) -> Plan:
     """
     found: dict[str, dict[str, list[int]]] = {}
     for row, name in image_rows(files):
+        if row in leave:
+            continue
         parts = PurePosixPath(name).parts
         if len(parts) != 3 or not _SPLIT.fullmatch(parts[0]) or not parts[1].isprintable():
             raise UserError(f"{files.root}: {name!r} is not split/class/image, the split in small letters")

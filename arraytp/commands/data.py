@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +10,7 @@ import click
 from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
 from arraytp.data.writer import SKIPPED_NAME
 from arraytp.errors import UserError
-from data_prep import folder, idx
+from data_prep import cifar, folder, idx, imagenet, imagenet32
 from data_prep.options import PackOptions, Resize
 
 _FOLDER = click.Path(path_type=Path)
@@ -19,9 +18,9 @@ _DATASET_HELP = (
     f"""DATASET is a folder, or the name of a data set that comes with arraytp ({", ".join(embedded_names())})."""
 )
 
-_Packer = Callable[[Path, Path, PackOptions], int]
-_DECODING: Mapping[str, _Packer] = {"folder": folder.pack}
-_SOURCES = (*sorted(idx.CLASSES), *_DECODING)
+_SHOWN_CLASSES = 20
+_DECODING = ("folder", "imagenet")
+_SOURCES = (*idx.CLASSES, *cifar.LAYOUTS, "imagenet", "imagenet32", "folder")
 
 
 @click.group()
@@ -87,34 +86,47 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     show_default=True,
     help="Leave out up to this many broken image files, and list them in skipped.csv.",
 )
+@click.option("--devkit", type=_FOLDER, help="imagenet: the devkit's folder, where val/ is flat.  [default: in SRC]")
 @click.pass_context
-def pack(
-    context: click.Context,
-    /,
-    source: str,
-    src: Path,
-    dst: Path,
-    **options: Any,
-) -> None:
-    """Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST."""
+def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
+    r"""Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST.
+
+    \b
+    mnist, fashion-mnist, kmnist  SRC: folder with the four IDX files, gzipped or not
+    cifar10, cifar100             SRC: tar archive or folder, python or binary version
+    imagenet                      SRC: folder or tar archive with train/WNID/ and val/ or val/WNID/
+    imagenet32                    SRC: folder with train_data_batch_1 to _10 and val_data
+    folder                        SRC: folder or tar archive of images SPLIT/CLASS/*.jpg, jpeg, png, webp
+    """
+    _refuse_foreign_options(context, source)
     given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
-    if source in _DECODING:
-        skipped = _DECODING[source](src, dst, given)
-    else:
-        _refuse_decoding_options(context, source)
-        skipped = 0
-        idx.pack(source, src, dst, given)
+    skipped = _pack(source, src, dst, devkit, given)
     _describe(open_dataset(dst))
     if skipped:
-        click.echo(f"skipped  {skipped:,} broken files, listed in {dst / SKIPPED_NAME}")
+        click.echo(f"skipped  {skipped:,} broken file{'s' * (skipped > 1)}, listed in {dst / SKIPPED_NAME}")
 
 
-def _refuse_decoding_options(context: click.Context, source: str) -> None:
-    for name in ("size", "resize", "max_skipped"):
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} is for {', '.join(_DECODING)}, {source} has no image files"
-            )
+def _refuse_foreign_options(context: click.Context, source: str) -> None:
+    allowed = {"size": _DECODING, "resize": _DECODING, "max_skipped": _DECODING, "devkit": ("imagenet",)}
+    for name, sources in allowed.items():
+        given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        if given and source not in sources:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for {' and '.join(sources)}, not for {source}")
+
+
+def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackOptions) -> int:
+    """Run the source's packer; return how many broken files it skipped."""
+    if source == "folder":
+        return folder.pack(src, dst, options)
+    if source == "imagenet":
+        return imagenet.pack(src, dst, options, devkit)
+    if source == "imagenet32":
+        imagenet32.pack(src, dst, options)
+    elif source in cifar.LAYOUTS:
+        cifar.pack(source, src, dst, options)
+    else:
+        idx.pack(source, src, dst, options)
+    return 0
 
 
 @command.command(epilog=_DATASET_HELP)
@@ -145,11 +157,12 @@ def info(dataset: str, as_json: bool) -> None:
 
 def _describe(dataset: Dataset) -> None:
     height, width, channels = dataset.shape
+    shown = dataset.classes if len(dataset.classes) <= _SHOWN_CLASSES else (*dataset.classes[: _SHOWN_CLASSES - 1], "…")
     lines = [
         ("name", dataset.name),
         ("folder", str(dataset.folder)),
         ("images", f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}"),
-        ("classes", f"{len(dataset.classes)}: {', '.join(dataset.classes)}"),
+        ("classes", f"{len(dataset.classes)}: {', '.join(shown)}"),
         ("mean", ", ".join(f"{value:.6f}" for value in dataset.mean)),
         ("std", ", ".join(f"{value:.6f}" for value in dataset.std)),
     ]
