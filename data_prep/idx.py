@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
-from arraytp.streams import stream
+from data_prep.options import PackOptions, check_limits, chosen_rows
 
 SHAPE = (28, 28, 1)
 _PREFIXES = {"train": "train", "test": "t10k"}
@@ -36,17 +35,6 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     ),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackOptions:
-    """How to pack; `limits` maps a split to how many of its images to take."""
-
-    name: str | None = None
-    limits: Mapping[str, int]
-    compression: bool = False
-    shard_images: int | None = None
-    seed: int = 0
 
 
 def read_idx(path: Path, dimensions: int) -> tuple[npt.NDArray[np.uint8], str]:
@@ -147,21 +135,6 @@ def read_split(folder: Path, split: str, classes: int) -> tuple[Images, Labels, 
     return images[..., None], labels.astype(np.int64), files
 
 
-def take_evenly(labels: Labels, limit: int) -> npt.NDArray[np.int64]:
-    """Choose rows evenly by class: the first of each class, then the second of each, … until there are `limit`.
-
-    Returns
-    -------
-    array of shape (limit,), int64
-        Rows in ascending order.
-    """
-    order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], labels[order])
-    rank = np.empty(len(labels), np.int64)
-    rank[order] = np.arange(len(labels)) - starts
-    return np.sort(np.lexsort((labels, rank))[:limit])
-
-
 def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     """Pack a folder of official files; train images are shuffled, test images keep the files' order.
 
@@ -176,18 +149,13 @@ def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     UserError
         An official file is missing or damaged, a limit is more than there is, or `dst` is not free.
     """
+    check_limits(options, _PREFIXES)
     classes = CLASSES[source]
     splits = {}
     files: dict[str, str] = {}
     for split in _PREFIXES:
         images, labels, sums = read_split(src, split, len(classes))
-        limit = options.limits.get(split, len(labels))
-        if limit > len(labels):
-            raise UserError(f"--limit {split}={limit}: {src} has only {len(labels)} {split} images")
-        rows = take_evenly(labels, limit)
-        if split == "train":
-            rows = stream(options.seed, "shuffle").permutation(rows)
-        splits[split] = (images, labels, rows)
+        splits[split] = images, labels, chosen_rows(split, labels, options)
         files |= sums
     made = {"packer": source, "limits": dict(options.limits), "seed": options.seed, "sha256": files}
     description = Description(options.name or source, SHAPE, classes, made)

@@ -1,18 +1,26 @@
 """`arraytp data`: pack official files into shards, verify them, describe them."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
 from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
+from arraytp.data.writer import SKIPPED_NAME
 from arraytp.errors import UserError
-from data_prep import idx
+from data_prep import cifar, folder, idx, imagenet, imagenet32
+from data_prep.options import PackOptions, Resize
 
 _FOLDER = click.Path(path_type=Path)
 _DATASET_HELP = (
     f"""DATASET is a folder, or the name of a data set that comes with arraytp ({", ".join(embedded_names())})."""
 )
+
+_SHOWN_CLASSES = 20
+_DECODING = ("folder", "imagenet")
+_SOURCES = (*idx.CLASSES, *cifar.LAYOUTS, "imagenet", "imagenet32", "folder")
 
 
 @click.group()
@@ -24,14 +32,24 @@ def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: 
     limits = {}
     for value in values:
         split, _, count = value.partition("=")
-        if split not in ("train", "test") or not count.isdecimal() or int(count) < 1:
+        if not split or not count.isdecimal() or int(count) < 1:
             raise click.BadParameter(f"{value!r} is not like train=10000 or test=2000")
         limits[split] = int(count)
     return limits
 
 
+def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    height, _, width = value.partition("x")
+    sides = [int(side) for side in (height, width or height) if re.fullmatch("[1-9][0-9]{0,3}", side)]
+    if len(sides) != 2 or value.endswith("x"):
+        raise click.BadParameter(f"{value!r} is not like 224 or 180x240 (height x width, up to 9999 pixels)")
+    return sides[0], sides[1]
+
+
 @command.command()
-@click.argument("source", type=click.Choice(sorted(idx.CLASSES)))
+@click.argument("source", type=click.Choice(_SOURCES))
 @click.argument("src", type=_FOLDER)
 @click.argument("dst", type=_FOLDER)
 @click.option("--name", help="The data set's name.  [default: SOURCE]")
@@ -48,22 +66,67 @@ def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: 
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of the train images."
 )
-def pack(
-    source: str,
-    src: Path,
-    dst: Path,
-    name: str | None,
-    limits: dict[str, int],
-    compression: str,
-    shard_images: int | None,
-    seed: int,
-) -> None:
-    """Pack the official files of SOURCE, in folder SRC, into a data set in the new or empty folder DST."""
-    options = idx.PackOptions(
-        name=name, limits=limits, compression=compression == "gzip", shard_images=shard_images, seed=seed
-    )
-    idx.pack(source, src, dst, options)
+@click.option(
+    "--size",
+    callback=_parse_size,
+    metavar="N|HxW",
+    help="Resize image files to N x N or H x W pixels.  [default: as they are, all the same]",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(get_args(Resize)),
+    default="stretch",
+    show_default=True,
+    help="Change the images' aspect, or scale the shorter side and cut off both ends of the longer.",
+)
+@click.option(
+    "--max-skipped",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Leave out up to this many broken image files, and list them in skipped.csv.",
+)
+@click.option("--devkit", type=_FOLDER, help="imagenet: the devkit's folder, where val/ is flat.  [default: in SRC]")
+@click.pass_context
+def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
+    r"""Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST.
+
+    \b
+    mnist, fashion-mnist, kmnist  SRC: folder with the four IDX files, gzipped or not
+    cifar10, cifar100             SRC: tar archive or folder, python or binary version
+    imagenet                      SRC: folder or tar archive with train/WNID/ and val/ or val/WNID/
+    imagenet32                    SRC: folder with train_data_batch_1 to _10 and val_data
+    folder                        SRC: folder or tar archive of images SPLIT/CLASS/*.jpg, jpeg, png, webp
+    """
+    _refuse_foreign_options(context, source)
+    given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
+    skipped = _pack(source, src, dst, devkit, given)
     _describe(open_dataset(dst))
+    if skipped:
+        click.echo(f"skipped  {skipped:,} broken file{'s' * (skipped > 1)}, listed in {dst / SKIPPED_NAME}")
+
+
+def _refuse_foreign_options(context: click.Context, source: str) -> None:
+    allowed = {"size": _DECODING, "resize": _DECODING, "max_skipped": _DECODING, "devkit": ("imagenet",)}
+    for name, sources in allowed.items():
+        given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        if given and source not in sources:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for {' and '.join(sources)}, not for {source}")
+
+
+def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackOptions) -> int:
+    """Run the source's packer; return how many broken files it skipped."""
+    if source == "folder":
+        return folder.pack(src, dst, options)
+    if source == "imagenet":
+        return imagenet.pack(src, dst, options, devkit)
+    if source == "imagenet32":
+        imagenet32.pack(src, dst, options)
+    elif source in cifar.LAYOUTS:
+        cifar.pack(source, src, dst, options)
+    else:
+        idx.pack(source, src, dst, options)
+    return 0
 
 
 @command.command(epilog=_DATASET_HELP)
@@ -94,11 +157,12 @@ def info(dataset: str, as_json: bool) -> None:
 
 def _describe(dataset: Dataset) -> None:
     height, width, channels = dataset.shape
+    shown = dataset.classes if len(dataset.classes) <= _SHOWN_CLASSES else (*dataset.classes[: _SHOWN_CLASSES - 1], "…")
     lines = [
         ("name", dataset.name),
         ("folder", str(dataset.folder)),
         ("images", f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}"),
-        ("classes", f"{len(dataset.classes)}: {', '.join(dataset.classes)}"),
+        ("classes", f"{len(dataset.classes)}: {', '.join(shown)}"),
         ("mean", ", ".join(f"{value:.6f}" for value in dataset.mean)),
         ("std", ", ".join(f"{value:.6f}" for value in dataset.std)),
     ]

@@ -1,5 +1,6 @@
 """Write a data set's folder: shards as the images come, `dataset.json` last, so half a data set cannot be opened."""
 
+import csv
 import fcntl
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from arraytp.errors import UserError
 
 SHARD_BYTES = 2**26
 _MARKER = ".arraytp-pack"
-_OWN_FILES = re.compile(r"([a-z][a-z0-9_]*-[0-9]{5}\.h5|dataset\.json)(\.tmp)?")
+SKIPPED_NAME = "skipped.csv"
+_OWN_FILES = re.compile(r"([a-z][a-z0-9_]*-[0-9]{5}\.h5|dataset\.json|skipped\.csv)(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class DatasetWriter:
     description: Description
     compression: bool
     shard_images: int
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     _splits: dict[str, list[ShardEntry]] = field(default_factory=dict)
     _split: str = ""
     _images: Images = field(default_factory=lambda: np.empty((0, 1, 1, 1), np.uint8))
@@ -74,6 +77,10 @@ class DatasetWriter:
             if self._filled == self.shard_images:
                 self._write_shard()
 
+    def skip(self, path: str, reason: str) -> None:
+        """Note a file that was left out, for `skipped.csv`."""
+        self.skipped.append((path, reason))
+
     def _begin(self, split: str) -> None:
         self._write_shard()
         if split in self._splits:
@@ -105,7 +112,7 @@ class DatasetWriter:
         self._filled = 0
 
     def finish(self) -> Manifest:
-        """Write what is left and `dataset.json`.
+        """Write what is left, `skipped.csv` if a file was skipped, and `dataset.json`.
 
         Raises
         ------
@@ -116,6 +123,8 @@ class DatasetWriter:
         empty = [split for split in ("train", *self._splits) if not self._splits.get(split)]
         if empty:
             raise UserError(f"{self.folder}: no image for split {empty[0]!r}; nothing was packed")
+        if self.skipped:
+            self._write_skipped()
         mean, std = mean_and_std(np.asarray(self._counts))
         manifest = Manifest(
             name=self.description.name,
@@ -133,6 +142,14 @@ class DatasetWriter:
         temporary.write_text(manifest_text(manifest), encoding="ascii")
         replace_durably(temporary, self.folder / FILE_NAME)
         return manifest
+
+    def _write_skipped(self) -> None:
+        path = self.folder / SKIPPED_NAME
+        temporary = path.with_name(f"{SKIPPED_NAME}.tmp")
+        # Names of files need not be text.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            csv.writer(file).writerows([("path", "reason"), *self.skipped])
+        replace_durably(temporary, path)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
 from arraytp.errors import UserError
-from data_prep.idx import PackOptions, pack, read_idx, take_evenly
+from data_prep.idx import pack, read_idx
+from data_prep.options import PackOptions, take_evenly
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -94,7 +95,7 @@ def test_limits_are_taken_as_evenly_as_the_classes_allow_and_first_in_the_file(l
 
 def test_a_limit_beyond_the_files_is_refused(tmp_path):
     src = write(tmp_path / "src", official())
-    with pytest.raises(UserError, match=r"--limit test=21: .* has only 20 test images"):
+    with pytest.raises(UserError, match=r"--limit test=21: there are only 20 test images"):
         pack("mnist", src, tmp_path / "d", PackOptions(limits={"test": 21}))
     assert not (tmp_path / "d").exists()
 

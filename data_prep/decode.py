@@ -1,0 +1,110 @@
+"""Image files to RGB arrays of one size: the decoding that all packers of image files share.
+
+JPEG, PNG and WebP are told by their content, not by the name. Turned as EXIF says. Grey, palette, CMYK and 16-bit
+images become RGB, colour profiles are not applied, and what is transparent is laid on white.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from arraytp.data.shards import Images
+from data_prep.options import Resize
+
+# Memory: an image takes 4 bytes a pixel, up to three times at once.
+MAX_PIXELS = 2**26
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BrokenImageError(Exception):
+    """A file that is no image that can be used; the message is the reason, without the file's name."""
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decode an image file: an upright, opaque RGB image.
+
+    Raises
+    ------
+    BrokenImageError
+        It is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels.
+    """
+    with _breakage():
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise BrokenImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+@contextmanager
+def _breakage() -> Iterator[None]:
+    try:
+        yield
+    except BrokenImageError:
+        raise
+    except UnidentifiedImageError:
+        raise BrokenImageError("not a JPEG, PNG or WebP image") from None
+    # A damaged file makes Pillow raise OSError, SyntaxError, ValueError, struct.error and more.
+    except Exception as error:
+        raise BrokenImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if "exif" not in image.info:
+        return image
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # An image whose EXIF cannot be read is still an image.
+    except Exception:
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        page = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, size: tuple[int, int], resize: Resize) -> Images:
+    """Bring an image to a size, (H, W), bilinearly and with antialiasing where it becomes smaller.
+
+    Parameters
+    ----------
+    image : PIL image, RGB
+    size : tuple of int
+    resize : {"stretch", "shorter-crop"}
+        Whether to change its aspect, or to cut away what is too much at both ends of the longer side.
+
+    Returns
+    -------
+    array of shape (H, W, 3), uint8
+    """
+    height, width = size
+    if image.size == (width, height):
+        return np.asarray(image)
+    box = None
+    if resize == "shorter-crop":
+        scale = min(image.width / width, image.height / height)
+        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+        box = (left, top, left + scale * width, top + scale * height)
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))

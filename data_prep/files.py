@@ -1,0 +1,157 @@
+"""The files of a source, in a folder or in a tar archive; read in any order, from any thread.
+
+Nothing of an archive is ever written under a name that it gives: a compressed one is unpacked, whole, into a
+temporary file without a name, which is gone when the process ends, however it ends.
+"""
+
+import bz2
+import gzip
+import io
+import itertools
+import lzma
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO
+
+from arraytp.errors import UserError
+
+MAX_DEPTH = 4
+_BLOCK = 512
+_UNPACKERS: dict[bytes, Callable[[BinaryIO], io.BufferedIOBase]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"BZh": bz2.BZ2File,
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files by name: `names` are relative to `root`, with `/`, in the order of their text.
+
+    `read` takes a row of `names` and returns the file's content; it raises OSError.
+    """
+
+    root: Path
+    names: list[str]
+    read: Callable[[int], bytes]
+
+    def find(self, name: str) -> int | None:
+        """Return the row of a name, None if it is not there."""
+        row = bisect_left(self.names, name)
+        return row if row < len(self.names) and self.names[row] == name else None
+
+
+@contextmanager
+def open_files(src: Path, scratch: Path) -> Iterator[Files]:
+    """Open a folder, to a depth of four, or a tar archive: plain, gzip, xz or bzip2.
+
+    Parameters
+    ----------
+    src : Path
+    scratch : Path
+        Where to unpack a compressed archive: this folder, or the nearest of its parents that exists.
+
+    Raises
+    ------
+    UserError
+        `src` is neither, is damaged or truncated, or holds what is not a plain file within it.
+    """
+    if src.is_dir():
+        names = sorted(_walk(src, "", MAX_DEPTH))
+        yield Files(src, names, lambda row: (src / names[row]).read_bytes())
+        return
+    try:
+        file = src.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{src}: no such folder or archive") from None
+    except OSError as error:
+        raise UserError(f"{src}: cannot be read: {error.strerror}") from error
+    with file:
+        unpack = next((unpack for magic, unpack in _UNPACKERS.items() if file.peek(8).startswith(magic)), None)
+        if unpack is None:
+            yield _index(src, file)
+            return
+        with tempfile.TemporaryFile(dir=_existing(scratch)) as plain:
+            _unpack(src, unpack(file), plain)
+            yield _index(src, plain)
+
+
+def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
+    try:
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                name = folder + entry.name
+                if not entry.is_dir():
+                    yield name
+                elif depth > 1:
+                    yield from _walk(root, f"{name}/", depth - 1)
+    except OSError as error:
+        raise UserError(f"{root / folder}: cannot be read: {error.strerror}") from error
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+
+
+def _unpack(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
+    try:
+        with packed:
+            shutil.copyfileobj(packed, plain, 2**20)
+        plain.seek(0)
+    except EOFError:
+        raise UserError(f"{src}: truncated archive; fetch it again") from None
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{src}: damaged archive ({error}); fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{src}: cannot be unpacked: {error.strerror or error}") from error
+
+
+def _index(src: Path, file: IO[bytes]) -> Files:
+    """Find where each file lies in a plain tar archive, in about 100 bytes of memory for each."""
+    names: list[str] = []
+    starts, sizes = array("q"), array("q")
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                # tarfile would keep a kilobyte for every member.
+                tar.members.clear()  # type: ignore[attr-defined]
+                name = _member_name(src, member)
+                if name is not None:
+                    names.append(name)
+                    starts.append(member.offset_data)
+                    sizes.append(member.size)
+            end = tar.offset
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise UserError(f"{src}: not a tar archive, or damaged ({error}); fetch it again") from error
+    handle = file.fileno()
+    # tarfile takes whatever it cannot read, or nothing at all, for the end.
+    if os.pread(handle, _BLOCK, end) != bytes(_BLOCK):
+        raise UserError(f"{src}: truncated or damaged archive at byte {end}; fetch it again")
+    order = sorted(range(len(names)), key=names.__getitem__)
+    names = [names[i] for i in order]
+    starts, sizes = array("q", (starts[i] for i in order)), array("q", (sizes[i] for i in order))
+    twice = next((name for name, after in itertools.pairwise(names) if name == after), None)
+    if twice is not None:
+        raise UserError(f"{src}: holds {twice!r} twice, expected each file once")
+    return Files(src, names, lambda row: os.pread(handle, sizes[row], starts[row]))
+
+
+def _member_name(src: Path, member: tarfile.TarInfo) -> str | None:
+    """Return the name of a plain file, None for a folder; refuse everything else."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{src}: refused: member {member.name!r} leads out of the archive")
+    if member.isdir():
+        return None
+    if not member.isreg() or member.issparse():
+        raise UserError(f"{src}: refused: member {member.name!r} is a link, device or sparse file, expected files only")
+    return str(path)

@@ -1,0 +1,71 @@
+"""Pack any tree split/class/image, in a folder or a tar archive."""
+
+import re
+from collections.abc import Container, Iterable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from arraytp.errors import UserError
+from data_prep.files import Files, open_files
+from data_prep.images import Plan, pack_images
+from data_prep.options import PackOptions
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_SPLIT = re.compile("[a-z][a-z0-9_]*")
+
+
+def image_rows(files: Files) -> Iterable[tuple[int, str]]:
+    """Yield row and name of every image file; names that start with a dot are no images."""
+    for row, name in enumerate(files.names):
+        base = name.rpartition("/")[2]
+        if base.lower().endswith(SUFFIXES) and not base.startswith("."):
+            yield row, name
+
+
+def plan_tree(files: Files, leave: Container[int] = ()) -> Plan:
+    """Take the first folder for the split, the second for the class; labels are the classes in alphabetical order.
+
+    Rows in `leave` are not looked at.
+
+    Raises
+    ------
+    UserError
+        An image lies elsewhere, there are no train images, or another split has a class that train has not.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for row, name in image_rows(files):
+        if row in leave:
+            continue
+        parts = PurePosixPath(name).parts
+        if len(parts) != 3 or not _SPLIT.fullmatch(parts[0]) or not parts[1].isprintable():
+            raise UserError(f"{files.root}: {name!r} is not split/class/image, the split in small letters")
+        found.setdefault(parts[0], {}).setdefault(parts[1], []).append(row)
+    if "train" not in found:
+        raise UserError(f"{files.root}: no image train/class/…, found splits: {', '.join(found) or 'none'}")
+    classes = sorted(found["train"])
+    splits = {}
+    # Train first: the order of the splits in dataset.json should not depend on their names.
+    for split in sorted(found, key=lambda name: (name != "train", name)):
+        foreign = sorted(set(found[split]) - set(classes))
+        if foreign:
+            raise UserError(f"{files.root}: class {foreign[0]!r} of split {split!r} has no train image")
+        rows = [found[split].get(name, []) for name in classes]
+        labels = np.repeat(np.arange(len(classes)), [len(part) for part in rows])
+        splits[split] = np.array([row for part in rows for row in part], np.int64), labels.astype(np.int64)
+    return Plan(files, classes, splits)
+
+
+def pack(src: Path, dst: Path, options: PackOptions) -> int:
+    """Pack a tree of images; return how many broken files were skipped.
+
+    Raises
+    ------
+    UserError
+        See `plan_tree`, `open_files` and `pack_images`.
+    """
+    name = options.name or src.name.partition(".")[0] or "folder"
+    with open_files(src, dst) as files:
+        plan = plan_tree(files)
+        return pack_images(plan, dst, replace(options, name=name), {"packer": "folder", "files": src.name})

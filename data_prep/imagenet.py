@@ -1,0 +1,153 @@
+"""Pack ImageNet (ILSVRC 2012): train/<wnid>/ and val/, by class or flat with the devkit's ground truth."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from arraytp.errors import UserError
+from data_prep.files import Files, open_files
+from data_prep.folder import image_rows, plan_tree
+from data_prep.images import Plan, pack_images
+from data_prep.options import PackOptions
+
+SIZE = (224, 224)
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+CLASS_MAPS = ("meta.mat", "map_clsloc.txt")
+_FLAT = re.compile(r"val/ILSVRC2012_val_([0-9]{8})\.JPEG")
+_WNID = re.compile(r"n[0-9]{8}")
+
+
+def read_class_map(path: Path) -> dict[int, str]:
+    """Read which synset each number of the ground truth stands for: 1 to 1000 → wnid.
+
+    Parameters
+    ----------
+    path : Path
+        The devkit's `meta.mat`, or a text file whose lines hold a wnid and a number in any order, such as the later
+        devkits' `map_clsloc.txt`.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or is not such a map.
+    """
+    try:
+        pairs = list(_mat_pairs(path) if path.suffix == ".mat" else _text_pairs(path))
+    except UserError:
+        raise
+    # What a damaged MATLAB file raises is not documented.
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as a class map: {text}") from error
+    classes = dict(pairs)
+    wrong = next((wnid for wnid in classes.values() if not _WNID.fullmatch(wnid)), None)
+    if wrong is not None or len(classes) != len(pairs) or len(set(classes.values())) != len(pairs) or not pairs:
+        raise UserError(f"{path}: not a class map: expected one wnid, like n01440764, for each number, found {wrong!r}")
+    return classes
+
+
+def _mat_pairs(path: Path) -> Iterator[tuple[int, str]]:
+    synsets = np.atleast_1d(scipy.io.loadmat(path, squeeze_me=True)["synsets"])
+    for synset in synsets:
+        # The numbers above belong to inner nodes of the hierarchy.
+        if int(synset["num_children"]) == 0:
+            yield int(synset["ILSVRC2012_ID"]), str(synset["WNID"])
+
+
+def _text_pairs(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split()
+        wnids = [word for word in words if _WNID.fullmatch(word)]
+        numbers = [int(word) for word in words if word.isdecimal()]
+        if len(wnids) != 1 or len(numbers) != 1:
+            raise UserError(f"{path}: line {number} is {line[:60]!r}, expected one wnid and one number")
+        yield numbers[0], wnids[0]
+
+
+def read_truth(path: Path, classes: Mapping[int, str]) -> list[str]:
+    """Read the ground truth: the wnid of every validation image in the order of their numbers.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or a line is not a number of the class map.
+    """
+    try:
+        lines = path.read_text(encoding="ascii").split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.isdecimal() or int(line) not in classes:
+            raise UserError(f"{path}: line {number} is {line[:40]!r}, which the class map does not have")
+    return [classes[int(line)] for line in lines]
+
+
+def find_devkit(src: Path, devkit: Path | None) -> tuple[Path, Path]:
+    """Return the ground truth and the class map, from `devkit` or from the official folders in `src`.
+
+    Raises
+    ------
+    UserError
+        One of them is missing.
+    """
+    roots = [devkit] if devkit else [src, src / "ILSVRC2012_devkit_t12", src / "devkit"]
+    folders = [folder for root in roots for folder in (root, root / "data")]
+    truth = next((folder / TRUTH for folder in folders if (folder / TRUTH).is_file()), None)
+    maps = (folder / name for folder in folders for name in CLASS_MAPS)
+    classes = next((path for path in maps if path.is_file()), None)
+    if truth is None or classes is None:
+        missing = TRUTH if truth is None else " or ".join(CLASS_MAPS)
+        raise UserError(f"{devkit or src}: val/ is flat, and there is no {missing}; give --devkit FOLDER")
+    return truth, classes
+
+
+def plan_imagenet(files: Files, src: Path, devkit: Path | None) -> Plan:
+    """Plan train/<wnid>/ and val/<wnid>/ or flat val/; labels are the wnids in alphabetical order.
+
+    Raises
+    ------
+    UserError
+        A class is no wnid, the tree is neither layout, or the ground truth does not fit the images.
+    """
+    flat = {}
+    for row, name in image_rows(files):
+        match = _FLAT.fullmatch(name)
+        if match:
+            flat[row] = int(match[1])
+    plan = plan_tree(files, leave=flat)
+    wrong = next((name for name in plan.classes if not _WNID.fullmatch(name)), None)
+    if wrong is not None:
+        raise UserError(f"{files.root}: class folder {wrong!r} is no wnid, like n01440764")
+    if not flat:
+        return plan
+    if "val" in plan.splits:
+        raise UserError(f"{files.root}: val/ holds images both flat and in class folders")
+    truth_path, map_path = find_devkit(src, devkit)
+    truth = read_truth(truth_path, read_class_map(map_path))
+    labels = {wnid: label for label, wnid in enumerate(plan.classes)}
+    rows = sorted(flat, key=flat.__getitem__)
+    for row in rows:
+        if not 1 <= flat[row] <= len(truth):
+            raise UserError(f"{truth_path}: has {len(truth)} lines, none for {files.names[row]!r}")
+        if truth[flat[row] - 1] not in labels:
+            raise UserError(f"{files.root}: {files.names[row]!r} is {truth[flat[row] - 1]}, which has no train image")
+    val = np.array(rows, np.int64), np.array([labels[truth[flat[row] - 1]] for row in rows], np.int64)
+    return replace(plan, splits={**plan.splits, "val": val})
+
+
+def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None) -> int:
+    """Pack the official tree, 224×224 unless `options.size` says otherwise; return how many broken files were skipped.
+
+    Raises
+    ------
+    UserError
+        See `plan_imagenet`, `open_files` and `pack_images`.
+    """
+    given = replace(options, name=options.name or "imagenet", size=options.size or SIZE)
+    with open_files(src, dst) as files:
+        plan = plan_imagenet(files, src, devkit)
+        return pack_images(plan, dst, given, {"packer": "imagenet", "files": src.name})

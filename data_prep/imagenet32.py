@@ -1,0 +1,87 @@
+"""Pack ImageNet 32×32: the official pickles `train_data_batch_1` to `train_data_batch_10` and `val_data`."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from arraytp.data.shards import Images, Labels
+from arraytp.data.writer import Description, writing
+from arraytp.errors import UserError
+from data_prep.batches import read_batch
+from data_prep.options import PackOptions, check_limits, chosen_rows
+
+SHAPE = (32, 32, 3)
+CLASSES = 1000
+BATCHES = {"train": tuple(f"train_data_batch_{number}" for number in range(1, 11)), "val": ("val_data",)}
+_IMAGE_BYTES = 3072
+_BLOCK_IMAGES = 4096
+
+
+def _read(path: Path) -> tuple[Images, Labels]:
+    try:
+        with path.open("rb") as file:
+            return read_batch(file, path, "labels", CLASSES, 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _find(src: Path) -> dict[str, list[Path]]:
+    """Find the files in a folder, or in the folders that the official archives make: one for train, one for val."""
+    folders = (src, src / "Imagenet32_train", src / "Imagenet32_val")
+    found: dict[str, list[Path]] = {}
+    for split, names in BATCHES.items():
+        found[split] = []
+        for name in names:
+            path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+            if path is None:
+                raise UserError(f"{src}: no {name}, expected train_data_batch_1 to _10 and val_data")
+            found[split].append(path)
+    return found
+
+
+def _spool(paths: list[Path], file: BinaryIO) -> Labels:
+    """Append the images of batches to a file, one batch in memory at a time; return all labels."""
+    labels = []
+    for path in paths:
+        images, part = _read(path)
+        for start in range(0, len(images), _BLOCK_IMAGES):
+            file.write(np.ascontiguousarray(images[start : start + _BLOCK_IMAGES]).data)
+        labels.append(part)
+    file.flush()
+    return np.concatenate(labels)
+
+
+def _in_order(file: BinaryIO, order: Labels) -> Iterator[tuple[Images, Labels]]:
+    """Read rows of a spooled file in any order, block by block: images and the rows they are."""
+    for start in range(0, len(order), _BLOCK_IMAGES):
+        rows = order[start : start + _BLOCK_IMAGES]
+        content = b"".join(os.pread(file.fileno(), _IMAGE_BYTES, int(row) * _IMAGE_BYTES) for row in rows)
+        yield np.frombuffer(content, np.uint8).reshape(-1, *SHAPE), rows
+
+
+def pack(src: Path, dst: Path, options: PackOptions) -> None:
+    """Pack a folder of official files; the classes are named "1" to "1000", as the files number them.
+
+    Memory holds one batch. Disk space for the pixels of a split is needed a second time while it is packed, in a file
+    without a name in `dst`.
+
+    Raises
+    ------
+    UserError
+        A file is missing, damaged or hostile, a limit is more than there is, or `dst` is not free.
+    """
+    check_limits(options, BATCHES)
+    found = _find(src)
+    made = {"packer": "imagenet32", "limits": dict(options.limits), "seed": options.seed}
+    classes = [str(number) for number in range(1, CLASSES + 1)]
+    description = Description(options.name or "imagenet32", SHAPE, classes, made)
+    with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:
+        for split, paths in found.items():
+            with tempfile.TemporaryFile(dir=dst) as file:
+                labels = _spool(paths, file)
+                for images, rows in _in_order(file, chosen_rows(split, labels, options)):
+                    writer.add(split, images, labels[rows])

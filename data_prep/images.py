@@ -1,0 +1,176 @@
+"""Decode image files on all cores and pack them; what differs between sources is the plan alone."""
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+
+from arraytp.data.shards import Images, Labels
+from arraytp.data.writer import DatasetWriter, Description, writing
+from arraytp.errors import UserError
+from data_prep.decode import BrokenImageError, decode, fit
+from data_prep.files import Files
+from data_prep.options import PackOptions, check_limits, chosen_rows
+
+BLOCK_BYTES = 2**23
+_BLOCKS_AHEAD = 2
+_TASK_IMAGES = 16
+
+Rows = npt.NDArray[np.int64]
+Broken = list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which files are which images: `splits` maps a split to rows of `files.names` (n,) and labels (n,), int64."""
+
+    files: Files
+    classes: Sequence[str]
+    splits: Mapping[str, tuple[Rows, Labels]]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Images that are being decoded, in order; `images` is complete when all `tasks` are done."""
+
+    images: Images
+    rows: Rows
+    labels: Labels
+    tasks: list[Future[Broken]]
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    files: Files
+    size: tuple[int, int]
+    options: PackOptions
+
+    def into(self, rows: Rows, out: Images) -> Broken:
+        """Decode files into `out` (n, H, W, 3); return the positions of broken ones, with reasons."""
+        broken = []
+        for position, row in enumerate(rows):
+            try:
+                image = decode(self.files.read(int(row)))
+            except OSError as error:
+                broken.append((position, f"cannot be read: {error.strerror or error}"))
+            except BrokenImageError as error:
+                broken.append((position, str(error)))
+            else:
+                self._check_size(int(row), (image.height, image.width))
+                out[position] = fit(image, self.size, self.options.resize)
+        return broken
+
+    def _check_size(self, row: int, size: tuple[int, int]) -> None:
+        if self.options.size is None and size != self.size:
+            raise UserError(
+                f"{self.files.root}: {self.files.names[row]!r} has {size[0]}x{size[1]} pixels, another image has "
+                f"{self.size[0]}x{self.size[1]}; give --size HxW"
+            )
+
+
+def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, Any], workers: int | None = None) -> int:
+    """Decode the images of a plan, on all cores, and write the data set.
+
+    Parameters
+    ----------
+    plan : Plan
+    dst : Path
+    options : PackOptions
+        `options.name` must be given.
+    source : dict
+        What `dataset.json` says of where the images are from; the packing's own settings are added.
+    workers : int, optional
+        Threads; by default one for each core that the process may use. The result is the same for any number.
+
+    Returns
+    -------
+    int
+        The number of broken files, which are listed in `skipped.csv`.
+
+    Raises
+    ------
+    UserError
+        Too many files are broken, images differ in size and none is given, or `dst` is not free.
+    """
+    check_limits(options, plan.splits)
+    chosen = {}
+    for split, (rows, labels) in plan.splits.items():
+        order = chosen_rows(split, labels, options)
+        chosen[split] = rows[order], labels[order]
+    with warnings.catch_warnings():
+        # Pillow warns of damaged EXIF data and the like, without the file's name; the image is good all the same.
+        warnings.filterwarnings("ignore", module="PIL")
+        size = options.size or _first_size(plan)
+        decoder = _Decoder(plan.files, size, options)
+        made = source | {
+            "limits": dict(options.limits),
+            "seed": options.seed,
+            "resize": options.resize if options.size else None,
+            "pillow": PIL.__version__,
+        }
+        description = Description(options.name or "images", (*size, 3), plan.classes, made)
+        with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:
+            for split, (rows, labels) in chosen.items():
+                for block in _blocks(decoder, rows, labels, workers or len(os.sched_getaffinity(0))):
+                    _add(writer, plan.files, split, block, options.max_skipped)
+            return len(writer.skipped)
+
+
+def _first_size(plan: Plan) -> tuple[int, int]:
+    for rows, _ in plan.splits.values():
+        for row in rows:
+            try:
+                image = decode(plan.files.read(int(row)))
+            except (OSError, BrokenImageError):
+                continue
+            return image.height, image.width
+    raise UserError(f"{plan.files.root}: none of its image files can be decoded")
+
+
+def _blocks(decoder: _Decoder, rows: Rows, labels: Labels, workers: int) -> Iterator[_Block]:
+    """Yield decoded blocks in order, while the next ones are being decoded."""
+    height, width = decoder.size
+    length = max(1, BLOCK_BYTES // (height * width * 3))
+    pool = ThreadPoolExecutor(workers, "decode")
+    waiting: deque[_Block] = deque()
+    try:
+        for start in range(0, len(rows), length):
+            part = rows[start : start + length]
+            images = np.empty((len(part), height, width, 3), np.uint8)
+            tasks = [
+                pool.submit(decoder.into, part[i : i + _TASK_IMAGES], images[i : i + _TASK_IMAGES])
+                for i in range(0, len(part), _TASK_IMAGES)
+            ]
+            waiting.append(_Block(images, part, labels[start : start + length], tasks))
+            if len(waiting) > _BLOCKS_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _add(writer: DatasetWriter, files: Files, split: str, block: _Block, max_skipped: int) -> None:
+    """Wait for a block and write it, without its broken files."""
+    good = np.ones(len(block.rows), np.bool_)
+    for number, task in enumerate(block.tasks):
+        for position, reason in task.result():
+            good[number * _TASK_IMAGES + position] = False
+            name = files.names[block.rows[number * _TASK_IMAGES + position]]
+            writer.skip(name, reason)
+            if len(writer.skipped) > max_skipped:
+                raise UserError(
+                    f"{files.root}: broken file {name!r}: {reason}; that makes {len(writer.skipped)}, more than "
+                    f"--max-skipped {max_skipped}"
+                )
+    if good.all():
+        writer.add(split, block.images, block.labels)
+    else:
+        writer.add(split, block.images[good], block.labels[good])

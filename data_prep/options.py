@@ -1,0 +1,69 @@
+"""What every packer is told, and which images it takes in which order."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from arraytp.data.shards import Labels
+from arraytp.errors import UserError
+from arraytp.streams import stream
+
+Resize = Literal["stretch", "shorter-crop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """How to pack; `limits` maps a split to how many of its images to take.
+
+    The last three are for packers that decode image files: `size` is (H, W), or None for the size the images have;
+    more than `max_skipped` broken files are an error.
+    """
+
+    name: str | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
+    compression: bool = False
+    shard_images: int | None = None
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    resize: Resize = "stretch"
+    max_skipped: int = 0
+
+
+def take_evenly(labels: Labels, limit: int) -> npt.NDArray[np.int64]:
+    """Choose rows evenly by class: the first of each class, then the second of each, … until there are `limit`.
+
+    Returns
+    -------
+    array of shape (limit,), int64
+        Rows in ascending order.
+    """
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], labels[order])
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - starts
+    return np.sort(np.lexsort((labels, rank))[:limit])
+
+
+def chosen_rows(split: str, labels: Labels, options: PackOptions) -> npt.NDArray[np.int64]:
+    """Return the rows of a split to pack, in the order to pack them: train images are shuffled, others are not.
+
+    Raises
+    ------
+    UserError
+        The split's limit is more than there is.
+    """
+    limit = options.limits.get(split, len(labels))
+    if limit > len(labels):
+        raise UserError(f"--limit {split}={limit}: there are only {len(labels)} {split} images")
+    rows = take_evenly(labels, limit)
+    return stream(options.seed, "shuffle").permutation(rows) if split == "train" else rows
+
+
+def check_limits(options: PackOptions, splits: Collection[str]) -> None:
+    """Raise UserError where a limit names a split that is not there."""
+    for split, limit in options.limits.items():
+        if split not in splits:
+            raise UserError(f"--limit {split}={limit}: there is no split {split!r}; the splits are {', '.join(splits)}")

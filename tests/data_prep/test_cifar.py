@@ -1,0 +1,277 @@
+"""CIFAR and ImageNet 32×32 files in the exact official layouts, good and hostile."""
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+
+from arraytp.cli import main
+from arraytp.data.dataset import open_dataset
+from arraytp.errors import UserError
+from data_prep import cifar, imagenet32
+from data_prep.batches import read_batch
+from data_prep.options import PackOptions
+
+
+def python2_string(text):
+    return b"U" + bytes([len(text)]) + text if len(text) < 256 else b"T" + struct.pack("<i", len(text)) + text
+
+
+def python2_pickle(rows, **lists):
+    """A batch as Python 2 with NumPy 1 wrote it, opcode by opcode: protocol 2, text as byte strings."""
+    array = b"".join(
+        [
+            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R",
+            b"(K\x01" + struct.pack("<cicH", b"J", len(rows), b"M", 3072) + b"\x86",
+            b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
+            b"\x89" + python2_string(rows.tobytes()) + b"tb",
+        ]
+    )
+    items = [(b"batch_label", python2_string(b"a batch")), (b"data", array)]
+    for key, values in lists.items():
+        numbers = b"".join(b"M" + struct.pack("<H", value) for value in values)
+        items.append((key.encode(), b"](" + numbers + b"e"))
+    items.append((b"filenames", b"](" + b"".join(python2_string(b"leptodactylus_s.png") for _ in rows) + b"e"))
+    return b"\x80\x02}(" + b"".join(python2_string(key) + value for key, value in items) + b"u."
+
+
+def batch(seed, count, classes, first=0):
+    generator = np.random.default_rng(seed)
+    labels = [first, first + classes - 1, *generator.integers(first, first + classes, count - 2).tolist()]
+    return generator.integers(0, 256, (count, 3072), dtype=np.uint8), labels
+
+
+def pixel(row, y, x):
+    """The official definition: 1024 red, 1024 green, 1024 blue values, row by row."""
+    return [row[1024 * channel + 32 * y + x] for channel in range(3)]
+
+
+CIFAR10 = {name: batch(i, 12, 10) for i, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"])}
+CIFAR100 = {name: batch(i, 30, 100) for i, name in enumerate(["train", "test"])}
+
+
+def files10(version):
+    if version == "python":
+        return {f"cifar-10-batches-py/{name}": python2_pickle(r, labels=l) for name, (r, l) in CIFAR10.items()}
+    rows = {
+        name: b"".join(bytes([y]) + x.tobytes() for x, y in zip(*part, strict=True)) for name, part in CIFAR10.items()
+    }
+    return {f"cifar-10-batches-bin/{name}.bin": content for name, content in rows.items()}
+
+
+def files100(version):
+    if version == "python":
+        return {
+            f"cifar-100-python/{name}": python2_pickle(r, fine_labels=l, coarse_labels=[7] * len(l))
+            for name, (r, l) in CIFAR100.items()
+        }
+    return {
+        f"cifar-100-binary/{name}.bin": b"".join(bytes([7, y]) + x.tobytes() for x, y in zip(*part, strict=True))
+        for name, part in CIFAR100.items()
+    }
+
+
+def write(root, contents):
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def check(dataset, split, parts):
+    images, labels = dataset.load(split)
+    rows = np.concatenate([part[0] for part in parts])
+    wanted = [label for part in parts for label in part[1]]
+    # Each row has its own first pixels, so the rows can be found again after shuffling.
+    place = {tuple(pixel(row, 0, 0) + pixel(row, 0, 1)): i for i, row in enumerate(rows)}
+    order = [place[(*image[0, 0].tolist(), *image[0, 1].tolist())] for image in images]
+    assert sorted(order) == list(range(len(rows)))
+    assert (order == sorted(order)) == (split != "train")
+    for image, label, i in zip(images, labels, order, strict=True):
+        assert label == wanted[i]
+        for y, x in ((0, 31), (31, 0), (17, 5)):
+            assert image[y, x].tolist() == pixel(rows[i], y, x)
+
+
+def split_parts(batches):
+    test = [name for name in batches if name.startswith("test")]
+    return [batches[name] for name in batches if name not in test], [batches[name] for name in test]
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+@pytest.mark.parametrize("form", ["tar.gz", "parent", "folder"])
+@pytest.mark.parametrize("source", ["cifar10", "cifar100"])
+def test_all_images_are_packed_with_their_labels(tmp_path, source, version, form):
+    contents = (files10 if source == "cifar10" else files100)(version)
+    src = write(tmp_path / "s", contents)
+    if form == "folder":
+        (src,) = src.iterdir()
+    if form == "tar.gz":
+        with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
+            for path in src.iterdir():
+                tar.add(path, path.name)
+        src = tmp_path / "s.tar.gz"
+    cifar.pack(source, src, tmp_path / "d", PackOptions())
+    dataset = open_dataset(tmp_path / "d")
+    train, test = split_parts(CIFAR10 if source == "cifar10" else CIFAR100)
+    check(dataset, "train", train)
+    check(dataset, "test", test)
+    assert dataset.classes[0] == ("airplane" if source == "cifar10" else "apple")
+    assert dataset.classes == tuple(sorted(dataset.classes))
+
+
+def test_the_two_versions_give_the_same_shards(tmp_path):
+    for version in ("python", "binary"):
+        cifar.pack("cifar10", write(tmp_path / "s" / version, files10(version)), tmp_path / version, PackOptions())
+    for name in ("train-00000.h5", "test-00000.h5"):
+        assert (tmp_path / "python" / name).read_bytes() == (tmp_path / "binary" / name).read_bytes()
+
+
+def changed10(version, name, content):
+    contents = files10(version)
+    if content is None:
+        del contents[name]
+    else:
+        contents[name] = content(contents[name]) if callable(content) else content
+    return contents
+
+
+PY, BIN = "cifar-10-batches-py/data_batch_2", "cifar-10-batches-bin/data_batch_2.bin"
+ROWS, LABELS = CIFAR10["data_batch_2"]
+
+
+class System:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/arraytp-was-here",)
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "content", "message"),
+    [
+        ("python", PY, None, "no cifar-10-batches-py/data_batch_2, but other batches are there"),
+        ("binary", BIN, None, r"no cifar-10-batches-bin/data_batch_2\.bin, but other"),
+        ("python", PY, lambda c: c[:-1], "damaged or truncated pickle"),
+        ("python", PY, lambda c: c[:5000], "damaged or truncated pickle"),
+        ("python", PY, b"", "damaged or truncated pickle"),
+        ("python", PY, pickle.dumps([1]), "holds a list, expected a batch"),
+        ("python", PY, pickle.dumps({"data": b"x", "labels": []}), "expected an array 'data' and a list 'labels'"),
+        ("python", PY, python2_pickle(ROWS, fine_labels=LABELS), "found 'batch_label', 'data', 'fine_labels'"),
+        ("python", PY, python2_pickle(ROWS, labels=LABELS[:-1]), "11 labels for 12 images"),
+        (
+            "python",
+            PY,
+            python2_pickle(ROWS, labels=[*LABELS[:-1], 10]),
+            r"label 11 \(from 0\) is '10', expected 0 to 9",
+        ),
+        ("python", PY, python2_pickle(ROWS[:, :3071], labels=LABELS), "'data' is not a row-major array of bytes"),
+        (
+            "python",
+            PY,
+            pickle.dumps({"data": ROWS.astype(np.uint16), "labels": LABELS}, 2),
+            "'data' is not a row-major",
+        ),
+        (
+            "python",
+            PY,
+            pickle.dumps({"data": np.asfortranarray(ROWS), "labels": LABELS}, 2),
+            "'data' is not a row-major",
+        ),
+        ("python", PY, pickle.dumps({"data": ROWS, "labels": [True] * 12}, 2), "label 0 .* is 'True'"),
+        ("binary", BIN, lambda c: c[:-1], "36875 bytes are no whole number of rows of 3073"),
+        ("binary", BIN, b"", "0 bytes are no whole number"),
+        ("binary", BIN, lambda c: b"\x0a" + c[1:], r"label 0 \(from 0\) is '10', expected 0 to 9"),
+        ("python", PY, pickle.dumps(System()), r"refused: the pickle names (posix|os)\.system"),
+        ("python", PY, pickle.dumps({"data": System()}, 0), r"refused: the pickle names (posix|os)\.system"),
+        ("python", PY, b"cbuiltins\neval\n(S'1'\ntR.", "refused: the pickle names builtins.eval"),
+        ("python", PY, b"cnumpy\nload\n.", "refused: the pickle names numpy.load"),
+        ("python", PY, b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR.", "refused: .* other than bytes"),
+        ("python", PY, b"\x80\x02\x82\x01.", "damaged or truncated pickle"),
+        ("python", PY, b"Pid\n.", "damaged or truncated pickle"),
+    ],
+)
+def test_a_bad_batch_is_named_with_what_is_wrong_and_nothing_is_written(tmp_path, version, name, content, message):
+    src = write(tmp_path / "s", changed10(version, name, content))
+    with pytest.raises(UserError, match=message) as caught:
+        cifar.pack("cifar10", src, tmp_path / "d", PackOptions())
+    assert "data_batch_2" in str(caught.value)
+    assert not (tmp_path / "d").exists()
+    assert not os.path.exists("/tmp/arraytp-was-here")
+
+
+def test_every_truncation_of_a_pickle_is_one_clear_error():
+    content = python2_pickle(ROWS[:1], labels=[3])
+    for length in range(0, len(content), 7):
+        with pytest.raises(UserError, match=r"^batch: "):
+            read_batch(io.BytesIO(content[:length]), "batch", "labels", 10, 0)
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_batches_of_later_pythons_and_numpys_are_read(protocol):
+    content = pickle.dumps({"data": ROWS, "labels": LABELS}, protocol)
+    images, labels = read_batch(io.BytesIO(content), "batch", "labels", 10, 0)
+    assert labels.tolist() == LABELS
+    assert images[3, 4, 5].tolist() == pixel(ROWS[3], 4, 5)
+
+
+def test_a_folder_without_batches_says_what_is_looked_for(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no cifar-10-batches-py/data_batch_1 and no cifar-10-batches-bin/data_batch_1\.b"
+    ):
+        cifar.pack("cifar10", tmp_path, tmp_path / "d", PackOptions())
+
+
+IMAGENET32 = {name: batch(i, 9, 1000, 1) for i, name in enumerate(sum(imagenet32.BATCHES.values(), ()))}
+
+
+def files32():
+    """As Python 3 wrote them: labels from 1, and the mean image beside the train images."""
+    mean = np.zeros(3072)
+    return {
+        name: pickle.dumps(
+            {"data": rows, "labels": labels, "mean": mean} if "train" in name else {"data": rows, "labels": labels}, 3
+        )
+        for name, (rows, labels) in IMAGENET32.items()
+    }
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_imagenet32_labels_count_from_1_in_the_files_and_from_0_here(tmp_path, folders):
+    contents = files32()
+    if folders:
+        contents = {f"Imagenet32_{name.split('_')[0]}/{name}": content for name, content in contents.items()}
+    src = write(tmp_path / "s", contents)
+    assert main(["data", "pack", "imagenet32", str(src), str(tmp_path / "d"), "--shard-images", "40"]) == 0
+    dataset = open_dataset(tmp_path / "d")
+    assert (len(dataset.classes), dataset.classes[0], dataset.classes[-1]) == (1000, "1", "1000")
+    from_zero = {name: (rows, [label - 1 for label in labels]) for name, (rows, labels) in IMAGENET32.items()}
+    val = from_zero.pop("val_data")
+    check(dataset, "train", list(from_zero.values()))
+    check(dataset, "val", [val])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train_data_batch_7", None, "no train_data_batch_7, expected train_data_batch_1 to _10 and val_data"),
+        ("val_data", None, "no val_data"),
+        (
+            "val_data",
+            pickle.dumps({"data": ROWS, "labels": [0] * 12}),
+            r"label 0 \(from 0\) is '0', expected 1 to 1000",
+        ),
+        ("val_data", pickle.dumps({"data": ROWS, "labels": [1001] * 12}), "is '1001', expected 1 to 1000"),
+        ("train_data_batch_10", b"cos\nsystem\n.", "refused: the pickle names os.system"),
+    ],
+)
+def test_a_bad_imagenet32_file_is_named_and_nothing_stays(tmp_path, name, content, message):
+    contents = files32()
+    contents.pop(name)
+    src = write(tmp_path / "s", contents | ({name: content} if content else {}))
+    with pytest.raises(UserError, match=message) as caught:
+        imagenet32.pack(src, tmp_path / "d", PackOptions())
+    assert name in str(caught.value)
+    assert not (tmp_path / "d").exists() or not list((tmp_path / "d").iterdir())

@@ -1,0 +1,123 @@
+"""The official ImageNet tree and devkit, on small images."""
+
+import io
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from arraytp.cli import main
+from arraytp.data.dataset import open_dataset
+from arraytp.errors import UserError
+from data_prep.imagenet import pack, read_class_map
+from data_prep.options import PackOptions
+
+# The devkit numbers the synsets in an order of its own.
+WNIDS = {1: "n02119789", 2: "n01440764", 3: "n07753113"}
+TRUTH = [2, 3, 1, 1, 2]
+
+
+def jpeg(value):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (value, value, value)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write(root, contents):
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def meta_mat():
+    """`meta.mat`: synsets (N, 1) with fields in MATLAB's nesting, inner nodes of the hierarchy last."""
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    rows = [(number, wnid, "words", 0) for number, wnid in WNIDS.items()] + [(4, "n00001740", "entity", 3)]
+    file = io.BytesIO()
+    scipy.io.savemat(file, {"synsets": np.array(rows, fields)[:, None]})
+    return file.getvalue()
+
+
+DEVKIT = "ILSVRC2012_devkit_t12/data/"
+MAPS = {
+    "meta.mat": meta_mat(),
+    "map_clsloc.txt": b"".join(f"{wnid} {number} some_name\n".encode() for number, wnid in WNIDS.items()),
+}
+
+
+def tree(flat=True, class_map="meta.mat"):
+    contents = {f"train/{wnid}/{wnid}_{i}.JPEG": jpeg(10 * n + i) for n, wnid in WNIDS.items() for i in range(4)}
+    for number, label in enumerate(TRUTH, 1):
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        contents[f"val/{name}" if flat else f"val/{WNIDS[label]}/{name}"] = jpeg(100 + number)
+    if flat:
+        contents[DEVKIT + "ILSVRC2012_validation_ground_truth.txt"] = "".join(f"{n}\n" for n in TRUTH).encode()
+        contents[DEVKIT + class_map] = MAPS[class_map]
+    return contents
+
+
+@pytest.mark.parametrize(("flat", "class_map"), [(True, "meta.mat"), (True, "map_clsloc.txt"), (False, "meta.mat")])
+def test_validation_labels_are_those_of_the_train_folders(tmp_path, flat, class_map):
+    src = write(tmp_path / "s", tree(flat, class_map))
+    assert main(["data", "pack", "imagenet", str(src), str(tmp_path / "d")]) == 0
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.shape == (224, 224, 3)
+    assert dataset.classes == ("n01440764", "n02119789", "n07753113")
+    assert dataset.counts == {"train": 12, "val": 5}
+    label_of = {number: dataset.classes.index(wnid) for number, wnid in WNIDS.items()}
+    images, labels = dataset.load("train")
+    for image, label in zip(images, labels, strict=True):
+        assert label == label_of[round(float(image.mean())) // 10]
+    images, labels = dataset.load("val")
+    numbers = [round(float(image.mean())) - 100 for image in images]
+    assert sorted(numbers) == [1, 2, 3, 4, 5]
+    assert labels.tolist() == [label_of[TRUTH[number - 1]] for number in numbers]
+
+
+def test_a_devkit_elsewhere_can_be_named(tmp_path):
+    contents = tree()
+    devkit = {name.removeprefix(DEVKIT): contents.pop(name) for name in list(contents) if name.startswith(DEVKIT)}
+    src, kit = write(tmp_path / "s", contents), write(tmp_path / "k", devkit)
+    with pytest.raises(UserError, match=r"no ILSVRC2012_validation_ground_truth\.txt; give --devkit"):
+        pack(src, tmp_path / "d", PackOptions())
+    pack(src, tmp_path / "d", PackOptions(size=(8, 8)), devkit=kit)
+    assert open_dataset(tmp_path / "d").counts["val"] == 5
+
+
+GROUND = DEVKIT + "ILSVRC2012_validation_ground_truth.txt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({GROUND: b"2\n3\n1\n1\n"}, "has 4 lines, none for 'val/ILSVRC2012_val_00000005.JPEG'"),
+        ({GROUND: b"2\n3\n1\n1\n9\n"}, "line 5 is '9', which the class map does not have"),
+        ({GROUND: b"2\n3\n1\n1\n\xff\n"}, "ground_truth.txt: cannot be read"),
+        ({DEVKIT + "meta.mat": b"no matlab file"}, "meta.mat: cannot be read as a class map"),
+        ({DEVKIT + "meta.mat": meta_mat()[:200]}, "meta.mat: cannot be read as a class map"),
+        ({DEVKIT + "meta.mat": None}, "no meta.mat or map_clsloc.txt; give --devkit"),
+        ({"val/n01440764/ILSVRC2012_val_00000006.JPEG": jpeg(1)}, "both flat and in class folders"),
+        ({"train/fish/x.JPEG": jpeg(1)}, "class folder 'fish' is no wnid"),
+        ({"val/other.JPEG": jpeg(1)}, "'val/other.JPEG' is not split/class/image"),
+        ({f"train/n07753113/n07753113_{i}.JPEG": None for i in range(4)}, "is n07753113, which has no train image"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_refused(tmp_path, changes, message):
+    contents = tree() | changes
+    src = write(tmp_path / "s", {name: content for name, content in contents.items() if content is not None})
+    with pytest.raises(UserError, match=message):
+        pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["", "n01440764 1\nn01440764 2\n", "n01440764 1\nn02119789 1\n", "tench 1\n", "n01440764\n", "n01440764 1 2\n"],
+)
+def test_a_text_that_is_no_class_map_is_refused(tmp_path, lines):
+    path = tmp_path / "map.txt"
+    path.write_text(lines)
+    with pytest.raises(UserError, match=r"map\.txt: "):
+        read_class_map(path)
