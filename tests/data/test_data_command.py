@@ -53,7 +53,7 @@ def test_check_lists_all_damage_and_exits_with_2(tiny, tmp_path, capsys):
         (["pack", "cifar", ".", "x"], "mnist"),
         (["pack", "mnist", "/nowhere", "x"], "no train-images-idx3-ubyte"),
         (["pack", "mnist", ".", "x", "--limit", "train"], "'train' is not like train=10000"),
-        (["pack", "mnist", ".", "x", "--limit", "val=5"], "'val=5' is not like train=10000"),
+        (["pack", "mnist", ".", "x", "--limit", "val=5"], "--limit val=5: there is no split 'val'"),
         (["pack", "mnist", ".", "x", "--limit", "train=0"], "'train=0' is not like train=10000"),
         (["pack", "mnist", ".", "x", "--shard-images", "0"], "--shard-images"),
         (["pack", "mnist", ".", "x", "--seed", "-1"], "--seed"),
