@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from arraytp import experiment
+from arraytp.architectures import plan_network
 from arraytp.backend import NUMPY
 from arraytp.compare import angle_degrees, relative_distance
 from arraytp.config import load_one, parse_config
@@ -19,12 +20,13 @@ from arraytp.parallel import Workspace
 from arraytp.rules import RULES, bp, fa
 
 QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.yml"
+SMALL_NETWORK = {"blocks": [{"type": "dense", "units": 12, "activation": "tanh"}, {"type": "dense", "units": 10}]}
 
 
 def small(**sections):
     tree = {
         "data": {"dataset": "fashion-mnist-10k", "in_memory_mb": 0, "pool_images": 256},
-        "network": {"blocks": [{"type": "dense", "units": 12, "activation": "tanh"}, {"type": "dense", "units": 10}]},
+        "network": SMALL_NETWORK,
         "rule": {"name": "fa"},
         "optimizer": {"name": "sgd", "lr": 0.1},
         "train": {"epochs": 1, "batch_size": 32, "eval_batch_size": 500},
@@ -225,7 +227,8 @@ def test_rules_networks_and_ops_work_without_config_or_data():
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_keeps_to_the_protocol(batch, name):
-    made, images, labels = batch(small(rule={"name": name}))
+    network = {**SMALL_NETWORK, "square": name == "gait-prop"}
+    made, images, labels = batch(small(rule={"name": name}, network=network))
     before = [weight.copy() for weight in made.network.weights]
     made.propose(images, labels)
     assert RULES[name].Options().name == name
@@ -261,3 +264,36 @@ def test_small_and_large_numbers_of_float32_do_not_spoil_an_angle():
     a = np.array([3e-30, 4e-30], np.float32)
     assert angle_degrees(a, np.array([4e30, -3e30], np.float32)) == pytest.approx(90)
     assert angle_degrees(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_network_that_the_rule_cannot_invert_is_refused_before_training():
+    with pytest.raises(UserError, match=r"network block 1 \(dense2\): rule gait-prop .* 12x10 is not square"):
+        experiment.plan(small(rule={"name": "gait-prop"}))
+
+
+def test_what_a_rule_has_to_say_about_a_config_is_in_the_plan():
+    square = {**SMALL_NETWORK, "square": True}
+    (note,) = experiment.plan(small(rule={"name": "gait-prop"}, network=square)).notes
+    assert "literal in float32" in note
+    assert experiment.plan(small(network=square)).notes == ()
+
+
+RUNS = sorted((QUICKSTART.parent / "gait-prop").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_the_gait_prop_papers_configs_fit_their_networks(path):
+    config = load_one(path)
+    shape, classes = ((224, 224, 3), 1000) if "imagenet" in path.stem else ((32, 32, 3), 10)
+    blocks = plan_network(config.network, shape, classes)
+    assert config.loss.reduction == "sum"
+    if config.rule.name == "gait-prop":
+        assert RULES["gait-prop"].check(config.rule, blocks, config.dtype) == []
+
+
+def test_the_quickstart_of_gait_prop_trains(batch):
+    made, images, labels = batch(load_one(QUICKSTART.with_name("quickstart-gait-prop.yml"), variant="gp"))
+    losses = [float(made.step(images, labels).loss) for _ in range(8)]
+    assert losses[-1] < 0.7 * losses[0]
+    made.propose(images, labels)
+    assert all(found.angle_deg < 30 for found in made.compare())

@@ -32,7 +32,6 @@ from arraytp.fused import backward
 from arraytp.inverse import backward_through_inverse, check_invertible, factor_blocks, inverse
 from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops
 from arraytp.ops.activations import activation_derivative
-from arraytp.ops.solve import Factors
 from arraytp.options import STRICT, Positive
 from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
@@ -93,19 +92,12 @@ def updates(
     IllConditionedError
         If a weight matrix cannot be inverted in its dtype.
     """
-    factors = factor_blocks(network, workspace)
     form = _literal if options.form == "literal" else _difference
-    return form(options, network, passed, dlogits, factors, workspace)
+    return form(options, network, passed, dlogits, workspace)
 
 
-def _literal(
-    options: Options,
-    network: Network,
-    passed: ForwardPass,
-    dlogits: Array,
-    factors: dict[int, Factors],
-    workspace: Workspace,
-) -> Updates:
+def _literal(options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace) -> Updates:
+    factors = factor_blocks(network, workspace)
     number, result = dlogits.dtype.type, []
     t = passed.logits - number(0.5) * dlogits
     m = array_module(t).ones(len(t), dtype=t.dtype)
@@ -127,13 +119,9 @@ def _literal(
 
 
 def _difference(
-    options: Options,
-    network: Network,
-    passed: ForwardPass,
-    dlogits: Array,
-    factors: dict[int, Factors],
-    workspace: Workspace,
+    options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
 ) -> Updates:
+    factors = factor_blocks(network, workspace)
     result: Updates = []
     e = dlogits
     for n in reversed(range(1, len(network))):
@@ -148,19 +136,9 @@ def _difference(
 
 
 def perturbation(options: Options, difference: Array, block: Block) -> tuple[Array, Array]:
-    """Return γ of every sample, and which samples have a = t: theirs is 1.
+    """Return γ of every sample and which samples have a = t (their γ is 1), both (B,).
 
-    Parameters
-    ----------
-    options : Options
-    difference : array of shape (B, *passed_shape)
-        a − t, of either sign.
-    block : Block
-        Its auxiliary units count in dim.
-
-    Returns
-    -------
-    gamma, still : arrays of shape (B,)
+    `difference` is a − t of what the block passes on, of either sign; auxiliary units count in dim.
     """
     xp, number = array_module(difference), difference.dtype.type
     flat = difference.reshape(len(difference), -1)

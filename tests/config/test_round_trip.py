@@ -45,6 +45,8 @@ def values(annotation):
 def values_of(annotation):
     is_annotated = get_origin(annotation) is Annotated
     bare, *metadata = get_args(annotation) if is_annotated else (annotation,)
+    if bare is bool:
+        return st.booleans()
     if get_origin(bare) is Literal:
         return st.sampled_from(get_args(bare))
     if get_origin(bare) in (list, tuple):

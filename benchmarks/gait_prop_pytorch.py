@@ -1,0 +1,168 @@
+"""Time a GAIT-prop step of fc-deep against PyTorch as the authors write theirs, and against our own BP step.
+
+The PyTorch side is float64, inverts every square weight matrix with torch.linalg.inv, and takes the gradients of the
+local losses by autograd. A step is forward, targets, updates, orthogonality regulariser and Adam. Each side lives in a
+process of its own and they take turns, as in compare_pytorch.py.
+
+    python benchmarks/gait_prop_pytorch.py [--rounds 5] [--steps 2] [--batch 256] [--threads 2] [--json FILE]
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+# Rule, form, dtype and λ of the regulariser; None is PyTorch.
+SIDES = {
+    "torch gp float64": None,
+    "gp literal float64": ("gait-prop", "literal", "float64", 100.0),
+    "gp difference float32": ("gait-prop", "difference", "float32", 100.0),
+    "gp difference float32, no regulariser": ("gait-prop", "difference", "float32", 0.0),
+    "bp float32": ("bp", None, "float32", 0.0),
+    "bp float64": ("bp", None, "float64", 0.0),
+}
+HIDDEN, UNITS, INPUTS, CLASSES = 6, 1024, 3072, 10
+LR, ETA, SLOPE, STRENGTH = 1.9e-5, 1e-7, 0.1, 100.0
+
+
+def arraytp_step(side: str, batch: int, threads: int) -> Any:
+    import numpy as np
+
+    from arraytp import options
+    from arraytp.architectures import plan_network
+    from arraytp.experiment import parameters
+    from arraytp.fused import forward
+    from arraytp.network import make_network
+    from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
+    from arraytp.optim import apply_updates, init_optimizer
+    from arraytp.parallel import Workspace
+    from arraytp.rules import RULES
+
+    name, form, dtype, strength = SIDES[side]
+    blocks = plan_network(options.NetworkOptions(name="fc-deep", square=True), (32, 32, 3), CLASSES)
+    network = make_network(blocks, "orthogonal", 0, dtype)
+    generator = np.random.default_rng(0)
+    x, y = generator.random((batch, 32, 32, 3)).astype(dtype), generator.integers(0, CLASSES, batch)
+    adam = options.Adam(lr=LR, epsilon=1e-6, epsilon_form="keras", orthogonality=strength)
+    state, workspace = init_optimizer(adam, parameters(network)), Workspace(threads=threads)
+    rule = RULES[name]
+    settings = rule.Options(form=form) if form else rule.Options()
+
+    def step() -> float:
+        passed = forward(network, x, workspace)
+        loss, cache = cross_entropy_forward(passed.logits, y, "sum")
+        updates = rule.updates(settings, {}, network, passed, cross_entropy_backward(cache, "sum"), workspace)
+        apply_updates(adam, LR, state, parameters(network), [a for pair in updates for a in pair], workspace)
+        return float(loss)
+
+    return step
+
+
+def torch_step(batch: int, threads: int) -> Any:
+    """Normalised GP, Algorithm 1 line by line."""
+    import torch
+    from torch.nn.functional import cross_entropy, leaky_relu
+
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    widths = [INPUTS, *[UNITS] * (HIDDEN + 1)]
+    weights = [torch.nn.init.orthogonal_(torch.empty(i, o)) for i, o in itertools.pairwise(widths)]
+    biases = [torch.zeros(UNITS) for _ in weights]
+    theta = [parameter.requires_grad_() for pair in zip(weights, biases, strict=True) for parameter in pair]
+    x, y = torch.rand(batch, INPUTS), torch.randint(0, CLASSES, (batch,))
+    adam = torch.optim.Adam(theta, lr=LR, eps=1e-6)
+    last = len(weights) - 1
+
+    def layer(n: int, a: torch.Tensor) -> torch.Tensor:
+        z = a @ weights[n] + biases[n]
+        return z if n == last else leaky_relu(z, SLOPE)
+
+    def step() -> float:
+        adam.zero_grad()
+        with torch.no_grad():
+            inputs = [x]
+            for n in range(len(weights)):
+                inputs.append(layer(n, inputs[-1]))
+        logits = inputs[-1][:, :CLASSES].clone().requires_grad_()
+        loss = cross_entropy(logits, y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, logits)
+        t = inputs[-1].clone()
+        t[:, :CLASSES] -= 0.5 * gradient
+        m = torch.ones(batch, 1)
+        for n in reversed(range(len(weights))):
+            a = layer(n, inputs[n])
+            (m * (t - a).square()).sum().backward()
+            if n == 0:
+                break
+            with torch.no_grad():
+                gamma = ETA * UNITS**0.5 / (a - t).norm(dim=1, keepdim=True)
+                m = m / gamma
+                derivative = torch.ones_like(a) if n == last else torch.where(a < 0, SLOPE, 1.0)
+                epsilon = gamma * derivative.square()
+                moved = (1 - epsilon) * a + epsilon * t
+                z = moved if n == last else torch.where(moved < 0, moved / SLOPE, moved)
+                t = (z - biases[n]) @ torch.linalg.inv(weights[n])
+        with torch.no_grad():
+            for w in weights[1:]:
+                w.grad += STRENGTH * 4 * (w @ w.T - torch.eye(UNITS)) @ w
+        adam.step()
+        return loss.item()
+
+    return step
+
+
+def worker(side: str, batch: int, threads: int, pipe: Connection) -> None:
+    """Answer each number received with the seconds of so many steps, after the loss of a first one."""
+    step = torch_step(batch, threads) if SIDES[side] is None else arraytp_step(side, batch, threads)
+    pipe.send(step())
+    while (count := pipe.recv()) > 0:
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        pipe.send(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for side in SIDES:
+        pipes[side], far = context.Pipe()
+        context.Process(target=worker, args=(side, arguments.batch, arguments.threads, far), daemon=True).start()
+        pipes[side].recv()
+    for _ in range(arguments.rounds):
+        for side in SIDES:
+            pipes[side].send(arguments.steps)
+            seconds[side] += pipes[side].recv()
+    medians = {side: 1e3 * statistics.median(found) for side, found in seconds.items()}
+    print(f"fc-deep, square, batch {arguments.batch}, {arguments.threads} threads\n")
+    print(f"{'side':38} {'median ms':>9} {'min ms':>8} {'/ torch':>8} {'/ own bp':>8}")
+    for side, found in seconds.items():
+        reference = medians["torch gp float64"]
+        own = medians["bp float64" if "64" in side else "bp float32"]
+        print(
+            f"{side:38} {medians[side]:9.1f} {1e3 * min(found):8.1f} {medians[side] / reference:8.2f} "
+            f"{medians[side] / own:8.2f}"
+        )
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(medians, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
