@@ -98,7 +98,9 @@ class Experiment:
     workspace : Workspace
     train_loader, test_loader : Loader
     passed, dlogits, updates : ForwardPass, array, Updates; None before the first step
-        Of the last step: forward pass, ∂L/∂logits and what the rule made of them; valid until the next step.
+        Of the last step: forward pass, ∂L/∂logits and what the rule made of them; valid until the next step or score.
+    proposed : bool
+        Whether `updates` wait to be applied.
     """
 
     plan: Plan
@@ -112,6 +114,7 @@ class Experiment:
     passed: ForwardPass | None = None
     dlogits: Array | None = None
     updates: Updates | None = None
+    proposed: bool = False
 
     @property
     def config(self) -> Config:
@@ -147,12 +150,19 @@ class Experiment:
         self.updates = self.rule.updates(
             self.config.rule, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
         )
+        self.proposed = True
         return _score(loss, self.passed.logits, labels, reduction)
 
     def compare(self) -> list[Comparison]:
-        """Measure the proposed weight updates against BP's on the same weights and batch, block by block."""
-        if self.passed is None or self.updates is None:
-            raise RuntimeError("compare needs a batch: call propose first")
+        """Measure the proposed weight updates against BP's on the same weights and batch, block by block.
+
+        Raises
+        ------
+        RuntimeError
+            Unless `propose` was the last thing done.
+        """
+        if not self.proposed or self.passed is None or self.updates is None:
+            raise RuntimeError("compare needs updates that are not applied yet: call propose first")
         exact = bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
         return [
             Comparison(n, angle_degrees(own[0], reference[0]), relative_distance(own[0], reference[0]))
@@ -160,9 +170,18 @@ class Experiment:
         ]
 
     def apply(self, epoch: int = 0) -> None:
-        """Let the optimiser apply the proposed updates."""
-        if self.updates is None:
-            raise RuntimeError("apply needs updates: call propose first")
+        """Let the optimiser apply the proposed updates, once.
+
+        Raises
+        ------
+        RuntimeError
+            Unless `propose` was the last thing done, `compare` aside.
+        ValueError
+            If a parameter was replaced by an array that the optimiser cannot write to.
+        """
+        if not self.proposed or self.updates is None:
+            raise RuntimeError("apply needs updates that are not applied yet: call propose first")
+        self.proposed = False
         apply_updates(
             self.config.optimizer,
             learning_rate(self.config.schedule, self.config.optimizer.lr, epoch),
@@ -179,7 +198,9 @@ class Experiment:
                 yield self.score(images, labels)
 
     def score(self, images: Array, labels: Array) -> Score:
-        """Score a batch without learning from it."""
+        """Score a batch without learning from it; what the last step left is gone, since its buffers serve again."""
+        self.passed = self.dlogits = self.updates = None
+        self.proposed = False
         reduction = self.config.loss.reduction
         logits = forward(self.network, images, self.workspace).logits
         loss, _ = cross_entropy_forward(logits, labels, reduction)

@@ -19,7 +19,7 @@ from arraytp.ops.activations import activation_backward, activation_forward, act
 from arraytp.ops.conv import as_matrix, conv_backward_input, conv_backward_weight, conv_forward
 from arraytp.ops.dense import dense_backward_input, dense_backward_weight, dense_forward
 from arraytp.ops.patches import Window, col2im, coverage, im2col, make_window
-from arraytp.ops.pool import max_pool_backward, max_pool_forward
+from arraytp.ops.pool import MAX_POOL_KERNEL, max_pool_backward, max_pool_forward
 from arraytp.ops.solve import factor, right_solve
 
 Shape = tuple[int, ...]
@@ -149,6 +149,8 @@ def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:
     pre_shape = (window.out_height, window.out_width, layer.channels)
     pool = None
     if layer.pool is not None:
+        if layer.pool.kernel > MAX_POOL_KERNEL:
+            raise ValueError(f"pool kernel {layer.pool.kernel}; at most {MAX_POOL_KERNEL}")
         if 2 * layer.pool.padding > layer.pool.kernel:
             raise ValueError(f"pool padding {layer.pool.padding} is more than half of its kernel {layer.pool.kernel}")
         try:

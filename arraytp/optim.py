@@ -65,7 +65,18 @@ def apply_updates(
     parameters, gradients : sequences of arrays of the same shapes and dtype
         Gradients are left as they are.
     workspace : Workspace
+
+    Raises
+    ------
+    ValueError
+        If a parameter is not C-contiguous or differs from its gradient in shape or dtype; nothing is changed then.
     """
+    for number, (theta, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        if not theta.flags.c_contiguous or (theta.shape, theta.dtype) != (gradient.shape, gradient.dtype):
+            raise ValueError(
+                f"parameter {number}: {theta.dtype}{list(theta.shape)}, C-contiguous: {theta.flags.c_contiguous}; "
+                f"expected a C-contiguous array like its gradient, {gradient.dtype}{list(gradient.shape)}"
+            )
     state.step += 1
     if optimizer.orthogonality:
         gradients = add_orthogonality(optimizer.orthogonality, parameters, gradients, workspace)

@@ -124,7 +124,7 @@ class Progress:
         self.meter = Meter(name, epochs, steps_per_epoch, epoch=epoch, step=step, test_top1=test_top1)
         self._clock = clock
         self._quiet = quiet
-        self._console = Console(file=stream or sys.stderr, highlight=False)
+        self._console = _Console(file=stream or sys.stderr, highlight=False)
         terminal = self._console.is_interactive and self._console.file.isatty()
         self._live = (
             Live(_Line(self.meter), console=self._console, auto_refresh=False, redirect_stdout=False)
@@ -138,16 +138,15 @@ class Progress:
         """Open the display and start the clock."""
         self._last = self._shown = self._clock()
         if self._live:
-            self._live.start(refresh=True)
+            self._write(lambda live: live.start(refresh=True))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the display; the live line stays as it last was."""
-        if self._live:
-            self._live.refresh()
-            self._live.stop()
+        self._write(lambda live: live.refresh())
+        self._write(lambda live: live.stop())
 
     def step(self, images: int, *, steps: int = 1, loss: float | None = None, top1: float | None = None) -> None:
         """Count trained steps; cheap enough for every step.
@@ -197,13 +196,37 @@ class Progress:
     def say(self, message: str) -> None:
         """Write one line, above the live line where there is one."""
         if not self._quiet:
-            self._console.print(Text(message), soft_wrap=True)
+            self._print(message)
 
     def _show(self, pieces: list[str]) -> None:
         if self._live:
-            self._live.refresh()
-        else:
-            self._console.print(Text("  ".join(pieces)), soft_wrap=True)
+            self._write(lambda live: live.refresh())
+        elif not self._quiet:
+            self._print("  ".join(pieces))
+
+    def _print(self, line: str) -> None:
+        try:
+            self._console.print(Text(line), soft_wrap=True)
+        except OSError:
+            self._hush()
+
+    def _write(self, draw: Callable[[Live], None]) -> None:
+        if self._live:
+            try:
+                draw(self._live)
+            except OSError:
+                self._hush()
+
+    def _hush(self) -> None:
+        """Show nothing more: whoever was reading is gone, and the training must go on."""
+        self._quiet, self._live, self._wait = True, None, math.inf
+
+
+class _Console(Console):
+    """A console that goes quiet when its reader has left, where rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class _Line:

@@ -52,7 +52,9 @@ def test_the_quickstart_steps_from_python():
     before = [weight.copy() for weight in made.network.weights]
     with closing(made.train_loader.batches(0)) as batches:
         images, labels = next(batches)
-        score = made.step(images, labels)
+        score = made.propose(images, labels)
+        found = made.compare()
+        made.apply()
     assert images.shape == (16, 28, 28, 1)
     assert score.images == 16
     assert float(score.loss) == pytest.approx(np.log(10), rel=0.2)
@@ -62,7 +64,6 @@ def test_the_quickstart_steps_from_python():
     assert [s.shape[1:] for s in made.passed.s] == [(28, 28, 1), (14, 14, 32), (7, 7, 64), (512,), (10,)]
     for old, new in zip(before, made.network.weights, strict=True):
         assert not np.array_equal(old, new)
-    found = made.compare()
     assert [entry.block for entry in found] == [0, 1, 2, 3]
     assert all(0 <= entry.angle_deg <= 180 for entry in found)
 
@@ -297,3 +298,28 @@ def test_the_quickstart_of_gait_prop_trains(batch):
     assert losses[-1] < 0.7 * losses[0]
     made.propose(images, labels)
     assert all(found.angle_deg < 30 for found in made.compare())
+
+
+def test_compare_and_apply_need_updates_that_are_not_applied_yet(batch):
+    """The forward pass's buffers serve again in an evaluation, and θ moves with a step: stale angles would mislead."""
+    made, images, labels = batch(small())
+    made.propose(images, labels)
+    made.compare()
+    made.apply()
+    for stale in (made.compare, made.apply):
+        with pytest.raises(RuntimeError, match="call propose first"):
+            stale()
+    made.propose(images, labels)
+    made.score(images, labels)
+    with pytest.raises(RuntimeError, match="call propose first"):
+        made.compare()
+
+
+@pytest.mark.parametrize("spoil", [np.asfortranarray, lambda array: array.astype(np.float64)])
+def test_a_parameter_that_the_optimiser_could_not_write_to_is_refused(batch, spoil):
+    """A copy would be trained in its place, without a word."""
+    made, images, labels = batch(small())
+    made.propose(images, labels)
+    made.network.weights[-1] = spoil(made.network.weights[-1])
+    with pytest.raises(ValueError, match="C-contiguous"):
+        made.apply()

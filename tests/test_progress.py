@@ -168,3 +168,15 @@ def test_an_empty_run_says_nothing_wrong(clock: Clock) -> None:
 )
 def test_durations_read_naturally(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+class _Gone(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_a_reader_that_is_gone_does_not_stop_the_training():
+    with Progress("fa", epochs=1, steps_per_epoch=1, stream=_Gone()) as progress:
+        progress.step(8, loss=1.0, top1=50.0)
+        progress.epoch({"epoch": 1, "train_loss": 1.0, "train_top1": 50.0, "test_loss": 1.0, "test_top1": 50.0})
+        progress.say("done")

@@ -134,6 +134,7 @@ def _time_epoch(experiment: Experiment, batches: Batches, seconds: dict[str, lis
         experiment.updates = experiment.rule.updates(
             config.rule, experiment.rule_state, network, passed, dlogits, workspace
         )
+        experiment.proposed = True
         laps.lap("updates")
         experiment.apply()
         laps.lap("optimizer")

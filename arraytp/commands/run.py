@@ -1,5 +1,7 @@
 """`arraytp run`: configs in, result folders, table and figures out."""
 
+import fcntl
+import os
 import re
 import shlex
 import sys
@@ -71,15 +73,20 @@ def command(
     settings += [f"dtype={dtype}"] if dtype else []
     batches = [_jobs(path, settings, out, len(configs) > 1) for path in configs]
     jobs = [job for batch in batches for job in batch]
-    _check_folders(jobs, resume, fresh)
-    for job in jobs:
-        for note in job.plan.notes:
-            click.echo(f"arraytp: note: {job.label}: {note}", err=True)
+    held: dict[Path, int] = {}
     try:
+        _hold(jobs, held)
+        _check_folders(jobs, resume, fresh)
+        for job in jobs:
+            for note in job.plan.notes:
+                click.echo(f"arraytp: note: {job.label}: {note}", err=True)
         with StopRequest() as stop:
-            _run_all(jobs, stop, resume, fresh, quiet)
+            _run_all(jobs, stop, resume, fresh, quiet, held)
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with: {_command_to_resume()}", error.signal_number) from error
+    finally:
+        for descriptor in held.values():
+            os.close(descriptor)
     _report(batches)
 
 
@@ -87,10 +94,26 @@ def _jobs(path: Path, overrides: list[str], out: str | None, several: bool) -> l
     """Check every variant of a config before any of them starts; of several configs, each has a folder in `--out`."""
     file = load_config(path, overrides)
     folder = Path("results", file.name) if out is None else Path(out, file.name) if several else Path(out)
-    return [
-        Job(plan(config), variant or file.name, folder / variant if variant else folder)
-        for variant, config in file.variants.items()
-    ]
+    jobs = []
+    for variant, config in file.variants.items():
+        try:
+            planned = plan(config)
+        except UserError as error:
+            raise UserError(f"{path}{f' (variant {variant})' if variant else ''}: {error}") from error
+        jobs.append(Job(planned, variant or file.name, folder / variant if variant else folder))
+    return jobs
+
+
+def _hold(jobs: Sequence[Job], held: dict[Path, int]) -> None:
+    """Keep other processes out of the result folders that exist, until this one ends or closes the descriptors."""
+    for folder in (job.folder for job in jobs):
+        if folder in held or not folder.is_dir():
+            continue
+        held[folder] = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another run is writing here; wait for it, or --out another folder") from error
 
 
 def _check_folders(jobs: list[Job], resume: bool, fresh: bool) -> None:
@@ -144,9 +167,13 @@ def _first_difference(there: Any, here: Any, path: str) -> str:
     return _first_difference(there.get(key), here.get(key), f"{path}.{key}")
 
 
-def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool) -> None:
+def _run_all(
+    jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: dict[Path, int]
+) -> None:
     for job in jobs:
         if resume and job.finished:
+            if not (job.folder / "figures").exists():
+                write_figures(job.folder)
             continue
         with warnings.catch_warnings():
             # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
@@ -155,6 +182,9 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, 
                 run = Run(build_planned(job.plan), job.folder, job.label, quiet)
                 if fresh and job is jobs[0]:
                     _clear(jobs)
+                job.folder.mkdir(parents=True, exist_ok=True)
+                _hold([job], held)
+                _check_folders([job], resume, fresh)
                 _run(job, run, stop, resume)
             except MemoryError as error:
                 raise UserError(f"{job.label}: not enough memory: {error}") from error
@@ -182,7 +212,6 @@ def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
 
 
 def _write_config(job: Job) -> None:
-    job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "summary.json").unlink(missing_ok=True)
     write_file(job.folder / "config.yml", dump_config(job.plan.config).encode())
 

@@ -8,6 +8,9 @@ import numpy as np
 from arraytp.backend import Array, array_module
 from arraytp.ops.patches import Window, add_border
 
+# The elements of a window are counted in one byte.
+MAX_POOL_KERNEL = 15
+
 
 def max_pool_forward(
     s: Array,
@@ -42,8 +45,8 @@ def max_pool_forward(
         If the window has more elements than uint8 can count.
     """
     k = window.kernel
-    if k > 15:
-        raise ValueError(f"max-pool kernel {k} is larger than 15")
+    if k > MAX_POOL_KERNEL:
+        raise ValueError(f"max-pool kernel {k} is larger than {MAX_POOL_KERNEL}")
     xp = array_module(s)
     shape = (len(s), window.out_height, window.out_width, s.shape[-1])
     stack = xp.empty((k * k, *shape), dtype=s.dtype) if stack is None else stack

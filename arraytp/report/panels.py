@@ -139,7 +139,8 @@ def _angle_limits(axes: Axes, highest: float) -> None:
     if highest <= 0.55 * _RIGHT_ANGLE:
         axes.set_ylim(0, max(highest * 1.1, 1.0))
         return
-    axes.set_ylim(0, max(highest * 1.04, 98))
+    axes.set_ylim(0, max(highest + 8, 98))
     axes.axhline(_RIGHT_ANGLE, color="#999999", linewidth=1, linestyle=(0, (2, 2)), zorder=0.5)
-    style: dict[str, Any] = {"color": NOTE_COLOUR, "fontsize": 8, "ha": "right", "va": "bottom"}
-    axes.text(1, _RIGHT_ANGLE + 0.6, "90°: unrelated", transform=axes.get_yaxis_transform(), **style)
+    style: dict[str, Any] = {"color": NOTE_COLOUR, "fontsize": 8, "ha": "right", "va": "bottom", "zorder": 5}
+    style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    axes.text(1, max(_RIGHT_ANGLE, highest) + 1.5, "90°: unrelated", transform=axes.get_yaxis_transform(), **style)
