@@ -75,6 +75,9 @@ def test_a_device_trains_as_the_host_does(device, dataset, rule, optimizer):
     np.testing.assert_allclose(train(there, 4), train(here, 4), rtol=1e-9)
     for mine, wanted in zip(state_of(there), state_of(here), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-6, atol=1e-9)
+    for experiment in (here, there):
+        with closing(experiment.train_loader.batches(1)) as batches:
+            experiment.propose(*next(batches))
     for mine, wanted in zip(there.compare(), here.compare(), strict=True):
         assert mine.angle_deg == pytest.approx(wanted.angle_deg, abs=1e-5)
         assert mine.distance == pytest.approx(wanted.distance, rel=1e-6, abs=1e-9)
