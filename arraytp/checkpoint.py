@@ -3,7 +3,7 @@
 attrs: format="arraytp-checkpoint", version=1
 /network/<n>/{weight,bias}          every array has a checksum
 /rule/…                             the rule's arrays by their names
-/optimizer  attrs: step
+/optimizer  attrs: step, feedback_step
 /optimizer/<parameter>/<moment>
 /run        attrs: JSON of the run's position and tables
 """
@@ -47,7 +47,8 @@ def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any])
     with h5py.File(image, "w") as file:
         file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
         file.create_group("run").create_dataset("state", data=json.dumps(run))
-        file.create_group("optimizer").attrs["step"] = experiment.optimizer_state.step
+        counts = file.create_group("optimizer").attrs
+        counts["step"], counts["feedback_step"] = experiment.optimizer_state.step, experiment.feedback_step
         for name, array in _arrays(experiment).items():
             file.create_dataset(name, data=backend.to_host(array), fletcher32=True)
     write_file(path, image.getbuffer())
@@ -66,7 +67,7 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
             if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
                 raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
             found = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
-            step = int(file["optimizer"].attrs["step"])
+            step, feedback_step = (int(file["optimizer"].attrs[name]) for name in ("step", "feedback_step"))
             run: dict[str, Any] = json.loads(file["run/state"][()])
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no checkpoint to go on from; --fresh starts over") from error
@@ -74,7 +75,7 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
         raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
     for name, array in _arrays(experiment).items():
         array[...] = experiment.plan.backend.asarray(found[name])
-    experiment.optimizer_state.step = step
+    experiment.optimizer_state.step, experiment.feedback_step = step, feedback_step
     return run
 
 

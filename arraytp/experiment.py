@@ -4,12 +4,15 @@ config → dataset → loader → (images, labels)
                                  ↓
 network θ ───────────────→ forward pass → loss → ∂L/∂logits
    ↑                             ↓                   ↓
+   │                    [the rule trains its feedback ω]
+   ↑                             ↓                   ↓
 optimiser ← updates ← rule(state, network, forward pass, ∂L/∂logits)
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 from arraytp.architectures import plan_network
@@ -22,9 +25,9 @@ from arraytp.errors import UserError
 from arraytp.fused import forward
 from arraytp.network import Block, ForwardPass, Network, make_network
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
-from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rate
+from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rates
 from arraytp.parallel import Workspace
-from arraytp.rules import RULES, bp
+from arraytp.rules import RULES, RuleOptions, bp, dtp
 from arraytp.rules.protocol import State, Updates
 
 TEST_SPLITS = ("test", "val")
@@ -81,6 +84,16 @@ class Comparison:
     distance: float
 
 
+@dataclass(frozen=True)
+class FeedbackComparison:
+    """A trained feedback weight against the forward weight that it pairs with; NaN where it pairs with none."""
+
+    block: int
+    loss: float
+    angle_deg: float
+    distance: float
+
+
 @dataclass
 class Experiment:
     """A network that learns from a data set by a rule.
@@ -97,8 +110,12 @@ class Experiment:
     optimizer_state : OptimizerState
     workspace : Workspace
     train_loader, test_loader : Loader
+    feedback_step : int
+        On how many batches feedback was trained; noise is keyed by it.
     passed, dlogits, updates : ForwardPass, array, Updates; None before the first step
         Of the last step: forward pass, ∂L/∂logits and what the rule made of them; valid until the next step or score.
+    feedback_losses : list of arrays of shape ()
+        Of the last step, per block with feedback; empty for rules without trained feedback.
     proposed : bool
         Whether `updates` wait to be applied.
     """
@@ -111,9 +128,11 @@ class Experiment:
     workspace: Workspace
     train_loader: Loader
     test_loader: Loader
+    feedback_step: int = 0
     passed: ForwardPass | None = None
     dlogits: Array | None = None
     updates: Updates | None = None
+    feedback_losses: list[Array] = field(default_factory=list)
     proposed: bool = False
 
     @property
@@ -142,19 +161,42 @@ class Experiment:
         return score
 
     def propose(self, images: Array, labels: Array) -> Score:
-        """Compute the rule's updates for a batch into `updates`, leaving θ as it is."""
+        """Compute the rule's updates for a batch into `updates`, leaving θ as it is; feedback ω is trained first."""
+        score = self.train_feedback(images, labels)
+        self.updates = self._updates(self.config.rule)
+        self.proposed = True
+        return score
+
+    def train_feedback(self, images: Array, labels: Array) -> Score:
+        """Run the network on a batch and let the rule train its feedback weights on it, if it has any; θ stays."""
+        self.updates, self.proposed = None, False
         reduction = self.config.loss.reduction
         self.passed = forward(self.network, images, self.workspace)
         loss, cache = cross_entropy_forward(self.passed.logits, labels, reduction)
         self.dlogits = cross_entropy_backward(cache, reduction)
-        self.updates = self.rule.updates(
-            self.config.rule, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
-        )
-        self.proposed = True
+        if hasattr(self.rule, "train_feedback"):
+            self.feedback_losses = self.rule.train_feedback(
+                self.config.rule,
+                self.rule_state,
+                self.network,
+                self.passed,
+                self.config.seed,
+                self.feedback_step,
+                self.workspace,
+            )
+            self.feedback_step += 1
         return _score(loss, self.passed.logits, labels, reduction)
+
+    def _updates(self, options: RuleOptions) -> Updates:
+        found: Updates = self.rule.updates(
+            options, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
+        )
+        return found
 
     def compare(self) -> list[Comparison]:
         """Measure the proposed weight updates against BP's on the same weights and batch, block by block.
+
+        Rules with targets are measured at their `compare_beta`.
 
         Raises
         ------
@@ -163,10 +205,27 @@ class Experiment:
         """
         if not self.proposed or self.passed is None or self.updates is None:
             raise RuntimeError("compare needs updates that are not applied yet: call propose first")
+        options = compared_options(self.config.rule)
+        own = self.updates if options == self.config.rule else self._updates(options)
         exact = bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
+        found = [
+            Comparison(n, angle_degrees(mine[0], reference[0]), relative_distance(mine[0], reference[0]))
+            for n, (mine, reference) in enumerate(zip(own, exact, strict=True))
+        ]
+        if own is not self.updates:
+            # They share their buffers.
+            self.updates = self._updates(self.config.rule)
+        return found
+
+    def compare_feedback(self) -> list[FeedbackComparison]:
+        """Measure every trained feedback weight against its forward weight; empty for rules that train none."""
+        if not hasattr(self.rule, "feedback_pairs"):
+            return []
         return [
-            Comparison(n, angle_degrees(own[0], reference[0]), relative_distance(own[0], reference[0]))
-            for n, (own, reference) in enumerate(zip(self.updates, exact, strict=True))
+            FeedbackComparison(n, float(loss), *_aligned(omega, theta))
+            for (n, omega, theta), loss in zip(
+                self.rule.feedback_pairs(self.rule_state, self.network), self.feedback_losses, strict=True
+            )
         ]
 
     def apply(self, epoch: int = 0) -> None:
@@ -184,7 +243,7 @@ class Experiment:
         self.proposed = False
         apply_updates(
             self.config.optimizer,
-            learning_rate(self.config.schedule, self.config.optimizer.lr, epoch),
+            learning_rates(self.config.schedule, self.config.optimizer.lr, epoch),
             self.optimizer_state,
             parameters(self.network),
             [array for pair in self.updates for array in pair],
@@ -205,6 +264,13 @@ class Experiment:
         logits = forward(self.network, images, self.workspace).logits
         loss, _ = cross_entropy_forward(logits, labels, reduction)
         return _score(loss, logits, labels, reduction)
+
+
+def compared_options(options: RuleOptions) -> RuleOptions:
+    """Return the options at which a rule's updates are compared with BP's: those of target rules at `compare_beta`."""
+    if isinstance(options, dtp.Options):
+        return replace(options, beta=options.compare_beta)
+    return options
 
 
 def plan(config: Config, backend: Backend | None = None) -> Plan:
@@ -233,7 +299,8 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
         )
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
     check = getattr(RULES[config.rule.name], "check", None)
-    notes = () if check is None else tuple(check(config.rule, blocks, config.dtype))
+    notes = () if check is None else tuple(check(config.rule, blocks, config.dtype, config.loss.reduction))
+    _check_lists(config, blocks)
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
 
 
@@ -274,6 +341,24 @@ def build_planned(planned: Plan) -> Experiment:
 def parameters(network: Network) -> list[Array]:
     """Return weight and bias of every block, in the order of `Updates`."""
     return [array for pair in zip(network.weights, network.biases, strict=True) for array in pair]
+
+
+def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:
+    """Refuse lists of the optimiser that have not one value per block."""
+    for key in ("lr", "epsilon"):
+        values = getattr(config.optimizer, key, None)
+        if isinstance(values, tuple) and len(values) != len(blocks):
+            raise UserError(
+                f"optimizer.{key}: {len(values)} values {list(values)}; needs one number, or a list of {len(blocks)}, "
+                f"one per block: {', '.join(block.label for block in blocks)}"
+            )
+
+
+def _aligned(omega: Array, theta: Array | None) -> tuple[float, float]:
+    """Return angle in degrees and relative distance of a feedback weight to a forward weight."""
+    if theta is None:
+        return math.nan, math.nan
+    return angle_degrees(omega, theta), relative_distance(omega, theta)
 
 
 def _loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loader:

@@ -8,6 +8,7 @@ METRICS_COLUMNS = (
     "epoch", "seconds", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
 )  # fmt: skip
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
+FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance")
 
 
 @dataclass

@@ -5,7 +5,7 @@ g gradient, θ parameter, v velocity, m and u first and second moment, t the num
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from arraytp import options
@@ -46,7 +46,7 @@ def init_optimizer(optimizer: OptimizerOptions, parameters: Sequence[Array]) -> 
 
 def apply_updates(
     optimizer: OptimizerOptions,
-    lr: float,
+    lr: float | Sequence[float],
     state: OptimizerState,
     parameters: Sequence[Array],
     gradients: Sequence[Array],
@@ -54,12 +54,14 @@ def apply_updates(
 ) -> None:
     """Do one step of SGD or Adam on every parameter, in place.
 
+    Parameters come in pairs, weight and bias of one block after the other, for values that differ from block to block.
+
     Parameters
     ----------
     optimizer : SGD or Adam options
         Weight decay is coupled L2, g ← g + wd·θ, biases too. Orthogonality is `add_orthogonality`.
-    lr : float
-        Learning rate of this step.
+    lr : float or sequence of float
+        Learning rate of this step, one for all blocks or one per block.
     state : OptimizerState
         Updated in place.
     parameters, gradients : sequences of arrays of the same shapes and dtype
@@ -81,13 +83,26 @@ def apply_updates(
     if optimizer.orthogonality:
         gradients = add_orthogonality(optimizer.orthogonality, parameters, gradients, workspace)
     tasks = []
-    for theta, gradient, moments in zip(parameters, gradients, state.moments, strict=True):
+    for p, (theta, gradient, moments) in enumerate(zip(parameters, gradients, state.moments, strict=True)):
+        settings, rate = of_block(optimizer, p // 2), at_block(lr, p // 2)
         flat = [array.reshape(-1) for array in (theta, gradient, *moments)]
         length = HOST_ELEMENTS if workspace.backend.on_host else theta.size
         tasks += [
-            partial(_step, optimizer, lr, state.step, [a[part] for a in flat]) for part in slices(theta.size, length)
+            partial(_step, settings, rate, state.step, [a[part] for a in flat]) for part in slices(theta.size, length)
         ]
     workspace.run(tasks)
+
+
+def at_block(value: float | Sequence[float], position: int) -> float:
+    """Return the value of one block: an entry of a sequence, or the one value that all blocks share."""
+    return value[position] if isinstance(value, Sequence) else value
+
+
+def of_block(optimizer: OptimizerOptions, position: int) -> OptimizerOptions:
+    """Return an optimiser's settings for one block, each a single number."""
+    if isinstance(optimizer, options.Adam) and isinstance(optimizer.epsilon, tuple):
+        return replace(optimizer, epsilon=optimizer.epsilon[position])
+    return optimizer
 
 
 def add_orthogonality(
@@ -220,6 +235,13 @@ def adam_step(
     xp.divide(m, work, out=work)
     work *= number(rate)
     theta -= work
+
+
+def learning_rates(schedule: ScheduleOptions, lr: float | Sequence[float], epoch: int) -> float | list[float]:
+    """Return `learning_rate` of every block's initial learning rate, or of the one that all share."""
+    if isinstance(lr, Sequence):
+        return [learning_rate(schedule, each, epoch) for each in lr]
+    return learning_rate(schedule, lr, epoch)
 
 
 def learning_rate(schedule: ScheduleOptions, lr: float, epoch: int) -> float:

@@ -3,7 +3,7 @@
 The modules that act on them (network, optim) and the config reader share these; nothing here computes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -11,11 +11,14 @@ from pydantic import Discriminator
 
 ActivationName = Literal["linear", "leaky-relu", "elu", "relu", "tanh"]
 InitName = Literal["kaiming-uniform", "xavier-normal", "orthogonal"]
+Unpool = Literal["overwrite", "accumulate"]
 Size = Annotated[int, Ge(1)]
 Border = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
+PerBlock = Positive | Annotated[tuple[Positive, ...], MinLen(1)]
+CountPerBlock = Border | Annotated[tuple[Border, ...], MinLen(1)]
 Probability = Annotated[float, Ge(0), Le(1)]
 
 STRICT = {"extra": "forbid", "strict": True}
@@ -88,11 +91,11 @@ class NetworkOptions:
 class SGD:
     """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v.
 
-    `orthogonality` λ adds 4λ(WWᵀ − I)W to g where W's matrix is square.
+    `orthogonality` λ adds 4λ(WWᵀ − I)W to g where W's matrix is square. `lr` may be a list, one value per block.
     """
 
     name: Literal["sgd"] = "sgd"
-    lr: Positive
+    lr: PerBlock
     momentum: Decay = 0.0
     weight_decay: NonNegative = 0.0
     orthogonality: NonNegative = 0.0
@@ -104,17 +107,31 @@ class SGD:
 class Adam:
     """Adam in either convention of epsilon: m̂/(√v̂ + ε) (`pytorch`) or lr_t·m/(√v + ε) (`keras`).
 
-    `orthogonality` as for SGD.
+    `orthogonality` as for SGD. `lr` and `epsilon` may be lists, one value per block.
     """
 
     name: Literal["adam"] = "adam"
-    lr: Positive
+    lr: PerBlock
     beta1: Decay = 0.9
     beta2: Decay = 0.999
-    epsilon: Positive = 1e-8
+    epsilon: PerBlock = 1e-8
     epsilon_form: Literal["pytorch", "keras"] = "pytorch"
     weight_decay: NonNegative = 0.0
     orthogonality: NonNegative = 0.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackTraining:
+    """How feedback weights ω are trained on every batch: `iterations` K, noise `sigma` σ, and their own optimiser.
+
+    A list has one value per block with feedback, from block 1 to the output block.
+    """
+
+    iterations: CountPerBlock = 10
+    sigma: PerBlock = 0.2
+    optimizer: Annotated[SGD | Adam, Discriminator("name")] = field(default_factory=lambda: SGD(lr=1e-3, momentum=0.9))
 
     __pydantic_config__ = STRICT
 

@@ -16,7 +16,7 @@ from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, Score
 from arraytp.metrics import ANGLES_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
-from arraytp.optim import learning_rate
+from arraytp.optim import at_block, learning_rates
 from arraytp.progress import Progress
 from arraytp.signals import StopRequest
 
@@ -205,7 +205,7 @@ class Run:
         if not math.isfinite(totals.loss):
             self._fail(f"in the evaluation after {position.step} steps")
         self._tick()
-        lr = learning_rate(config.schedule, config.optimizer.lr, max(epoch - 1, 0))
+        lr = at_block(learning_rates(config.schedule, config.optimizer.lr, max(epoch - 1, 0)), 0)
         row = (epoch, round(position.seconds, 3), lr, *position.totals.means(), *totals.means())
         self.metrics.append(*row)
         progress.epoch(dict(zip(METRICS_COLUMNS, row, strict=True)))

@@ -143,3 +143,42 @@ def activation_backward(ds: Array, s: Array, name: str, out: Array | None = None
         out[...] = ds
         return out
     return array_module(ds).multiply(ds, derivative, out=out)
+
+
+def activation_difference(s: Array, delta: Array, name: str) -> Array:
+    """Return f(s + δ) − f(s), to rounding of its own size where f has no curvature between the two.
+
+    Subtracting the two values would leave rounding errors of the size of s, which drown a small δ in float32.
+
+    Parameters
+    ----------
+    s, delta : arrays of one shape
+    name : str
+        As in `activation_forward`.
+
+    Returns
+    -------
+    array of the same shape and dtype
+        `delta` itself for the linear activation.
+    """
+    xp = array_module(s)
+    zero = s.dtype.type(0)
+    moved = s + delta
+    if name == "linear":
+        return delta
+    if name == "tanh":
+        # tanh a − tanh b = tanh(a − b) (1 − tanh a tanh b).
+        return xp.tanh(delta) * (s.dtype.type(1) - xp.tanh(moved) * xp.tanh(s))
+    both_above = (s >= zero) & (moved >= zero)
+    both_below = (s < zero) & (moved < zero)
+    across = activation_forward(moved, name) - activation_forward(s, name)
+    if name == "leaky-relu":
+        below = delta * s.dtype.type(LEAKY_SLOPE)
+    elif name == "relu":
+        below = xp.zeros_like(delta)
+    elif name == "elu":
+        # exp(s + δ) − exp(s); minima keep what is not used from overflowing.
+        below = xp.exp(xp.minimum(s, zero)) * xp.expm1(xp.minimum(delta, -xp.minimum(s, zero)))
+    else:
+        raise ValueError(f"unknown activation {name!r}")
+    return xp.where(both_above, delta, xp.where(both_below, below, across))

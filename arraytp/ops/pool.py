@@ -1,7 +1,9 @@
-"""Max-pooling and its adjoint.
+"""Max-pooling, its adjoint, and max-unpooling.
 
 Dimensions: B batch, (H, W) input size, (P, Q) output size, C channels, k kernel.
 """
+
+from typing import Literal
 
 import numpy as np
 
@@ -94,6 +96,40 @@ def max_pool_backward(dout: Array, index: Array, window: Window) -> Array:
     return xp.ascontiguousarray(bordered[(slice(None), *window.interior)])
 
 
+def max_unpool(t: Array, index: Array, window: Window, mode: Literal["overwrite", "accumulate"]) -> Array:
+    """Put every value where its window's maximum was, 0 elsewhere (DTP paper, the feedback modules).
+
+    Parameters
+    ----------
+    t : array of shape (B, P, Q, C)
+    index : array of uint8 of shape (B, P, Q, C)
+        From `max_pool_forward`.
+    window : Window
+    mode : {"overwrite", "accumulate"}
+        Where overlapping windows name one pixel: the last window in row-major order wins (the authors' code), or the
+        values add up (`max_pool_backward`, the exact adjoint of the pooling).
+
+    Returns
+    -------
+    array of shape (B, H, W, C)
+    """
+    if mode == "accumulate":
+        return max_pool_backward(t, index, window)
+    xp = array_module(t)
+    k = window.kernel
+    bordered = xp.zeros((len(t), *window.bordered, t.shape[-1]), dtype=t.dtype)
+    # Of the windows over one pixel a later one has it at an earlier element, so the first element is written last.
+    for element in reversed(range(k * k)):
+        pixels = bordered[(slice(None), *window.offset(*divmod(element, k)))]
+        xp.copyto(pixels, t, where=index == xp.uint8(element))
+    return xp.ascontiguousarray(bordered[(slice(None), *window.interior)])
+
+
+def overlaps(window: Window) -> bool:
+    """Tell whether two windows can share a pixel; where none can, both ways of unpooling are the same."""
+    return window.kernel > window.stride
+
+
 def max_pool_scatter(dout: Array, index: Array, window: Window, corner: Array, position: Array, out: Array) -> None:
     """Compute `max_pool_backward` by adding each gradient at its maximum's place: faster, on the host only.
 
@@ -110,15 +146,36 @@ def max_pool_scatter(dout: Array, index: Array, window: Window, corner: Array, p
     out : array of shape (B, H, W, C)
         Overwritten; C-contiguous.
     """
-    channels = dout.shape[-1]
+    _find_maxima(index, window, corner, position, out.size)
+    out.fill(0)
+    np.add.at(out.reshape(-1), position.reshape(-1), dout.reshape(-1))
+
+
+def max_unpool_scatter(t: Array, index: Array, window: Window, corner: Array, position: Array, out: Array) -> None:
+    """Compute `max_unpool` in mode "overwrite" by assignment at the maxima's places: faster, on the host only.
+
+    NumPy assigns in the order of the index, so that the last of several values for one pixel stays.
+
+    Parameters
+    ----------
+    t, index, window
+        As in `max_unpool`; C-contiguous.
+    corner, position, out
+        As in `max_pool_scatter`.
+    """
+    _find_maxima(index, window, corner, position, out.size)
+    out.fill(0)
+    out.reshape(-1)[position.reshape(-1)] = t.reshape(-1)
+
+
+def _find_maxima(index: Array, window: Window, corner: Array, position: Array, size: int) -> None:
+    """Write the flat place of every window's maximum, in an array of `size` elements, to `position`."""
     rows, columns = np.divmod(np.arange(window.kernel**2), window.kernel)
-    offsets = ((rows - window.top) * window.width + columns - window.left) * channels
+    offsets = ((rows - window.top) * window.width + columns - window.left) * index.shape[-1]
     # A maximum is never in the border, unless all is NaN: then any place will do, as long as it is one.
     np.take(offsets, index, out=position, mode="clip")
     position += corner
-    np.clip(position, 0, out.size - 1, out=position)
-    out.fill(0)
-    np.add.at(out.reshape(-1), position.reshape(-1), dout.reshape(-1))
+    np.clip(position, 0, size - 1, out=position)
 
 
 def window_corners(batch: int, window: Window, channels: int) -> Array:

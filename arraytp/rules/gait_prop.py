@@ -62,7 +62,7 @@ class Target:
     crossings: int
 
 
-def check(options: Options, blocks: tuple[Block, ...], dtype: str) -> list[str]:
+def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
     """Return what is worth knowing before a run, one line each.
 
     Raises

@@ -1,0 +1,486 @@
+"""The fast iteration of feedback training, in slices shared by threads; the rules hold the plain one.
+
+While the feedback weights ω of a block are trained on a batch, θ and s stay as they are. An iteration takes products:
+
+    θ ∘ ε,  ε ⋆ d1,  ω ∘ d2,  (ω ∘ d2) ⋆ d2          L-DRL: four
+    θ ∘ ε,  ω ∘ a1,  (r − s − ε) ⋆ a1                  DTP: three
+
+of which the first two of L-DRL share the patch matrix of ε. θ ∘ s and a(s^{n+1}) are computed once a batch, and while
+one iteration is computed the next one's noise is drawn.
+
+A block goes one of two ways. *Broad* ones have many positions: slices of samples go through all products, and each
+lane, a fixed part of the batch, sums up its own gradient. For stride 1 the transposed convolution ω ∘ d2 is a plain one
+of d2 with the kernel turned (`flipped_matrix`), and its patch matrix serves the last product as well. *Heavy* ones,
+dense blocks and convolutions of small maps, first gather the factors of all samples, [−d1; d2] and the patches of
+[ε; ω ∘ d2]; then one product of twice the length gives the gradient, whose rows are shared by the threads.
+
+Slices and lanes depend on shapes alone, so that results do not depend on the threads. All activations have f(0) = 0, so
+that f(unpool(t)) = unpool(f(t)) unless values add up.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from arraytp.backend import Array, array_module
+from arraytp.feedback import feedback_input, input_difference
+from arraytp.fused import product
+from arraytp.network import Block, ForwardPass, Network
+from arraytp.ops.activations import activation_forward
+from arraytp.ops.conv import as_matrix, can_flip, flipped_matrix, flipped_window
+from arraytp.ops.noise import CHUNK, gaussian
+from arraytp.ops.patches import Window, col2im, im2col
+from arraytp.ops.pool import max_pool_forward, max_unpool, max_unpool_scatter, overlaps, window_corners
+from arraytp.options import Unpool
+from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
+
+# An iteration's noises: that of the block's input, that of its output.
+EPSILON, ETA = 0, 1
+HOST_GROUP_BYTES = 12 << 20
+DEVICE_GROUP_BYTES = 1 << 29
+LANES = 4
+LANE_BYTES = 4 << 20
+ROW_TILES = 8
+TILED_SIZE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What stays as it is while the feedback weights of one block are trained on one batch.
+
+    Parameters
+    ----------
+    block : Block
+    theta, bias : arrays
+        Of F^n.
+    s : array of shape (B, *in_shape)
+        s^n.
+    out, index : arrays of shape (B, *out_shape)
+        s^{n+1}, and the maxima of its pool or None.
+    z : array of shape (B, *pre_shape)
+        θ ∘ s^n without the bias.
+    a : array of shape (B, *pre_shape)
+        a(s^{n+1}).
+    unpool : {"overwrite", "accumulate"}
+    sigma : float
+        Of the noise.
+    key : tuple of int
+        Of the noise: seed, step, block.
+    iterations : int
+        How many there will be.
+    noise : map of iteration to (ε, η)
+        Drawn so far; older ones are overwritten.
+    """
+
+    block: Block
+    theta: Array
+    bias: Array
+    s: Array
+    out: Array
+    index: Array | None
+    z: Array
+    a: Array
+    unpool: Unpool
+    sigma: float
+    key: tuple[int, ...]
+    iterations: int
+    noise: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+
+    @property
+    def window(self) -> Window:
+        """The block's window, for a convolution."""
+        assert self.block.window is not None
+        return self.block.window
+
+
+def freeze(
+    network: Network,
+    passed: ForwardPass,
+    n: int,
+    unpool: Unpool,
+    sigma: float,
+    key: tuple[int, int],
+    iterations: int,
+    workspace: Workspace,
+) -> Frozen:
+    """Compute what all iterations of block n share; `key` is seed and step. Valid until the next call."""
+    block, x = network.blocks[n], passed.x[n]
+    s, out, index = x.reshape(len(x), *block.in_shape), passed.s[n + 1], passed.index[n]
+    z = workspace.array("frozen z", (len(x), *block.pre_shape), x.dtype)
+    a = workspace.array("frozen a", z.shape, x.dtype)
+    matrix = as_matrix(network.weights[n])
+
+    def samples(part: slice, scratch: Buffers) -> None:
+        rows = _rows(block, s[part], scratch)
+        _matmul(rows, matrix, z[part].reshape(len(rows), -1))
+        _input(block, out[part].copy(), None if index is None else index[part], unpool, a[part], scratch)
+
+    workspace.run([partial(samples, part) for part in slices(len(x), _group(block, len(x), x.itemsize, workspace))])
+    return Frozen(
+        block, network.weights[n], network.biases[n], s, out, index, z, a, unpool, sigma, (*key, n), iterations
+    )
+
+
+def ldrl_gradient(frozen: Frozen, omega: Array, k: int, workspace: Workspace) -> tuple[Array, Array]:
+    """Return the gradient of ω and the loss of L-DRL's iteration k: `arraytp.rules.ldrl.iteration`.
+
+    The gradient is valid until the next call. The loss is ⟨ω, gradient⟩ − (1/B) Σ ‖ω ∘ d2‖².
+    """
+    epsilon, eta = _noise(frozen, k, workspace)
+    ahead = _noise_tasks(frozen, k + 1, workspace)
+    compute = _ldrl_broad if _is_broad(frozen) else _ldrl_heavy
+    gradient, squares = compute(frozen, omega, epsilon, eta, ahead, workspace)
+    return gradient, (gradient * omega).sum() - squares.sum() / squares.dtype.type(len(frozen.s))
+
+
+def _is_broad(frozen: Frozen) -> bool:
+    """Tell whether the rows of a product, one per position, are many more than its columns."""
+    positions = len(frozen.s) * math.prod(frozen.block.pre_shape[:-1])
+    return frozen.block.window is not None and positions > 4 * frozen.block.pre_shape[-1]
+
+
+def _ldrl_broad(
+    frozen: Frozen, omega: Array, epsilon: Array, eta: Array, ahead: list[Task], workspace: Workspace
+) -> tuple[Array, Array]:
+    """Every lane sums up ε ⋆ d1 and (ω ∘ d2) ⋆ d2 over its samples; the latter turned where the kernel is."""
+    block, batch = frozen.block, len(frozen.s)
+    turned = can_flip(frozen.window)
+    carrier = flipped_matrix(omega) if turned else as_matrix(omega)
+    lanes = _lanes(omega, batch, workspace)
+    first = workspace.array("first sums", (len(lanes), *as_matrix(omega).shape), omega.dtype)
+    second = workspace.array("second sums", (len(lanes), *(carrier if turned else as_matrix(omega)).shape), omega.dtype)
+    squares = workspace.array("squares", (len(lanes),), omega.dtype)
+    group = _group(block, batch, omega.itemsize, workspace)
+
+    def lane(number: int, scratch: Buffers) -> None:
+        squares[number] = 0
+        for i, part in enumerate(slices(lanes[number].stop, group, lanes[number].start)):
+            rows = _rows(block, epsilon[part], scratch)
+            _add_product(rows.T, _d1(frozen, rows, part, scratch), first[number], i, scratch)
+            d2 = _d2(frozen, eta, part, scratch)
+            if turned:
+                rows = _rows(block, d2, scratch, flipped_window(frozen.window))
+                r = scratch.array("r", (len(rows), carrier.shape[1]), omega.dtype)
+                _matmul(rows, carrier, r)
+                _add_product(rows.T, r, second[number], i, scratch)
+            else:
+                r = _scatter(block, d2, carrier, scratch)
+                _add_product(_rows(block, r, scratch).T, d2, second[number], i, scratch)
+            squares[number] += _sum_of_squares(r)
+
+    workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
+    gradient = workspace.array("gradient", omega.shape, omega.dtype)
+    total = second.sum(axis=0)
+    total = turn_back(total, omega.shape) if turned else total.reshape(omega.shape)
+    array_module(omega).subtract(total, first.sum(axis=0).reshape(omega.shape), out=gradient)
+    gradient *= omega.dtype.type(2 / batch)
+    return gradient, squares
+
+
+def _ldrl_heavy(
+    frozen: Frozen, omega: Array, epsilon: Array, eta: Array, ahead: list[Task], workspace: Workspace
+) -> tuple[Array, Array]:
+    """All samples' patches of ε and ω ∘ d2 stand above each other, as do −d1 and d2; one product sums over both."""
+    block, batch, xp = frozen.block, len(frozen.s), array_module(omega)
+    matrix = as_matrix(omega)
+    positions = math.prod(block.pre_shape[:-1])
+    patches = workspace.array("patches of both", (2, batch * positions, len(matrix)), omega.dtype)
+    both = workspace.array("both d", (2, batch * positions, matrix.shape[1]), omega.dtype)
+    parts = _lanes(omega, batch, workspace)
+    squares = workspace.array("squares", (len(parts),), omega.dtype)
+
+    def samples(number: int, scratch: Buffers) -> None:
+        part = parts[number]
+        rows = slice(part.start * positions, part.stop * positions)
+        _rows(block, epsilon[part], scratch, out=patches[0, rows])
+        xp.negative(_d1(frozen, patches[0, rows], part, scratch), out=both[0, rows])
+        both[1, rows] = _d2(frozen, eta, part, scratch)
+        if block.window is None:
+            r = patches[1, rows]
+            _matmul(both[1, rows], matrix.T, r)
+        else:
+            r = _scatter(block, both[1, rows], matrix, scratch)
+            _rows(block, r, scratch, out=patches[1, rows])
+        squares[number] = _sum_of_squares(r)
+
+    workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
+    both *= omega.dtype.type(2 / batch)
+    gradient = workspace.array("gradient", omega.shape, omega.dtype)
+    left, right = patches.reshape(-1, len(matrix)), both.reshape(-1, matrix.shape[1])
+
+    def weight_rows(part: slice, scratch: Buffers) -> None:
+        _matmul(left[:, part].T, right, as_matrix(gradient)[part])
+
+    workspace.run([partial(weight_rows, part) for part in even_slices(len(matrix), _tiles(matrix))])
+    return gradient, squares
+
+
+def reconstruction_gradient(
+    frozen: Frozen, omega: Array, bias: Array, k: int, workspace: Workspace
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of ω and bias, and the loss, of DTP's iteration k: `arraytp.rules.dtp.iteration`.
+
+    The gradients are valid until the next call.
+    """
+    block, batch, xp = frozen.block, len(frozen.s), array_module(omega)
+    epsilon, _ = _noise(frozen, k, workspace, output=False)
+    ahead = _noise_tasks(frozen, k + 1, workspace, output=False)
+    turned = block.window is not None and can_flip(block.window)
+    carrier = flipped_matrix(omega) if turned else as_matrix(omega)
+    lanes = _lanes(omega, batch, workspace)
+    sums = workspace.array("second sums", (len(lanes), *(carrier if turned else as_matrix(omega)).shape), omega.dtype)
+    biases = workspace.array("bias sums", (len(lanes), len(bias)), omega.dtype)
+    squares = workspace.array("squares", (len(lanes),), omega.dtype)
+    group = _group(block, batch, omega.itemsize, workspace)
+
+    def lane(number: int, scratch: Buffers) -> None:
+        squares[number] = 0
+        biases[number].fill(0)
+        for i, part in enumerate(slices(lanes[number].stop, group, lanes[number].start)):
+            a = _noisy_input(frozen, _rows(block, epsilon[part], scratch), part, scratch)
+            if turned:
+                rows = _rows(block, a, scratch, flipped_window(frozen.window))
+                r = scratch.array("r", (len(rows), carrier.shape[1]), omega.dtype)
+                _matmul(rows, carrier, r)
+            elif block.window is None:
+                r = scratch.array("r", (len(a), len(carrier)), omega.dtype)
+                _matmul(a, carrier.T, r)
+            else:
+                r = _scatter(block, a, carrier, scratch)
+            r = r.reshape(epsilon[part].shape)
+            r += bias
+            r -= frozen.s[part]
+            r -= epsilon[part]
+            if turned:
+                _add_product(rows.T, r.reshape(-1, r.shape[-1]), sums[number], i, scratch)
+            else:
+                _add_product(_rows(block, r, scratch).T, a, sums[number], i, scratch)
+            biases[number] += r.reshape(-1, r.shape[-1]).sum(axis=0)
+            squares[number] += _sum_of_squares(r)
+
+    workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
+    factor = omega.dtype.type(2 / batch)
+    total = sums.sum(axis=0)
+    gradient = workspace.array("gradient", omega.shape, omega.dtype)
+    xp.multiply(turn_back(total, omega.shape) if turned else total.reshape(omega.shape), factor, out=gradient)
+    return gradient, biases.sum(axis=0) * factor, squares.sum() / squares.dtype.type(batch)
+
+
+def target_difference(
+    network: Network, passed: ForwardPass, n: int, omega: Array, delta: Array, unpool: Unpool, workspace: Workspace
+) -> Array:
+    """Return δ^n = G^n(s^{n+1} + δ^{n+1}) − G^n(s^{n+1}) = ω ∘ (a(s + δ) − a(s)), of block n's input's shape.
+
+    Parameters
+    ----------
+    network : Network
+    passed : ForwardPass
+    n : int
+        The block, not the first.
+    omega : array of weight_shape
+    delta : array of shape (B, *out_shape)
+        t^{n+1} − s^{n+1}.
+    unpool : {"overwrite", "accumulate"}
+    workspace : Workspace
+        Holds the result until the next call.
+    """
+    block, s, index = network.blocks[n], passed.s[n + 1], passed.index[n]
+    a = input_difference(block, s, delta.reshape(s.shape), index, unpool)
+    return _affine(block, omega, a, passed.x[n].shape, n, workspace)
+
+
+def feedback_output(
+    network: Network,
+    passed: ForwardPass,
+    n: int,
+    omega: tuple[Array, Array],
+    t: Array,
+    unpool: Unpool,
+    workspace: Workspace,
+) -> Array:
+    """Return G^n(t), of block n's input's shape; `omega` is weight and bias, the rest as in `target_difference`."""
+    block = network.blocks[n]
+    a = feedback_input(block, t.reshape(passed.s[n + 1].shape), passed.index[n], unpool)
+    r = _affine(block, omega[0], a, (len(t), *block.in_shape), n, workspace)
+    r += omega[1]
+    return r.reshape(passed.x[n].shape)
+
+
+def turn_back(turned: Array, shape: tuple[int, ...]) -> Array:
+    """Return the kernel of the given shape (k, k, C, O) whose `flipped_matrix` is given; a view."""
+    k, _, channels, outputs = shape
+    return turned.reshape(k, k, outputs, channels).transpose(0, 1, 3, 2)[::-1, ::-1]
+
+
+def _affine(block: Block, omega: Array, a: Array, shape: tuple[int, ...], n: int, workspace: Workspace) -> Array:
+    """Return ω ∘ a in a given shape, samples shared by threads."""
+    out = workspace.array(("carried", n), (len(a), *block.in_shape), a.dtype)
+    if block.window is None:
+        product(a, omega.T, out, workspace)
+        return out.reshape(shape)
+    window, turned = block.window, can_flip(block.window)
+    carrier = flipped_matrix(omega) if turned else as_matrix(omega)
+
+    def samples(part: slice, scratch: Buffers) -> None:
+        if turned:
+            rows = _rows(block, a[part], scratch, flipped_window(window))
+            _matmul(rows, carrier, out[part].reshape(len(rows), -1))
+        else:
+            out[part] = _scatter(block, a[part], carrier, scratch)
+
+    workspace.run([partial(samples, part) for part in slices(len(a), _group(block, len(a), a.itemsize, workspace))])
+    return out.reshape(shape)
+
+
+def _d1(frozen: Frozen, rows: Array, part: slice, scratch: Buffers) -> Array:
+    """Return d1 = a(F(s + ε)) − a(s^{n+1}) of some samples as rows, given the patches of their ε."""
+    d1 = _noisy_input(frozen, rows, part, scratch)
+    d1 -= frozen.a[part].reshape(d1.shape)
+    return d1
+
+
+def _noisy_input(frozen: Frozen, rows: Array, part: slice, scratch: Buffers) -> Array:
+    """Return a(F(s + ε)) of some samples as rows, given the patches of their ε."""
+    block, dtype = frozen.block, frozen.z.dtype
+    z = scratch.array("z", frozen.z[part].shape, dtype)
+    _matmul(rows, as_matrix(frozen.theta), z.reshape(len(rows), -1))
+    z += frozen.z[part]
+    if block.pool is None:
+        z += frozen.bias
+        activation_forward(z, block.activation, out=z)
+        return activation_forward(z, block.activation, out=z).reshape(len(rows), -1)
+    bordered = scratch.filled(block.pool, (len(z), *block.pool.bordered, z.shape[-1]), dtype, -np.inf)
+    pooled = scratch.array("pooled", (len(z), *block.out_shape), dtype)
+    index = scratch.array("index", pooled.shape, np.uint8)
+    stack = scratch.array("stack", (block.pool.kernel**2, *pooled.shape), dtype)
+    max_pool_forward(z, block.pool, pooled, index, bordered, stack)
+    # As in `arraytp.fused`: bias and activation after the pool, since f does not decrease.
+    pooled += frozen.bias
+    activation_forward(pooled, block.activation, out=pooled)
+    _input(block, pooled, index, frozen.unpool, z, scratch)
+    return z.reshape(len(rows), -1)
+
+
+def _d2(frozen: Frozen, eta: Array, part: slice, scratch: Buffers) -> Array:
+    """Return d2 = a(s^{n+1} + η) − a(s^{n+1}) of some samples as rows."""
+    moved = scratch.array("moved", frozen.out[part].shape, eta.dtype)
+    array_module(eta).add(frozen.out[part], eta[part], out=moved)
+    d2 = scratch.array("d2", frozen.z[part].shape, eta.dtype)
+    _input(frozen.block, moved, None if frozen.index is None else frozen.index[part], frozen.unpool, d2, scratch)
+    d2 -= frozen.a[part]
+    return d2.reshape(-1, d2.shape[-1])
+
+
+def _input(block: Block, t: Array, index: Array | None, unpool: Unpool, out: Array, scratch: Buffers) -> None:
+    """Write a(t) = f(unpool(t)) to `out`; t is overwritten. f comes first where no values add up, for f(0) = 0."""
+    if block.pool is None or index is None:
+        activation_forward(t, block.activation, out=out)
+        return
+    if unpool == "accumulate" and overlaps(block.pool):
+        out[...] = max_unpool(t, index, block.pool, unpool)
+        activation_forward(out, block.activation, out=out)
+        return
+    activation_forward(t, block.activation, out=t)
+    if array_module(t) is not np:
+        out[...] = max_unpool(t, index, block.pool, "overwrite")
+        return
+    corners = partial(window_corners, len(t), block.pool, t.shape[-1])
+    corner = scratch.cached(("corners", block.pool, t.shape[-1]), len(t), corners)
+    max_unpool_scatter(t, index, block.pool, corner, scratch.array("position", t.shape, np.intp), out)
+
+
+def _rows(block: Block, x: Array, scratch: Buffers, window: Window | None = None, out: Array | None = None) -> Array:
+    """Return the patch matrix of some samples, or their rows as they are for a dense block."""
+    window = window or block.window
+    if window is None:
+        if out is None:
+            return x.reshape(len(x), -1)
+        out[...] = x.reshape(len(x), -1)
+        return out
+    # Rows (samples and positions) become images again.
+    x = x.reshape(-1, window.height, window.width, x.shape[-1])
+    shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
+    out = scratch.array("patches", shape, x.dtype) if out is None else out.reshape(shape)
+    bordered = scratch.filled((window, "zero"), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
+    return im2col(x, window, out, bordered).reshape(-1, shape[-1])
+
+
+def _scatter(block: Block, a: Array, matrix: Array, scratch: Buffers) -> Array:
+    """Return ω ∘ a of some samples of a convolution by col2im, of shape (samples, *in_shape)."""
+    assert block.window is not None
+    rows = a.reshape(-1, a.shape[-1])
+    dpatches = scratch.array("dpatches", (len(rows), len(matrix)), a.dtype)
+    _matmul(rows, matrix.T, dpatches)
+    samples = len(rows) // math.prod(block.pre_shape[:-1])
+    bordered = scratch.array("scattered", (samples, *block.window.bordered, block.in_shape[-1]), a.dtype)
+    return col2im(dpatches.reshape(samples, *block.pre_shape[:-1], -1), block.window, bordered)
+
+
+def _noise(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> tuple[Array, Array]:
+    """Return ε and η of iteration k, drawn ahead or now."""
+    if k not in frozen.noise:
+        workspace.run(_noise_tasks(frozen, k, workspace, output))
+    return frozen.noise.pop(k)
+
+
+def _noise_tasks(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> list[Task]:
+    """Return tasks that draw ε and, for `output`, η of iteration k, unless there is none or it is drawn already."""
+    if k >= frozen.iterations or k in frozen.noise:
+        return []
+    arrays: list[Array] = []
+    tasks: list[Task] = []
+    for kind, like in ((EPSILON, frozen.s), (ETA, frozen.out))[: 2 if output else 1]:
+        array = workspace.array(("noise", kind, k % 2), like.shape, like.dtype)
+        arrays.append(array)
+        tasks += [
+            partial(_draw, array[part], frozen.sigma, part.start, (*frozen.key, k, kind))
+            for part in slices(len(array), CHUNK)
+        ]
+    frozen.noise[k] = arrays[0], arrays[-1]
+    return tasks
+
+
+def _draw(out: Array, sigma: float, first: int, key: tuple[int, ...], scratch: Buffers) -> None:
+    gaussian(out, sigma, first, *key)
+
+
+def _add_product(a: Array, b: Array, total: Array, already: int, scratch: Buffers) -> None:
+    """Write the matrix product a b to `total`, or add it to what there is `already`."""
+    if not already:
+        _matmul(a, b, total)
+        return
+    share = scratch.array("share", total.shape, total.dtype)
+    _matmul(a, b, share)
+    total += share
+
+
+def _lanes(omega: Array, batch: int, workspace: Workspace) -> list[slice]:
+    """Cut the batch into lanes, fewer for large weights: each has sums of their size."""
+    lanes = max(2, min(LANES, LANE_BYTES // omega.nbytes))
+    return even_slices(batch, lanes) if workspace.backend.on_host else [slice(0, batch)]
+
+
+def _tiles(matrix: Array) -> int:
+    return ROW_TILES if matrix.size > TILED_SIZE else 1
+
+
+def _group(block: Block, batch: int, itemsize: int, workspace: Workspace) -> int:
+    """Return how many samples go through a block's products together: as many as patch matrices of some size hold."""
+    window = block.window
+    if window is None:
+        return batch
+    widest = window.kernel**2 * max(block.in_shape[-1], block.pre_shape[-1])
+    patch_bytes = math.prod(block.pre_shape[:-1]) * widest * itemsize
+    limit = HOST_GROUP_BYTES if workspace.backend.on_host else DEVICE_GROUP_BYTES
+    return max(1, min(batch, limit // patch_bytes))
+
+
+def _sum_of_squares(r: Array) -> Array:
+    flat = r.reshape(-1)
+    return array_module(r).dot(flat, flat)
+
+
+def _matmul(a: Array, b: Array, out: Array) -> None:
+    array_module(a, b, out).matmul(a, b, out=out)
