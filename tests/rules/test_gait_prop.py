@@ -169,6 +169,13 @@ def test_a_net_worked_out_on_paper(place, form, normalise):
         close(place.get(mine[1]), exact[1], 1e-8)
 
 
+def test_the_operations_of_the_net_worked_out_on_paper():
+    """A product with one entry of W is 2. dW takes 2·1·2 and, of the one passed unit, 2·2·1; W⁻¹ 2·2·2 or 2·2·1."""
+    network, *_ = hand_sized()
+    assert gait_prop.product_flops(Options(), network) == 4 + 4 + 8
+    assert gait_prop.product_flops(Options(form="difference"), network) == 4 + 4 + 4
+
+
 def test_targets_of_the_net_worked_out_on_paper(place):
     network, x, dlogits, _ = hand_sized()
     there, workspace = moved(network, place.put), Workspace(place.backend, 1)
