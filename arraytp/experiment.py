@@ -298,6 +298,11 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"{dataset.name} need {dataset.shape[2]}, one per channel"
         )
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
+    if config.optimizer.orthogonality and not any(block.is_square for block in blocks):
+        raise UserError(
+            f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but no weight matrix of this network is "
+            "square; set it to 0, or network.square: true"
+        )
     check = getattr(RULES[config.rule.name], "check", None)
     notes = () if check is None else tuple(check(config.rule, blocks, config.dtype, config.loss.reduction))
     _check_lists(config, blocks)

@@ -4,15 +4,16 @@
 carried through W⁻¹ than it has rows of interest, they are solved for; else those rows of W⁻¹ are formed and multiplied.
 """
 
+import math
 from functools import partial
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.errors import IllConditionedError, UserError
+from arraytp.errors import IllConditionedError, NonFiniteError, UserError
 from arraytp.fused import backward
 from arraytp.network import Block, ForwardPass, Network
-from arraytp.ops.activations import activation_backward, activation_inverse
+from arraytp.ops.activations import activation_backward, activation_inverse, activation_range
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.patches import col2im, coverage
 from arraytp.ops.solve import Factors, condition, factor, right_solve, unit_rows
@@ -40,10 +41,33 @@ def check_invertible(blocks: tuple[Block, ...]) -> None:
                 f"{where}{block.activation} has no inverse; use leaky-relu or linear (all values), elu (values above "
                 "-1) or tanh (between -1 and 1)"
             )
-        if inputs != outputs:
+        if not block.is_square:
             raise UserError(
                 f"{where}a weight matrix of {inputs}x{outputs} is not square; it needs {inputs} units in all, those "
                 "not passed on as auxiliary ones: network.square: true sees to that"
+            )
+
+
+def check_range(block: Block, n: int, y: Array) -> None:
+    """Refuse outputs y of block n that its activation cannot have, and that f⁻¹ would make infinite or NaN.
+
+    Only ELU and tanh are looked at: the other activations reach every number.
+
+    Raises
+    ------
+    NonFiniteError
+        Names the block, the value, the range and what would help. NaN passes: it is no matter of the range.
+    """
+    low, high = activation_range(block.activation)
+    if (low, high) == (-math.inf, math.inf):
+        return
+    for value in (float(y.min()), float(y.max())):
+        if value <= low or value >= high:
+            raise NonFiniteError(
+                f"block {n} ({block.label}): a nudged activation of {value:.9g} is beyond the range of "
+                f"{block.activation}, above {low:g}{f' and below {high:g}' if math.isfinite(high) else ''}, so that "
+                "it has no inverse; use a smaller rule.gamma or rule.eta, smaller weights so that units do not "
+                "saturate, activation leaky-relu, or rule.form: difference"
             )
 
 

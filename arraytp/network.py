@@ -65,6 +65,11 @@ class Block:
         """Shape per sample of what goes on to the next block: s^{n+1} without its auxiliary units."""
         return *self.out_shape[:-1], self.out_shape[-1] - self.auxiliary
 
+    @property
+    def is_square(self) -> bool:
+        """Whether W's matrix has as many rows as columns."""
+        return math.prod(self.weight_shape[:-1]) == self.weight_shape[-1]
+
 
 @dataclass
 class Network:

@@ -32,6 +32,8 @@ class Meter:
         What the display calls the run.
     epochs, steps_per_epoch : int
         The whole run.
+    total_steps : int
+        Of the whole run; the last epoch may have fewer than the others.
     epoch, step : int
         Finished epochs, and steps done in the running one.
     images, steps, seconds : int, int, float
@@ -47,6 +49,7 @@ class Meter:
     name: str
     epochs: int
     steps_per_epoch: int
+    total_steps: int
     epoch: int = 0
     step: int = 0
     images: int = 0
@@ -70,12 +73,20 @@ class Meter:
         """Return the training speed in this process, evaluation left out; NaN before the first step."""
         return self.images / self.seconds if self.seconds > 0 else math.nan
 
+    def steps_done(self) -> int:
+        """Return the steps trained in the whole run."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def steps_of_epoch(self) -> int:
+        """Return how many steps the running epoch has."""
+        return min(self.steps_per_epoch, self.total_steps - self.epoch * self.steps_per_epoch)
+
     def seconds_left(self) -> float:
         """Return the time to the end of the run, evaluations included; NaN before the first step."""
         if not self.steps:
             return math.nan
         epochs_left = max(self.epochs - self.epoch, 0)
-        steps_left = max(epochs_left * self.steps_per_epoch - self.step, 0)
+        steps_left = max(self.total_steps - self.steps_done(), 0)
         per_test = self.test_seconds / self.tests if self.tests else 0.0
         return steps_left * self.seconds / self.steps + epochs_left * per_test
 
@@ -89,6 +100,8 @@ class Progress:
         What to call the run.
     epochs, steps_per_epoch : int
         The whole run, whatever part of it is already done.
+    steps : int, optional
+        Of the whole run, where it ends within an epoch.
     steps_done : int
         Steps already trained, by an earlier process too; 0 for a fresh run.
     test_top1 : float
@@ -114,6 +127,7 @@ class Progress:
         epochs: int,
         steps_per_epoch: int,
         *,
+        steps: int | None = None,
         steps_done: int = 0,
         test_top1: float = math.nan,
         quiet: bool = False,
@@ -121,7 +135,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         epoch, step = divmod(steps_done, max(steps_per_epoch, 1))
-        self.meter = Meter(name, epochs, steps_per_epoch, epoch=epoch, step=step, test_top1=test_top1)
+        total = epochs * steps_per_epoch if steps is None else steps
+        self.meter = Meter(name, epochs, steps_per_epoch, total, epoch=epoch, step=step, test_top1=test_top1)
         self._clock = clock
         self._quiet = quiet
         self._console = _Console(file=stream or sys.stderr, highlight=False)
@@ -169,7 +184,7 @@ class Progress:
         meter.step += steps
         if loss is not None and top1 is not None:
             meter.measure(images, loss, top1)
-        epoch_is_full = self._live is not None and meter.step >= meter.steps_per_epoch
+        epoch_is_full = self._live is not None and meter.step >= meter.steps_of_epoch()
         if now - self._shown >= self._wait or epoch_is_full:
             self._shown = now
             self._show(_running(meter))
@@ -245,8 +260,8 @@ class _Line:
         if room < _SHORTEST_BAR:
             yield Text("  ".join([head, *rest]), no_wrap=True, overflow="ellipsis")
             return
-        total = max(meter.epochs * meter.steps_per_epoch, 1)
-        done = meter.epoch * meter.steps_per_epoch + meter.step if meter.epochs else total
+        total = max(meter.total_steps, 1)
+        done = meter.steps_done() if meter.epochs else total
         line = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=total, completed=done, width=min(room - room % 4, _LONGEST_BAR))
         line.add_row(Text(head, no_wrap=True), bar, Text("  ".join(rest), no_wrap=True))
@@ -258,8 +273,8 @@ def _running(meter: Meter) -> list[str]:
     epoch = min(meter.epoch + 1, meter.epochs) if meter.steps else meter.epoch
     pieces = [f"{meter.name}  epoch {epoch}/{meter.epochs}"]
     if meter.step:
-        testing = meter.step >= meter.steps_per_epoch
-        pieces.append("testing" if testing else f"step {meter.step}/{meter.steps_per_epoch}")
+        steps = meter.steps_of_epoch()
+        pieces.append("testing" if meter.step >= steps else f"step {meter.step}/{steps}")
     pieces += _number("{:,.0f} images/s", meter.images_per_second())
     pieces += _loss("loss", meter.loss) + _number("top-1 {:.1f} %", meter.top1)
     return pieces + _number("test {:.1f} %", meter.test_top1) + _time(meter)

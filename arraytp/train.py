@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,10 @@ class Run:
         Raises
         ------
         UserError
-            As `read_checkpoint`; also if the config asks for fewer epochs than are trained. The folder is as it was.
+            As `read_checkpoint`; also if the config asks for fewer epochs or steps than are trained. The folder is as
+            it was.
         """
-        path, epochs = self.folder / "checkpoint.h5", self.experiment.config.train.epochs
+        path, train = self.folder / "checkpoint.h5", self.experiment.config.train
         state = read_checkpoint(path, self.experiment)
         try:
             totals = Totals(**state["position"].pop("totals"))
@@ -100,16 +102,21 @@ class Run:
             tables = state["metrics"], state["angles"]
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
-        if self.position.epoch + (self.position.batch > 0) > epochs:
+        if self.position.epoch + (self.position.batch > 0) > train.epochs:
             raise UserError(
                 f"{path}: is in epoch {self.position.epoch + (self.position.batch > 0)} already, but train.epochs is "
-                f"{epochs}; ask for more epochs, or start over with --fresh"
+                f"{train.epochs}; ask for more epochs, or start over with --fresh"
+            )
+        if train.steps is not None and self.position.step > train.steps:
+            raise UserError(
+                f"{path}: has {self.position.step} steps already, but train.steps is {train.steps}; ask for more "
+                "steps, or start over with --fresh"
             )
         self.metrics.restart(tables[0])
         self.angles.restart(tables[1])
 
     def train(self, stop: StopRequest) -> None:
-        """Train to the last epoch and write summary.json.
+        """Train to the last epoch, or to step `train.steps`, and write summary.json.
 
         Raises
         ------
@@ -118,33 +125,44 @@ class Run:
         NonFiniteError
             If loss or weights are not finite; the last good checkpoint stays.
         """
-        config, loader = self.experiment.config, self.experiment.train_loader
-        position = self.position
+        position, per_epoch = self.position, self.experiment.train_loader.steps_per_epoch
+        steps, epochs = self._length()
         self._clock = self._saved = time.monotonic()
-        steps_done = position.epoch * loader.steps_per_epoch + position.batch
         with Progress(
             self.label,
-            config.train.epochs,
-            loader.steps_per_epoch,
-            steps_done=steps_done,
+            epochs,
+            per_epoch,
+            steps=steps,
+            steps_done=position.epoch * per_epoch + position.batch,
             test_top1=self._last_test_top1(),
             quiet=self.quiet,
         ) as progress:
             if not self.metrics.rows:
                 self._evaluate(0, stop, progress)
-            while position.epoch < config.train.epochs:
-                self._train_epoch(stop, progress)
+            while position.epoch < epochs:
+                self._train_epoch(steps, stop, progress)
                 self._evaluate(position.epoch + 1, stop, progress)
+                if position.batch < per_epoch:
+                    # train.steps ends the run here; with more of them it can go on within this epoch.
+                    break
                 position.epoch, position.batch, position.totals = position.epoch + 1, 0, Totals()
         self._save()
         self._write_summary()
 
-    def _train_epoch(self, stop: StopRequest, progress: Progress) -> None:
+    def _length(self) -> tuple[int, int]:
+        """Return the steps of the whole run, and the epochs that they begin."""
+        train, per_epoch = self.experiment.config.train, self.experiment.train_loader.steps_per_epoch
+        whole = train.epochs * per_epoch
+        steps = whole if train.steps is None else min(train.steps, whole)
+        return steps, -(-steps // per_epoch)
+
+    def _train_epoch(self, steps: int, stop: StopRequest, progress: Progress) -> None:
+        """Train to the end of the epoch, or to the last of the run's `steps`."""
         position, experiment = self.position, self.experiment
         every = experiment.config.compare.every
         mark = time.monotonic()
         with closing(experiment.train_loader.batches(position.epoch, position.batch)) as batches:
-            for images, labels in batches:
+            for images, labels in islice(batches, steps - position.step):
                 score = experiment.propose(images, labels)
                 if every and position.step % every == 0 and experiment.config.rule.name != "bp":
                     mark += self._compare()
@@ -222,7 +240,9 @@ class Run:
         if not all(all_finite(self.experiment.network)):
             self._fail(f"after {self.position.step} steps")
         self._tick()
-        state = {"position": asdict(self.position), "metrics": self.metrics.rows, "angles": self.angles.rows}
+        # The row of an epoch that train.steps cut short is written again, should the run go on.
+        metrics = self.metrics.rows[: self.position.epoch + 1]
+        state = {"position": asdict(self.position), "metrics": metrics, "angles": self.angles.rows}
         write_checkpoint(self.folder / "checkpoint.h5", self.experiment, state)
         self._saved = time.monotonic()
 
@@ -269,7 +289,7 @@ class Run:
             "name": config.name,
             "rule": config.rule.name,
             "seed": config.seed,
-            "epochs": position.epoch,
+            "epochs": int(rows[-1]["epoch"]),
             "steps": position.step,
             "final": _numbers(rows[-1]),
             "best": _numbers(best),

@@ -1,6 +1,7 @@
 """The package from Python: load a config, build, step, read the arrays; rules and ops one by one."""
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from arraytp import experiment
 from arraytp.architectures import plan_network
 from arraytp.backend import NUMPY
 from arraytp.compare import angle_degrees, relative_distance
-from arraytp.config import load_one, parse_config
+from arraytp.config import load_config, load_one, parse_config
 from arraytp.errors import UserError
 from arraytp.fused import forward
 from arraytp.network import make_network, plan_blocks
@@ -284,12 +285,23 @@ RUNS = sorted((QUICKSTART.parent / "gait-prop").glob("*.yml"))
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_the_gait_prop_papers_configs_fit_their_networks(path):
-    config = load_one(path)
     shape, classes = ((224, 224, 3), 1000) if "imagenet" in path.stem else ((32, 32, 3), 10)
-    blocks = plan_network(config.network, shape, classes)
-    assert config.loss.reduction == "sum"
-    if config.rule.name == "gait-prop":
-        assert RULES["gait-prop"].check(config.rule, blocks, config.dtype) == []
+    for config in load_config(path).variants.values():
+        blocks = plan_network(config.network, shape, classes)
+        assert config.loss.reduction == "sum"
+        if config.rule.name == "gait-prop":
+            assert RULES["gait-prop"].check(config.rule, blocks, config.dtype) == []
+
+
+@pytest.mark.parametrize("rule", ["bp", "gp", "vgp", "fa"])
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_the_first_steps_are_those_of_the_papers_runs(depth, rule):
+    """Nothing but the length and how often angles are measured differs."""
+    folder = QUICKSTART.parent / "gait-prop"
+    short = load_one(folder / f"first-steps-{depth}.yml", variant=rule)
+    whole = load_one(folder / f"cifar10-{depth}-{rule}.yml")
+    assert short == replace(whole, name=short.name, train=short.train, compare=short.compare)
+    assert (short.train.steps, short.train.batch_size) == (300, whole.train.batch_size)
 
 
 def test_the_quickstart_of_gait_prop_trains(batch):

@@ -81,6 +81,19 @@ def test_a_resumed_run_counts_from_its_position_but_times_this_process_only(cloc
     assert meter.seconds_left() == 2 * (40 - 24)
 
 
+def test_a_run_that_ends_within_an_epoch_counts_to_its_last_step(clock: Clock) -> None:
+    stream = io.StringIO()
+    progress = Progress("fa", 2, 100, steps=130, steps_done=110, stream=stream, clock=clock)
+    with progress:
+        clock.now += 10
+        progress.step(8, steps=10)
+        assert progress.meter.seconds_left() == 10
+        clock.now += 10
+        progress.step(8, steps=10)
+    lines = [line.split("  ")[2] for line in stream.getvalue().splitlines()]
+    assert lines == ["step 20/30", "testing"]
+
+
 def test_evaluation_counts_in_the_time_left_and_not_in_the_speed(clock: Clock) -> None:
     progress = Progress("fa", 3, 2, stream=io.StringIO(), clock=clock)
     with progress:

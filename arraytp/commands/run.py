@@ -35,7 +35,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds the results of all epochs of this config."""
+        """Whether the folder holds the results of all epochs and steps of this config."""
         written = all((self.folder / name).exists() for name in ("config.yml", "summary.json"))
         return written and _stored(self.folder) == self.plan.config
 
@@ -149,9 +149,10 @@ def _stored(folder: Path) -> Config:
 def _difference(stored: Config, wanted: Config) -> str:
     """Describe the first setting in which a stored config differs, or "".
 
-    The number of epochs may grow, so that a run can be prolonged, and checkpoints may come more often or less.
+    The number of epochs or steps may grow, so that a run can be prolonged, and checkpoints may come more often or less.
     """
-    train = replace(stored.train, epochs=wanted.train.epochs, checkpoint_minutes=wanted.train.checkpoint_minutes)
+    free = ("epochs", "steps", "checkpoint_minutes")
+    train = replace(stored.train, **{key: getattr(wanted.train, key) for key in free})
     return _first_difference(asdict(replace(stored, train=train)), asdict(wanted), "")
 
 

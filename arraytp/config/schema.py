@@ -74,6 +74,7 @@ class Train:
 
     epochs: Annotated[Border, Field(examples=[10])]
     batch_size: Annotated[Size, Field(examples=[128])]
+    steps: Size | None = None
     eval_batch_size: Size = 256
     checkpoint_minutes: Positive = 2.0
 

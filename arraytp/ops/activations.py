@@ -4,6 +4,8 @@ Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two t
 commutes with f, and f' can be read off s instead of z, so that z need not be kept.
 """
 
+import math
+
 from arraytp.backend import Array, array_module
 
 LEAKY_SLOPE = 0.1
@@ -60,6 +62,16 @@ def _elu(z: Array, out: Array | None) -> Array:
     return out
 
 
+def activation_range(name: str) -> tuple[float, float]:
+    """Return the numbers between which f's values lie, neither of them included: where f⁻¹ is defined.
+
+    Parameters
+    ----------
+    name : {"linear", "leaky-relu", "elu", "tanh"}
+    """
+    return {"elu": (-1.0, math.inf), "tanh": (-1.0, 1.0)}.get(name, (-math.inf, math.inf))
+
+
 def activation_inverse(s: Array, name: str) -> Array:
     """Return z with f(z) = s; not finite where s is outside f's range.
 
@@ -67,7 +79,7 @@ def activation_inverse(s: Array, name: str) -> Array:
     ----------
     s : array of any shape
     name : {"linear", "leaky-relu", "elu", "tanh"}
-        ELU's values lie above −1, tanh's between −1 and 1; the others reach every number. ReLU has no inverse.
+        ReLU has no inverse. f's range is `activation_range`.
 
     Returns
     -------

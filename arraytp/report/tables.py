@@ -91,7 +91,7 @@ def _performance(result: Result) -> list[str]:
     return [
         result.label,
         result.rule,
-        str(planned) if result.finished else f"{done} of {planned}",
+        str(done) if result.finished else f"{done} of {planned}",
         _number(loss, ".3f" if 0.01 <= abs(loss) < 1e5 else ".2e"),
         _number(_last(result, "test_top1"), ".2f"),
         _number(_best(result), ".2f"),

@@ -29,7 +29,7 @@ import numpy as np
 
 from arraytp.backend import Array, Backend, array_module
 from arraytp.fused import backward
-from arraytp.inverse import backward_through_inverse, check_invertible, factor_blocks, inverse
+from arraytp.inverse import backward_through_inverse, check_invertible, check_range, factor_blocks, inverse
 from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops
 from arraytp.ops.activations import activation_derivative
 from arraytp.options import STRICT, Positive
@@ -91,6 +91,8 @@ def updates(
     ------
     IllConditionedError
         If a weight matrix cannot be inverted in its dtype.
+    NonFiniteError
+        If the literal form nudges an ELU or tanh unit out of its range, or the unit is saturated.
     """
     form = _literal if options.form == "literal" else _difference
     return form(options, network, passed, dlogits, workspace)
@@ -112,6 +114,7 @@ def _literal(options: Options, network: Network, passed: ForwardPass, dlogits: A
         if options.rescale_updates:
             m = m / gamma
         y = nudged(block, passed.s[n + 1], t, gamma)
+        check_range(block, n, y)
         t = inverse(block, factors[n], network.biases[n], y, x, workspace, ("target", n))
         # Where nothing is to be changed the inverse leaves rounding errors only, which m would blow up.
         t = array_module(t).where(per_sample(still, t), x, t)

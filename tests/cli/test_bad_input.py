@@ -81,6 +81,22 @@ SETTINGS = {
         blocks("{type: conv, channels: 3, kernel: 8}"),
         ["block 0 (conv1)", "output 1x1x3", "must be dense", "units: 3"],
     ),
+    "a regulariser without a square matrix": (
+        "optimizer.orthogonality=1e2",
+        ["optimizer.orthogonality: 100, but no weight matrix of this network is square", "network.square: true"],
+    ),
+    "auxiliary units that leave nothing": (
+        blocks("{type: dense, units: 8, auxiliary: 8}, {type: dense, units: 3}"),
+        ["block 0 (dense1)", "auxiliary: 8 of units: 8 leaves nothing to pass on"],
+    ),
+    "an output whose auxiliary units are too many": (
+        blocks("{type: dense, units: 8}, {type: dense, units: 8, auxiliary: 6}"),
+        ["block 1 (dense2)", "output 2", "units: 3 besides auxiliary ones"],
+    ),
+    "a square form that is too small": (
+        "network={square: true, blocks: [{type: dense, units: 2}, {type: dense, units: 3}]}",
+        ["block 1 (dense2)", "2 inputs cannot give the 3 units"],
+    ),
     "more memory than there is": (
         blocks("{type: dense, units: 99999999999}, {type: dense, units: 3}"),
         ["not enough memory"],

@@ -248,6 +248,14 @@ def test_resuming_with_more_epochs_equals_having_asked_for_them_at_first(arraytp
     assert load_one(place / "results/toy/config.yml").train.epochs == 3
 
 
+def test_resuming_with_more_steps_equals_having_asked_for_them_at_first(arraytp, place, numbers):
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.steps=1")
+    assert arraytp("run", "toy.yml", "--quiet", "--resume", "--set", "train.steps=2").status == 0
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.steps=2", "--out", "whole")
+    assert numbers(place / "results/toy") == numbers(place / "whole")
+    assert " 1 of " not in arraytp("report", "whole").out
+
+
 def test_a_run_of_no_epochs_can_be_prolonged(arraytp, place, numbers):
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
     assert arraytp("run", "toy.yml", "--quiet", "--resume").status == 0

@@ -9,7 +9,7 @@ from samples import batch, close, fitting_blocks, moved, named_blocks, rng, well
 from arraytp.architectures import plan_network, square
 from arraytp.backend import NUMPY
 from arraytp.compare import angle_degrees
-from arraytp.errors import IllConditionedError
+from arraytp.errors import IllConditionedError, NonFiniteError
 from arraytp.fused import forward
 from arraytp.network import Network, make_network, plan_blocks
 from arraytp.options import Conv, Dense, NetworkOptions
@@ -169,6 +169,13 @@ def test_a_net_worked_out_on_paper(place, form, normalise):
         close(place.get(mine[1]), exact[1], 1e-8)
 
 
+def test_the_operations_of_the_net_worked_out_on_paper():
+    """A product with one entry of W is 2. dW takes 2·1·2 and, of the one passed unit, 2·2·1; W⁻¹ 2·2·2 or 2·2·1."""
+    network, *_ = hand_sized()
+    assert gait_prop.product_flops(Options(), network) == 4 + 4 + 8
+    assert gait_prop.product_flops(Options(form="difference"), network) == 4 + 4 + 4
+
+
 def test_targets_of_the_net_worked_out_on_paper(place):
     network, x, dlogits, _ = hand_sized()
     there, workspace = moved(network, place.put), Workspace(place.backend, 1)
@@ -228,6 +235,48 @@ def test_a_singular_layer_is_an_error_with_its_name(form):
     network.weights[2][...] = 1
     with pytest.raises(IllConditionedError, match=r"block 2 \(conv3\).*condition number is (inf|\d\.\de\+\d\d)"):
         updates_of(gait_prop, Options(form=form), network, *error_of(network))
+
+
+@pytest.mark.parametrize(
+    ("activation", "value", "said"),
+    [
+        (
+            "tanh",
+            25.0,
+            r"block 2 \(dense3\): .* activation of 1 is beyond the range of tanh, above -1 and below 1",
+        ),
+        ("tanh", -25.0, r"activation of -1 is beyond the range of tanh"),
+        ("elu", -50.0, r"activation of -1 is beyond the range of elu, above -1, so.*rule.form: difference"),
+    ],
+)
+@pytest.mark.parametrize("unit", [0, -1])
+def test_a_saturated_unit_is_an_error_with_its_block_and_value(place, activation, value, said, unit):
+    """Passed on or auxiliary: the inverse takes all units together."""
+    network = skewed(square_blocks("dense"))
+    network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation=activation))
+    network.biases[2][unit] = value
+    x, dlogits = error_of(network)
+    there = moved(network, place.put)
+    with pytest.raises(NonFiniteError, match=said):
+        updates_of(gait_prop, Options(), there, place.put(x), place.put(dlogits), place.backend)
+    assert all(
+        np.isfinite(place.get(array)).all()
+        for pair in updates_of(
+            gait_prop, Options(form="difference"), there, place.put(x), place.put(dlogits), place.backend
+        )
+        for array in pair
+    )
+
+
+def test_a_target_nudged_out_of_the_range_is_an_error():
+    """t = a − ½ ∂L is 3 above a tanh unit near 0; γ = 0.5 moves it by 1.5."""
+    network = skewed(square_blocks("dense", "tanh"))
+    network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation="tanh"))
+    network.weights[2] *= 0.01
+    x, _ = error_of(network)
+    dlogits = np.full((len(x), 4), -6.0)
+    with pytest.raises(NonFiniteError, match=r"block 2 \(dense3\): a nudged activation of 1\.\d+ is beyond"):
+        updates_of(gait_prop, Options(normalise=False, gamma=0.5), network, x, dlogits)
 
 
 def test_the_literal_form_in_single_precision_is_worth_a_note():

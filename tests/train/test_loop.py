@@ -1,6 +1,7 @@
 """The training loop is nothing but the experiment's own steps, scores and comparisons, in order, written down."""
 
 import csv
+import json
 from contextlib import closing
 
 import numpy as np
@@ -67,6 +68,24 @@ def test_the_loop_does_what_one_would_do_by_hand(make_config, start, stop_after,
         for step, epoch, block, angle, distance in rows(run.folder / "angles.csv")
     ]
     assert found == angles
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, [0, 1]), (3, [0, 1]), (4, [0, 1, 2]), (99, [0, 1, 2])])
+def test_a_run_ends_after_the_steps_that_were_asked_for(make_config, start, stop_after, steps, epochs):
+    """An epoch has 3 steps and there are two; the evaluation follows where the run ends, over what was trained."""
+    train = {"epochs": 2, "batch_size": 16, "eval_batch_size": 12}
+    whole = start(make_config(train=train, rule={"name": "fa"}, compare={"every": 1}), "whole")
+    whole.train(stop_after())
+    run = start(make_config(train={**train, "steps": steps}, rule={"name": "fa"}, compare={"every": 1}))
+    run.train(stop_after())
+    steps = min(steps, 6)
+    assert rows(run.folder / "angles.csv") == rows(whole.folder / "angles.csv")[: 3 * steps]
+    assert [int(row[0]) for row in rows(run.folder / "metrics.csv")] == epochs
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert (summary["epochs"], summary["steps"]) == (epochs[-1], steps)
+    if steps % 3 == 1:
+        assert run.position.totals.images == 16
+    assert rows(run.folder / "metrics.csv")[-1][6:] == [repr(value) for value in scored(run.experiment)]
 
 
 def test_bp_is_not_compared_with_itself(make_config, start, stop_after):

@@ -2,11 +2,12 @@
 
 import csv
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from arraytp.errors import Interrupted
+from arraytp.errors import Interrupted, UserError
 
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.001}
 ADAM = {"name": "adam", "lr": 0.01}
@@ -114,6 +115,54 @@ def test_more_epochs_give_what_they_would_have_given_at_once(make_config, start,
         grown = start(epochs(count), "grown", resume=True)
         grown.train(stop_after())
     assert everything(grown) == everything(whole)
+
+
+def limited(make_config, epochs, steps):
+    return make_config(
+        rule={"name": "fa"},
+        optimizer=ADAM,
+        train={"epochs": epochs, "batch_size": 16, "eval_batch_size": 12, "steps": steps},
+        schedule={"name": "cosine", "t_max": 3},
+        compare={"every": 1},
+    )
+
+
+def test_more_steps_give_what_they_would_have_given_at_once(make_config, start, stop_after):
+    """Epochs have 3 steps: the run ends within the first, with the second, and within the third."""
+    for counts in ([2, 6, 7], [1, 2, 3, 5]):
+        name = f"grown-to-{counts[-1]}"
+        for count in counts:
+            grown = start(limited(make_config, 4, count), name, resume=count != counts[0])
+            grown.train(stop_after())
+            whole, _ = looks_of(start, stop_after, limited(make_config, 4, count), f"whole-{count}")
+            assert everything(grown) == everything(whole)
+
+
+def test_a_run_that_ends_within_an_epoch_may_be_stopped_anywhere(make_config, start, stop_after):
+    config = limited(make_config, 4, 4)
+    whole, looks = looks_of(start, stop_after, config)
+    # 3 evaluations of 2 batches, the last within the second epoch, and 4 steps.
+    assert looks == 3 * 2 + 4
+    for after in range(looks):
+        resumed = run_with_stops(start, stop_after, config, f"stopped-{after}", [after])
+        assert everything(resumed) == everything(whole), f"stopped at look {after}"
+
+
+def test_a_run_that_lost_its_summary_ends_again_where_it_ended(make_config, start, stop_after):
+    config = limited(make_config, 4, 4)
+    run, _ = looks_of(start, stop_after, config)
+    expected, summary = everything(run), run.folder / "summary.json"
+    summary.unlink()
+    again = start(config, "whole", resume=True)
+    again.train(stop_after())
+    assert everything(again) == expected
+    assert json.loads(summary.read_text())["steps"] == 4
+
+
+def test_fewer_steps_than_are_trained_are_refused(make_config, start, stop_after):
+    start(limited(make_config, 4, 4)).train(stop_after())
+    with pytest.raises(UserError, match=r"checkpoint\.h5: has 4 steps already, but train\.steps is 3; ask for more"):
+        start(limited(make_config, 4, 3), resume=True)
 
 
 def test_rows_written_after_the_checkpoint_are_written_once(make_config, start, stop_after):

@@ -1,0 +1,84 @@
+"""The literal form's updates are gradients: central differences of Σ m ‖t − a‖² of every block, t and m held fixed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gradients import check
+from samples import batch, rng, well_conditioned
+
+from arraytp.architectures import square
+from arraytp.fused import forward
+from arraytp.network import block_forward, block_inverse, make_network, plan_blocks
+from arraytp.options import Conv, Dense
+from arraytp.parallel import Workspace
+from arraytp.rules.gait_prop import Options, nudged, perturbation, updates
+
+LAYERS = {
+    "dense": ([Dense(units=9), Dense(units=6), Dense(units=3)], (7,)),
+    "convolutions": ([Conv(channels=2, kernel=3, padding="same"), Conv(channels=3, kernel=3, stride=2, padding="same"),
+                      Dense(units=3)], (5, 4, 2)),
+    "patches": ([Conv(channels=2, kernel=1), Conv(channels=3, kernel=2, stride=2), Dense(units=3)], (4, 4, 1)),
+}  # fmt: skip
+# Nudges that are large enough for t − a to keep its digits.
+OPTIONS = {
+    "normalised": Options(eta=1e-3),
+    "vanilla": Options(normalise=False, gamma=0.05),
+    "not rescaled": Options(eta=1e-2, rescale_updates=False),
+}
+
+
+def made(name, activation):
+    """Return a network with auxiliary units in every block but the first, far from orthogonal, biases not 0."""
+    layers, shape = LAYERS[name]
+    layers = square(layers, plan_blocks(layers, shape))
+    blocks = plan_blocks([replace(layer, activation=activation) for layer in layers], shape)
+    network = make_network(blocks, "orthogonal", 0, "float64")
+    for n, block in enumerate(blocks):
+        network.biases[n] = 0.1 * rng(n).standard_normal(block.out_shape[-1])
+        if n:
+            network.weights[n] = 0.5 * well_conditioned(block.out_shape[-1], 3, n).reshape(block.weight_shape)
+    assert all(block.auxiliary for block in blocks[1:])
+    return network
+
+
+def targets(options, network, passed, dlogits):
+    """Return t of all units of every block, and m: Algorithm 1 by the plain inverse; auxiliary units have t = a."""
+    t, m, found = passed.logits - dlogits / 2, np.ones(len(dlogits)), []
+    for n in reversed(range(len(network))):
+        block, s = network.blocks[n], passed.s[n + 1]
+        found.append((np.concatenate([t, s[..., t.shape[-1] :]], axis=-1), m))
+        if n > 0:
+            gamma, _ = perturbation(options, t - passed.x[n + 1], block)
+            y = nudged(block, s, t, gamma)
+            t = block_inverse(block, network.weights[n], network.biases[n], y, passed.x[n])
+            m = m / gamma if options.rescale_updates else m
+    return found[::-1]
+
+
+def check_block(block, weight, bias, x, t, m, update, generator):
+    """Compare an update of weight and bias with differences of Σ m ‖t − a‖² over all units of the block."""
+
+    def loss(w, b):
+        z, s, _ = block_forward(block, w, b, x)
+        return float(m @ np.square((t - s).reshape(len(x), -1)).sum(axis=1)), (z >= 0).tobytes()
+
+    check(lambda w: loss(w, bias), weight, update[0], generator)
+    check(lambda b: loss(weight, b), bias, update[1], generator)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("activation", ["leaky-relu", "tanh", "elu"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_update_is_the_gradient_of_its_local_loss(name, activation, options):
+    network = made(name, activation)
+    x, _ = batch(network.blocks, 4)
+    dlogits = 0.3 * rng(5).standard_normal((4, 3))
+    workspace = Workspace(threads=2)
+    passed = forward(network, x, workspace)
+    found = updates(options, {}, network, passed, dlogits, workspace)
+    for n, (t, m) in enumerate(targets(options, network, passed, dlogits)):
+        block, update, units = network.blocks[n], found[n], network.blocks[n].passed_shape[-1]
+        assert np.abs(update[0]).max() > 1e-3
+        assert not update[0][..., units:].any()
+        check_block(block, network.weights[n], network.biases[n], passed.x[n], t, m, update, rng(n))
