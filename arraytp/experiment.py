@@ -114,7 +114,7 @@ class Experiment:
         On how many batches feedback was trained; noise is keyed by it.
     passed, dlogits, updates : ForwardPass, array, Updates; None before the first step
         Of the last step: forward pass, ∂L/∂logits and what the rule made of them; valid until the next step or score.
-    feedback_losses : list of arrays of shape ()
+    feedback_losses : list of arrays of shape (), or None for no iterations
         Of the last step, per block with feedback; empty for rules without trained feedback.
     proposed : bool
         Whether `updates` wait to be applied.
@@ -132,7 +132,7 @@ class Experiment:
     passed: ForwardPass | None = None
     dlogits: Array | None = None
     updates: Updates | None = None
-    feedback_losses: list[Array] = field(default_factory=list)
+    feedback_losses: list[Array | None] = field(default_factory=list)
     proposed: bool = False
 
     @property
@@ -174,7 +174,7 @@ class Experiment:
         self.passed = forward(self.network, images, self.workspace)
         loss, cache = cross_entropy_forward(self.passed.logits, labels, reduction)
         self.dlogits = cross_entropy_backward(cache, reduction)
-        if hasattr(self.rule, "train_feedback"):
+        if self.trains_feedback:
             self.feedback_losses = self.rule.train_feedback(
                 self.config.rule,
                 self.rule_state,
@@ -217,15 +217,28 @@ class Experiment:
             self.updates = self._updates(self.config.rule)
         return found
 
+    @property
+    def trains_feedback(self) -> bool:
+        """Whether the rule trains feedback weights."""
+        return hasattr(self.rule, "train_feedback")
+
+    def feedback_epochs(self, epoch: int) -> int:
+        """Return how many epochs of feedback training alone come before an epoch, counted from 0."""
+        if not hasattr(self.rule, "feedback_epochs"):
+            return 0
+        first, between = self.rule.feedback_epochs(self.config.rule)
+        return int(between if epoch else first)
+
+    def feedback_pairs(self) -> list[tuple[int, Array, Array | None]]:
+        """Return index, trained feedback weight, and forward weight to compare it with, of every block that has one."""
+        found = self.rule.feedback_pairs(self.rule_state, self.network) if self.trains_feedback else []
+        return list(found)
+
     def compare_feedback(self) -> list[FeedbackComparison]:
         """Measure every trained feedback weight against its forward weight; empty for rules that train none."""
-        if not hasattr(self.rule, "feedback_pairs"):
-            return []
         return [
-            FeedbackComparison(n, float(loss), *_aligned(omega, theta))
-            for (n, omega, theta), loss in zip(
-                self.rule.feedback_pairs(self.rule_state, self.network), self.feedback_losses, strict=True
-            )
+            FeedbackComparison(n, math.nan if loss is None else float(loss), *_aligned(omega, theta))
+            for (n, omega, theta), loss in zip(self.feedback_pairs(), self.feedback_losses, strict=True)
         ]
 
     def apply(self, epoch: int = 0) -> None:

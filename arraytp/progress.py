@@ -208,6 +208,14 @@ class Progress:
             self._show(_finished(meter, row))
         self._last = self._shown = self._clock()
 
+    def feedback(self, epoch: int, epochs: int, step: int) -> None:
+        """Show where an epoch of feedback training alone stands; its time does not count as training."""
+        self._last = now = self._clock()
+        if now - self._shown >= self._wait:
+            self._shown = now
+            steps = self.meter.steps_per_epoch
+            self._show([f"{self.meter.name}  feedback alone, epoch {epoch}/{epochs}", f"step {step}/{steps}"])
+
     def say(self, message: str) -> None:
         """Write one line, above the live line where there is one."""
         if not self._quiet:

@@ -16,7 +16,7 @@ from arraytp.backend import array_module
 from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, Score
-from arraytp.metrics import ANGLES_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
+from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
 from arraytp.optim import at_block, learning_rates
 from arraytp.progress import Progress
 from arraytp.signals import StopRequest
@@ -37,6 +37,10 @@ class Position:
         Batches trained in the running epoch; all of them means that only the evaluation is due.
     step : int
         Batches trained in the whole run.
+    passes : int
+        Finished passes over the data, by which their order goes: epochs, and those of feedback training alone.
+    feedback_epochs, feedback_batch : int
+        Finished epochs of feedback training alone before the running epoch, and batches done in the running one.
     seconds : float
         Wall time of the run so far, evaluations included.
     train_seconds : float
@@ -50,6 +54,9 @@ class Position:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    passes: int = 0
+    feedback_epochs: int = 0
+    feedback_batch: int = 0
     seconds: float = 0.0
     train_seconds: float = 0.0
     train_images: int = 0
@@ -57,7 +64,7 @@ class Position:
 
 
 class Run:
-    """A training run that writes a result folder (contract: metrics.csv, angles.csv, summary.json, checkpoint.h5).
+    """A training run that writes a result folder: metrics.csv, angles.csv, feedback.csv, summary.json, checkpoint.h5.
 
     Parameters
     ----------
@@ -76,14 +83,14 @@ class Run:
         self.position = Position()
         self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS)
         self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS)
+        self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
         self._unread: list[Score] = []
         self._clock = time.monotonic()
         self._saved = self._clock
 
     def start(self) -> None:
         """Begin at the beginning."""
-        self.metrics.restart([])
-        self.angles.restart([])
+        self._restart([], [], [])
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint; rows of the tables that were written after it are dropped.
@@ -99,7 +106,7 @@ class Run:
         try:
             totals = Totals(**state["position"].pop("totals"))
             self.position = Position(**state["position"], totals=totals)
-            tables = state["metrics"], state["angles"]
+            tables = state["metrics"], state["angles"], state["feedback"]
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
         if self.position.epoch + (self.position.batch > 0) > train.epochs:
@@ -112,8 +119,14 @@ class Run:
                 f"{path}: has {self.position.step} steps already, but train.steps is {train.steps}; ask for more "
                 "steps, or start over with --fresh"
             )
-        self.metrics.restart(tables[0])
-        self.angles.restart(tables[1])
+        self._restart(*tables)
+
+    def _restart(self, metrics: list[str], angles: list[str], feedback: list[str]) -> None:
+        """Write the tables anew; feedback.csv only for rules that train feedback."""
+        self.metrics.restart(metrics)
+        self.angles.restart(angles)
+        if self.experiment.trains_feedback:
+            self.feedback.restart(feedback)
 
     def train(self, stop: StopRequest) -> None:
         """Train to the last epoch, or to step `train.steps`, and write summary.json.
@@ -140,12 +153,14 @@ class Run:
             if not self.metrics.rows:
                 self._evaluate(0, stop, progress)
             while position.epoch < epochs:
+                self._feedback_epochs(stop, progress)
                 self._train_epoch(steps, stop, progress)
                 self._evaluate(position.epoch + 1, stop, progress)
                 if position.batch < per_epoch:
                     # train.steps ends the run here; with more of them it can go on within this epoch.
                     break
                 position.epoch, position.batch, position.totals = position.epoch + 1, 0, Totals()
+                position.passes, position.feedback_epochs = position.passes + 1, 0
         self._save()
         self._write_summary()
 
@@ -156,14 +171,30 @@ class Run:
         steps = whole if train.steps is None else min(train.steps, whole)
         return steps, -(-steps // per_epoch)
 
+    def _feedback_epochs(self, stop: StopRequest, progress: Progress) -> None:
+        """Do the epochs of feedback training alone that are due before the next epoch."""
+        position, experiment = self.position, self.experiment
+        due = experiment.feedback_epochs(position.epoch)
+        while position.feedback_epochs < due and position.batch == 0:
+            with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
+                for images, labels in batches:
+                    experiment.train_feedback(images, labels)
+                    position.feedback_batch += 1
+                    progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
+                    self._check_feedback()
+                    self._pause(stop, progress)
+            position.passes, position.feedback_epochs = position.passes + 1, position.feedback_epochs + 1
+            position.feedback_batch = 0
+
     def _train_epoch(self, steps: int, stop: StopRequest, progress: Progress) -> None:
         """Train to the end of the epoch, or to the last of the run's `steps`."""
         position, experiment = self.position, self.experiment
         every = experiment.config.compare.every
         mark = time.monotonic()
-        with closing(experiment.train_loader.batches(position.epoch, position.batch)) as batches:
+        with closing(experiment.train_loader.batches(position.passes, position.batch)) as batches:
             for images, labels in islice(batches, steps - position.step):
                 score = experiment.propose(images, labels)
+                self._check_feedback()
                 if every and position.step % every == 0 and experiment.config.rule.name != "bp":
                     mark += self._compare()
                 experiment.apply(position.epoch)
@@ -173,12 +204,24 @@ class Run:
                 self._collect(score, progress)
                 now = time.monotonic()
                 position.train_seconds, mark = position.train_seconds + now - mark, now
-                if stop.requested:
-                    self._stop(stop, progress)
-                if time.monotonic() - self._saved > 60 * experiment.config.train.checkpoint_minutes:
-                    self._read_scores(progress)
-                    self._save()
+                self._pause(stop, progress)
         self._read_scores(progress)
+
+    def _pause(self, stop: StopRequest, progress: Progress) -> None:
+        """Between two batches: stop if that is asked for, or write a checkpoint if one is due."""
+        if stop.requested:
+            self._stop(stop, progress)
+        if time.monotonic() - self._saved > 60 * self.experiment.config.train.checkpoint_minutes:
+            self._read_scores(progress)
+            self._save()
+
+    def _check_feedback(self) -> None:
+        """Stop at once when feedback training diverges; on a device its losses are not read back for that."""
+        if not self.experiment.plan.backend.on_host:
+            return
+        for (n, *_), loss in zip(self.experiment.feedback_pairs(), self.experiment.feedback_losses, strict=False):
+            if loss is not None and not math.isfinite(loss):
+                self._fail(f"at step {self.position.step}", self._feedback_of(n))
 
     def _collect(self, score: Score, progress: Progress) -> None:
         """Take a step's score; look at it now on the CPU, every so many steps on a device."""
@@ -208,6 +251,9 @@ class Run:
         position = self.position
         for found in self.experiment.compare():
             self.angles.append(position.step, position.epoch + 1, found.block, found.angle_deg, found.distance)
+        for pair in self.experiment.compare_feedback():
+            numbers = pair.loss, pair.angle_deg, pair.distance
+            self.feedback.append(position.step, position.epoch + 1, pair.block, *numbers)
         return time.monotonic() - started
 
     def _evaluate(self, epoch: int, stop: StopRequest, progress: Progress) -> None:
@@ -239,10 +285,14 @@ class Run:
         """Write the checkpoint, unless the weights are not finite: then the last good one must stay."""
         if not all(all_finite(self.experiment.network)):
             self._fail(f"after {self.position.step} steps")
+        for n, omega, _ in self.experiment.feedback_pairs():
+            if not bool(array_module(omega).isfinite(omega).all()):
+                self._fail(f"after {self.position.step} steps", self._feedback_of(n))
         self._tick()
         # The row of an epoch that train.steps cut short is written again, should the run go on.
         metrics = self.metrics.rows[: self.position.epoch + 1]
-        state = {"position": asdict(self.position), "metrics": metrics, "angles": self.angles.rows}
+        tables = {"metrics": metrics, "angles": self.angles.rows, "feedback": self.feedback.rows}
+        state = {"position": asdict(self.position), **tables}
         write_checkpoint(self.folder / "checkpoint.h5", self.experiment, state)
         self._saved = time.monotonic()
 
@@ -251,13 +301,17 @@ class Run:
         self.position.seconds += now - self._clock
         self._clock = now
 
-    def _fail(self, when: str) -> None:
+    def _feedback_of(self, n: int) -> str:
+        return f"feedback weights of block {n} ({self.experiment.network.blocks[n].label})"
+
+    def _fail(self, when: str, culprit: str | None = None) -> None:
         """Raise NonFiniteError that says when and in which block the numbers left the finite ones."""
+        remedy = "optimizer.lr" if culprit is None else "rule.feedback.optimizer.lr"
         checkpoint = self.folder / "checkpoint.h5"
         saved = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise NonFiniteError(
-            f"{self.label}: not finite {when}: {self._culprit()}; {saved}; "
-            + ("a smaller optimizer.lr may help" if self.position.step else "see data.normalize and network.init")
+            f"{self.label}: not finite {when}: {culprit or self._culprit()}; {saved}; "
+            + (f"a smaller {remedy} may help" if self.position.step else "see data.normalize and network.init")
         )
 
     def _culprit(self) -> str:

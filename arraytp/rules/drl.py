@@ -95,18 +95,18 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
-) -> list[Array]:
+) -> list[Array | None]:
     """Train every Q on a batch, in place (Algorithm 2); parameters as in `arraytp.rules.dtp.train_feedback`.
 
     Returns
     -------
-    list of arrays of shape ()
-        Per hidden s^n, from s^1 on: the loss in the last iteration, NaN without iterations.
+    list of arrays of shape (), or None
+        Per hidden s^n, from s^1 on: the loss in the last iteration, None without iterations.
     """
-    losses = []
+    losses: list[Array | None] = []
     for n in range(len(network) - 1):
         iterations, sigma = iterations_and_noise(options.feedback, n)
-        loss = math.nan
+        loss = None
         for k in range(iterations):
             s = passed.x[n + 1]
             epsilon = gaussian(workspace.array("drl noise", s.shape, s.dtype), sigma, 0, seed, step, n, k, 0)

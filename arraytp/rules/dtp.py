@@ -13,7 +13,6 @@ Before that, on every batch, K_n times for every block n = 1 … N−1, with ε 
 What is carried from block to block is δ = t − s, which loses no digits where it is small.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,7 +76,7 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
-) -> list[Array]:
+) -> list[Array | None]:
     """Train every G^n on a batch, in place (Algorithm 1).
 
     Parameters
@@ -94,14 +93,14 @@ def train_feedback(
 
     Returns
     -------
-    list of arrays of shape ()
-        Per block, from block 1 on: the loss in the last iteration, NaN without iterations.
+    list of arrays of shape (), or None
+        Per block, from block 1 on: the loss in the last iteration, None without iterations.
     """
-    losses = []
+    losses: list[Array | None] = []
     for n in range(1, len(network)):
         iterations, sigma = iterations_and_noise(options.feedback, n - 1)
         frozen = freeze(network, passed, n, options.unpool, sigma, (seed, step), iterations, workspace)
-        loss = math.nan
+        loss = None
         for k in range(iterations):
             weight, bias = state[f"feedback/{n}/weight"], state[f"feedback/{n}/bias"]
             dweight, dbias, loss = reconstruction_gradient(frozen, weight, bias, k, workspace)

@@ -17,7 +17,6 @@ Then targets and updates as in DTP. Where ∂G = (∂F)ᵀ, the updates over β 
 Source: DTP paper, Section 4.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -68,14 +67,14 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
-) -> list[Array]:
+) -> list[Array | None]:
     """Train every ω^n on a batch, in place (Algorithm 3); parameters and result as in `arraytp.rules.dtp`."""
-    losses = []
+    losses: list[Array | None] = []
     for n in range(1, len(network)):
         iterations, sigma = iterations_and_noise(options.feedback, n - 1)
         frozen = freeze(network, passed, n, options.unpool, sigma, (seed, step), iterations, workspace)
         overlap = jacobian_overlap(frozen.block, frozen.out, frozen.index, options.unpool) if options.expected else None
-        loss = math.nan
+        loss = None
         for k in range(iterations):
             omega = state[f"feedback/{n}/weight"]
             if overlap is None:

@@ -4,7 +4,6 @@ On every batch, for all n at once: ω^n takes one step with the mean over `sampl
 is as in `arraytp.rules.ldrl`.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,14 +46,14 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
-) -> list[Array]:
+) -> list[Array | None]:
     """Train every ω^n on a batch, in place; parameters and result as in `arraytp.rules.dtp.train_feedback`."""
-    losses = []
+    losses: list[Array | None] = []
     for n in range(1, len(network)):
         iterations, sigma = iterations_and_noise(options.feedback, n - 1)
         noises = iterations * options.samples
         frozen = freeze(network, passed, n, options.unpool, sigma, (seed, step), noises, workspace)
-        loss, omega = math.nan, state[f"feedback/{n}/weight"]
+        loss, omega = None, state[f"feedback/{n}/weight"]
         for k in range(iterations):
             mean = workspace.array("mean gradient", omega.shape, omega.dtype)
             mean.fill(0)
