@@ -162,30 +162,39 @@ class Experiment:
 
     def propose(self, images: Array, labels: Array) -> Score:
         """Compute the rule's updates for a batch into `updates`, leaving θ as it is; feedback ω is trained first."""
-        score = self.train_feedback(images, labels)
-        self.updates = self._updates(self.config.rule)
-        self.proposed = True
+        score = self.run_forward(images, labels)
+        self.train_feedback()
+        self.propose_updates()
         return score
 
-    def train_feedback(self, images: Array, labels: Array) -> Score:
-        """Run the network on a batch and let the rule train its feedback weights on it, if it has any; θ stays."""
+    def run_forward(self, images: Array, labels: Array) -> Score:
+        """Run the network on a batch, for `train_feedback` and `propose_updates`."""
         self.updates, self.proposed = None, False
         reduction = self.config.loss.reduction
         self.passed = forward(self.network, images, self.workspace)
         loss, cache = cross_entropy_forward(self.passed.logits, labels, reduction)
         self.dlogits = cross_entropy_backward(cache, reduction)
-        if self.trains_feedback:
-            self.feedback_losses = self.rule.train_feedback(
-                self.config.rule,
-                self.rule_state,
-                self.network,
-                self.passed,
-                self.config.seed,
-                self.feedback_step,
-                self.workspace,
-            )
-            self.feedback_step += 1
         return _score(loss, self.passed.logits, labels, reduction)
+
+    def train_feedback(self) -> None:
+        """Let the rule train its feedback weights, if it has any, on the batch of the last forward pass; θ stays."""
+        if not self.trains_feedback:
+            return
+        self.feedback_losses = self.rule.train_feedback(
+            self.config.rule,
+            self.rule_state,
+            self.network,
+            self.passed,
+            self.config.seed,
+            self.feedback_step,
+            self.workspace,
+        )
+        self.feedback_step += 1
+
+    def propose_updates(self) -> None:
+        """Compute the rule's updates for the batch of the last forward pass into `updates`."""
+        self.updates = self._updates(self.config.rule)
+        self.proposed = True
 
     def _updates(self, options: RuleOptions) -> Updates:
         found: Updates = self.rule.updates(
@@ -236,9 +245,11 @@ class Experiment:
 
     def compare_feedback(self) -> list[FeedbackComparison]:
         """Measure every trained feedback weight against its forward weight; empty for rules that train none."""
+        pairs = self.feedback_pairs()
+        losses = self.feedback_losses or [None] * len(pairs)
         return [
             FeedbackComparison(n, math.nan if loss is None else float(loss), *_aligned(omega, theta))
-            for (n, omega, theta), loss in zip(self.feedback_pairs(), self.feedback_losses, strict=True)
+            for (n, omega, theta), loss in zip(pairs, losses, strict=True)
         ]
 
     def apply(self, epoch: int = 0) -> None:

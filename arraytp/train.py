@@ -178,7 +178,8 @@ class Run:
         while position.feedback_epochs < due and position.batch == 0:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
                 for images, labels in batches:
-                    experiment.train_feedback(images, labels)
+                    experiment.run_forward(images, labels)
+                    experiment.train_feedback()
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
                     self._check_feedback()

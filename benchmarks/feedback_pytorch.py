@@ -1,7 +1,7 @@
 """Time a training step of the rules with trained feedback against PyTorch eager, written the straightforward way.
 
-The PyTorch side follows the published code: `randn_like`, module forward passes, autograd, one optimiser step per iteration,
-the angle between ω and θ after each. Each side lives in a process of its own and they take turns, step by step.
+The PyTorch side follows the published code: `randn_like`, module forward passes, autograd, one optimiser step per
+iteration, the angle between ω and θ after each. Each side lives in a process of its own and they take turns.
 
     python benchmarks/feedback_pytorch.py [--rule ldrl] [--network lenet] [--rounds 3] [--threads 2] [--json FILE]
 """
@@ -48,12 +48,8 @@ def arraytp_step(rule: str, network: str, batch: int, threads: int) -> Any:
     x = generator.standard_normal((batch, 32, 32, 3)).astype("float32")
     y = generator.integers(0, 10, batch)
     module = RULES[rule]
-    optimizer = (
-        options.Adam(lr=setting["lr"]) if rule == "drl" else options.SGD(lr=setting["lr"], momentum=MOMENTUM)
-    )
-    training = options.FeedbackTraining(
-        iterations=setting["iterations"], sigma=setting["sigma"], optimizer=optimizer
-    )
+    optimizer = options.Adam(lr=setting["lr"]) if rule == "drl" else options.SGD(lr=setting["lr"], momentum=MOMENTUM)
+    training = options.FeedbackTraining(iterations=setting["iterations"], sigma=setting["sigma"], optimizer=optimizer)
     settings = module.Options(feedback=training) if rule == "drl" else module.Options(beta=BETA, feedback=training)
     workspace = Workspace(threads=threads)
     state = module.init_state(settings, net, 0, workspace.backend)

@@ -1,4 +1,4 @@
-"""`arraytp run`: configs in, result folders, table and figures out."""
+"""`arraytp run`: configs in, result folders, tables and figures out."""
 
 import fcntl
 import os
@@ -17,9 +17,10 @@ from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.errors import Interrupted, UserError
 from arraytp.experiment import Plan, build_planned, plan
 from arraytp.metrics import write_file
-from arraytp.report import read_results, write_comparison, write_figures
+from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest
+from arraytp.study import run_study
 from arraytp.train import Run
 
 OWN_FILES = ("config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
@@ -32,6 +33,11 @@ class Job:
     plan: Plan
     label: str
     folder: Path
+
+    @property
+    def study(self) -> bool:
+        """Whether the config asks for a study instead of training."""
+        return self.plan.config.study is not None
 
     @property
     def finished(self) -> bool:
@@ -173,20 +179,23 @@ def _run_all(
 ) -> None:
     for job in jobs:
         if resume and job.finished:
-            if not (job.folder / "figures").exists():
+            if not (job.folder / "figures").exists() and not job.study:
                 write_figures(job.folder)
             continue
         with warnings.catch_warnings():
             # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
             warnings.simplefilter("ignore", RuntimeWarning)
             try:
-                run = Run(build_planned(job.plan), job.folder, job.label, quiet)
+                run = None if job.study else Run(build_planned(job.plan), job.folder, job.label, quiet)
                 if fresh and job is jobs[0]:
                     _clear(jobs)
                 job.folder.mkdir(parents=True, exist_ok=True)
                 _hold([job], held)
                 _check_folders([job], resume, fresh)
-                _run(job, run, stop, resume)
+                if run is None:
+                    _study(job, stop, quiet)
+                else:
+                    _run(job, run, stop, resume)
             except MemoryError as error:
                 raise UserError(f"{job.label}: not enough memory: {error}") from error
             except OSError as error:
@@ -196,8 +205,16 @@ def _run_all(
 def _clear(jobs: Sequence[Job]) -> None:
     """Remove the former results of all runs at once, so that none of them passes for a finished one after a stop."""
     for job in jobs:
-        for name in OWN_FILES:
-            (job.folder / name).unlink(missing_ok=True)
+        for folder in (job.folder, *job.folder.glob("seed-*")):
+            for name in OWN_FILES:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
+    """Do a study; seeds that are done stay as they are."""
+    _write_config(job)
+    run_study(job.plan, job.folder, job.label, stop, quiet)
+    write_study([job.folder], job.folder)
 
 
 def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
@@ -218,13 +235,16 @@ def _write_config(job: Job) -> None:
 
 
 def _report(batches: list[list[Job]]) -> None:
-    """Print one table of all results; draw a comparison where a config has variants."""
+    """Print one table of all results, and one a study; draw a comparison where a config has variants."""
     for jobs in batches:
-        if len(jobs) > 1:
-            parent = jobs[0].folder.parent
-            write_comparison(read_results([job.folder for job in jobs]), parent)
-    results = read_results([job.folder for batch in batches for job in batch])
-    click.echo(comparison_table(results))
+        folders, parent = [job.folder for job in jobs], jobs[0].folder.parent
+        if jobs[0].study:
+            click.echo(write_study(folders, parent if len(jobs) > 1 else folders[0]))
+        elif len(jobs) > 1:
+            write_comparison(read_results(folders), parent)
+    trained = [job.folder for batch in batches for job in batch if not job.study]
+    if trained:
+        click.echo(comparison_table(read_results(trained)))
     for jobs in batches:
         click.echo(f"results: {jobs[0].folder.parent if len(jobs) > 1 else jobs[0].folder}")
 

@@ -6,7 +6,7 @@ filled in.
 
 from arraytp.config.load import config_schema, dump_config, load_config, load_one, parse_config
 from arraytp.config.resolve import ConfigFile
-from arraytp.config.schema import Compare, Config, Data, Loss, Normalize, Train
+from arraytp.config.schema import Compare, Config, Data, Loss, Normalize, Study, Train
 
 __all__ = [
     "Compare",
@@ -15,6 +15,7 @@ __all__ = [
     "Data",
     "Loss",
     "Normalize",
+    "Study",
     "Train",
     "config_schema",
     "dump_config",

@@ -91,6 +91,17 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Study:
+    """Instead of training: feedback alone on one batch, weights frozen, for `seeds` seeds; see `arraytp.study`."""
+
+    seeds: Size = 5
+    rounds: Border = 100
+    biases: bool = True
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, every setting filled in. `arraytp.config.load_config` and `parse_config` make and check it."""
 
@@ -106,5 +117,6 @@ class Config:
     schedule: Annotated[Constant | Cosine, Discriminator("name")] = field(default_factory=Constant)
     train: Train
     compare: Compare = Compare()
+    study: Study | None = None
 
     __pydantic_config__ = STRICT

@@ -46,7 +46,7 @@ def write_figures(result: Result | Path | str, out: Path | str | None = None) ->
         "angles_over_time.png": angles_over_time,
     }
     with matplotlib.rc_context(RC):
-        return [_save(make(run), folder / name) for name, make in makers.items()]
+        return [save_figure(make(run), folder / name) for name, make in makers.items()]
 
 
 def write_comparison(results: Sequence[Result], out: Path | str) -> list[Path]:
@@ -64,15 +64,15 @@ def write_comparison(results: Sequence[Result], out: Path | str) -> list[Path]:
     """
     folder = Path(out)
     with matplotlib.rc_context(RC):
-        picture = _save(comparison(results), folder / "comparison.png")
-    markdown = _write(markdown_table(results).encode(), folder / "comparison.md")
-    table = _write(csv_table(results).encode(), folder / "comparison.csv")
+        picture = save_figure(comparison(results), folder / "comparison.png")
+    markdown = write_bytes(markdown_table(results).encode(), folder / "comparison.md")
+    table = write_bytes(csv_table(results).encode(), folder / "comparison.csv")
     return [picture, markdown, table]
 
 
 def learning_curves(result: Result) -> Figure:
     """Draw loss and accuracy over the epochs, training dashed, test solid."""
-    figure = _figure(9.6, 3.9, f"{result.label}: loss and accuracy")
+    figure = new_figure(9.6, 3.9, f"{result.label}: loss and accuracy")
     left, right = figure.subplots(1, 2)
     colour = rule_colour(result)
     train, test = Look(colour, (0, (4, 1.5))), Look(colour)
@@ -92,7 +92,7 @@ def learning_curves(result: Result) -> Figure:
 
 def angles_per_block(result: Result) -> Figure:
     """Draw the mean angle to BP's update of every block."""
-    figure = _figure(7.2, 4.2, f"{result.label}: angle to BP's update per block, mean ± s.d.")
+    figure = new_figure(7.2, 4.2, f"{result.label}: angle to BP's update per block, mean ± s.d.")
     axes = figure.subplots()
     angle_bars(axes, [result], [Look(rule_colour(result))], result.blocks)
     axes.set_xlabel("block, from the input's to the output's")
@@ -101,7 +101,7 @@ def angles_per_block(result: Result) -> Figure:
 
 def angles_over_time(result: Result) -> Figure:
     """Draw the angle to BP's update of every block over the training steps."""
-    figure = _figure(7.2, 4.2, f"{result.label}: angle to BP's update during training")
+    figure = new_figure(7.2, 4.2, f"{result.label}: angle to BP's update during training")
     axes = figure.subplots()
     block_lines(axes, result)
     if axes.get_legend_handles_labels()[0]:
@@ -115,7 +115,7 @@ def comparison(results: Sequence[Result]) -> Figure:
     labels = [wrapped(result.label) for result in results]
     columns = legend_columns(labels, width=110)
     rows = -(-len(labels) // columns) * max((label.count("\n") + 1 for label in labels), default=1)
-    figure = _figure(10, 7 + 0.22 * rows)
+    figure = new_figure(10, 7 + 0.22 * rows)
     a, b, c, d = figure.subplots(2, 2).flat
     d.sharey(c)
     angle_bars(a, results, given, blocks)
@@ -135,7 +135,8 @@ def comparison(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float, title: str = "") -> Figure:
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """Return an empty figure, sizes in inches, that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
@@ -143,13 +144,21 @@ def _figure(width: float, height: float, title: str = "") -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, and as `write_bytes` does."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return _write(buffer.getvalue(), path)
+    return write_bytes(buffer.getvalue(), path)
 
 
-def _write(content: bytes, path: Path) -> Path:
+def write_bytes(content: bytes, path: Path) -> Path:
+    """Write a file and return its path; its folder is made where missing.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

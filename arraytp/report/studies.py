@@ -1,0 +1,166 @@
+"""Tables and figures of studies: feedback trained alone, weights frozen, over several seeds (see `arraytp.study`)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from arraytp.errors import UserError
+from arraytp.report.figures import new_figure, save_figure, write_bytes
+from arraytp.report.style import RC, shades
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study's folder holds.
+
+    Parameters
+    ----------
+    label : str
+        The folder's name.
+    blocks : list of str
+        Labels of the network's blocks.
+    updates : array of shape (seeds, N)
+        Angle between the rule's and BP's update of every block, in degrees, after the last round.
+    rounds : array of shape (R,)
+    angle, distance : arrays of shape (seeds, R, blocks with feedback)
+        Between ω and θ after every round, in degrees and relative; NaN where there is nothing to compare.
+    seconds : float
+    """
+
+    label: str
+    blocks: list[str]
+    updates: Floats
+    rounds: Floats
+    angle: Floats
+    distance: Floats
+    feedback_blocks: list[int]
+    seconds: float
+
+
+def write_study(folders: Sequence[Path], out: Path) -> str:
+    """Write study.md, figures/updates.png and figures/alignment.png of one or several studies; return the table.
+
+    Raises
+    ------
+    UserError
+        If a folder's files are missing or damaged, or the new ones cannot be written.
+    """
+    studies = [read_study(folder) for folder in folders]
+    table = study_table(studies)
+    write_bytes(f"{table}\n".encode(), out / "study.md")
+    with matplotlib.rc_context(RC):
+        save_figure(update_figure(studies), out / "figures" / "updates.png")
+        if any(np.isfinite(study.angle).any() and len(study.rounds) > 1 for study in studies):
+            save_figure(alignment_figure(studies), out / "figures" / "alignment.png")
+    return table
+
+
+def read_study(folder: Path) -> StudyResult:
+    """Read a study's folder."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        tables = [
+            np.atleast_2d(np.loadtxt(folder / f"seed-{n}" / "feedback.csv", delimiter=",", skiprows=1))
+            for n in range(len(summary["seeds"]))
+        ]
+        blocks = [int(block) for block in np.unique(tables[0][:, 2])]
+        shaped = np.stack([table.reshape(-1, len(blocks), 6) for table in tables])
+        return StudyResult(
+            folder.name,
+            list(summary["blocks"]),
+            np.array([seed["update_angle_deg"] for seed in summary["seeds"]], dtype=np.float64),
+            shaped[0, :, 0, 0],
+            shaped[..., 4],
+            shaped[..., 5],
+            blocks,
+            float(summary["seconds"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder}: is not the folder of a finished study ({error})") from error
+
+
+def study_table(studies: Sequence[StudyResult]) -> str:
+    """Return a Markdown table: a row a study, mean ± standard deviation over the seeds."""
+    blocks = studies[0].blocks
+    head = ["study", "seeds", *(f"update {label} (°)" for label in blocks), "ω to θ, last block (°)", "distance", "s"]
+    rows = [
+        [
+            study.label,
+            str(len(study.updates)),
+            *(_mean(study.updates[:, n]) for n in range(len(blocks))),
+            _mean(study.angle[:, -1, -1]),
+            _mean(study.distance[:, -1, -1], 2),
+            f"{study.seconds:.0f}",
+        ]
+        for study in studies
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def update_figure(studies: Sequence[StudyResult]) -> Any:
+    """Draw the angle between the rule's and BP's update: a group a study, a bar a block (DTP paper, Figure 3)."""
+    figure = new_figure(
+        max(6.0, 1.5 * len(studies) + 2.5), 4.2, "Angle between the rule's update and BP's, mean ± s.d."
+    )
+    axes = figure.subplots()
+    blocks = studies[0].blocks
+    width = 0.8 / len(blocks)
+    for n, (label, colour) in enumerate(zip(blocks, shades(len(blocks)), strict=True)):
+        places = np.arange(len(studies)) + width * (n + 0.5 - len(blocks) / 2)
+        angles = [study.updates[:, n] for study in studies]
+        means = [float(each.mean()) for each in angles]
+        axes.bar(places, means, 0.92 * width, color=colour, label=label)
+        axes.errorbar(places, means, [float(each.std()) for each in angles], fmt="none", ecolor="#444444", capsize=2)
+    axes.set_xticks(range(len(studies)), [study.label.replace("-", "\n") for study in studies])
+    axes.set(ylabel="angle (°)", ylim=(0, None))
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside right center", title="block")
+    return figure
+
+
+def alignment_figure(studies: Sequence[StudyResult]) -> Any:
+    """Draw angle and relative distance between ω and θ over the rounds, mean ± s.d. (DTP paper, Figure 2)."""
+    figure = new_figure(9.6, 3.9, "Feedback weight ω against forward weight θ, mean ± s.d. over the seeds")
+    left, right = figure.subplots(1, 2)
+    lines = [
+        (study, position)
+        for study in studies
+        for position in range(len(study.feedback_blocks))
+        if np.isfinite(study.angle[:, :, position]).all() and np.ptp(study.angle[:, :, position]) > 0
+    ]
+    for (study, position), colour in zip(lines, shades(len(lines)), strict=True):
+        label = f"{study.label}, {study.blocks[_paired_block(study, position)]}"
+        _band(left, study.rounds, study.angle[:, :, position], colour, label)
+        _band(right, study.rounds, study.distance[:, :, position], colour, label)
+    left.set(xlabel="round", ylabel="angle (°)", ylim=(0, None))
+    right.set(xlabel="round", ylabel="relative distance", ylim=(0, None))
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3) or 1)
+    return figure
+
+
+def _paired_block(study: StudyResult, position: int) -> int:
+    """Return the block whose θ an ω is compared with: direct feedback is numbered by the layer that it ends at."""
+    n = study.feedback_blocks[position]
+    return n + 1 if study.feedback_blocks[0] == 0 else n
+
+
+def _band(axes: Axes, rounds: Floats, values: Floats, colour: str, label: str) -> None:
+    mean, deviation = values.mean(axis=0), values.std(axis=0)
+    axes.plot(rounds, mean, color=colour, label=label)
+    axes.fill_between(rounds, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+
+
+def _mean(values: Floats, digits: int = 1) -> str:
+    if not np.isfinite(values).all():
+        return "—"
+    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"

@@ -1,0 +1,143 @@
+"""Static experiments: feedback trained alone on one batch, θ random and frozen (DTP paper, Sections 5.1 and 5.2).
+
+A config with a section `study` does, for every seed,
+
+    θ random, [biases 0], one batch of train.batch_size images
+    for round = 1 … rounds: the rule trains its feedback on the batch, rule.feedback.iterations at a time
+
+and writes into `seed-<n>` of its result folder: feedback.csv, after every round the angle and relative distance between
+ω and θ (the Jacobian matching condition, Figure 2); angles.csv, before the first and after the last round the angle
+between the rule's updates and BP's (the gradient matching property, Figure 3); summary.json when the seed is done. The
+folder's own summary.json collects all seeds.
+"""
+
+import json
+import math
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from arraytp import __version__
+from arraytp.config import Study
+from arraytp.errors import Interrupted, NonFiniteError
+from arraytp.experiment import Experiment, Plan, build_planned
+from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
+from arraytp.progress import Progress
+from arraytp.signals import StopRequest
+
+
+def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False) -> None:
+    """Do every seed that is not done yet, and write summary.json.
+
+    A seed's numbers depend on the config alone, so one that was stopped halfway is simply done again.
+
+    Parameters
+    ----------
+    planned : Plan
+        Of a config with a study.
+    folder : Path
+        Exists.
+    label : str
+        What the display calls it.
+    stop : StopRequest
+    quiet : bool
+        Show no progress.
+
+    Raises
+    ------
+    Interrupted
+        When a stop was requested; the seeds done so far stay.
+    NonFiniteError
+        If feedback weights diverge.
+    """
+    study = planned.config.study
+    if study is None:
+        raise ValueError("the config has no section study")
+    seeds = []
+    for n in range(study.seeds):
+        place = folder / f"seed-{n}"
+        if not (place / "summary.json").exists():
+            place.mkdir(exist_ok=True)
+            found = _seed(replace(planned, config=replace(planned.config, seed=planned.config.seed + n)), study, place,
+                          f"{label} seed {n + 1}/{study.seeds}", stop, quiet)  # fmt: skip
+            _write_json(place / "summary.json", found)
+        seeds.append(json.loads((place / "summary.json").read_text(encoding="utf-8")))
+    config, plan = planned.config, planned
+    summary = {
+        "name": config.name,
+        "rule": config.rule.name,
+        "blocks": [block.label for block in plan.blocks],
+        "seeds": seeds,
+        "seconds": sum(seed["seconds"] for seed in seeds),
+        "versions": {"arraytp": __version__, **plan.backend.versions()},
+        "device": plan.backend.device(),
+    }
+    _write_json(folder / "summary.json", summary)
+
+
+def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopRequest, quiet: bool) -> dict[str, Any]:
+    """Train feedback on one seed's batch; write its tables and return its summary."""
+    started = time.monotonic()
+    experiment = build_planned(planned)
+    if not study.biases:
+        for bias in experiment.network.biases:
+            bias.fill(0)
+    with closing(experiment.train_loader.batches(0)) as batches:
+        images, labels = next(batches)
+    angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS)
+    feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
+    angles.restart([])
+    feedback.restart([])
+    experiment.run_forward(images, labels)
+    _measure_updates(experiment, angles, 0)
+    _measure_feedback(experiment, feedback, 0)
+    with Progress(label, 1, max(study.rounds, 1), quiet=quiet) as progress:
+        for round_ in range(1, study.rounds + 1):
+            experiment.train_feedback()
+            _measure_feedback(experiment, feedback, round_)
+            progress.step(len(labels))
+            if stop.requested:
+                raise Interrupted(f"{label}: stopped in round {round_}; the seeds before it are done", stop.signal)
+    if study.rounds:
+        _measure_updates(experiment, angles, study.rounds)
+    last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]
+    pairs = experiment.compare_feedback()
+    return {
+        "seed": planned.config.seed,
+        "update_angle_deg": [float(row[3]) for row in last],
+        "feedback_block": [pair.block for pair in pairs],
+        "feedback_angle_deg": [pair.angle_deg for pair in pairs],
+        "feedback_distance": [pair.distance for pair in pairs],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _measure_updates(experiment: Experiment, table: CsvTable, round_: int) -> None:
+    experiment.propose_updates()
+    for found in experiment.compare():
+        table.append(round_, 0, found.block, found.angle_deg, found.distance)
+
+
+def _measure_feedback(experiment: Experiment, table: CsvTable, round_: int) -> None:
+    for pair in experiment.compare_feedback():
+        if math.isinf(pair.loss) or (math.isnan(pair.distance) and not math.isnan(pair.loss)):
+            raise NonFiniteError(
+                f"feedback of block {pair.block} diverged in round {round_}; a smaller "
+                "rule.feedback.optimizer.lr may help"
+            )
+        table.append(round_, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, (json.dumps(_plain(content), indent=2) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with NaN as null, which is what JSON can say."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
