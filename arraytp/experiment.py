@@ -176,12 +176,15 @@ class Experiment:
         self.dlogits = cross_entropy_backward(cache, reduction)
         return _score(loss, self.passed.logits, labels, reduction)
 
-    def train_feedback(self) -> None:
-        """Let the rule train its feedback weights, if it has any, on the batch of the last forward pass; θ stays."""
+    def train_feedback(self, options: RuleOptions | None = None) -> None:
+        """Let the rule train its feedback weights, if it has any, on the batch of the last forward pass; θ stays.
+
+        `options` may stand in for those of the config.
+        """
         if not self.trains_feedback:
             return
         self.feedback_losses = self.rule.train_feedback(
-            self.config.rule,
+            options or self.config.rule,
             self.rule_state,
             self.network,
             self.passed,

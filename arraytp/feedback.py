@@ -9,6 +9,7 @@ G^n maps the space of s^{n+1} to that of s^n, for every block but the first:
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -225,6 +226,13 @@ def step_feedback(
 def iterations_and_noise(training: FeedbackTraining, position: int) -> tuple[int, float]:
     """Return K and σ of one block with feedback, counted from 0."""
     return int(at_block(training.iterations, position)), at_block(training.sigma, position)
+
+
+def only_block(training: FeedbackTraining, position: int, count: int) -> FeedbackTraining:
+    """Return the settings with iterations for one of `count` blocks with feedback only."""
+    iterations = [0] * count
+    iterations[position] = int(at_block(training.iterations, position))
+    return replace(training, iterations=tuple(iterations))
 
 
 def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block], reduction: str) -> None:

@@ -19,16 +19,17 @@ that f(unpool(t)) = unpool(f(t)) unless values add up.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.feedback import feedback_input, input_difference
+from arraytp.feedback import input_difference
 from arraytp.fused import product
 from arraytp.network import Block, ForwardPass, Network
-from arraytp.ops.activations import activation_forward
+from arraytp.ops.activations import activation_difference, activation_forward
 from arraytp.ops.conv import as_matrix, can_flip, flipped_matrix, flipped_window
 from arraytp.ops.noise import CHUNK, gaussian
 from arraytp.ops.patches import Window, col2im, im2col
@@ -297,8 +298,17 @@ def target_difference(
         Holds the result until the next call.
     """
     block, s, index = network.blocks[n], passed.s[n + 1], passed.index[n]
-    a = input_difference(block, s, delta.reshape(s.shape), index, unpool)
-    return _affine(block, omega, a, passed.x[n].shape, n, workspace)
+    delta = delta.reshape(s.shape)
+
+    def inputs(part: slice, out: Array, scratch: Buffers) -> None:
+        maxima = None if index is None else index[part]
+        if block.pool is not None and unpool == "accumulate" and overlaps(block.pool):
+            out[...] = input_difference(block, s[part], delta[part], maxima, unpool)
+            return
+        moved = activation_difference(s[part], delta[part], block.activation)
+        _unpool(block, moved, maxima, out, scratch)
+
+    return _affine(block, omega, inputs, passed.x[n], n, workspace)
 
 
 def feedback_output(
@@ -311,11 +321,15 @@ def feedback_output(
     workspace: Workspace,
 ) -> Array:
     """Return G^n(t), of block n's input's shape; `omega` is weight and bias, the rest as in `target_difference`."""
-    block = network.blocks[n]
-    a = feedback_input(block, t.reshape(passed.s[n + 1].shape), passed.index[n], unpool)
-    r = _affine(block, omega[0], a, (len(t), *block.in_shape), n, workspace)
-    r += omega[1]
-    return r.reshape(passed.x[n].shape)
+    block, index = network.blocks[n], passed.index[n]
+    t = t.reshape(passed.s[n + 1].shape)
+
+    def inputs(part: slice, out: Array, scratch: Buffers) -> None:
+        _input(block, t[part].copy(), None if index is None else index[part], unpool, out, scratch)
+
+    r = _affine(block, omega[0], inputs, passed.x[n], n, workspace)
+    r.reshape(len(t), *block.in_shape)[...] += omega[1]
+    return r
 
 
 def turn_back(turned: Array, shape: tuple[int, ...]) -> Array:
@@ -324,24 +338,36 @@ def turn_back(turned: Array, shape: tuple[int, ...]) -> Array:
     return turned.reshape(k, k, outputs, channels).transpose(0, 1, 3, 2)[::-1, ::-1]
 
 
-def _affine(block: Block, omega: Array, a: Array, shape: tuple[int, ...], n: int, workspace: Workspace) -> Array:
-    """Return ω ∘ a in a given shape, samples shared by threads."""
-    out = workspace.array(("carried", n), (len(a), *block.in_shape), a.dtype)
+def _affine(
+    block: Block,
+    omega: Array,
+    inputs: Callable[[slice, Array, Buffers], None],
+    like: Array,
+    n: int,
+    workspace: Workspace,
+) -> Array:
+    """Return ω ∘ a of the shape of `like`; `inputs` writes a of some samples. Samples are shared by threads."""
+    batch = len(like)
+    out = workspace.array(("carried", n), (batch, *block.in_shape), like.dtype)
     if block.window is None:
+        a = workspace.array(("inputs", n), (batch, *block.pre_shape), like.dtype)
+        workspace.run([partial(inputs, slice(0, batch), a)])
         product(a, omega.T, out, workspace)
-        return out.reshape(shape)
+        return out.reshape(like.shape)
     window, turned = block.window, _is_turned(block)
     carrier = flipped_matrix(omega) if turned else as_matrix(omega)
 
     def samples(part: slice, scratch: Buffers) -> None:
+        a = scratch.array("a", (part.stop - part.start, *block.pre_shape), like.dtype)
+        inputs(part, a, scratch)
         if turned:
-            rows = _rows(block, a[part], scratch, flipped_window(window))
+            rows = _rows(block, a, scratch, flipped_window(window))
             _matmul(rows, carrier, out[part].reshape(len(rows), -1))
         else:
-            out[part] = _scatter(block, a[part], carrier, scratch)
+            out[part] = _scatter(block, a, carrier, scratch)
 
-    workspace.run([partial(samples, part) for part in slices(len(a), _group(block, len(a), a.itemsize, workspace))])
-    return out.reshape(shape)
+    workspace.run([partial(samples, part) for part in slices(batch, _group(block, batch, like.itemsize, workspace))])
+    return out.reshape(like.shape)
 
 
 def _d1(frozen: Frozen, rows: Array, part: slice, scratch: Buffers) -> Array:
@@ -393,6 +419,14 @@ def _input(block: Block, t: Array, index: Array | None, unpool: Unpool, out: Arr
         activation_forward(out, block.activation, out=out)
         return
     activation_forward(t, block.activation, out=t)
+    _unpool(block, t, index, out, scratch)
+
+
+def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Buffers) -> None:
+    """Write t where the pool's maxima were to `out`; the last of several values for one pixel stays."""
+    if block.pool is None or index is None:
+        out[...] = t
+        return
     if array_module(t) is not np:
         out[...] = max_unpool(t, index, block.pool, "overwrite")
         return

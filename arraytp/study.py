@@ -5,10 +5,10 @@ A config with a section `study` does, for every seed,
     θ random, [biases 0], one batch of train.batch_size images
     for round = 1 … rounds: the rule trains its feedback on the batch, rule.feedback.iterations at a time
 
-and writes into `seed-<n>` of its result folder: feedback.csv, after every round the angle and relative distance between
-ω and θ (the Jacobian matching condition, Figure 2); angles.csv, before the first and after the last round the angle
-between the rule's updates and BP's (the gradient matching property, Figure 3); summary.json when the seed is done. The
-folder's own summary.json collects all seeds.
+and writes into `seed-<n>` of its result folder, with steps counted in iterations: feedback.csv, after every round the
+angle and relative distance between ω and θ (the Jacobian matching condition, Figure 2); angles.csv, before the first
+and after the last round the angle between the rule's updates and BP's (the gradient matching property, Figure 3);
+summary.json when the seed is done. The folder's own summary.json collects all seeds.
 """
 
 import json
@@ -24,6 +24,8 @@ from arraytp.config import Study
 from arraytp.errors import Interrupted, NonFiniteError
 from arraytp.experiment import Experiment, Plan, build_planned
 from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
+from arraytp.optim import at_block
+from arraytp.options import FeedbackTraining
 from arraytp.progress import Progress
 from arraytp.signals import StopRequest
 
@@ -93,15 +95,16 @@ def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopReque
     experiment.run_forward(images, labels)
     _measure_updates(experiment, angles, 0)
     _measure_feedback(experiment, feedback, 0)
+    per_round = _most_iterations(experiment)
     with Progress(label, 1, max(study.rounds, 1), quiet=quiet) as progress:
         for round_ in range(1, study.rounds + 1):
             experiment.train_feedback()
-            _measure_feedback(experiment, feedback, round_)
+            _measure_feedback(experiment, feedback, round_ * per_round)
             progress.step(len(labels))
             if stop.requested:
                 raise Interrupted(f"{label}: stopped in round {round_}; the seeds before it are done", stop.signal)
     if study.rounds:
-        _measure_updates(experiment, angles, study.rounds)
+        _measure_updates(experiment, angles, study.rounds * per_round)
     last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]
     pairs = experiment.compare_feedback()
     return {
@@ -114,20 +117,27 @@ def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopReque
     }
 
 
-def _measure_updates(experiment: Experiment, table: CsvTable, round_: int) -> None:
+def _most_iterations(experiment: Experiment) -> int:
+    """Return how many iterations a round has for the block that has most."""
+    training: FeedbackTraining = getattr(experiment.config.rule, "feedback", FeedbackTraining())
+    blocks = len(experiment.feedback_pairs())
+    return max((int(at_block(training.iterations, n)) for n in range(blocks)), default=0)
+
+
+def _measure_updates(experiment: Experiment, table: CsvTable, step: int) -> None:
     experiment.propose_updates()
     for found in experiment.compare():
-        table.append(round_, 0, found.block, found.angle_deg, found.distance)
+        table.append(step, 0, found.block, found.angle_deg, found.distance)
 
 
-def _measure_feedback(experiment: Experiment, table: CsvTable, round_: int) -> None:
+def _measure_feedback(experiment: Experiment, table: CsvTable, step: int) -> None:
     for pair in experiment.compare_feedback():
         if math.isinf(pair.loss) or (math.isnan(pair.distance) and not math.isnan(pair.loss)):
             raise NonFiniteError(
-                f"feedback of block {pair.block} diverged in round {round_}; a smaller "
+                f"feedback of block {pair.block} diverged within {step} iterations; a smaller "
                 "rule.feedback.optimizer.lr may help"
             )
-        table.append(round_, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)
+        table.append(step, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from arraytp.config import Config, load_config
 from arraytp.data.loader import Batches
 from arraytp.errors import UserError
 from arraytp.experiment import Experiment, build
-from arraytp.fused import forward, product
+from arraytp.feedback import only_block
+from arraytp.fused import product
 from arraytp.network import block_flops
-from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 
-PARTS = ("load", "forward", "loss", "updates", "optimizer")
+PARTS = ("load", "forward", "feedback", "updates", "optimizer")
 WARM_UP = 2
 PEAK_SIZE, PEAK_ROUNDS = 2048, 5
 
@@ -75,6 +76,8 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     batch = min(config.train.batch_size, experiment.train_loader.count)
     network = experiment.network
     flops = sum(block_flops(block) for block in network.blocks) + experiment.rule.product_flops(config.rule, network)
+    if experiment.trains_feedback:
+        flops += experiment.rule.feedback_flops(config.rule, network)
     rate, peak = batch * flops / step / 1e9, peak_rate(experiment) / 1e9
     return {
         "rule": config.rule.name,
@@ -84,6 +87,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         "images_per_second": batch / step,
         "gflops": rate,
         "peak_gflops": peak,
+        "feedback_gflops": _feedback_rates(experiment),
         "fraction_of_peak": rate / peak,
         "buffers_mb": experiment.workspace.nbytes() / 2**20,
         "peak_memory_mb": experiment.plan.backend.peak_memory() / 2**20,
@@ -106,6 +110,23 @@ def peak_rate(experiment: Experiment) -> float:
     return float(2 * PEAK_SIZE**3 / min(seconds["product"]))
 
 
+def _feedback_rates(experiment: Experiment) -> dict[str, float]:
+    """Return GFLOP/s of the products of feedback training, block by block, on the batch of the last step."""
+    if not experiment.trains_feedback or experiment.passed is None:
+        return {}
+    rates: dict[str, float] = {}
+    rule: Any = experiment.config.rule
+    for position, (n, *_) in enumerate(experiment.feedback_pairs()):
+        alone = replace(rule, feedback=only_block(rule.feedback, position, len(experiment.feedback_pairs())))
+        flops = len(experiment.passed.logits) * experiment.rule.feedback_flops(alone, experiment.network)
+        seconds: dict[str, list[float]] = {"feedback": []}
+        laps = _Laps(experiment, seconds)
+        experiment.train_feedback(alone)
+        laps.lap("feedback")
+        rates[experiment.network.blocks[n].label] = flops / seconds["feedback"][0] / 1e9
+    return rates
+
+
 class _Laps:
     """A stopwatch that waits for the device at the end of every part."""
 
@@ -122,19 +143,14 @@ class _Laps:
 
 def _time_epoch(experiment: Experiment, batches: Batches, seconds: dict[str, list[float]], limit: int) -> None:
     """Do training steps part by part, as `Experiment.step` does them, until the epoch or the limit ends."""
-    config, network, workspace = experiment.config, experiment.network, experiment.workspace
     laps = _Laps(experiment, seconds)
     for images, labels in batches:
         laps.lap("load")
-        experiment.passed = passed = forward(network, images, workspace)
+        experiment.run_forward(images, labels)
         laps.lap("forward")
-        _, cache = cross_entropy_forward(passed.logits, labels, config.loss.reduction)
-        dlogits = cross_entropy_backward(cache, config.loss.reduction)
-        laps.lap("loss")
-        experiment.updates = experiment.rule.updates(
-            config.rule, experiment.rule_state, network, passed, dlogits, workspace
-        )
-        experiment.proposed = True
+        experiment.train_feedback()
+        laps.lap("feedback")
+        experiment.propose_updates()
         laps.lap("updates")
         experiment.apply()
         laps.lap("optimizer")
@@ -145,12 +161,17 @@ def _time_epoch(experiment: Experiment, batches: Batches, seconds: dict[str, lis
 def _table(name: str, figures: dict[str, Any]) -> str:
     times = figures["milliseconds"]
     lines = [f"{name} ({figures['rule']}): batch {figures['batch']}, median of {figures['steps']} steps"]
-    lines += [f"  {part:10} {times[part]:9.2f} ms {100 * times[part] / times['step']:6.1f} %" for part in PARTS]
+    shown = [part for part in PARTS if part != "feedback" or figures["feedback_gflops"]]
+    lines += [f"  {part:10} {times[part]:9.2f} ms {100 * times[part] / times['step']:6.1f} %" for part in shown]
     lines.append(f"  {'step':10} {times['step']:9.2f} ms {figures['images_per_second']:10,.0f} images/s")
     lines.append(
         f"  {figures['gflops']:.0f} GFLOP/s in matrix products, {100 * figures['fraction_of_peak']:.0f} % of the "
         f"{figures['peak_gflops']:.0f} of one large product ({figures['threads']} threads, {figures['device']})"
     )
+    lines += [
+        f"  feedback of {label:8} {rate:5.0f} GFLOP/s, {100 * rate / figures['peak_gflops']:3.0f} %"
+        for label, rate in figures["feedback_gflops"].items()
+    ]
     lines.append(
         f"  buffers {figures['buffers_mb']:.0f} MB, peak memory of the process {figures['peak_memory_mb']:.0f} MB"
     )

@@ -30,16 +30,17 @@ class StudyResult:
         Labels of the network's blocks.
     updates : array of shape (seeds, N)
         Angle between the rule's and BP's update of every block, in degrees, after the last round.
-    rounds : array of shape (R,)
+    iterations : array of shape (R,)
+        Done when ω was looked at.
     angle, distance : arrays of shape (seeds, R, blocks with feedback)
-        Between ω and θ after every round, in degrees and relative; NaN where there is nothing to compare.
+        Between ω and θ, in degrees and relative; NaN where there is nothing to compare.
     seconds : float
     """
 
     label: str
     blocks: list[str]
     updates: Floats
-    rounds: Floats
+    iterations: Floats
     angle: Floats
     distance: Floats
     feedback_blocks: list[int]
@@ -59,7 +60,7 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
     write_bytes(f"{table}\n".encode(), out / "study.md")
     with matplotlib.rc_context(RC):
         save_figure(update_figure(studies), out / "figures" / "updates.png")
-        if any(np.isfinite(study.angle).any() and len(study.rounds) > 1 for study in studies):
+        if any(np.isfinite(study.angle).any() and len(study.iterations) > 1 for study in studies):
             save_figure(alignment_figure(studies), out / "figures" / "alignment.png")
     return table
 
@@ -128,7 +129,7 @@ def update_figure(studies: Sequence[StudyResult]) -> Any:
 
 
 def alignment_figure(studies: Sequence[StudyResult]) -> Any:
-    """Draw angle and relative distance between ω and θ over the rounds, mean ± s.d. (DTP paper, Figure 2)."""
+    """Draw angle and relative distance between ω and θ over the iterations, mean ± s.d. (DTP paper, Figure 2)."""
     figure = new_figure(9.6, 3.9, "Feedback weight ω against forward weight θ, mean ± s.d. over the seeds")
     left, right = figure.subplots(1, 2)
     lines = [
@@ -139,10 +140,10 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
     ]
     for (study, position), colour in zip(lines, shades(len(lines)), strict=True):
         label = f"{study.label}, {study.blocks[_paired_block(study, position)]}"
-        _band(left, study.rounds, study.angle[:, :, position], colour, label)
-        _band(right, study.rounds, study.distance[:, :, position], colour, label)
-    left.set(xlabel="round", ylabel="angle (°)", ylim=(0, None))
-    right.set(xlabel="round", ylabel="relative distance", ylim=(0, None))
+        _band(left, study.iterations, study.angle[:, :, position], colour, label)
+        _band(right, study.iterations, study.distance[:, :, position], colour, label)
+    left.set(xlabel="iterations of feedback training", ylabel="angle (°)", ylim=(0, None))
+    right.set(xlabel="iterations of feedback training", ylabel="relative distance", ylim=(0, None))
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3) or 1)
     return figure
@@ -154,10 +155,10 @@ def _paired_block(study: StudyResult, position: int) -> int:
     return n + 1 if study.feedback_blocks[0] == 0 else n
 
 
-def _band(axes: Axes, rounds: Floats, values: Floats, colour: str, label: str) -> None:
+def _band(axes: Axes, iterations: Floats, values: Floats, colour: str, label: str) -> None:
     mean, deviation = values.mean(axis=0), values.std(axis=0)
-    axes.plot(rounds, mean, color=colour, label=label)
-    axes.fill_between(rounds, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(iterations, mean, color=colour, label=label)
+    axes.fill_between(iterations, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
 
 
 def _mean(values: Floats, digits: int = 1) -> str:

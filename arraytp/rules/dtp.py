@@ -30,7 +30,6 @@ from arraytp.feedback import (
 from arraytp.fused import backward
 from arraytp.fused_feedback import freeze, reconstruction_gradient, target_difference
 from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops, block_forward
-from arraytp.optim import at_block
 from arraytp.options import STRICT, FeedbackTraining, Positive, Unpool
 from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
@@ -99,8 +98,10 @@ def train_feedback(
     losses: list[Array | None] = []
     for n in range(1, len(network)):
         iterations, sigma = iterations_and_noise(options.feedback, n - 1)
+        if not iterations:
+            losses.append(None)
+            continue
         frozen = freeze(network, passed, n, options.unpool, sigma, (seed, step), iterations, workspace)
-        loss = None
         for k in range(iterations):
             weight, bias = state[f"feedback/{n}/weight"], state[f"feedback/{n}/bias"]
             dweight, dbias, loss = reconstruction_gradient(frozen, weight, bias, k, workspace)
@@ -192,7 +193,9 @@ def feedback_flops(options: Options, network: Network) -> int:
 
 def feedback_products(training: FeedbackTraining, network: Network, products: int) -> int:
     """Return the operations of so many products per block and iteration, and of one more per block."""
+    iterations = [iterations_and_noise(training, n)[0] for n in range(len(network) - 1)]
     return sum(
-        block_flops(block) * (1 + products * int(at_block(training.iterations, n)))
-        for n, block in enumerate(network.blocks[1:])
+        block_flops(block) * (1 + products * count)
+        for block, count in zip(network.blocks[1:], iterations, strict=True)
+        if count
     )

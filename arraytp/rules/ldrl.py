@@ -72,9 +72,11 @@ def train_feedback(
     losses: list[Array | None] = []
     for n in range(1, len(network)):
         iterations, sigma = iterations_and_noise(options.feedback, n - 1)
+        if not iterations:
+            losses.append(None)
+            continue
         frozen = freeze(network, passed, n, options.unpool, sigma, (seed, step), iterations, workspace)
         overlap = jacobian_overlap(frozen.block, frozen.out, frozen.index, options.unpool) if options.expected else None
-        loss = None
         for k in range(iterations):
             omega = state[f"feedback/{n}/weight"]
             if overlap is None:

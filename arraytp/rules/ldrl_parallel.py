@@ -51,9 +51,12 @@ def train_feedback(
     losses: list[Array | None] = []
     for n in range(1, len(network)):
         iterations, sigma = iterations_and_noise(options.feedback, n - 1)
+        if not iterations:
+            losses.append(None)
+            continue
         noises = iterations * options.samples
         frozen = freeze(network, passed, n, options.unpool, sigma, (seed, step), noises, workspace)
-        loss, omega = None, state[f"feedback/{n}/weight"]
+        omega = state[f"feedback/{n}/weight"]
         for k in range(iterations):
             mean = workspace.array("mean gradient", omega.shape, omega.dtype)
             mean.fill(0)
