@@ -109,7 +109,7 @@ def test_a_matrix_beyond_its_dtype_is_refused_by_name_and_number(place, dtype, l
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("number", [1e4, 1e11])
+@pytest.mark.parametrize("number", [1e4, 1e9])
 def test_what_is_too_ill_conditioned_depends_on_the_dtype(place, dtype, number):
     blocks = fitting_blocks([Dense(units=6), Dense(units=6)], (6,))
     weights = [place.put(w.astype(dtype)) for w in (np.eye(6), well_conditioned(6, number, 0))]
