@@ -290,7 +290,7 @@ def test_the_gait_prop_papers_configs_fit_their_networks(path):
         blocks = plan_network(config.network, shape, classes)
         assert config.loss.reduction == "sum"
         if config.rule.name == "gait-prop":
-            assert RULES["gait-prop"].check(config.rule, blocks, config.dtype) == []
+            assert RULES["gait-prop"].check(config.rule, blocks, config.dtype, config.loss.reduction) == []
 
 
 @pytest.mark.parametrize("rule", ["bp", "gp", "vgp", "fa"])

@@ -14,7 +14,12 @@ PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding
 NAMED = sorted(set(re.findall(r"`(arraytp(?:\.\w+)+)`", PAGE)))
 MODULES = [
     *(f"arraytp.ops.{module.name}" for module in pkgutil.iter_modules(arraytp.ops.__path__)),
-    *(f"arraytp.rules.{name}" for name in ("bp", "fa", "dfa", "gait_prop")),
+    *(
+        f"arraytp.rules.{name}"
+        for name in ("bp", "fa", "dfa", "gait_prop", "tp", "dtp", "ldrl", "ldrl_parallel", "drl")
+    ),
+    "arraytp.feedback",
+    "arraytp.fused_feedback",
     "arraytp.inverse",
     "arraytp.optim",
     "arraytp.compare",

@@ -189,8 +189,9 @@ def activation_difference(s: Array, delta: Array, name: str) -> Array:
     elif name == "relu":
         below = xp.zeros_like(delta)
     elif name == "elu":
-        # exp(s + δ) − exp(s); minima keep what is not used from overflowing.
-        below = xp.exp(xp.minimum(s, zero)) * xp.expm1(xp.minimum(delta, -xp.minimum(s, zero)))
+        # exp(s + δ) − exp(s), the larger of the two factored out so that nothing overflows, used or not.
+        larger = xp.exp(xp.minimum(xp.maximum(s, moved), zero))
+        below = -larger * xp.expm1(-xp.absolute(delta)) * xp.sign(delta)
     else:
         raise ValueError(f"unknown activation {name!r}")
     return xp.where(both_above, delta, xp.where(both_below, below, across))

@@ -15,6 +15,9 @@ train: {epochs: 3, batch_size: 64}
 """
 
 
+RATE = "optimizer.lr must be a number above 0, or a list, each entry a number above 0, got"
+
+
 def good(**sections):
     """Return the good config with whole lines replaced, or added at its end as line 5."""
     text = GOOD
@@ -105,15 +108,15 @@ KEYS = {
 VALUES = {
     "a quoted number": (
         optimizer("name: sgd, lr: '1e-3'"),
-        'optimizer.lr must be a number above 0, got "1e-3"; write it without quotes: 1e-3',
+        f'{RATE} "1e-3"; write it without quotes: 1e-3',
     ),
-    "a negative rate": (optimizer("name: sgd, lr: -1"), "bad.yml:3: optimizer.lr must be a number above 0, got -1"),
-    "a rate of zero": (optimizer("name: sgd, lr: 0"), "optimizer.lr must be a number above 0, got 0"),
+    "a negative rate": (optimizer("name: sgd, lr: -1"), f"bad.yml:3: {RATE} -1"),
+    "a rate of zero": (optimizer("name: sgd, lr: 0"), f"{RATE} 0"),
     "not a number": (optimizer("name: sgd, lr: .nan"), "bad.yml:3: optimizer.lr must be a finite number, got nan"),
     "infinity": (optimizer("name: sgd, lr: .inf"), "bad.yml:3: optimizer.lr must be a finite number, got inf"),
     "infinity by overflow": (optimizer("name: sgd, lr: 1e999"), "optimizer.lr must be a finite number, got inf"),
-    "true as a number": (optimizer("name: sgd, lr: true"), "optimizer.lr must be a number above 0, got true"),
-    "a list as a number": (optimizer("name: sgd, lr: [1, x]"), 'must be a number above 0, got [1, "x"]'),
+    "true as a number": (optimizer("name: sgd, lr: true"), f"{RATE} true"),
+    "a list as a number": (optimizer("name: sgd, lr: [1, x]"), f'{RATE} [1, "x"]'),
     "a momentum of one": (
         optimizer("name: sgd, lr: 1, momentum: 1.0"),
         "optimizer.momentum must be a number from 0 to below 1, got 1.0",
@@ -239,7 +242,7 @@ SETS = {
     "no equals sign": ("optimizer.lr", "--set optimizer.lr: expected key.path=value, for example optimizer.lr=0.1"),
     "no key": ("=3", "--set =3: expected key.path=value"),
     "an empty step": ("a..b=3", "--set a..b=3: expected key.path=value"),
-    "a bad value": ("optimizer.lr=-1", "--set optimizer.lr=-1: optimizer.lr must be a number above 0, got -1"),
+    "a bad value": ("optimizer.lr=-1", f"--set optimizer.lr=-1: {RATE} -1"),
     "no value": ("optimizer.lr=", "--set optimizer.lr=: optimizer.lr is empty; it must be a number above 0"),
     "a misspelt section": (
         "optimzer.lr=1",
@@ -325,7 +328,7 @@ def test_a_map_from_python_is_checked_like_a_file():
     with pytest.raises(UserError) as caught:
         parse_config(tree, "sweep")
     assert str(caught.value).splitlines() == [
-        'sweep: optimizer.lr must be a number above 0, got "fast"',
+        f'sweep: {RATE} "fast"',
         "sweep: train is missing; for example train: {epochs: 10, batch_size: 128}",
     ]
 

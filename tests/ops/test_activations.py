@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from samples import ACTIVATIONS, apart, rng
 
-from arraytp.ops.activations import activation_backward, activation_derivative, activation_forward
+from arraytp.ops.activations import (
+    activation_backward,
+    activation_derivative,
+    activation_difference,
+    activation_forward,
+)
 
 POINTS = np.array([0.0, -0.0, 1e-9, -1e-9, 1e-3, -1e-3, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 20.0, -20.0, 800.0, -800.0])
 
@@ -91,3 +96,25 @@ def test_a_nan_stays_a_nan(place):
     z = place.put(np.array([np.nan]))
     for name in ACTIVATIONS:
         assert np.isnan(place.get(activation_forward(z, name))).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_difference_is_that_of_the_values(place, name):
+    """From every point to every other one, over the kink and from it; 1e-15 is the rounding of values of size 1."""
+    s, moved = (grid.ravel() for grid in np.meshgrid(POINTS, POINTS))
+    found = place.get(activation_difference(place.put(s), place.put(moved - s), name))
+    exact = naive.each(naive.activation, s + (moved - s), name) - naive.each(naive.activation, s, name)
+    np.testing.assert_allclose(found, exact, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("size", [1e-3, 1e-12, 1e-30])
+def test_a_small_difference_keeps_its_digits_in_single_precision(place, name, size):
+    """f(s + δ) − f(s) itself would leave none of them: s + δ = s."""
+    s = apart((40,), 7).astype(np.float32)
+    delta = (size * rng(8).standard_normal(40)).astype(np.float32)
+    found = place.get(activation_difference(place.put(s), place.put(delta), name))
+    slope = naive.each(naive.derivative, s, name)
+    # Curvature adds terms of the order of δ, relative to the first; 1 − tanh² loses two digits at s = 2.
+    np.testing.assert_allclose(found, slope * delta, rtol=10 * size + 5e-6)
+    assert found.dtype == np.float32

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from samples import apart, image_cases, rng
 
 from arraytp.ops.patches import make_window
-from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
+from arraytp.ops.pool import (
+    max_pool_backward,
+    max_pool_forward,
+    max_pool_scatter,
+    max_unpool,
+    max_unpool_scatter,
+    overlaps,
+    window_corners,
+)
 
 
 def drawn(case, ties=False):
@@ -135,3 +143,52 @@ def test_the_dtype_stays(place, dtype):
     out, index = max_pool_forward(place.put(np.ones((1, 4, 4, 2), dtype)), window)
     assert (out.dtype, index.dtype) == (np.dtype(dtype), np.uint8)
     assert max_pool_backward(out, index, window).dtype == dtype
+
+
+@pytest.mark.parametrize("mode", ["overwrite", "accumulate"])
+@given(case=image_cases(pooling=True))
+@settings(max_examples=20)
+def test_unpooling_is_the_loop(place, mode, case):
+    _, index = max_pool_forward(drawn(case), case.window)
+    t = rng(case.seed, 5).standard_normal(index.shape)
+    found = place.get(max_unpool(place.put(t), place.put(index), case.window, mode))
+    np.testing.assert_allclose(found, naive.max_unpool(t, index, case.window, mode), rtol=0, atol=1e-13)
+    assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_the_unpooling_scatter_of_the_host_overwrites_bit_for_bit(kernel, stride, padding):
+    """Every overlap; two rounds, since workspaces are used again."""
+    if 2 * padding > kernel:
+        pytest.skip("no such pool")
+    window = make_window(7, 6, kernel, stride, padding)
+    corner, out = window_corners(2, window, 3), np.full((2, 7, 6, 3), 7.0)
+    for seed in range(2):
+        _, index = max_pool_forward(apart((2, 7, 6, 3), seed), window)
+        t = rng(seed, 1).standard_normal(index.shape)
+        max_unpool_scatter(t, index, window, corner, np.empty(index.shape, np.intp), out)
+        np.testing.assert_array_equal(out, max_unpool(t, index, window, "overwrite"))
+        assert overlaps(window) or np.array_equal(out, max_unpool(t, index, window, "accumulate"))
+
+
+@given(case=image_cases(pooling=True))
+@settings(max_examples=50)
+def test_accumulating_is_the_adjoint_of_picking_the_maxima(case):
+    s = drawn(case)
+    out, index = max_pool_forward(s, case.window)
+    y = rng(case.seed, 4).standard_normal(out.shape)
+    np.testing.assert_allclose(
+        np.vdot(max_unpool(y, index, case.window, "accumulate"), s), np.vdot(y, out), rtol=1e-10, atol=1e-9
+    )
+
+
+def test_the_last_of_the_windows_over_a_pixel_wins(place):
+    window = make_window(3, 3, 2, 1, 0)
+    s = np.zeros((1, 3, 3, 1))
+    s[0, 1, 1] = 1
+    _, index = max_pool_forward(place.put(s), window)
+    t = place.put(np.array([1.0, 2, 4, 8]).reshape(1, 2, 2, 1))
+    assert place.get(max_unpool(t, index, window, "overwrite"))[0, 1, 1, 0] == 8
+    assert place.get(max_unpool(t, index, window, "accumulate"))[0, 1, 1, 0] == 15

@@ -281,12 +281,12 @@ def test_a_target_nudged_out_of_the_range_is_an_error():
 
 def test_the_literal_form_in_single_precision_is_worth_a_note():
     blocks = square_blocks("dense")
-    (note,) = gait_prop.check(Options(), blocks, "float32")
+    (note,) = gait_prop.check(Options(), blocks, "float32", "sum")
     assert "float64" in note
     assert "measured" in note
     assert (
-        gait_prop.check(Options(), blocks, "float64")
-        == gait_prop.check(Options(form="difference"), blocks, "float32")
+        gait_prop.check(Options(), blocks, "float64", "sum")
+        == gait_prop.check(Options(form="difference"), blocks, "float32", "sum")
         == []
     )
 

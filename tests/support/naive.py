@@ -112,6 +112,18 @@ def max_pool_backward(dout, index, window):
     return ds
 
 
+def max_unpool(t, index, window, mode):
+    """Windows in row-major order write to their maxima, over what is there or upon it."""
+    out = np.zeros((len(t), window.height, window.width, t.shape[-1]))
+    for p, q, i, j, row, column in fields(window):
+        for b in range(len(t)):
+            for c in range(t.shape[-1]):
+                if index[b, p, q, c] == i * window.kernel + j:
+                    before = out[b, row, column, c] if mode == "accumulate" else 0
+                    out[b, row, column, c] = before + t[b, p, q, c]
+    return out
+
+
 def activation(z, name):
     return {
         "linear": lambda: z,

@@ -350,6 +350,15 @@ def matmul(x1, x2, out=None):
     return _wrap(found) if out is None else out
 
 
+def dot(a, b):
+    return _wrap(np.dot(_operand(a, scalars=False), _operand(b, scalars=False)))
+
+
+def copyto(dst, src, where=None):
+    mask = True if where is None else _operand(where, scalars=False)
+    np.copyto(_operand(dst, scalars=False), _operand(src), where=mask)
+
+
 def _norm(x):
     return _wrap(np.linalg.norm(_operand(x, scalars=False)))
 

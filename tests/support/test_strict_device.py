@@ -52,6 +52,9 @@ def test_numpy_cannot_be_called_on_a_device_array(x, misuse):
         lambda x: xp.where(x > 0, x, HOST),
         lambda x: xp.stack([x, HOST]),
         lambda x: xp.take(x, np.array([0])),
+        lambda x: xp.dot(x, HOST.T),
+        lambda x: xp.copyto(x, HOST),
+        lambda x: xp.copyto(x, x, where=HOST > 0),
         lambda x: xp.exp([1.0]),
         lambda x: xp.exp(HOST),
         lambda x: xp.asnumpy(HOST),
@@ -138,3 +141,6 @@ def test_results_equal_numpys(x):
     out = xp.empty(2)
     assert x.sum(axis=1, out=out) is out
     np.testing.assert_array_equal(xp.asnumpy(out), HOST.sum(axis=1))
+    xp.copyto(x, xp.zeros((2, 3)), where=x > 2)
+    np.testing.assert_array_equal(xp.asnumpy(x), np.minimum(HOST, 2) * (HOST <= 2))
+    assert float(xp.dot(x[0], x[0])) == 5

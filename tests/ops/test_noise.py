@@ -1,0 +1,59 @@
+"""Noise is a function of its key: not of the order of calls, of how a batch is cut, or of the place."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from arraytp.backend import NUMPY
+from arraytp.ops.noise import CHUNK, gaussian
+
+SHAPE = (3 * CHUNK + 5, 4, 3)
+
+
+def drawn(shape=SHAPE, first=0, sigma=1.0, key=(7, 1, 2, 3), dtype="float64", backend=NUMPY):
+    return backend.to_host(gaussian(backend.xp.empty(shape, dtype), sigma, first, *key))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_numbers_are_the_same_on_every_place(place, dtype):
+    found = drawn(dtype=dtype, sigma=0.3, backend=place.backend)
+    np.testing.assert_array_equal(found, drawn(dtype=dtype, sigma=0.3))
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("cuts", [[1], [3, 1, 2], [2, 0]])
+def test_parts_have_the_numbers_that_they_have_in_the_whole(cuts):
+    """Cut at chunks, drawn in any order; the last part may be short."""
+    whole, bounds = drawn(), sorted({0, *(CHUNK * cut for cut in cuts), len(drawn())})
+    order = sorted(itertools.pairwise(bounds), key=lambda part: part[0] * 7 % 11)
+    for start, stop in order:
+        part = drawn((stop - start, *SHAPE[1:]), start)
+        np.testing.assert_array_equal(part, whole[start:stop])
+
+
+def test_a_part_that_starts_within_a_chunk_is_refused():
+    with pytest.raises(ValueError, match="samples from 5 on: must be a multiple of 16"):
+        drawn(first=5)
+
+
+def test_every_part_of_the_key_and_every_chunk_has_numbers_of_its_own():
+    keys = [(7, 1, 2, 3), (8, 1, 2, 3), (7, 0, 2, 3), (7, 1, 3, 3), (7, 1, 2, 0), (7, 1, 2)]
+    chunks = [part for key in keys for part in np.split(drawn((2 * CHUNK, 8), key=key), 2)]
+    for i, a in enumerate(chunks):
+        for b in chunks[:i]:
+            assert not np.intersect1d(a, b).size
+
+
+def test_the_numbers_are_normal():
+    """A million numbers: moments within five of their standard errors."""
+    x, sigma = drawn((1000, 1000), sigma=0.2), 0.2
+    z, error = x / sigma, 1e-3
+    assert abs(z.mean()) < 5 * error
+    assert abs((z**2).mean() - 1) < 5 * error * np.sqrt(2)
+    assert abs((z**3).mean()) < 5 * error * np.sqrt(15)
+    assert abs((z**4).mean() - 3) < 5 * error * np.sqrt(96)
+
+
+def test_sigma_scales_the_same_numbers():
+    np.testing.assert_allclose(drawn(sigma=0.25), 0.25 * drawn(), rtol=1e-15)
