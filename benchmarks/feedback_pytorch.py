@@ -69,7 +69,7 @@ def arraytp_step(rule: str, network: str, batch: int, threads: int) -> Any:
             if theta is not None:
                 angle_degrees(omega, theta)
         apply_updates(sgd, sgd.lr, moments, parameters(net), [a for pair in updates for a in pair], workspace)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -185,7 +185,7 @@ def _torch_drl_step(torch: Any, functional: Any, blocks: Any, x: Any, y: Any, sg
         for n, (block, t) in enumerate(zip(blocks, [*targets, output], strict=True)):
             ((block(s[n])[0] - t) ** 2).mean().backward()
         sgd.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
