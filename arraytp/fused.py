@@ -119,12 +119,19 @@ def backward(
 
 
 def product(a: Array, b: Array, out: Array, workspace: Workspace) -> None:
-    """Write the matrix product a b to `out`, its columns shared among the threads."""
-    workspace.run([partial(_gemm_columns, a, b, out, part) for part in _tiles(b.shape[1])])
+    """Write the matrix product a b to `out`, shared among the threads."""
+    workspace.run(_product_tasks(a, b, out))
 
 
-def _gemm_columns(a: Array, b: Array, out: Array, part: slice, scratch: Buffers) -> None:
-    _gemm(a, b[:, part], out[:, part])
+def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
+    """Cut the longer side of the result: each task then copies the smaller factor whole, and of the larger its part."""
+    if len(a) > b.shape[1]:
+        return [partial(_gemm_task, a[part], b, out[part]) for part in _tiles(len(a))]
+    return [partial(_gemm_task, a, b[:, part], out[:, part]) for part in _tiles(b.shape[1])]
+
+
+def _gemm_task(a: Array, b: Array, out: Array, scratch: Buffers) -> None:
+    _gemm(a, b, out)
 
 
 def _dense_forward(block: Block, weight: Array, bias: Array, x: Array, out: Array) -> list[Task]:
@@ -149,18 +156,12 @@ def _dense_backward(
     dweight, dbias, dx = out
     dz = activation_backward(ds, s, block.activation, out=workspace.array("dz", ds.shape, ds.dtype))
 
-    def weight_columns(part: slice, scratch: Buffers) -> None:
-        dz[:, part].sum(axis=0, out=dbias[part])
-        _gemm(x.T, dz[:, part], dweight[:, part])
+    def bias(scratch: Buffers) -> None:
+        dz.sum(axis=0, out=dbias)
 
-    def input_columns(part: slice, scratch: Buffers) -> None:
-        assert dx is not None
-        assert feedback is not None
-        _gemm(dz, feedback[part].T, dx.reshape(x.shape)[:, part])
-
-    tasks = [partial(weight_columns, part) for part in _tiles(dz.shape[1])]
-    if dx is not None:
-        tasks += [partial(input_columns, part) for part in _tiles(x.shape[1])]
+    tasks = [*_product_tasks(x.T, dz, dweight), bias]
+    if feedback is not None and dx is not None:
+        tasks = _product_tasks(dz, feedback.T, dx.reshape(x.shape)) + tasks
     workspace.run(tasks)
 
 
@@ -329,9 +330,9 @@ def _lane_count(weight_bytes: int) -> int:
     return max(2, min(LANES, LANE_BYTES // weight_bytes))
 
 
-def _tiles(columns: int) -> list[slice]:
-    """Cut the columns of a GEMM's result so that threads share it and packing the other factor stays cheap."""
-    return even_slices(columns, min(TILES, columns // 256))
+def _tiles(count: int) -> list[slice]:
+    """Cut one side of a GEMM's result so that threads share it and packing the other factor stays cheap."""
+    return even_slices(count, min(TILES, count // 256))
 
 
 def _gemm(a: Array, b: Array, out: Array) -> None:

@@ -112,7 +112,7 @@ MUTATIONS = [
         ("x.dtype, -np.inf)", "x.dtype, 0.0)"),
         ("lanes[:, part].sum(axis=0, out=out[part])", "lanes[:1, part].sum(axis=0, out=out[part])"),
         ("_lane_count(dweight.nbytes))", "workspace.threads)"),
-        ("feedback[part].T, dx", "feedback[part].T * 0.5, dx"),
+        ("feedback.T, dx.reshape", "feedback.T * 0.5, dx.reshape"),
         ("None if dx is None else dx[part][inner]", "None if dx is None else dx[part][: len(dz[inner])]"),
         ("gradients(x[part][inner],", "gradients(x[part][: len(dz[inner])],"),
         ("dweight[::-1].transpose(1, 2, 0, 3)", "dweight.transpose(1, 2, 0, 3)"),
