@@ -1,9 +1,11 @@
 """The command line: finds the command, runs it, turns errors into one line and an exit status."""
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -19,6 +21,9 @@ COMMANDS = {
 _USER_STATUS = 2
 _FAILURE_STATUS = 1
 _SIGINT_STATUS = 130
+_SIGPIPE_STATUS = 141
+# What writing to a stream says when its disk, quota or device takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _LazyGroup(click.Group):
@@ -58,17 +63,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0 done, 2 the user's mistake, 128 + signal number when interrupted, 1 anything else.
-        An exception that nobody foresaw is raised, which ends the process with a traceback and status 1.
+        The exit status: 0 done, 2 the user's mistake, 128 + signal number when interrupted or when the reader of the
+        output has left (as if SIGPIPE had ended the process), 1 anything else. An exception that nobody foresaw is
+        raised, which ends the process with a traceback and status 1.
     """
     try:
         status = _status_of(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has left, for example `| head`. Python flushes once more on exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _FAILURE_STATUS
+    except (BrokenPipeError, SystemExit):
+        # The reader has left, for example `| head`; click makes a SystemExit of it.
+        _drop_output()
+        return _SIGPIPE_STATUS
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        _drop_output()
+        return _complain(f"the output cannot be written: {error.strerror}", _FAILURE_STATUS)
     return status
+
+
+def _drop_output() -> None:
+    """Let go nowhere what Python flushes once more on exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _status_of(arguments: Sequence[str] | None) -> int:
@@ -88,7 +104,9 @@ def _status_of(arguments: Sequence[str] | None) -> int:
     except NonFiniteError as error:
         status = _complain(str(error), _FAILURE_STATUS)
     except Interrupted as error:
-        click.echo(str(error), err=True)
+        # After a hangup there may be nobody to tell.
+        with suppress(OSError):
+            click.echo(str(error), err=True)
         status = 128 + error.signal_number
     else:
         status = outcome if isinstance(outcome, int) else 0

@@ -18,7 +18,7 @@ class IllConditionedError(NonFiniteError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and the state was saved; the message says how to go on.
+    """SIGINT, SIGTERM or SIGHUP arrived and the state was saved; the message says how to go on.
 
     Parameters
     ----------

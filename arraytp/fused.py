@@ -8,12 +8,13 @@ What differs from the plain functions, and why the numbers agree:
   the tie and this one the larger z; f' is the same at both up to rounding.
 - f' is read off s.
 - Patches are built again for the gradient of the weight: cheaper than keeping them (measured: a tenth of the GEMM).
-- The gradient of a stride-1 convolution's input is a gather (im2col of dz with the flipped kernel), not a scatter.
+- The gradients of a stride-1 convolution sum over the kernel's rows and columns apart (`split_matrix`).
 - Weight gradients are summed over samples in lanes, a fixed partition of the batch, then over the lanes in order.
 
 The number and extent of slices and lanes depend on shapes alone, so that results do not depend on the threads.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -22,12 +23,13 @@ import numpy as np
 from arraytp.backend import Array, array_module
 from arraytp.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_backward, activation_forward
-from arraytp.ops.conv import as_matrix, can_flip, flipped_matrix, flipped_window
-from arraytp.ops.patches import col2im, im2col
+from arraytp.ops.conv import as_matrix, can_flip, split_matrix
+from arraytp.ops.patches import add_row_patches, col2im, im2col, row_patches, stack_rows
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
 from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
 
 HOST_PATCH_BYTES = 2 << 20
+HOST_SPLIT_BYTES = 4 << 20
 HOST_GROUP_BYTES = 2 << 20
 DEVICE_PATCH_BYTES = 1 << 29
 GEMM_ROWS = 512
@@ -104,7 +106,7 @@ def backward(
     units = slice(block.passed_shape[-1])
     s, ds = s[..., units], ds.reshape(len(x), *block.passed_shape)
     feedback = None if feedback is None else feedback[..., units]
-    out = as_matrix(dweight)[:, units], dbias[units], dx
+    out = dweight[..., units], dbias[units], dx
     if block.window is None:
         _dense_backward(block, ds, s, x.reshape(len(x), -1), feedback, out, workspace)
     else:
@@ -117,12 +119,19 @@ def backward(
 
 
 def product(a: Array, b: Array, out: Array, workspace: Workspace) -> None:
-    """Write the matrix product a b to `out`, its columns shared among the threads."""
-    workspace.run([partial(_gemm_columns, a, b, out, part) for part in _tiles(b.shape[1])])
+    """Write the matrix product a b to `out`, shared among the threads."""
+    workspace.run(_product_tasks(a, b, out))
 
 
-def _gemm_columns(a: Array, b: Array, out: Array, part: slice, scratch: Buffers) -> None:
-    _gemm(a, b[:, part], out[:, part])
+def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
+    """Cut the longer side of the result: each task then copies the smaller factor whole, and of the larger its part."""
+    if len(a) > b.shape[1]:
+        return [partial(_gemm_task, a[part], b, out[part]) for part in _tiles(len(a))]
+    return [partial(_gemm_task, a, b[:, part], out[:, part]) for part in _tiles(b.shape[1])]
+
+
+def _gemm_task(a: Array, b: Array, out: Array, scratch: Buffers) -> None:
+    _gemm(a, b, out)
 
 
 def _dense_forward(block: Block, weight: Array, bias: Array, x: Array, out: Array) -> list[Task]:
@@ -147,18 +156,12 @@ def _dense_backward(
     dweight, dbias, dx = out
     dz = activation_backward(ds, s, block.activation, out=workspace.array("dz", ds.shape, ds.dtype))
 
-    def weight_columns(part: slice, scratch: Buffers) -> None:
-        dz[:, part].sum(axis=0, out=dbias[part])
-        _gemm(x.T, dz[:, part], dweight[:, part])
+    def bias(scratch: Buffers) -> None:
+        dz.sum(axis=0, out=dbias)
 
-    def input_columns(part: slice, scratch: Buffers) -> None:
-        assert dx is not None
-        assert feedback is not None
-        _gemm(dz, feedback[part].T, dx.reshape(x.shape)[:, part])
-
-    tasks = [partial(weight_columns, part) for part in _tiles(dz.shape[1])]
-    if dx is not None:
-        tasks += [partial(input_columns, part) for part in _tiles(x.shape[1])]
+    tasks = [*_product_tasks(x.T, dz, dweight), bias]
+    if feedback is not None and dx is not None:
+        tasks = _product_tasks(dz, feedback.T, dx.reshape(x.shape)) + tasks
     workspace.run(tasks)
 
 
@@ -197,29 +200,30 @@ def _conv_backward(
     workspace: Workspace,
 ) -> None:
     dweight, dbias, dx = out
-    group, length = _slice_lengths(block, len(x), x.itemsize, workspace.backend.on_host)
+    assert block.window is not None
+    if split := feedback is not None and can_flip(block.window):
+        gradients, total = _split_gradients(block, feedback), dweight[::-1].transpose(1, 2, 0, 3)
+    else:
+        gradients, total = _patch_gradients(block, feedback), dweight
+    group, length = _slice_lengths(block, len(x), x.itemsize, workspace.backend.on_host, split)
     lanes = even_slices(len(x), _lane_count(dweight.nbytes)) if workspace.backend.on_host else [slice(0, len(x))]
-    lane_weight = workspace.array("lane weight", (len(lanes), *dweight.shape), x.dtype)
+    lane_weight = workspace.array("lane weight", (len(lanes), *total.shape), x.dtype)
     lane_bias = workspace.array("lane bias", (len(lanes), *dbias.shape), x.dtype)
-    into_input = None if feedback is None else _input_gradient(block, feedback)
 
     def lane(number: int, scratch: Buffers) -> None:
         lane_weight[number].fill(0)
         lane_bias[number].fill(0)
         samples = lanes[number]
-        share = scratch.array("share", lane_weight.shape[1:], x.dtype)
+        share = scratch.array("share", total.shape, x.dtype)
         for part in slices(samples.stop, group, samples.start):
             dz, dz_bias = _dz(block, ds[part], s[part], None if index is None else index[part], scratch)
             lane_bias[number] += dz_bias
             for inner in slices(len(dz), length):
-                patches = _patches(block, x[part][inner], scratch)
-                _gemm(patches.T, dz[inner].reshape(len(patches), -1), share)
+                gradients(x[part][inner], dz[inner], share, None if dx is None else dx[part][inner], scratch)
                 lane_weight[number] += share
-                if into_input is not None and dx is not None:
-                    into_input(dz[inner], dx[part][inner], scratch)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])
-    _sum_lanes(lane_weight, dweight, workspace)
+    _sum_lanes(lane_weight, total, workspace)
     lane_bias.sum(axis=0, out=dbias)
 
 
@@ -240,30 +244,48 @@ def _dz(block: Block, ds: Array, s: Array, index: Array | None, scratch: Buffers
     return dz, dz_bias
 
 
-def _input_gradient(block: Block, feedback: Array) -> Callable[[Array, Array, Buffers], None]:
-    """Return the function (dz, out, scratch) that writes the transposed convolution of a slice."""
+Gradients = Callable[[Array, Array, Array, Array | None, Buffers], None]
+"""(x, dz, dweight, dx, scratch): writes the gradients of kernel and input of a slice."""
+
+
+def _patch_gradients(block: Block, feedback: Array | None) -> Gradients:
+    """Return the gradients by the patches of x: dW = patchesᵀ dz, dx = col2im(dz Bᵀ)."""
     window = block.window
     assert window is not None
-    taps = window.kernel**2
 
-    def gather(dz: Array, out: Array, scratch: Buffers) -> None:
-        bordered = scratch.filled(flipped, (len(dz), *flipped.bordered, dz.shape[-1]), dz.dtype, 0.0)
-        shape = (len(dz), flipped.out_height, flipped.out_width, taps * dz.shape[-1])
-        patches = im2col(dz, flipped, scratch.array("dz patches", shape, dz.dtype), bordered)
-        _gemm(patches.reshape(-1, shape[-1]), matrix, out.reshape(-1, out.shape[-1]))
-
-    def scatter(dz: Array, out: Array, scratch: Buffers) -> None:
+    def gradients(x: Array, dz: Array, dweight: Array, dx: Array | None, scratch: Buffers) -> None:
         rows = dz.reshape(-1, dz.shape[-1])
-        dpatches = scratch.array("dpatches", (len(rows), len(matrix)), dz.dtype)
-        _gemm(rows, matrix.T, dpatches)
-        bordered = scratch.array("dx", (len(dz), *window.bordered, out.shape[-1]), dz.dtype)
-        out[...] = col2im(dpatches.reshape(*dz.shape[:3], -1), window, bordered)
+        _gemm(_patches(block, x, scratch).T, rows, as_matrix(dweight))
+        if feedback is not None and dx is not None:
+            matrix = as_matrix(feedback)
+            dpatches = scratch.array("dpatches", (len(rows), len(matrix)), dz.dtype)
+            _gemm(rows, matrix.T, dpatches)
+            bordered = scratch.array("dx", (len(dz), *window.bordered, dx.shape[-1]), dz.dtype)
+            dx[...] = col2im(dpatches.reshape(*dz.shape[:3], -1), window, bordered)
 
-    if can_flip(window):
-        flipped, matrix = flipped_window(window), flipped_matrix(feedback)
-        return gather
-    matrix = as_matrix(feedback)
-    return scatter
+    return gradients
+
+
+def _split_gradients(block: Block, feedback: Array) -> Gradients:
+    """Return the gradients by rows and columns of the kernel: see `arraytp.ops.conv.split_matrix`."""
+    window, matrix = block.window, split_matrix(feedback)
+    assert window is not None
+    k = window.kernel
+
+    def gradients(x: Array, dz: Array, dweight: Array, dx: Array | None, scratch: Buffers) -> None:
+        shape = (len(x), window.height, window.out_width)
+        stacked = scratch.array("stacked", (*shape, len(matrix)), x.dtype)
+        tall = scratch.filled(("tall", window), (len(x), window.height + k - 1, *dz.shape[2:]), x.dtype, 0.0)
+        v = stack_rows(dz, window, stacked, tall).reshape(-1, len(matrix))
+        patches = scratch.array("row patches", (*shape, matrix.shape[1]), x.dtype)
+        wide = scratch.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
+        r = row_patches(x, window, patches, wide).reshape(-1, matrix.shape[1])
+        _gemm(r.T, v, dweight.reshape(r.shape[1], -1))
+        # The patches of x are done with; those of dx take their place.
+        _gemm(v, matrix, r)
+        add_row_patches(patches, window, dx)
+
+    return gradients
 
 
 def _patches(block: Block, x: Array, scratch: Buffers) -> Array:
@@ -282,17 +304,22 @@ def _sum_lanes(lanes: Array, out: Array, workspace: Workspace) -> None:
     workspace.run([partial(rows, part) for part in even_slices(len(out), LANES)])
 
 
-def _slice_lengths(block: Block, batch: int, itemsize: int, on_host: bool) -> tuple[int, int]:
+def _slice_lengths(block: Block, batch: int, itemsize: int, on_host: bool, split: bool = False) -> tuple[int, int]:
     """Return how many samples go through the block together, and how many of them through one GEMM.
 
-    The patches of one GEMM shall fit the cache, yet have rows enough. Element-wise operations work on the larger group:
-    short ones would leave the threads waiting for the interpreter.
+    What one GEMM reads shall fit the cache, yet have rows enough. Element-wise operations work on the larger group:
+    short ones would leave the threads waiting for the interpreter. `split` is for `_split_gradients`.
     """
     positions = block.pre_shape[0] * block.pre_shape[1]
-    patch_bytes = positions * int(np.prod(block.weight_shape[:3])) * itemsize
+    if split:
+        assert block.window is not None
+        rows = block.in_shape[0] * block.pre_shape[1]
+        width, limit = block.window.kernel * (block.in_shape[2] + block.pre_shape[2]), HOST_SPLIT_BYTES
+    else:
+        rows, width, limit = positions, math.prod(block.weight_shape[:3]), HOST_PATCH_BYTES
     if not on_host:
-        return batch, max(1, DEVICE_PATCH_BYTES // patch_bytes)
-    length = max(1, HOST_PATCH_BYTES // patch_bytes, GEMM_ROWS // positions)
+        return batch, max(1, DEVICE_PATCH_BYTES // (rows * width * itemsize))
+    length = max(1, limit // (rows * width * itemsize), GEMM_ROWS // rows)
     group = max(length, HOST_GROUP_BYTES // (positions * block.pre_shape[2] * itemsize))
     most = -(-batch // 2)
     return min(group, most), min(length, most)
@@ -303,9 +330,9 @@ def _lane_count(weight_bytes: int) -> int:
     return max(2, min(LANES, LANE_BYTES // weight_bytes))
 
 
-def _tiles(columns: int) -> list[slice]:
-    """Cut the columns of a GEMM's result so that threads share it and packing the other factor stays cheap."""
-    return even_slices(columns, min(TILES, columns // 256))
+def _tiles(count: int) -> list[slice]:
+    """Cut one side of a GEMM's result so that threads share it and packing the other factor stays cheap."""
+    return even_slices(count, min(TILES, count // 256))
 
 
 def _gemm(a: Array, b: Array, out: Array) -> None:

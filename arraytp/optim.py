@@ -14,7 +14,7 @@ from arraytp.ops.conv import as_matrix
 from arraytp.parallel import Buffers, Workspace, even_slices, slices
 
 # Measured: shorter stretches stay in a core's cache, but then threads wait for the interpreter between operations.
-HOST_ELEMENTS = 1 << 18
+HOST_ELEMENTS = 1 << 19
 ORTHOGONALITY_PARTS = 8
 
 OptimizerOptions = options.SGD | options.Adam

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that the training loop answers between two steps."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,7 +6,9 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; the second acts at once, as without this.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP only sets `requested`; the second acts as without this.
+
+    A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays ignored.
 
     Attributes
     ----------
@@ -24,9 +26,10 @@ class StopRequest:
         return self.signal != 0
 
     def __enter__(self) -> Self:
-        """Take over the two signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._receive)
+        """Take over the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(

@@ -94,6 +94,20 @@ def flipped_matrix(weight: Array) -> Array:
     return turned.reshape(-1, weight.shape[2])
 
 
+def split_matrix(weight: Array) -> Array:
+    """Return the (k·O, k·C) matrix of the kernel, its rows over (i from last to first, o), its columns over (j, c).
+
+    With V = stack_rows(dz) and R = row_patches(x), for stride 1 and borders below k (`can_flip`),
+
+        dx = add_row_patches(V · matrix),  dW = Rᵀ V  as an array (j, c, i from last to first, o)
+
+    which equal `conv_backward_input` and `conv_backward_weight`: the sum over the kernel's rows is in V, that over its
+    columns in R and its adjoint. Both are k times as large as an image, where its patches are k² times.
+    """
+    turned = array_module(weight).ascontiguousarray(weight[::-1].transpose(0, 3, 1, 2))
+    return turned.reshape(weight.shape[0] * weight.shape[3], -1)
+
+
 def as_matrix(weight: Array) -> Array:
     """Return the (K, O) matrix of a kernel (k, k, C, O), or a dense weight (in, out) as it is; no copy."""
     return weight.reshape(-1, weight.shape[-1])

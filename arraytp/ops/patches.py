@@ -4,7 +4,7 @@ Dimensions: B batch, (H, W) input size, (P, Q) output size, C channels, k kernel
 A patch lists its elements in the order (row in the kernel, column in the kernel, channel).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from arraytp.backend import Array, array_module
@@ -191,3 +191,88 @@ def col2im(dpatches: Array, window: Window, bordered: Array | None = None) -> Ar
         for j in range(k):
             bordered[(slice(None), *window.offset(i, j))] += fields[:, :, :, i, j]
     return bordered[(slice(None), *window.interior)]
+
+
+def row_patches(x: Array, window: Window, out: Array | None = None, bordered: Array | None = None) -> Array:
+    """Write the part of every receptive field that lies in one row of pixels: x[b, h, q + j − left, c] over (j, c).
+
+    Parameters
+    ----------
+    x : array of shape (B, H, W, C)
+    window : Window
+        Of stride 1.
+    out : array of shape (B, H, Q, k·C), optional
+        Where to write, C-contiguous.
+    bordered : array of shape (B, H, W + left + right, C), optional
+        Workspace, C-contiguous, whose border is zero.
+
+    Returns
+    -------
+    array of shape (B, H, Q, k·C)
+        Of every row of the image, also those that no window begins in.
+    """
+    xp = array_module(x)
+    image = xp.ascontiguousarray(add_border(x, replace(window, top=0, bottom=0), out=bordered))
+    shape = (*x.shape[:2], window.out_width, window.kernel * x.shape[-1])
+    if out is None:
+        out = xp.empty(shape, dtype=x.dtype)
+    out[...] = xp.lib.stride_tricks.as_strided(image, shape, image.strides)
+    return out
+
+
+def add_row_patches(dpatches: Array, window: Window, out: Array | None = None) -> Array:
+    """Add every row patch back to where it came from: the adjoint of `row_patches`.
+
+    Parameters
+    ----------
+    dpatches : array of shape (B, H, Q, k·C)
+    window : Window
+        Of stride 1.
+    out : array of shape (B, H, W, C), optional
+        Overwritten.
+
+    Returns
+    -------
+    array of shape (B, H, W, C)
+        Pixels that no window covers are 0.
+    """
+    taps = dpatches.reshape(*dpatches.shape[:3], window.kernel, -1)
+    if out is None:
+        out = array_module(dpatches).empty((*dpatches.shape[:2], window.width, taps.shape[-1]), dtype=dpatches.dtype)
+    out.fill(0)
+    for j in range(window.kernel):
+        first, stop = max(0, j - window.left), min(window.width, window.out_width + j - window.left)
+        if first < stop:
+            shift = window.left - j
+            out[:, :, first:stop] += taps[:, :, first + shift : stop + shift, j]
+    return out
+
+
+def stack_rows(dz: Array, window: Window, out: Array | None = None, bordered: Array | None = None) -> Array:
+    """Write at every row of the image the k rows of dz that it has a part in: dz[b, h + top − (k − 1) + i, q, o].
+
+    i counts the kernel's rows from its last to its first. Rows of dz that do not exist are 0.
+
+    Parameters
+    ----------
+    dz : array of shape (B, P, Q, O)
+    window : Window
+        Of stride 1 and with borders below k.
+    out : array of shape (B, H, Q, k·O), optional
+        Where to write, C-contiguous.
+    bordered : array of shape (B, H + k − 1, Q, O), optional
+        Workspace, C-contiguous, whose border is zero.
+
+    Returns
+    -------
+    array of shape (B, H, Q, k·O)
+    """
+    xp, k = array_module(dz), window.kernel
+    above = Window(k, 1, k - 1 - window.top, k - 1 - window.bottom, 0, 0, *dz.shape[1:3])
+    image = xp.ascontiguousarray(add_border(dz, above, out=bordered))
+    shape = (len(dz), window.height, window.out_width, k, dz.shape[-1])
+    if out is None:
+        out = xp.empty((*shape[:3], k * dz.shape[-1]), dtype=dz.dtype)
+    sample, row, pixel, element = image.strides
+    out.reshape(shape)[...] = xp.lib.stride_tricks.as_strided(image, shape, (sample, row, pixel, row, element))
+    return out

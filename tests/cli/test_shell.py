@@ -1,6 +1,7 @@
 """The command line as a whole: exit statuses, one-line errors, and no import that a command does not need."""
 
 import os
+import signal
 import subprocess
 import sys
 from types import ModuleType
@@ -179,4 +180,27 @@ sys.exit(outcome if isinstance(outcome, int) else outcome[-1])
     )
     os.close(write)
     assert done.stderr == b""
+    # As if SIGPIPE had ended it, which is what a shell reports of other programs.
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_no_more_is_one_line(unbuffered):
+    code = "import sys; from arraytp.cli import main; sys.exit(main(['--help']))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert done.stderr == "arraytp: error: the output cannot be written: No space left on device\n"
     assert done.returncode == 1
+
+
+def test_an_unforeseen_error_of_a_file_keeps_its_traceback(probe):
+    probe(raising(OSError(28, "No space left on device", "some/file")))
+    with pytest.raises(OSError, match="some/file"):
+        cli.main(["probe"])

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from arraytp.signals import StopRequest
 from arraytp.train import Run
 
 MAIN = "import sys; from arraytp.cli import main; sys.exit(main())"
@@ -53,7 +54,11 @@ def epochs(count):
     return ["--set", f"train.epochs={count}"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["int", "term", "hup"],
+)
 def test_a_signal_saves_and_says_how_to_go_on(arraytp, place, numbers, number, status):
     folder = place / "results/toy"
     with process("run", "toy.yml", "--fresh", *LONG) as running:
@@ -77,6 +82,17 @@ def test_a_signal_saves_and_says_how_to_go_on(arraytp, place, numbers, number, s
     assert epochs_trained(folder) == count
     arraytp("run", "toy.yml", "--quiet", "--out", "whole", *LONG, *epochs(count))
     assert numbers(folder) == numbers(place / "whole")
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """`nohup` has SIGHUP ignored, so that a run outlives its terminal."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(arraytp, place, numbers):

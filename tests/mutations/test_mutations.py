@@ -47,6 +47,7 @@ MUTATIONS = [
         ("left=k - 1 - window.left", "left=k - window.left"),
         ("border < window.kernel", "border <= window.kernel"),
         ("window.stride == 1 and border", "border"),
+        ("weight[::-1].transpose(0, 3, 1, 2)", "weight.transpose(0, 3, 1, 2)"),
     ),
     *_in(
         "ops/dense.py",
@@ -79,6 +80,9 @@ MUTATIONS = [
         ("    bordered.fill(0)\n", ""),
         ("stride * pixel, row, element)", "stride * pixel, pixel, element)"),
         ("top = bottom = left = right = padding", "top = bottom = left = right = 0"),
+        ("k - 1 - window.top, k - 1 - window.bottom", "k - 1 - window.bottom, k - 1 - window.top"),
+        ("max(0, j - window.left)", "max(0, j - window.right)"),
+        ("    out.fill(0)\n", ""),
     ),
     *_in(
         "ops/pool.py",
@@ -108,10 +112,10 @@ MUTATIONS = [
         ("x.dtype, -np.inf)", "x.dtype, 0.0)"),
         ("lanes[:, part].sum(axis=0, out=out[part])", "lanes[:1, part].sum(axis=0, out=out[part])"),
         ("_lane_count(dweight.nbytes))", "workspace.threads)"),
-        ("feedback[part].T, dx", "feedback[part].T * 0.5, dx"),
-        ("into_input(dz[inner], dx[part][inner]", "into_input(dz[inner], dx[part][: len(dz[inner])]"),
-        ("x[part][inner], scratch)\n                _gemm(patches.T",
-         "x[part][: len(dz[inner])], scratch)\n                _gemm(patches.T"),
+        ("feedback.T, dx.reshape", "feedback.T * 0.5, dx.reshape"),
+        ("None if dx is None else dx[part][inner]", "None if dx is None else dx[part][: len(dz[inner])]"),
+        ("gradients(x[part][inner],", "gradients(x[part][: len(dz[inner])],"),
+        ("dweight[::-1].transpose(1, 2, 0, 3)", "dweight.transpose(1, 2, 0, 3)"),
     ),
     *_in(
         "rules/bp.py",

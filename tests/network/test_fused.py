@@ -151,7 +151,8 @@ def test_the_number_of_threads_changes_no_bit(name, count):
 @pytest.mark.parametrize(("group", "patches", "rows"), [(1, 1, 60), (1, 1, 1), (30_000, 1, 1), (30_000, 14_000, 1)])
 def test_slices_and_lanes_of_every_length_add_up(monkeypatch, group, patches, rows):
     """Small limits cut a small batch into many slices, some of them within larger groups; the last ones are shorter."""
-    for name, limit in {"HOST_GROUP_BYTES": group, "HOST_PATCH_BYTES": patches, "GEMM_ROWS": rows}.items():
+    limits = {"HOST_GROUP_BYTES": group, "HOST_PATCH_BYTES": patches, "HOST_SPLIT_BYTES": patches, "GEMM_ROWS": rows}
+    for name, limit in limits.items():
         monkeypatch.setattr(fused, name, limit)
     blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)
     for count in (1, 2, 7, 13):

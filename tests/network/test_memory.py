@@ -47,7 +47,7 @@ def test_threads_share_the_buffers_of_results(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_no_array_of_a_batch_is_allocated_in_the_steady_state(rule, monkeypatch):
     """Slices of one sample each, so that what is allocated per slice is told apart from what is per batch."""
-    for name in ("HOST_GROUP_BYTES", "HOST_PATCH_BYTES", "GEMM_ROWS"):
+    for name in ("HOST_GROUP_BYTES", "HOST_PATCH_BYTES", "HOST_SPLIT_BYTES", "GEMM_ROWS"):
         monkeypatch.setattr(fused, name, 1)
     blocks = plan_network(NetworkOptions(name="lenet"), (28, 28, 1), 10)
     # One thread: how far the temporaries of two happen to overlap would differ from run to run.

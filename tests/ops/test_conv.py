@@ -15,8 +15,9 @@ from arraytp.ops.conv import (
     conv_forward,
     flipped_matrix,
     flipped_window,
+    split_matrix,
 )
-from arraytp.ops.patches import im2col, make_window
+from arraytp.ops.patches import add_row_patches, im2col, make_window, row_patches, stack_rows
 
 
 def drawn(case):
@@ -89,6 +90,20 @@ def test_the_flipped_gather_is_the_scatter(place, case):
     gathered = im2col(dz, flipped) @ flipped_matrix(weight)
     scattered = place.get(conv_backward_input(dz, weight, case.window))
     np.testing.assert_allclose(place.get(gathered), scattered, rtol=0, atol=1e-12)
+
+
+@given(case=image_cases(strides=1))
+@settings(max_examples=50)
+def test_the_split_gradients_are_the_gradients(place, case):
+    assume(can_flip(case.window))
+    window, k = case.window, case.window.kernel
+    x, weight, _, dz = drawn(case)
+    stacked, patches = stack_rows(place.put(dz), window), row_patches(place.put(x), window)
+    dx = add_row_patches(stacked @ split_matrix(place.put(weight)), window)
+    dweight = patches.reshape(-1, patches.shape[-1]).T @ stacked.reshape(-1, stacked.shape[-1])
+    turned = place.get(dweight).reshape(k, case.channels, k, case.out_channels)[:, :, ::-1].transpose(2, 0, 1, 3)
+    np.testing.assert_allclose(turned, naive.conv_weight_gradient(dz, x, window), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(place.get(dx), naive.conv_input_gradient(dz, weight, window), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

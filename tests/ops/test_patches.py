@@ -3,11 +3,21 @@
 import naive
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from samples import image_cases, rng, windows
 
-from arraytp.ops.patches import Window, add_border, col2im, im2col, make_window, same_border
+from arraytp.ops.patches import (
+    Window,
+    add_border,
+    add_row_patches,
+    col2im,
+    im2col,
+    make_window,
+    row_patches,
+    same_border,
+    stack_rows,
+)
 
 
 @given(case=image_cases())
@@ -48,6 +58,55 @@ def test_used_buffers_give_the_same(place, case):
         np.testing.assert_array_equal(place.get(out), place.get(patches))
     dirty = xp.full(bordered.shape, 7.0)
     np.testing.assert_array_equal(place.get(col2im(patches, window, dirty)), place.get(col2im(patches, window)))
+
+
+def image_of(case):
+    window = case.window
+    return window, rng(case.seed).standard_normal((case.batch, window.height, window.width, case.channels))
+
+
+@given(case=image_cases(strides=1))
+@settings(max_examples=50)
+def test_row_patches_are_the_rows_of_all_patches(place, case):
+    """Row i of window (p, q) is the row patch of the pixel row p + i − top."""
+    window, x = image_of(case)
+    k, (height, width) = window.kernel, naive.output_size(window)
+    found = place.get(row_patches(place.put(x), window))
+    assert found.shape == (case.batch, window.height, width, k * case.channels)
+    wanted = naive.im2col(x, window).reshape(case.batch, height, width, k, k * case.channels)
+    for p in range(height):
+        for i in range(k):
+            if 0 <= p + i - window.top < window.height:
+                np.testing.assert_array_equal(found[:, p + i - window.top], wanted[:, p, :, i])
+
+
+@given(case=image_cases(strides=1))
+@settings(max_examples=50)
+def test_adding_row_patches_is_the_adjoint_of_taking_them(place, case):
+    window, x = image_of(case)
+    patches = row_patches(x, window)
+    y = rng(case.seed, 1).standard_normal(patches.shape)
+    out = place.backend.xp.full(x.shape, np.nan)
+    added = place.get(add_row_patches(place.put(y), window, out))
+    np.testing.assert_allclose(np.vdot(patches, y), np.vdot(x, added), rtol=1e-11, atol=1e-11)
+    np.testing.assert_array_equal(place.get(add_row_patches(place.put(y), window)), added)
+
+
+@given(case=image_cases(strides=1))
+@settings(max_examples=25)
+def test_row_operations_on_used_buffers_give_the_same(place, case):
+    window, x = image_of(case)
+    assume(max(window.top, window.bottom) < window.kernel)
+    dz = rng(case.seed, 2).standard_normal((case.batch, *naive.output_size(window), case.out_channels))
+    xp = place.backend.xp
+    wide = xp.zeros((case.batch, window.height, window.bordered[1], case.channels))
+    tall = xp.zeros((case.batch, window.height + window.kernel - 1, *dz.shape[2:]))
+    for operation, array, bordered in ((row_patches, x, wide), (stack_rows, dz, tall)):
+        wanted = operation(place.put(array), window)
+        for _ in range(2):
+            out = xp.full(wanted.shape, np.nan)
+            assert operation(place.put(array), window, out, bordered) is out
+            np.testing.assert_array_equal(place.get(out), place.get(wanted))
 
 
 @given(size=st.integers(1, 40), kernel=st.integers(1, 9), stride=st.integers(1, 6))

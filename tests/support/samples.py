@@ -79,10 +79,10 @@ def apart(shape, seed):
 
 
 @st.composite
-def windows(draw, pooling=False):
+def windows(draw, pooling=False, strides=5):
     """Windows of all kinds: overlapping, with gaps (stride > kernel), padded, off the image's end, on one pixel."""
     height, width = draw(st.integers(1, 8)), draw(st.integers(1, 8))
-    kernel, stride = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    kernel, stride = draw(st.integers(1, 4)), draw(st.integers(1, strides))
     padding = draw(st.integers(0, kernel // 2) if pooling else st.just("same") | st.integers(0, 4))
     return fitting(height, width, kernel, stride, padding)
 
@@ -95,10 +95,10 @@ def fitting(*arguments):
 
 
 @st.composite
-def image_cases(draw, pooling=False):
+def image_cases(draw, pooling=False, strides=5):
     """A window with batch size, channels in and out, and a seed; batch 1 and one channel included."""
     return SimpleNamespace(
-        window=draw(windows(pooling)),
+        window=draw(windows(pooling, strides)),
         batch=draw(st.integers(1, 3)),
         channels=draw(st.integers(1, 3)),
         out_channels=draw(st.integers(1, 3)),
