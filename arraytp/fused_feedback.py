@@ -9,10 +9,10 @@ of which the first two of L-DRL share the patch matrix of ε. θ ∘ s and a(s^{
 one iteration is computed the next one's noise is drawn.
 
 A block goes one of two ways. *Broad* ones have many positions: slices of samples go through all products, and each
-lane, a fixed part of the batch, sums up its own gradient. For stride 1 the transposed convolution ω ∘ d2 is a plain one
-of d2 with the kernel turned (`flipped_matrix`), and its patch matrix serves the last product as well. *Heavy* ones,
-dense blocks and convolutions of small maps, first gather the factors of all samples, [−d1; d2] and the patches of
-[ε; ω ∘ d2]; then one product of twice the length gives the gradient, whose rows are shared by the threads.
+lane, a fixed part of the batch, sums up its own gradient. For stride 1 the kernel's rows and columns are summed over
+apart (`split_matrix`), in arrays k times as large as an image where patches are k² times. *Heavy* ones, dense blocks
+and convolutions of small maps, first gather the factors of all samples, [−d1; d2] and the patches of [ε; ω ∘ d2]; then
+one product of twice the length gives the gradient, whose rows are shared by the threads.
 
 Slices and lanes depend on shapes alone, so that results do not depend on the threads. All activations have f(0) = 0, so
 that f(unpool(t)) = unpool(f(t)) unless values add up.
@@ -30,9 +30,9 @@ from arraytp.feedback import input_difference
 from arraytp.fused import product
 from arraytp.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_difference, activation_forward
-from arraytp.ops.conv import as_matrix, can_flip, flipped_matrix, flipped_window
+from arraytp.ops.conv import as_matrix, can_flip, split_matrix
 from arraytp.ops.noise import CHUNK, gaussian
-from arraytp.ops.patches import Window, col2im, im2col
+from arraytp.ops.patches import Window, add_row_patches, add_stacked_rows, col2im, im2col, row_patches, stack_rows
 from arraytp.ops.pool import max_pool_forward, max_unpool, max_unpool_scatter, overlaps, window_corners
 from arraytp.options import Unpool
 from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
@@ -44,8 +44,6 @@ DEVICE_GROUP_BYTES = 1 << 29
 LANES = 4
 LANE_BYTES = 4 << 20
 ROW_TILES = 8
-# Measured: a product with 32 columns runs at two thirds of the speed of one with 64.
-NARROW = 64
 TILED_SIZE = 1 << 16
 
 
@@ -147,46 +145,56 @@ def _is_broad(frozen: Frozen) -> bool:
     return frozen.block.window is not None and positions > 4 * frozen.block.pre_shape[-1]
 
 
-def _is_turned(block: Block) -> bool:
-    """Tell whether ω ∘ a is computed with the kernel turned: stride 1, and channels enough for a fast product."""
-    return block.window is not None and can_flip(block.window) and block.in_shape[-1] >= NARROW
-
-
 def _ldrl_broad(
     frozen: Frozen, omega: Array, epsilon: Array, eta: Array, ahead: list[Task], workspace: Workspace
 ) -> tuple[Array, Array]:
-    """Every lane sums up ε ⋆ d1 and (ω ∘ d2) ⋆ d2 over its samples; the latter turned where the kernel is."""
+    """Every lane sums up −ε ⋆ d1 + (ω ∘ d2) ⋆ d2 over its samples."""
+    block, xp = frozen.block, array_module(omega)
+    theta, carrier = _matrix(block, frozen.theta), _matrix(block, omega)
+
+    def part_of_lane(part: slice, total: Array, already: int, scratch: Buffers) -> Array:
+        patches = _patches(block, epsilon[part], scratch)
+        d1 = _noisy_input(frozen, patches, theta, part, scratch)
+        xp.subtract(frozen.a[part], d1, out=d1)
+        _add_product(patches.T, _stacked(block, d1, scratch), total, already, scratch)
+        stacked = _stacked(block, _d2(frozen, eta, part, scratch), scratch)
+        r = _carried(block, stacked, carrier, scratch)
+        _add_product(_patches(block, r, scratch).T, stacked, total, 1, scratch)
+        return _sum_of_squares(r)
+
+    return _summed_lanes(frozen, omega, part_of_lane, ahead, workspace)
+
+
+def _summed_lanes(
+    frozen: Frozen,
+    omega: Array,
+    part_of_lane: Callable[[slice, Array, int, Buffers], Array],
+    ahead: list[Task],
+    workspace: Workspace,
+) -> tuple[Array, Array]:
+    """Return 2/B times what `part_of_lane` sums up over the samples, and its sums of squares lane by lane.
+
+    `part_of_lane` is given samples, the sum to add to, whether there is something in it already, and scratch buffers.
+    """
     block, batch = frozen.block, len(frozen.s)
-    turned, matrix = _is_turned(block), as_matrix(omega)
-    carrier = flipped_matrix(omega) if turned else matrix
     lanes = _lanes(omega, batch, workspace)
-    first = workspace.array("first sums", (len(lanes), *matrix.T.shape), omega.dtype)
-    second = workspace.array("second sums", (len(lanes), *carrier.T.shape), omega.dtype)
+    shape = _matrix(block, omega).T.shape if _is_split(block) else as_matrix(omega).shape
+    totals = workspace.array("lane sums", (len(lanes), *shape), omega.dtype)
     squares = workspace.array("squares", (len(lanes),), omega.dtype)
     group = _group(block, batch, omega.itemsize, workspace)
 
     def lane(number: int, scratch: Buffers) -> None:
         squares[number] = 0
         for i, part in enumerate(slices(lanes[number].stop, group, lanes[number].start)):
-            rows = _rows(block, epsilon[part], scratch)
-            _add_product(_d1(frozen, rows, part, scratch).T, rows, first[number], i, scratch)
-            d2 = _d2(frozen, eta, part, scratch)
-            if turned:
-                rows = _rows(block, d2, scratch, flipped_window(frozen.window))
-                r = scratch.array("r", (len(rows), carrier.shape[1]), omega.dtype)
-                _matmul(rows, carrier, r)
-                _add_product(r.T, rows, second[number], i, scratch)
-            else:
-                r = _scatter(block, d2, carrier, scratch)
-                _add_product(d2.T, _rows(block, r, scratch), second[number], i, scratch)
-            squares[number] += _sum_of_squares(r)
+            squares[number] += part_of_lane(part, totals[number], i, scratch)
 
     workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
     gradient = workspace.array("gradient", omega.shape, omega.dtype)
-    total = second.sum(axis=0).T
-    total = turn_back(total, omega.shape) if turned else total.reshape(omega.shape)
-    array_module(omega).subtract(total, first.sum(axis=0).T.reshape(omega.shape), out=gradient)
-    gradient *= omega.dtype.type(2 / batch)
+    total = totals.sum(axis=0)
+    if _is_split(block):
+        k, _, channels, outputs = omega.shape
+        total = total.reshape(k, channels, k, outputs).transpose(2, 0, 1, 3)[::-1]
+    array_module(omega).multiply(total.reshape(omega.shape), omega.dtype.type(2 / batch), out=gradient)
     return gradient, squares
 
 
@@ -205,15 +213,19 @@ def _ldrl_heavy(
     def samples(number: int, scratch: Buffers) -> None:
         part = parts[number]
         rows = slice(part.start * positions, part.stop * positions)
-        _rows(block, epsilon[part], scratch, out=patches[0, rows])
-        xp.negative(_d1(frozen, patches[0, rows], part, scratch), out=both[0, rows])
-        both[1, rows] = _d2(frozen, eta, part, scratch)
+        _rows(block, epsilon[part], scratch, patches[0, rows])
+        z = scratch.array("z", frozen.z[part].shape, omega.dtype)
+        _matmul(patches[0, rows], as_matrix(frozen.theta), z.reshape(len(patches[0, rows]), -1))
+        z += frozen.z[part]
+        d1 = _inputs_of(frozen, z, scratch)
+        xp.subtract(frozen.a[part], d1, out=both[0, rows].reshape(d1.shape))
+        both[1, rows] = _d2(frozen, eta, part, scratch).reshape(-1, matrix.shape[1])
         if block.window is None:
             r = patches[1, rows]
             _matmul(both[1, rows], matrix.T, r)
         else:
             r = _scatter(block, both[1, rows], matrix, scratch)
-            _rows(block, r, scratch, out=patches[1, rows])
+            _rows(block, r, scratch, patches[1, rows])
         squares[number] = _sum_of_squares(r)
 
     workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
@@ -235,48 +247,26 @@ def reconstruction_gradient(
 
     The gradients are valid until the next call.
     """
-    block, batch, xp = frozen.block, len(frozen.s), array_module(omega)
+    block, batch = frozen.block, len(frozen.s)
     epsilon, _ = _noise(frozen, k, workspace, output=False)
     ahead = _noise_tasks(frozen, k + 1, workspace, output=False)
-    turned = _is_turned(block)
-    carrier = flipped_matrix(omega) if turned else as_matrix(omega)
-    lanes = _lanes(omega, batch, workspace)
-    sums = workspace.array("second sums", (len(lanes), *carrier.shape), omega.dtype)
-    biases = workspace.array("bias sums", (len(lanes), len(bias)), omega.dtype)
-    squares = workspace.array("squares", (len(lanes),), omega.dtype)
-    group = _group(block, batch, omega.itemsize, workspace)
+    theta, carrier = _matrix(block, frozen.theta), _matrix(block, omega)
+    biases = workspace.array("bias sums", (batch, len(bias)), omega.dtype)
 
-    def lane(number: int, scratch: Buffers) -> None:
-        squares[number] = 0
-        biases[number].fill(0)
-        for i, part in enumerate(slices(lanes[number].stop, group, lanes[number].start)):
-            a = _noisy_input(frozen, _rows(block, epsilon[part], scratch), part, scratch)
-            if turned:
-                rows = _rows(block, a, scratch, flipped_window(frozen.window))
-                r = scratch.array("r", (len(rows), carrier.shape[1]), omega.dtype)
-                _matmul(rows, carrier, r)
-            elif block.window is None:
-                r = scratch.array("r", (len(a), len(carrier)), omega.dtype)
-                _matmul(a, carrier.T, r)
-            else:
-                r = _scatter(block, a, carrier, scratch)
-            r = r.reshape(epsilon[part].shape)
-            r += bias
-            r -= frozen.s[part]
-            r -= epsilon[part]
-            if turned:
-                _add_product(rows.T, r.reshape(-1, r.shape[-1]), sums[number], i, scratch)
-            else:
-                _add_product(_rows(block, r, scratch).T, a, sums[number], i, scratch)
-            biases[number] += r.reshape(-1, r.shape[-1]).sum(axis=0)
-            squares[number] += _sum_of_squares(r)
+    def part_of_lane(part: slice, total: Array, already: int, scratch: Buffers) -> Array:
+        a = _noisy_input(frozen, _patches(block, epsilon[part], scratch), theta, part, scratch)
+        stacked = _stacked(block, a, scratch)
+        r = _carried(block, stacked, carrier, scratch).reshape(epsilon[part].shape)
+        r += bias
+        r -= frozen.s[part]
+        r -= epsilon[part]
+        _add_product(_patches(block, r, scratch).T, stacked, total, already, scratch)
+        r.reshape(len(r), -1, len(bias)).sum(axis=1, out=biases[part])
+        return _sum_of_squares(r)
 
-    workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
-    factor = omega.dtype.type(2 / batch)
-    total = sums.sum(axis=0)
-    gradient = workspace.array("gradient", omega.shape, omega.dtype)
-    xp.multiply(turn_back(total, omega.shape) if turned else total.reshape(omega.shape), factor, out=gradient)
-    return gradient, biases.sum(axis=0) * factor, squares.sum() / squares.dtype.type(batch)
+    gradient, squares = _summed_lanes(frozen, omega, part_of_lane, ahead, workspace)
+    dbias = biases.sum(axis=0) * omega.dtype.type(2 / batch)
+    return gradient, dbias, squares.sum() / squares.dtype.type(batch)
 
 
 def target_difference(
@@ -332,12 +322,6 @@ def feedback_output(
     return r
 
 
-def turn_back(turned: Array, shape: tuple[int, ...]) -> Array:
-    """Return the kernel of the given shape (k, k, C, O) whose `flipped_matrix` is given; a view."""
-    k, _, channels, outputs = shape
-    return turned.reshape(k, k, outputs, channels).transpose(0, 1, 3, 2)[::-1, ::-1]
-
-
 def _affine(
     block: Block,
     omega: Array,
@@ -354,39 +338,38 @@ def _affine(
         workspace.run([partial(inputs, slice(0, batch), a)])
         product(a, omega.T, out, workspace)
         return out.reshape(like.shape)
-    window, turned = block.window, _is_turned(block)
-    carrier = flipped_matrix(omega) if turned else as_matrix(omega)
+    carrier = _matrix(block, omega)
 
     def samples(part: slice, scratch: Buffers) -> None:
         a = scratch.array("a", (part.stop - part.start, *block.pre_shape), like.dtype)
         inputs(part, a, scratch)
-        if turned:
-            rows = _rows(block, a, scratch, flipped_window(window))
-            _matmul(rows, carrier, out[part].reshape(len(rows), -1))
-        else:
-            out[part] = _scatter(block, a, carrier, scratch)
+        out[part] = _carried(block, _stacked(block, a, scratch), carrier, scratch).reshape(out[part].shape)
 
     workspace.run([partial(samples, part) for part in slices(batch, _group(block, batch, like.itemsize, workspace))])
     return out.reshape(like.shape)
 
 
-def _d1(frozen: Frozen, rows: Array, part: slice, scratch: Buffers) -> Array:
-    """Return d1 = a(F(s + ε)) − a(s^{n+1}) of some samples as rows, given the patches of their ε."""
-    d1 = _noisy_input(frozen, rows, part, scratch)
-    d1 -= frozen.a[part].reshape(d1.shape)
-    return d1
+def _noisy_input(frozen: Frozen, patches: Array, theta: Array, part: slice, scratch: Buffers) -> Array:
+    """Return a(F(s + ε)) of some samples, of shape (samples, *pre_shape), given `_patches` of ε and `_matrix` of θ."""
+    z = scratch.array("z", frozen.z[part].shape, frozen.z.dtype)
+    if _is_split(frozen.block):
+        stacked = scratch.array("stacked", (len(patches), len(theta)), z.dtype)
+        _matmul(patches, theta.T, stacked)
+        z[...] = frozen.z[part]
+        add_stacked_rows(stacked.reshape(len(z), frozen.window.height, z.shape[2], -1), frozen.window, z)
+    else:
+        _matmul(patches, theta, z.reshape(len(patches), -1))
+        z += frozen.z[part]
+    return _inputs_of(frozen, z, scratch)
 
 
-def _noisy_input(frozen: Frozen, rows: Array, part: slice, scratch: Buffers) -> Array:
-    """Return a(F(s + ε)) of some samples as rows, given the patches of their ε."""
-    block, dtype = frozen.block, frozen.z.dtype
-    z = scratch.array("z", frozen.z[part].shape, dtype)
-    _matmul(rows, as_matrix(frozen.theta), z.reshape(len(rows), -1))
-    z += frozen.z[part]
+def _inputs_of(frozen: Frozen, z: Array, scratch: Buffers) -> Array:
+    """Return a(F(s)), of z's shape, given z = θ ∘ s without the bias; z is overwritten."""
+    block, dtype = frozen.block, z.dtype
     if block.pool is None:
         z += frozen.bias
         activation_forward(z, block.activation, out=z)
-        return activation_forward(z, block.activation, out=z).reshape(len(rows), -1)
+        return activation_forward(z, block.activation, out=z)
     bordered = scratch.filled(block.pool, (len(z), *block.pool.bordered, z.shape[-1]), dtype, -np.inf)
     pooled = scratch.array("pooled", (len(z), *block.out_shape), dtype)
     index = scratch.array("index", pooled.shape, np.uint8)
@@ -396,17 +379,17 @@ def _noisy_input(frozen: Frozen, rows: Array, part: slice, scratch: Buffers) -> 
     pooled += frozen.bias
     activation_forward(pooled, block.activation, out=pooled)
     _input(block, pooled, index, frozen.unpool, z, scratch)
-    return z.reshape(len(rows), -1)
+    return z
 
 
 def _d2(frozen: Frozen, eta: Array, part: slice, scratch: Buffers) -> Array:
-    """Return d2 = a(s^{n+1} + η) − a(s^{n+1}) of some samples as rows."""
+    """Return d2 = a(s^{n+1} + η) − a(s^{n+1}) of some samples, of shape (samples, *pre_shape)."""
     moved = scratch.array("moved", frozen.out[part].shape, eta.dtype)
     array_module(eta).add(frozen.out[part], eta[part], out=moved)
     d2 = scratch.array("d2", frozen.z[part].shape, eta.dtype)
     _input(frozen.block, moved, None if frozen.index is None else frozen.index[part], frozen.unpool, d2, scratch)
     d2 -= frozen.a[part]
-    return d2.reshape(-1, d2.shape[-1])
+    return d2
 
 
 def _input(block: Block, t: Array, index: Array | None, unpool: Unpool, out: Array, scratch: Buffers) -> None:
@@ -435,16 +418,61 @@ def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Bu
     max_unpool_scatter(t, index, block.pool, corner, scratch.array("position", t.shape, np.intp), out)
 
 
-def _rows(block: Block, x: Array, scratch: Buffers, window: Window | None = None, out: Array | None = None) -> Array:
+def _is_split(block: Block) -> bool:
+    """Tell whether a convolution's kernel is summed over rows and columns apart; not those of the heavy way."""
+    return block.window is not None and can_flip(block.window)
+
+
+def _matrix(block: Block, weight: Array) -> Array:
+    """Return the matrix that `_patches` and `_stacked` go with."""
+    return split_matrix(weight) if _is_split(block) else as_matrix(weight)
+
+
+def _patches(block: Block, x: Array, scratch: Buffers) -> Array:
+    """Return the patches of some samples as rows: of each row of pixels where the kernel is split."""
+    window = block.window
+    if window is None or not _is_split(block):
+        return _rows(block, x, scratch)
+    shape = (len(x), window.height, window.out_width, window.kernel * x.shape[-1])
+    wide = scratch.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
+    return row_patches(x, window, scratch.array("patches", shape, x.dtype), wide).reshape(-1, shape[-1])
+
+
+def _stacked(block: Block, d: Array, scratch: Buffers) -> Array:
+    """Return d, of shape (samples, *pre_shape), as rows, stacked where the kernel is split."""
+    window = block.window
+    if window is None or not _is_split(block):
+        return d.reshape(-1, d.shape[-1])
+    shape = (len(d), window.height, window.out_width, window.kernel * d.shape[-1])
+    tall = scratch.filled(("tall", window), (len(d), window.height + window.kernel - 1, *d.shape[2:]), d.dtype, 0.0)
+    return stack_rows(d, window, scratch.array("stacked", shape, d.dtype), tall).reshape(-1, shape[-1])
+
+
+def _carried(block: Block, stacked: Array, matrix: Array, scratch: Buffers) -> Array:
+    """Return ω ∘ d of some samples, given `_stacked` of d and `_matrix` of ω."""
+    window = block.window
+    if window is None:
+        r = scratch.array("r", (len(stacked), len(matrix)), stacked.dtype)
+        _matmul(stacked, matrix.T, r)
+        return r
+    if not _is_split(block):
+        return _scatter(block, stacked, matrix, scratch)
+    shape = (-1, window.height, window.out_width, matrix.shape[1])
+    patches = scratch.array("patches", (len(stacked), matrix.shape[1]), stacked.dtype)
+    _matmul(stacked, matrix, patches)
+    samples = len(stacked) // (window.height * window.out_width)
+    r = scratch.array("r", (samples, *block.in_shape), stacked.dtype)
+    return add_row_patches(patches.reshape(shape), window, r)
+
+
+def _rows(block: Block, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
     """Return the patch matrix of some samples, or their rows as they are for a dense block."""
-    window = window or block.window
+    window = block.window
     if window is None:
         if out is None:
             return x.reshape(len(x), -1)
         out[...] = x.reshape(len(x), -1)
         return out
-    # Rows (samples and positions) become images again.
-    x = x.reshape(-1, window.height, window.width, x.shape[-1])
     shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
     out = scratch.array("patches", shape, x.dtype) if out is None else out.reshape(shape)
     bordered = scratch.filled((window, "zero"), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
@@ -515,7 +543,9 @@ def _group(block: Block, batch: int, itemsize: int, workspace: Workspace) -> int
     window = block.window
     if window is None:
         return batch
-    widest = window.kernel**2 * max(block.in_shape[-1], block.pre_shape[-1])
+    widest = window.kernel**2 * block.in_shape[-1]
+    if _is_split(block):
+        widest = window.kernel * (block.in_shape[-1] + block.pre_shape[-1])
     patch_bytes = math.prod(block.pre_shape[:-1]) * widest * itemsize
     limit = HOST_GROUP_BYTES if workspace.backend.on_host else DEVICE_GROUP_BYTES
     return max(1, min(batch, limit // patch_bytes))

@@ -69,7 +69,7 @@ def arraytp_step(rule: str, network: str, batch: int, threads: int) -> Any:
             if theta is not None:
                 angle_degrees(omega, theta)
         apply_updates(sgd, sgd.lr, moments, parameters(net), [a for pair in updates for a in pair], workspace)
-        return float(loss.detach())
+        return float(loss)
 
     return step
 

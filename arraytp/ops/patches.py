@@ -152,6 +152,31 @@ def im2col(x: Array, window: Window, out: Array | None = None, bordered: Array |
     return out
 
 
+def add_stacked_rows(stacked: Array, window: Window, out: Array) -> Array:
+    """Add every row of a stack to where it came from, on top of what `out` holds: the adjoint of `stack_rows`.
+
+    Parameters
+    ----------
+    stacked : array of shape (B, H, Q, k·O)
+    window : Window
+        Of stride 1 and with borders below k.
+    out : array of shape (B, P, Q, O)
+
+    Returns
+    -------
+    array
+        `out`.
+    """
+    k, rows = window.kernel, out.shape[1]
+    parts = stacked.reshape(*stacked.shape[:3], k, out.shape[-1])
+    for i in range(k):
+        shift = k - 1 - i - window.top
+        first, stop = max(0, -shift), min(rows, window.height - shift)
+        if first < stop:
+            out[:, first:stop] += parts[:, first + shift : stop + shift, :, i]
+    return out
+
+
 def coverage(window: Window, like: Array) -> Array:
     """Return n_x, how many windows cover each pixel: the transposed convolution of ones, of shape (1, H, W, 1).
 
