@@ -333,6 +333,9 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     check = getattr(RULES[config.rule.name], "check", None)
     notes = () if check is None else tuple(check(config.rule, blocks, config.dtype, config.loss.reduction))
     _check_lists(config, blocks)
+    if config.study is not None and not hasattr(RULES[config.rule.name], "train_feedback"):
+        trained = ", ".join(name for name, rule in RULES.items() if hasattr(rule, "train_feedback"))
+        raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arraytp import __version__
+from arraytp.backend import array_module
 from arraytp.config import Study
 from arraytp.errors import Interrupted, NonFiniteError
 from arraytp.experiment import Experiment, Plan, build_planned
@@ -131,8 +132,8 @@ def _measure_updates(experiment: Experiment, table: CsvTable, step: int) -> None
 
 
 def _measure_feedback(experiment: Experiment, table: CsvTable, step: int) -> None:
-    for pair in experiment.compare_feedback():
-        if math.isinf(pair.loss) or (math.isnan(pair.distance) and not math.isnan(pair.loss)):
+    for pair, (_, omega, _) in zip(experiment.compare_feedback(), experiment.feedback_pairs(), strict=True):
+        if not bool(array_module(omega).isfinite(omega).all()):
             raise NonFiniteError(
                 f"feedback of block {pair.block} diverged within {step} iterations; a smaller "
                 "rule.feedback.optimizer.lr may help"

@@ -1,0 +1,109 @@
+"""Studies from the command line: what they write, that they go on where they stopped, what they refuse."""
+
+import csv
+import json
+
+import pytest
+
+STUDY = """\
+data: {dataset: toy}
+network:
+  blocks:
+    - {type: conv, channels: 4, kernel: 3, activation: elu, pool: {kernel: 3, stride: 2, padding: 1}}
+    - {type: dense, units: 8, activation: elu}
+    - {type: dense, units: 3}
+optimizer: {name: sgd, lr: 0.05}
+train: {epochs: 0, batch_size: 16}
+study: {seeds: 2, rounds: 3, biases: false}
+variants:
+  ldrl:
+    rule: {name: ldrl, feedback: {iterations: [0, 40], sigma: 0.1, optimizer: {name: sgd, lr: 0.5, momentum: 0.9}}}
+  symmetric:
+    rule: {name: ldrl, feedback_init: symmetric}
+    study: {rounds: 0}
+  drl:
+    rule: {name: drl, feedback: {iterations: 5, sigma: 0.1}}
+"""
+
+
+@pytest.fixture
+def study(place):
+    (place / "study.yml").write_text(STUDY)
+    return place / "results" / "study"
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_trains_feedback_and_leaves_the_weights(arraytp, study):
+    outcome = arraytp("run", "study.yml", "--quiet")
+    assert outcome.status == 0, outcome.err
+    found = rows(study / "ldrl" / "seed-0" / "feedback.csv")
+    assert [int(row["step"]) for row in found[::2]] == [0, 40, 80, 120]
+    first, *_, last = [float(row["angle_deg"]) for row in found if row["block"] == "2"]
+    assert first > 60
+    assert last < 20
+    untouched = {row["angle_deg"] for row in found if row["block"] == "1"}
+    assert len(untouched) == 1
+    angles = rows(study / "ldrl" / "seed-1" / "angles.csv")
+    assert [(row["step"], row["block"]) for row in angles] == [(s, n) for s in ("0", "120") for n in "012"]
+
+
+def test_symmetric_feedback_is_at_0_degrees_from_the_start_and_seeds_differ(arraytp, study):
+    assert arraytp("run", "study.yml", "--quiet").status == 0
+    assert all(float(row["angle_deg"]) < 1e-5 for row in rows(study / "symmetric" / "seed-0" / "feedback.csv"))
+    texts = [(study / "drl" / f"seed-{n}" / "angles.csv").read_text() for n in (0, 1)]
+    assert texts[0] != texts[1]
+
+
+def test_table_and_figures_tell_of_all_variants(arraytp, study):
+    outcome = arraytp("run", "study.yml", "--quiet")
+    table = (study / "study.md").read_text()
+    assert table.strip() in outcome.out
+    for name in ("ldrl", "symmetric", "drl"):
+        assert f"| {name} | 2 |" in table
+        summary = json.loads((study / name / "summary.json").read_text())
+        assert len(summary["seeds"]) == 2
+        assert len(summary["seeds"][0]["update_angle_deg"]) == 3
+    for name in ("updates.png", "alignment.png"):
+        assert (study / "figures" / name).stat().st_size > 5000
+
+
+def test_a_resumed_study_does_the_missing_seeds_only_and_gets_the_same(arraytp, study):
+    assert arraytp("run", "study.yml", "--quiet").status == 0
+    place = study / "ldrl"
+    wanted = (place / "seed-1" / "feedback.csv").read_text()
+    kept = (place / "seed-0" / "summary.json").stat().st_mtime_ns
+    (place / "summary.json").unlink()
+    (place / "seed-1" / "summary.json").unlink()
+    (place / "seed-1" / "feedback.csv").write_text("step\n")
+    assert arraytp("run", "study.yml", "--quiet", "--resume").status == 0
+    assert (place / "seed-1" / "feedback.csv").read_text() == wanted
+    assert (place / "seed-0" / "summary.json").stat().st_mtime_ns == kept
+
+
+def test_a_fresh_study_does_every_seed_again(arraytp, study):
+    assert arraytp("run", "study.yml", "--quiet").status == 0
+    assert arraytp("run", "study.yml", "--quiet").status == 2
+    kept = (study / "drl" / "seed-0" / "summary.json").stat().st_mtime_ns
+    assert arraytp("run", "study.yml", "--quiet", "--fresh").status == 0
+    assert (study / "drl" / "seed-0" / "summary.json").stat().st_mtime_ns > kept
+
+
+def test_a_rule_without_trained_feedback_is_refused(arraytp, study, place):
+    (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: fa}\n")
+    outcome = arraytp("run", "study.yml")
+    assert outcome.status == 2
+    assert "study: rule fa trains no feedback weights; use one of tp, dtp, ldrl" in outcome.err
+
+
+def test_diverging_feedback_is_named(arraytp, study):
+    outcome = arraytp(
+        "run", "study.yml", "--quiet", "--set", "variants.ldrl.rule.feedback.optimizer.lr=1e6",
+        "--set", "variants.ldrl.rule.feedback.iterations=400",
+    )  # fmt: skip
+    assert outcome.status == 1
+    assert "feedback of block" in outcome.err
+    assert "rule.feedback.optimizer.lr" in outcome.err
