@@ -28,7 +28,7 @@ from arraytp.ops.conv import conv_backward_input
 from arraytp.ops.dense import dense_backward_input
 from arraytp.ops.patches import im2col
 from arraytp.ops.pool import max_pool_backward, max_unpool
-from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer
+from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
 from arraytp.options import FeedbackTraining, InitName, Unpool
 from arraytp.parallel import Workspace
 
@@ -217,10 +217,12 @@ def step_feedback(
         tuple(state[name] for name in sorted(state) if name.startswith(f"feedback_moments/{n}/{part}/"))
         for part in gradients
     ]
-    lr = at_block(training.optimizer.lr, n - 1)
+    # Lists begin with the first block that has feedback: block 0 for DRL's Q, block 1 for G.
+    position = n if "feedback/0/weight" in state else n - 1
+    optimizer, lr = of_block(training.optimizer, position), at_block(training.optimizer.lr, position)
     parameters = [state[f"feedback/{n}/{part}"] for part in gradients]
     optimizer_state = OptimizerState(step, moments)
-    apply_updates(training.optimizer, lr, optimizer_state, parameters, list(gradients.values()), workspace)
+    apply_updates(optimizer, lr, optimizer_state, parameters, list(gradients.values()), workspace)
 
 
 def iterations_and_noise(training: FeedbackTraining, position: int) -> tuple[int, float]:
@@ -235,8 +237,12 @@ def only_block(training: FeedbackTraining, position: int, count: int) -> Feedbac
     return replace(training, iterations=tuple(iterations))
 
 
-def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block], reduction: str) -> None:
+def check_feedback(
+    rule: str, training: FeedbackTraining, blocks: Sequence[Block], trained: Sequence[Block], reduction: str
+) -> None:
     """Refuse what the rules with trained feedback cannot do.
+
+    `trained` are those blocks that the lists in `training` have one value for.
 
     Raises
     ------
@@ -246,11 +252,12 @@ def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block
     """
     if reduction != "mean":
         raise UserError(f"loss.reduction: {reduction}: rule {rule} is defined for the mean loss; use reduction: mean")
-    labels = [block.label for block in blocks[1:]]
+    labels = [block.label for block in trained]
     for key, values in (
         ("iterations", training.iterations),
         ("sigma", training.sigma),
         ("optimizer.lr", training.optimizer.lr),
+        ("optimizer.epsilon", getattr(training.optimizer, "epsilon", None)),
     ):
         if isinstance(values, tuple) and len(values) != len(labels):
             raise UserError(

@@ -59,7 +59,7 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
     UserError
         As `check_feedback`.
     """
-    check_feedback(options.name, options.feedback, blocks, reduction)
+    check_feedback(options.name, options.feedback, blocks, blocks[:-1], reduction)
     sigma = options.feedback.sigma
     smallest = min(sigma) if isinstance(sigma, Sequence) else sigma
     if dtype == "float32" and smallest < 1e-3:

@@ -58,7 +58,7 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
     UserError
         As `check_feedback`.
     """
-    check_feedback(options.name, options.feedback, blocks, reduction)
+    check_feedback(options.name, options.feedback, blocks, blocks[1:], reduction)
     return []
 
 

@@ -1,0 +1,90 @@
+"""runs/dtp: every config fits its network and data set, and its numbers are the paper's."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arraytp import experiment
+from arraytp.config import load_one
+from arraytp.data.writer import Description, writing
+
+FOLDER = Path(__file__).parents[1] / "runs" / "dtp"
+# The figures' configs are studies.
+RUNS = sorted(path for path in FOLDER.glob("*.yml") if not path.stem.startswith("figure"))
+SHAPES = {"mnist": ((28, 28, 1), 10), "fashion": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10),
+          "imagenet32": ((32, 32, 3), 1000)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """Data sets of the right shapes and classes, with two images of a split each."""
+    folders = {}
+    for name, (shape, classes) in SHAPES.items():
+        folders[name] = tmp_path_factory.mktemp(name) / "data"
+        with writing(folders[name], Description(name, shape, tuple(map(str, range(classes))))) as writer:
+            for split in ("train", "test"):
+                writer.add(split, np.zeros((2, *shape), np.uint8), np.array([0, classes - 1]))
+    return folders
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_config_fits_its_data_set_and_network(path, datasets):
+    config = load_one(path)
+    assert config.name == path.stem
+    data = replace(config.data, dataset=str(datasets[path.stem.split("-")[0]]))
+    planned = experiment.plan(replace(config, data=data))
+    assert planned.notes == ()
+    assert len(planned.blocks) == (6 if "vgg" in path.stem else 4)
+    assert (config.data.flip, config.data.crop_padding) == (0.5, 4)
+    assert config.train.epochs == (40 if "mnist" in path.stem else 90)
+    assert (config.schedule.name, config.schedule.t_max, config.schedule.eta_min) == ("cosine", 85, 1e-5)
+    assert Path(config.data.dataset).name == next(
+        name for name in ("fashion-mnist", "mnist", "cifar10", "imagenet32") if path.stem.startswith(name)
+    )
+
+
+def test_there_is_a_config_for_every_row_and_the_readme_has_them_all():
+    rows = {f"{data}-{rule}" for data in ("mnist", "fashion-mnist", "cifar10")
+            for rule in ("s-ddtp", "p-ddtp", "ldrl", "bp")}  # fmt: skip
+    rows |= {f"{data}-vgg-{rule}" for data in ("cifar10", "imagenet32") for rule in ("ldrl", "bp")}
+    assert {path.stem for path in RUNS} == rows
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{path.name}` |" in page for path in FOLDER.glob("*.yml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("mnist", 0.04385), ("fashion-mnist", 0.04385), ("cifar10", 0.015962099947441903)]
+)
+def test_s_ddtp_pretrains_and_divides_its_rates_by_the_target_step_size(name, steps):
+    config = load_one(FOLDER / f"{name}-s-ddtp.yml")
+    printed = {"cifar10": (0.00025935571806476586, 0.000885500279951265, 0.0001423047695105589, 3.3871035558126015e-06)}
+    lr = printed.get(name, (0.001694, 0.09782, 0.02479, 0.001937))
+    np.testing.assert_allclose(config.optimizer.lr, np.array(lr) / steps, rtol=1e-5)
+    assert (config.rule.eta, config.rule.pretrain_epochs, config.rule.extra_epochs) == (steps, 10, 1)
+    assert config.rule.feedback.iterations == 1
+    assert config.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "lr"),
+    [("mnist", 0.0428, (0.004434, 0.001448, 0.0006104, 0.001353)),
+     ("fashion-mnist", 0.01308, (0.0003865, 0.00175, 0.001484, 0.0001489)),
+     ("cifar10", 0.09983, (0.0002289, 0.006166, 0.0001575, 5.573e-05))],
+)  # fmt: skip
+def test_p_ddtp_trains_feedback_many_times_a_batch(name, steps, lr):
+    config = load_one(FOLDER / f"{name}-p-ddtp.yml")
+    np.testing.assert_allclose(config.optimizer.lr, np.array(lr) / steps, rtol=1e-5)
+    assert (config.rule.eta, config.rule.pretrain_epochs, config.rule.extra_epochs) == (steps, 0, 0)
+    assert min(config.rule.feedback.iterations) > 20
+
+
+def test_cifar10s_ldrl_is_the_authors_code():
+    config = load_one(FOLDER / "cifar10-ldrl.yml")
+    assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay) == (0.03618, 0.9, 1e-4)
+    assert (config.train.batch_size, config.rule.beta, config.rule.divide_by_beta) == (144, 0.4655, False)
+    feedback = config.rule.feedback
+    assert feedback.sigma == (0.4164, 0.3826, 0.1395)
+    assert feedback.iterations == (41, 51, 24)
+    assert feedback.optimizer.lr == (7.188e-4, 1.251e-4, 3.541e-2)
