@@ -246,7 +246,8 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     widest = MOST_CROP_PADDING * max(dataset.shape[:2])
     if config.data.crop_padding > widest:
         raise UserError(
-            f"data.crop_padding: {config.data.crop_padding} around images of {show_shape(dataset.shape)}; at most {widest}"
+            f"data.crop_padding: {config.data.crop_padding} around images of {show_shape(dataset.shape)}; "
+            f"at most {widest}"
         )
     if isinstance(config.optimizer, Adam) and not np.asarray(config.optimizer.epsilon, config.dtype).all():
         raise UserError(
