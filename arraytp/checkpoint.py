@@ -22,6 +22,7 @@ from arraytp.errors import UserError
 from arraytp.experiment import Experiment
 from arraytp.metrics import write_file
 from arraytp.network import Network
+from arraytp.optim import OptimizerState
 
 FORMAT, VERSION = "arraytp-checkpoint", 1
 
@@ -85,6 +86,11 @@ def all_finite(network: Network) -> list[bool]:
         all(bool(array_module(array).isfinite(array).all()) for array in pair)
         for pair in zip(network.weights, network.biases, strict=True)
     ]
+
+
+def finite_moments(state: OptimizerState) -> list[bool]:
+    """Tell for each parameter whether the optimiser's moments are finite."""
+    return [all(bool(array_module(array).isfinite(array).all()) for array in moments) for moments in state.moments]
 
 
 def _arrays(experiment: Experiment) -> dict[str, Array]:

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return _SIGPIPE_STATUS
     except OSError as error:
-        if error.errno not in _FULL or error.filename is not None:
+        if error.errno not in _FULL:
             raise
         _drop_output()
         return _complain(f"the output cannot be written: {error.strerror}", _FAILURE_STATUS)
@@ -103,6 +103,10 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         status = _complain(str(error), _USER_STATUS)
     except NonFiniteError as error:
         status = _complain(str(error), _FAILURE_STATUS)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        status = _complain(f"{error.filename}: {error.strerror}", _USER_STATUS)
     except Interrupted as error:
         # After a hangup there may be nobody to tell.
         with suppress(OSError):

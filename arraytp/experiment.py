@@ -15,6 +15,8 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
+import numpy as np
+
 from arraytp.architectures import plan_network
 from arraytp.backend import Array, Backend, array_module, get_backend
 from arraytp.compare import angle_degrees, relative_distance
@@ -23,14 +25,17 @@ from arraytp.data.dataset import Dataset, open_dataset
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 from arraytp.fused import forward
-from arraytp.network import Block, ForwardPass, Network, make_network
+from arraytp.network import Block, ForwardPass, Network, make_network, show_shape
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
 from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rates
+from arraytp.options import Adam
 from arraytp.parallel import Workspace
 from arraytp.rules import RULES, RuleOptions, bp, dtp
 from arraytp.rules.protocol import State, Updates
 
 TEST_SPLITS = ("test", "val")
+# In image sides; a wider border leaves crops of nothing but edge pixels, and fits no memory in the end.
+MOST_CROP_PADDING = 10
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,21 @@ class Experiment:
         -------
         Score
             Of the batch before the update.
+
+        Raises
+        ------
+        ValueError
+            If a label is none of the classes; on a device that is not looked at, since the host would have to wait.
         """
         score = self.propose(images, labels)
         self.apply(epoch)
         return score
 
     def propose(self, images: Array, labels: Array) -> Score:
-        """Compute the rule's updates for a batch into `updates`, leaving θ as it is; feedback ω is trained first."""
+        """Compute the rule's updates for a batch into `updates`, leaving θ as it is; raises as `step`.
+
+        Rules with trained feedback train it first.
+        """
         score = self.run_forward(images, labels)
         self.train_feedback()
         self.propose_updates()
@@ -170,6 +183,8 @@ class Experiment:
     def run_forward(self, images: Array, labels: Array) -> Score:
         """Run the network on a batch, for `train_feedback` and `propose_updates`."""
         self.updates, self.proposed = None, False
+        if self.plan.backend.on_host:
+            _check_labels(labels, len(self.plan.dataset.classes))
         reduction = self.config.loss.reduction
         self.passed = forward(self.network, images, self.workspace)
         loss, cache = cross_entropy_forward(self.passed.logits, labels, reduction)
@@ -324,6 +339,17 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"data.normalize: {len(config.data.normalize.mean)} values of mean and std, but the images of "
             f"{dataset.name} need {dataset.shape[2]}, one per channel"
         )
+    widest = MOST_CROP_PADDING * max(dataset.shape[:2])
+    if config.data.crop_padding > widest:
+        raise UserError(
+            f"data.crop_padding: {config.data.crop_padding} around images of {show_shape(dataset.shape)}; "
+            f"at most {widest}"
+        )
+    if isinstance(config.optimizer, Adam) and not np.asarray(config.optimizer.epsilon, config.dtype).all():
+        raise UserError(
+            f"optimizer.epsilon: {config.optimizer.epsilon} is 0 in {config.dtype}, and Adam divides by it; use at "
+            f"least {np.finfo(config.dtype).tiny:.1e}"
+        )
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
     if config.optimizer.orthogonality and not any(block.is_square for block in blocks):
         raise UserError(
@@ -418,6 +444,13 @@ def _loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loade
         pool_images=data.pool_images,
         to_device=None if planned.backend.on_host else planned.backend.asarray,
     )
+
+
+def _check_labels(labels: Array, classes: int) -> None:
+    """Refuse labels that NumPy would take for places from the end, or fail at somewhere inside."""
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if bad.size:
+        raise ValueError(f"label {labels[bad[0]]} of sample {bad[0]}: expected one of 0 to {classes - 1}")
 
 
 def _score(loss: Array, logits: Array, labels: Array, reduction: str) -> Score:

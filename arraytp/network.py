@@ -24,6 +24,9 @@ from arraytp.ops.solve import factor, right_solve
 
 Shape = tuple[int, ...]
 
+# In numbers; beyond it NumPy cannot even say how many bytes are missing.
+LARGEST_WEIGHT = 2**50
+
 
 @dataclass(frozen=True)
 class Block:
@@ -138,6 +141,8 @@ def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Sha
         label = f"{layer.type}{count}"
         try:
             block = _conv(layer, label, shape) if isinstance(layer, options.Conv) else _dense(layer, label, shape)
+            if math.prod(block.weight_shape) > LARGEST_WEIGHT:
+                raise ValueError(f"a weight of {show_shape(block.weight_shape)} fits into no memory")
         except ValueError as error:
             raise UserError(f"network block {n} ({label}): input {show_shape(shape)}: {error}") from error
         blocks.append(block)
@@ -150,6 +155,8 @@ def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:
         raise ValueError("a conv block needs an image (height, width, channels), so it cannot follow a dense block")
     _check_auxiliary(layer.auxiliary, layer.channels, "channels")
     height, width, channels = shape
+    if layer.padding != "same" and layer.padding > max(height, width, layer.kernel):
+        raise ValueError(f"padding {layer.padding} is wider than the image and than the kernel {layer.kernel}")
     window = make_window(height, width, layer.kernel, layer.stride, layer.padding)
     pre_shape = (window.out_height, window.out_width, layer.channels)
     pool = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from arraytp import __version__
 from arraytp.backend import array_module
-from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
+from arraytp.checkpoint import all_finite, finite_moments, read_checkpoint, write_checkpoint
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, Score
 from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
@@ -283,8 +283,9 @@ class Run:
         raise Interrupted(f"{self.label}: stopped in {where}; {self.folder / 'checkpoint.h5'} is written", stop.signal)
 
     def _save(self) -> None:
-        """Write the checkpoint, unless the weights are not finite: then the last good one must stay."""
-        if not all(all_finite(self.experiment.network)):
+        """Write the checkpoint, unless weights or moments are not finite: then the last good one must stay."""
+        experiment = self.experiment
+        if not all(all_finite(experiment.network)) or not all(finite_moments(experiment.optimizer_state)):
             self._fail(f"after {self.position.step} steps")
         for n, omega, _ in self.experiment.feedback_pairs():
             if not bool(array_module(omega).isfinite(omega).all()):
@@ -328,7 +329,13 @@ class Run:
                 if not bool(array_module(s).isfinite(s).all()):
                     return name
         bad = [name for name, finite in zip(names, all_finite(network), strict=True) if not finite]
-        return f"weights of {bad[0]}" if bad else f"loss, from the output of {names[-1]}"
+        if bad:
+            return f"weights of {bad[0]}"
+        moments = finite_moments(self.experiment.optimizer_state)
+        if not all(moments):
+            # A weight and a bias per block.
+            return f"optimiser's moments of {names[moments.index(False) // 2]}"
+        return f"loss, from the output of {names[-1]}"
 
     def _last_test_top1(self) -> float:
         if not self.metrics.rows:

@@ -48,6 +48,24 @@ def batch():
     return make
 
 
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_that_is_no_class_is_refused_before_anything_is_trained(batch, label):
+    """NumPy would take -1 for the last class."""
+    made, images, labels = batch(small())
+    labels[[5, 9]] = label, -7
+    before = [weight.copy() for weight in made.network.weights]
+    with pytest.raises(ValueError, match=rf"label {label} of sample 5: expected one of 0 to 9"):
+        made.step(images, labels)
+    for old, new in zip(before, made.network.weights, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [("float32", 1e-44), ("float64", 1e-50)])
+def test_a_small_epsilon_is_fine_while_it_is_not_zero(dtype, epsilon):
+    config = small(optimizer={"name": "adam", "lr": 0.1, "epsilon": epsilon}, dtype=dtype)
+    assert experiment.plan(config).config.optimizer.epsilon == epsilon
+
+
 def test_the_quickstart_steps_from_python():
     made = experiment.build(load_one(QUICKSTART, ["data.in_memory_mb=0", "train.batch_size=16"], variant="fa"))
     before = [weight.copy() for weight in made.network.weights]

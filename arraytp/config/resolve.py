@@ -13,10 +13,12 @@ from arraytp.config.describe import flow
 from arraytp.config.document import Document, KeyPath, Tree, dotted, parse_text
 from arraytp.config.merge import assign, overlay
 from arraytp.config.problems import Problem, explain, plain_problems
-from arraytp.config.schema import Config
+from arraytp.config.schema import LONGEST_NAME, Config
 from arraytp.errors import UserError
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+# What `arraytp run` writes beside the variants' folders.
+_TAKEN_NAMES = ("comparison.png", "comparison.md", "comparison.csv")
 _MOST_PROBLEMS = 10
 _NOT_IN_VARIANTS = {
     "name": "has no place in a variant: its name is the key above it",
@@ -103,6 +105,10 @@ def _own(document: Document, name: Any, overrides: Tree) -> Mapping[str, Tree]:
     path = ("variants", name)
     if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
         _refuse(document, path, "is not a variant name: use letters, digits, '.', '_' and '-', with no dot in front")
+    if len(name) > LONGEST_NAME:
+        _refuse(document, path, f"is too long: a variant name has at most {LONGEST_NAME} letters")
+    if name in _TAKEN_NAMES:
+        _refuse(document, path, "is not a variant name: the comparison of all variants is written under it")
     if overrides is None:
         return {}
     if not isinstance(overrides, Mapping):

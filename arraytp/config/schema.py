@@ -10,11 +10,16 @@ from pydantic import AfterValidator, Discriminator, Field
 from arraytp.options import SGD, STRICT, Adam, Border, Constant, Cosine, NetworkOptions, Positive, Probability, Size
 from arraytp.rules import RuleOptions, bp
 
+# File systems take 255 bytes.
+LONGEST_NAME = 200
+
 
 def _checked_name(name: str) -> str:
     """Refuse what cannot name a result folder."""
     if name.startswith(".") or any(sign in "/\\" or unicodedata.category(sign) == "Cc" for sign in name):
         raise ValueError("must be usable as a folder's name: no slashes or control characters, no dot in front")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"must be usable as a folder's name: at most {LONGEST_NAME} bytes long")
     return name
 
 

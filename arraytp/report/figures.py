@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from arraytp.errors import UserError
-from arraytp.report.angles import common_blocks
+from arraytp.report.angles import common_blocks, differs_from_bp
 from arraytp.report.panels import angle_bars, angle_lines, block_lines, epoch_line, epoch_lines, finish_epochs
 from arraytp.report.reading import Result, read_result
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
@@ -19,7 +19,7 @@ _TITLE_WIDTH = 76
 
 
 def write_figures(result: Result | Path | str, out: Path | str | None = None) -> list[Path]:
-    """Write one run's learning_curves.png, angles_per_block.png and angles_over_time.png.
+    """Write one run's learning_curves.png, angles_per_block.png and, where there are angles, angles_over_time.png.
 
     Parameters
     ----------
@@ -40,11 +40,9 @@ def write_figures(result: Result | Path | str, out: Path | str | None = None) ->
     """
     run = result if isinstance(result, Result) else read_result(result)
     folder = Path(out) if out is not None else run.path / "figures"
-    makers = {
-        "learning_curves.png": learning_curves,
-        "angles_per_block.png": angles_per_block,
-        "angles_over_time.png": angles_over_time,
-    }
+    makers = {"learning_curves.png": learning_curves, "angles_per_block.png": angles_per_block}
+    if differs_from_bp(run):
+        makers["angles_over_time.png"] = angles_over_time
     with matplotlib.rc_context(RC):
         return [save_figure(make(run), folder / name) for name, make in makers.items()]
 

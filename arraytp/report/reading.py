@@ -84,7 +84,7 @@ def numbered_blocks(count: int) -> list[str]:
 
 
 def read_results(folders: Sequence[Path | str]) -> list[Result]:
-    """Read the result folders among `folders` and those one level inside the others, such as a run's variants.
+    """Read the result folders among `folders` and those at any depth inside the others, such as a run's variants.
 
     Labels are the paths from the folders' common parent on. Inside a folder BP comes first, since the other rules are
     measured against it, then the names' order.
@@ -105,12 +105,12 @@ def common_parent(paths: Sequence[Path]) -> Path:
 
 
 def _expand(folder: Path) -> list[Path]:
-    inside = [child.parent for child in folder.glob("*/config.yml")]
-    if inside and not (folder / "config.yml").is_file():
-        return sorted(inside, key=lambda child: (child.name != "bp", _natural(child.name)))
-    if folder.is_dir() and not (folder / "config.yml").is_file():
+    if (folder / "config.yml").is_file() or not folder.is_dir():
+        return [folder]
+    inside = [path.parent for path in folder.rglob("config.yml")]
+    if not inside:
         raise UserError(f"{folder} is not a result folder: neither it nor a folder in it holds a config.yml")
-    return [folder]
+    return sorted(inside, key=lambda path: [(name != "bp", _natural(name)) for name in path.relative_to(folder).parts])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

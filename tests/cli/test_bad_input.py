@@ -97,6 +97,23 @@ SETTINGS = {
         "network={square: true, blocks: [{type: dense, units: 2}, {type: dense, units: 3}]}",
         ["block 1 (dense2)", "2 inputs cannot give the 3 units"],
     ),
+    "a border wider than the image": (
+        "network.blocks.0.padding=1000000000",
+        ["block 0 (conv1)", "input 8x8x1", "padding 1000000000 is wider than the image"],
+    ),
+    "a crop border that fits no memory": (
+        "data.crop_padding=4611686018427387904",
+        ["data.crop_padding: 4611686018427387904 around images of 8x8x1; at most 80"],
+    ),
+    "an epsilon that single precision rounds to nothing": (
+        "optimizer={name: adam, lr: 0.1, epsilon: 1.0e-50}",
+        ["optimizer.epsilon: 1e-50 is 0 in float32", "at least 1.2e-38"],
+    ),
+    "a name of 300 letters": (f"name={'n' * 300}", ["name must be usable as a folder's name", "at most 200 bytes"]),
+    "a weight that no memory holds": (
+        blocks("{type: dense, units: 4611686018427387904}, {type: dense, units: 3}"),
+        ["block 0 (dense1)", "a weight of 64x4611686018427387904 fits into no memory"],
+    ),
     "more memory than there is": (
         blocks("{type: dense, units: 99999999999}, {type: dense, units: 3}"),
         ["not enough memory"],
@@ -123,6 +140,7 @@ ARGUMENTS = {
     "an unknown dtype": (["toy.yml", "--dtype", "float16"], ["'float16' is not one of 'float32', 'float64'"]),
     "no CuPy": (["toy.yml", "--backend", "cupy"], ["backend cupy: ", "use --backend numpy"]),
     "an option without its value": (["toy.yml", "--set"], ["'--set' requires an argument"]),
+    "a folder of 300 letters": (["toy.yml", "--out", "o" * 300], ["File name too long"]),
     "a file for a folder": (["toy.yml", "--out", "toy.yml"], ["toy.yml: is a file; --out needs a folder"]),
     "a folder below a file": (["toy.yml", "--out", "toy.yml/x"], ["toy.yml/x: cannot be written: Not a directory"]),
     "no folder at all": (["toy.yml", "--out", ""], ["--out is empty; give a folder"]),

@@ -208,6 +208,12 @@ VARIANTS = {
     "variants that are a list": (variants("  - fa\n"), "bad.yml:5: variants must be a map from variant names"),
     "a variant with a space": (variants("  a b:\n"), "bad.yml:6: variants.a b is not a variant name: use letters"),
     "a variant that starts with a dot": (variants("  .a:\n"), "bad.yml:6: variants..a is not a variant name"),
+    "a variant named like a file": (
+        variants("  comparison.png:\n"),
+        "bad.yml:6: variants.comparison.png is not a variant",
+    ),
+    "a variant in a folder": (variants("  a/b:\n"), "bad.yml:6: variants.a/b is not a variant name: use letters"),
+    "a variant of 300 letters": (variants(f"  {'v' * 300}:\n"), "is too long: a variant name has at most 200 letters"),
     "a variant without a name": (variants("  '':\n"), "bad.yml:6: variants. is not a variant name"),
     "a variant that is a number": (variants("  a: 3\n"), "bad.yml:6: variants.a must be a map of overrides, got 3"),
     "a variant that renames": (variants("  a:\n    name: b\n"), "bad.yml:7: variants.a.name has no place in a variant"),

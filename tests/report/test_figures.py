@@ -48,6 +48,28 @@ def test_the_figures_of_a_run_are_pngs_of_readable_size_in_its_folder(make_resul
         assert 500 <= height <= 1500
 
 
+def test_a_run_without_angles_has_no_figure_of_their_course(make_result: Make) -> None:
+    """BP is not compared with itself; other rules need not be."""
+    for name, rule in (("results/bp", "bp"), ("results/fa", "fa")):
+        files = write_figures(make_result(name, rule, angles={}))
+        assert [file.name for file in files] == ["learning_curves.png", "angles_per_block.png"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_single_and_constant_numbers_are_seen(make_result: Make, epochs: int) -> None:
+    """A point without a marker draws nothing, and a line on the edge of the axes loses half its width."""
+    folder = make_result(epochs=epochs)
+    text = (folder / "metrics.csv").read_text().splitlines()
+    rows = [",".join([*line.split(",")[:3], *["100.0"] * 6]) for line in text[1:]]
+    (folder / "metrics.csv").write_text("\n".join([text[0], *rows]) + "\n")
+    for axes in learning_curves(read_result(folder)).axes:
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        for line in axes.lines:
+            assert line.get_marker() == "o"
+            assert low < 100.0 < high
+            assert left < min(line.get_xdata()) <= max(line.get_xdata()) < right
+
+
 def test_a_comparison_is_a_picture_and_two_tables(make_result: Make, tmp_path: Path) -> None:
     make_result("results/bp", "bp")
     results = read_results([make_result("results/fa").parent])

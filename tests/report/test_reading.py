@@ -144,6 +144,13 @@ def test_a_folder_of_variants_is_expanded_with_bp_first_and_numbers_in_order(mak
     assert labels == ["bp", "afa", "lr-2", "lr-10", "z"]
 
 
+def test_runs_are_found_at_any_depth_and_each_folder_has_bp_first(make_result: Make) -> None:
+    for name in ("b/fa", "b/bp", "a/deep/lr-10", "a/deep/lr-2", "z"):
+        make_result(f"results/{name}")
+    labels = [result.label for result in read_results([make_result("results/y").parent])]
+    assert labels == ["a/deep/lr-2", "a/deep/lr-10", "b/bp", "b/fa", "y", "z"]
+
+
 def test_labels_tell_runs_of_different_folders_apart(make_result: Make) -> None:
     first, second = make_result("a/fa"), make_result("b/fa")
     assert [result.label for result in read_results([first.parent, second])] == ["a/fa", "b/fa"]

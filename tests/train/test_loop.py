@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arraytp import experiment
+from arraytp.errors import NonFiniteError
 from arraytp.experiment import Comparison
 
 
@@ -102,3 +103,16 @@ def test_comparing_changes_nothing_that_is_trained(make_config, start, stop_afte
         weights.append(run.experiment.network.weights)
     for without, with_angles in zip(*weights, strict=True):
         np.testing.assert_array_equal(without, with_angles)
+
+
+def test_moments_that_are_not_finite_keep_the_last_good_checkpoint(make_config, start, stop_after):
+    """They spoil the weights one step later, when the checkpoint that could be gone back to would be overwritten."""
+    run = start(make_config())
+    run.train(stop_after())
+    checkpoint = run.folder / "checkpoint.h5"
+    before = checkpoint.read_bytes()
+    # Weight and bias of three blocks: the third parameter is the weight of the second.
+    run.experiment.optimizer_state.moments[2][0][0, 0] = np.inf
+    with pytest.raises(NonFiniteError, match=r"not finite after 6 steps: optimiser's moments of block 1 \(dense1\)"):
+        run.train(stop_after())
+    assert checkpoint.read_bytes() == before
