@@ -6,6 +6,7 @@ temporary file without a name, which is gone when the process ends, however it e
 
 import bz2
 import gzip
+import hashlib
 import io
 import itertools
 import lzma
@@ -16,7 +17,7 @@ import tempfile
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,12 +38,13 @@ _UNPACKERS: dict[bytes, Callable[[BinaryIO], io.BufferedIOBase]] = {
 class Files:
     """Files by name: `names` are relative to `root`, with `/`, in the order of their text.
 
-    `read` takes a row of `names` and returns the file's content; it raises OSError.
+    `read` takes a row of `names` and returns the file's content; it raises OSError. `state` changes when a file does.
     """
 
     root: Path
     names: list[str]
     read: Callable[[int], bytes]
+    state: str
 
     def find(self, name: str) -> int | None:
         """Return the row of a name, None if it is not there."""
@@ -67,7 +69,8 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     """
     if src.is_dir():
         names = sorted(_walk(src, "", MAX_DEPTH))
-        yield Files(src, names, lambda row: (src / names[row]).read_bytes())
+        state = fingerprint(f"{name} {file_state(src / name)}" for name in names)
+        yield Files(src, names, lambda row: (src / names[row]).read_bytes(), state)
         return
     try:
         file = src.open("rb")
@@ -83,6 +86,23 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
         with tempfile.TemporaryFile(dir=_existing(scratch)) as plain:
             _unpack(src, unpack(file), plain)
             yield _index(src, plain)
+
+
+def file_state(path: Path) -> str:
+    """Return size and time of the last change of a file, or that it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"{error.strerror}"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def fingerprint(parts: Iterable[str]) -> str:
+    """Return the SHA-256 of texts."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return found.hexdigest()
 
 
 def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
@@ -142,7 +162,7 @@ def _index(src: Path, file: IO[bytes]) -> Files:
     twice = next((name for name, after in itertools.pairwise(names) if name == after), None)
     if twice is not None:
         raise UserError(f"{src}: holds {twice!r} twice, expected each file once")
-    return Files(src, names, lambda row: os.pread(handle, sizes[row], starts[row]))
+    return Files(src, names, lambda row: os.pread(handle, sizes[row], starts[row]), fingerprint([file_state(src)]))
 
 
 def _member_name(src: Path, member: tarfile.TarInfo) -> str | None:

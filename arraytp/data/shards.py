@@ -89,18 +89,21 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
     # Shuffling bytes helps labels of eight bytes; pixels have one byte, so there is nothing to shuffle.
     image_layout = packed | {"chunks": (chunk, *images.shape[1:])} if compression else {}
     label_layout = packed | {"shuffle": True, "chunks": (len(labels),)} if compression else {}
-    temporary = path.with_name(path.name + ".tmp")
-    # The v110 layout carries checksums over HDF5's own structures.
-    with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+    # In memory first: HDF5 cannot be closed in order when the disk is full. The v110 layout carries checksums over
+    # HDF5's own structures.
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
         file.attrs["format"] = FORMAT
         file.attrs["version"] = VERSION
         file.attrs["range_rows"] = rows
         file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
         file.create_dataset("checksums", data=checksums)
         file.create_dataset("images", data=images, **image_layout)
-    size = temporary.stat().st_size
+        file.flush()
+        content = file.id.get_file_image()
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
     replace_durably(temporary, path)
-    return ShardEntry(file=path.name, count=len(images), bytes=size, checksum=_digest(checksums))
+    return ShardEntry(file=path.name, count=len(images), bytes=len(content), checksum=_digest(checksums))
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
@@ -233,6 +236,25 @@ def read_rows(shard: Shard, start: int, stop: int, out: Images) -> None:
             if not inside:
                 low, high = max(first, start), min(last, stop)
                 out[low - start : high - start] = rows[low - first : high - first]
+
+
+def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Iterator[str]:
+    """Read a whole shard and yield a line for each damaged range of rows, or one where it cannot be opened.
+
+    The parameters are those of `open_shard`.
+    """
+    try:
+        shard = open_shard(path, entry, shape, classes)
+    except UserError as error:
+        yield str(error)
+        return
+    out = np.empty((shard.range_rows, *shard.shape), np.uint8)
+    for first in range(0, shard.count, shard.range_rows):
+        last = min(first + shard.range_rows, shard.count)
+        try:
+            read_rows(shard, first, last, out[: last - first])
+        except UserError as error:
+            yield str(error)
 
 
 def _verify(shard: Shard, first: int, last: int, images: Images) -> None:
