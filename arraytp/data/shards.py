@@ -7,7 +7,6 @@
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
 from arraytp.data.manifest import ShardEntry
 from arraytp.errors import UserError
@@ -54,7 +54,7 @@ class Shard:
 
 def range_checksum(images: Images, labels: Labels) -> int:
     """CRC-32 of a range: image bytes (n, H, W, C), then labels (n,) as little-endian int64."""
-    return zlib.crc32(labels.astype("<i8").data, zlib.crc32(np.ascontiguousarray(images).data))
+    return isal_zlib.crc32(labels.astype("<i8").data, isal_zlib.crc32(np.ascontiguousarray(images).data))
 
 
 def rows_per_range(image_bytes: int) -> int:

@@ -84,6 +84,40 @@ def test_an_epoch_entered_later_goes_on_with_the_same_batches(tiny, batch_size, 
     assert equal(copies(loader.batches(2, start)), copies(loader.batches(2))[start:])
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 300),
+    ranks=st.integers(1, 5),
+    in_memory_bytes=st.sampled_from([IN_MEMORY, STREAMED]),
+    pool_images=st.sampled_from([1, 260]),
+    start=st.integers(0, 2),
+)
+def test_the_ranks_share_every_batch(tiny, batch_size, ranks, in_memory_bytes, pool_images, start):
+    def batches(share):
+        loader = Loader(
+            tiny,
+            "train",
+            batch_size,
+            seed=1,
+            shuffle=True,
+            flip=0.5,
+            crop_padding=2,
+            in_memory_bytes=in_memory_bytes,
+            pool_images=pool_images,
+            share=share,
+        )
+        assert loader.steps_per_epoch == -(-600 // batch_size)
+        return copies(loader.batches(2, start))
+
+    whole = batches((0, 1))
+    parts = [batches((rank, ranks)) for rank in range(ranks)]
+    joined = [tuple(map(np.concatenate, zip(*batch, strict=True))) for batch in zip(*parts, strict=True)]
+    assert equal(joined, whole)
+    for batch in zip(*parts, strict=True):
+        sizes = [len(labels) for _, labels in batch]
+        assert max(sizes) - min(sizes) <= 1
+
+
 @modes
 def test_the_order_does_not_depend_on_the_batch_size(tiny, row_numbers, in_memory_bytes):
     orders = []
