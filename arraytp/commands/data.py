@@ -91,7 +91,9 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     show_default=True,
     help="Leave out up to this many broken image files, and list them in skipped.csv.",
 )
-@click.option("--devkit", type=_FOLDER, help="imagenet: the devkit's folder, where val/ is flat.  [default: in SRC]")
+@click.option(
+    "--devkit", type=_FOLDER, help="imagenet: the devkit, where val/ is flat: folder or archive.  [default: in SRC]"
+)
 @click.pass_context
 def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
     r"""Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST.
@@ -99,7 +101,7 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     \b
     mnist, fashion-mnist, kmnist  SRC: folder with the four IDX files, gzipped or not
     cifar10, cifar100             SRC: tar archive or folder, python or binary version
-    imagenet                      SRC: folder or tar archive with train/WNID/ and val/ or val/WNID/
+    imagenet                      SRC: folder with the official archives; folder or tar archive with train/WNID/ and val/
     imagenet32                    SRC: folder with train_data_batch_1 to _10 and val_data
     folder                        SRC: folder or tar archive of images SPLIT/CLASS/*.jpg, jpeg, png, webp
     """
