@@ -101,7 +101,7 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     \b
     mnist, fashion-mnist, kmnist  SRC: folder with the four IDX files, gzipped or not
     cifar10, cifar100             SRC: tar archive or folder, python or binary version
-    imagenet                      SRC: folder with the official archives; folder or tar archive with train/WNID/ and val/
+    imagenet                      SRC: folder of official archives, or folder or tar archive with train/WNID/ and val/
     imagenet32                    SRC: folder with train_data_batch_1 to _10 and val_data
     folder                        SRC: folder or tar archive of images SPLIT/CLASS/*.jpg, jpeg, png, webp
     """
