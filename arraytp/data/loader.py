@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from arraytp.backend import Array
+from arraytp.backend import NUMPY, Array, Backend, Upload, copy_stream
 from arraytp.data import augment, prepare
 from arraytp.data.background import BUFFERS, worked_ahead
 from arraytp.data.dataset import Dataset
@@ -41,6 +41,13 @@ class _HostBuffer:
     rows: _Rows
     out: npt.NDArray[Any]
     augmenter: prepare.Augmenter
+
+
+class _DeviceBuffer(NamedTuple):
+    """The ways of a batch's images and labels to the device."""
+
+    images: Upload
+    labels: Upload
 
 
 Take = Callable[[_Span, _Rows], None]
@@ -76,9 +83,8 @@ class Loader:
     share : (rank, ranks)
         Yield the part of each batch that belongs to one of several readers: they are disjoint, differ by at most one
         image, and together, in the order of the ranks, are the batch.
-    to_device : callable, optional
-        Copies an array of the host to a device, where images are then augmented and normalised. By default all is
-        done on the host.
+    backend : Backend
+        On a device, images cross the bus as uint8 and are augmented and normalised there.
 
     Raises
     ------
@@ -102,7 +108,7 @@ class Loader:
         in_memory_bytes: int = 2**32,
         pool_images: int = 16384,
         share: tuple[int, int] = (0, 1),
-        to_device: Callable[[npt.NDArray[Any]], Array] | None = None,
+        backend: Backend = NUMPY,
     ) -> None:
         self.dataset, self.split, self.batch_size = dataset, split, batch_size
         self.dtype = np.dtype(dtype)
@@ -110,7 +116,7 @@ class Loader:
         self._seed, self._shuffle = seed, shuffle
         self._flip, self._padding, self._augments = flip, crop_padding, bool(flip or crop_padding)
         self._scale, self._shift = _checked_normalisation(dataset, mean, std)
-        self._pool_images, self._share, self._to_device = pool_images, share, to_device
+        self._pool_images, self._share, self._backend = pool_images, share, backend
         self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._chunks = dataset.chunks(split)
         self._memory = None if self.streamed else dataset.load(split)
@@ -148,9 +154,8 @@ class Loader:
         spans = [self._part(first, min(first + self.batch_size, self.count)) for first in starts]
         take = self._taker(epoch, start * self.batch_size)
         draws = augment.draw(self._seed, epoch, self.count, self._flip, self._padding) if self._augments else None
-        if self._to_device is not None:
-            return self._device_batches(spans, take, draws, self._to_device)
-        return self._host_batches(spans, take, draws)
+        batches = self._host_batches if self._backend.on_host else self._device_batches
+        return batches(spans, take, draws)
 
     def _host_batches(self, spans: list[_Span], take: Take, draws: augment.Draws | None) -> Batches:
         shape = self.dataset.shape
@@ -173,26 +178,35 @@ class Loader:
         ]
         return worked_ahead(spans, lambda span, buffer: take(span, buffer.rows), work, buffers, self._threads)
 
-    def _device_batches(
-        self,
-        spans: list[_Span],
-        take: Take,
-        draws: augment.Draws | None,
-        to_device: Callable[[npt.NDArray[Any]], Array],
-    ) -> Batches:
+    def _device_batches(self, spans: list[_Span], take: Take, draws: augment.Draws | None) -> Batches:
+        to_device, stream = self._backend.asarray, copy_stream(self._backend)
         scale, shift = (to_device(values.astype(self.dtype)) for values in (self._scale, self._shift))
 
-        def work(span: _Span, buffer: _Rows) -> tuple[_Span, _Rows]:
-            return span, buffer.first(span[1] - span[0])
+        def fill(span: _Span, buffer: _DeviceBuffer) -> None:
+            for upload in buffer:
+                upload.await_room()
+            take(span, _Rows(*(upload.host for upload in buffer)))
 
-        with closing(worked_ahead(spans, take, work, self._rows(), self._threads)) as prepared:
-            for (first, last), rows in prepared:
-                images = to_device(rows.images)
+        def work(span: _Span, buffer: _DeviceBuffer) -> tuple[_Span, _DeviceBuffer]:
+            for upload in buffer:
+                upload.send(span[1] - span[0])
+            return span, buffer
+
+        buffers = [
+            _DeviceBuffer(*(Upload(self._backend, stream, part.shape, part.dtype) for part in rows))
+            for rows in self._rows()
+        ]
+        with closing(worked_ahead(spans, fill, work, buffers, self._threads)) as prepared:
+            for (first, last), buffer in prepared:
+                images, labels = (upload.received(last - first) for upload in buffer)
                 if draws is not None:
                     flips, top, left = map(to_device, draws.part(first, last))
                     images = augment.flip_images(images, flips)
                     images = augment.crop_images(images, top, left, self._padding) if self._padding else images
-                yield augment.normalise(images, scale, shift), to_device(rows.labels)
+                batch = augment.normalise(images, scale, shift), labels.copy()
+                for upload in buffer:
+                    upload.release()
+                yield batch
 
     def _rows(self) -> list[_Rows]:
         size = -(-min(self.batch_size, self.count) // self._share[1])
