@@ -6,11 +6,13 @@
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -89,21 +91,62 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
     # Shuffling bytes helps labels of eight bytes; pixels have one byte, so there is nothing to shuffle.
     image_layout = packed | {"chunks": (chunk, *images.shape[1:])} if compression else {}
     label_layout = packed | {"shuffle": True, "chunks": (len(labels),)} if compression else {}
-    # In memory first: HDF5 cannot be closed in order when the disk is full. The v110 layout carries checksums over
-    # HDF5's own structures.
-    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSION
-        file.attrs["range_rows"] = rows
-        file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
-        file.create_dataset("checksums", data=checksums)
-        file.create_dataset("images", data=images, **image_layout)
-        file.flush()
-        content = file.id.get_file_image()
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    with temporary.open("w+b") as raw:
+        sink = _Sink(raw)
+        # The v110 layout carries checksums over HDF5's own structures.
+        with h5py.File(sink, "w", libver=("v110", "v110")) as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["version"] = VERSION
+            file.attrs["range_rows"] = rows
+            file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
+            file.create_dataset("checksums", data=checksums)
+            file.create_dataset("images", data=images, **image_layout)
+        if sink.error is not None:
+            raise sink.error
+    size = temporary.stat().st_size
     replace_durably(temporary, path)
-    return ShardEntry(file=path.name, count=len(images), bytes=len(content), checksum=_digest(checksums))
+    return ShardEntry(file=path.name, count=len(images), bytes=size, checksum=_digest(checksums))
+
+
+class _Sink(io.RawIOBase):
+    """A file to which HDF5 can always write: the first error is kept for us, and all after it is let go.
+
+    HDF5 itself cannot close a file in order once the disk is full, and may end the process.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all of the content, or keep the error."""
+        if self.error is None:
+            try:
+                return self._file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Leave it to the file's end: HDF5 flushes often."""
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the file's length."""
+        return self._file.truncate(size)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what was written."""
+        return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._file.tell()
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
