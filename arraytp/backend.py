@@ -87,6 +87,58 @@ class Backend:
         return {"numpy": np.__version__} | ({} if self.on_host else {self.name: self.xp.__version__})
 
 
+class Upload:
+    """A round-trip place for arrays that go from the host to a device while it computes.
+
+    The host writes `host` after `await_room`, `send` copies it on a stream of its own, `received` gives the device's
+    copy to the current stream until `release`. None of these makes the host wait for the device's computations.
+
+    Parameters
+    ----------
+    backend : Backend
+        Of a device.
+    stream : stream
+        Made by `copy_stream`.
+    shape : tuple of int
+    dtype : dtype
+    """
+
+    def __init__(self, backend: Backend, stream: Any, shape: tuple[int, ...], dtype: Any) -> None:
+        pinned = importlib.import_module(backend.xp.__name__ + "x").empty_pinned
+        # Copies from pinned memory alone overlap with computation.
+        self.host: np.ndarray = pinned(shape, dtype)
+        self._xp, self._stream = backend.xp, stream
+        self._device = self._xp.empty(shape, dtype)
+        self._copied: Any = None
+        # Before the first copy, whatever used the device's memory last must be done.
+        self._free = self._xp.cuda.get_current_stream().record()
+
+    def await_room(self) -> None:
+        """Wait until the last copy has read `host`, so that it can be written to."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def send(self, count: int) -> None:
+        """Begin to copy the first rows of `host`, when the device has done with those before."""
+        self._stream.wait_event(self._free)
+        self._device[:count].set(self.host[:count], stream=self._stream)
+        self._copied = self._stream.record()
+
+    def received(self, count: int) -> Array:
+        """Return the first rows on the device; what the current stream does with them waits for the copy."""
+        self._xp.cuda.get_current_stream().wait_event(self._copied)
+        return self._device[:count]
+
+    def release(self) -> None:
+        """Let the next copy come once all has run that the current stream was asked for so far."""
+        self._free = self._xp.cuda.get_current_stream().record()
+
+
+def copy_stream(backend: Backend) -> Any:
+    """Return a stream of a device on which copies run beside computation."""
+    return backend.xp.cuda.Stream(non_blocking=True)
+
+
 NUMPY = Backend("numpy", np)
 
 

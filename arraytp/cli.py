@@ -16,7 +16,7 @@ COMMANDS = {
     "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
     "bench": ("arraytp.commands.bench", "Time the steps of a config, part by part."),
     "report": ("arraytp.commands.report", "Compare result folders in tables and figures."),
-    "data": ("arraytp.commands.data", "Pack, check and describe data sets."),
+    "data": ("arraytp.commands.data", "Fetch, pack, check and describe data sets."),
 }
 _USER_STATUS = 2
 _FAILURE_STATUS = 1

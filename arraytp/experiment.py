@@ -442,7 +442,7 @@ def _loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loade
         dtype=config.dtype,
         in_memory_bytes=data.in_memory_mb * 2**20,
         pool_images=data.pool_images,
-        to_device=None if planned.backend.on_host else planned.backend.asarray,
+        backend=planned.backend,
     )
 
 

@@ -143,4 +143,5 @@ def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     description = Description(options.name or source, SHAPE, layout.classes, made)
     with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:
         for split, (images, labels, order) in splits.items():
-            writer.add(split, images[order], labels[order])
+            rest = order[writer.taken(split) :]
+            writer.add(split, images[rest], labels[rest])

@@ -6,6 +6,7 @@ temporary file without a name, which is gone when the process ends, however it e
 
 import bz2
 import gzip
+import hashlib
 import io
 import itertools
 import lzma
@@ -16,8 +17,8 @@ import tempfile
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
@@ -33,16 +34,20 @@ _UNPACKERS: dict[bytes, Callable[[BinaryIO], io.BufferedIOBase]] = {
 }
 
 
+_Member = tuple[str, int, int]
+
+
 @dataclass(frozen=True)
 class Files:
     """Files by name: `names` are relative to `root`, with `/`, in the order of their text.
 
-    `read` takes a row of `names` and returns the file's content; it raises OSError.
+    `read` takes a row of `names` and returns the file's content; it raises OSError. `state` changes when a file does.
     """
 
     root: Path
     names: list[str]
     read: Callable[[int], bytes]
+    state: str
 
     def find(self, name: str) -> int | None:
         """Return the row of a name, None if it is not there."""
@@ -67,7 +72,8 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     """
     if src.is_dir():
         names = sorted(_walk(src, "", MAX_DEPTH))
-        yield Files(src, names, lambda row: (src / names[row]).read_bytes())
+        state = fingerprint(f"{name} {file_state(src / name)}" for name in names)
+        yield Files(src, names, lambda row: (src / names[row]).read_bytes(), state)
         return
     try:
         file = src.open("rb")
@@ -78,11 +84,34 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     with file:
         unpack = next((unpack for magic, unpack in _UNPACKERS.items() if file.peek(8).startswith(magic)), None)
         if unpack is None:
-            yield _index(src, file)
+            yield _only(src, file)
             return
         with tempfile.TemporaryFile(dir=_existing(scratch)) as plain:
             _unpack(src, unpack(file), plain)
-            yield _index(src, plain)
+            yield _only(src, plain)
+
+
+def file_state(path: Path) -> str:
+    """Return size and time of the last change of a file, or that it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"{error.strerror}"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def fingerprint(parts: Iterable[str]) -> str:
+    """Return the SHA-256 of texts."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return found.hexdigest()
+
+
+def _only(src: Path, file: IO[bytes]) -> Files:
+    index = _Index()
+    index.extend(file, _members(str(src), file))
+    return index.files(src, fingerprint([file_state(src)]))
 
 
 def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
@@ -115,43 +144,96 @@ def _unpack(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
         raise UserError(f"{src}: cannot be unpacked: {error.strerror or error}") from error
 
 
-def _index(src: Path, file: IO[bytes]) -> Files:
-    """Find where each file lies in a plain tar archive, in about 100 bytes of memory for each."""
-    names: list[str] = []
-    starts, sizes = array("q"), array("q")
+@contextmanager
+def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
+    """Open plain tar archives as folders of one tree, without unpacking them.
+
+    A member `NAME.tar` of one of them counts as the folder `NAME` of what is in it.
+
+    Parameters
+    ----------
+    root : Path
+        For messages.
+    archives : mapping
+        The folder's name to the archive.
+
+    Raises
+    ------
+    UserError
+        As `open_files`.
+    """
+    index = _Index()
+    with ExitStack() as opened:
+        for folder, path in archives.items():
+            try:
+                file = opened.enter_context(path.open("rb"))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            for name, start, size in list(_members(str(path), file)):
+                if name.endswith(".tar"):
+                    inner = _members(f"{path}: {name}", file, start, start + size)
+                    index.extend(file, inner, f"{folder}/{name.removesuffix('.tar')}/")
+                else:
+                    index.extend(file, [(name, start, size)], f"{folder}/")
+        yield index.files(root, fingerprint(f"{path} {file_state(path)}" for path in archives.values()))
+
+
+class _Index:
+    """Where each file lies in plain tar archives, in about 100 bytes of memory for each."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._handles, self._starts, self._sizes = array("i"), array("q"), array("q")
+
+    def extend(self, file: IO[bytes], members: Iterable[_Member], prefix: str = "") -> None:
+        for name, start, size in members:
+            self._names.append(prefix + name)
+            self._handles.append(file.fileno())
+            self._starts.append(start)
+            self._sizes.append(size)
+
+    def files(self, root: Path, state: str) -> Files:
+        order = sorted(range(len(self._names)), key=self._names.__getitem__)
+        names = [self._names[i] for i in order]
+        twice = next((name for name, after in itertools.pairwise(names) if name == after), None)
+        if twice is not None:
+            raise UserError(f"{root}: holds {twice!r} twice, expected each file once")
+        handles, starts, sizes = (
+            array(part.typecode, (part[i] for i in order)) for part in (self._handles, self._starts, self._sizes)
+        )
+        return Files(root, names, lambda row: os.pread(handles[row], sizes[row], starts[row]), state)
+
+
+def _members(where: str, file: IO[bytes], start: int = 0, stop: int | None = None) -> Iterator[_Member]:
+    """Yield the files of a plain tar archive that lies in a file from byte `start` to `stop`."""
+    handle = file.fileno()
+    stop = os.fstat(handle).st_size if stop is None else stop
+    file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 # tarfile would keep a kilobyte for every member.
                 tar.members.clear()  # type: ignore[attr-defined]
-                name = _member_name(src, member)
+                name = _member_name(where, member)
                 if name is not None:
-                    names.append(name)
-                    starts.append(member.offset_data)
-                    sizes.append(member.size)
+                    yield name, member.offset_data, member.size
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise UserError(f"{src}: not a tar archive, or damaged ({error}); fetch it again") from error
-    handle = file.fileno()
+        raise UserError(f"{where}: not a tar archive, or damaged ({error}); fetch it again") from error
     # tarfile takes whatever it cannot read, or nothing at all, for the end.
-    if os.pread(handle, _BLOCK, end) != bytes(_BLOCK):
-        raise UserError(f"{src}: truncated or damaged archive at byte {end}; fetch it again")
-    order = sorted(range(len(names)), key=names.__getitem__)
-    names = [names[i] for i in order]
-    starts, sizes = array("q", (starts[i] for i in order)), array("q", (sizes[i] for i in order))
-    twice = next((name for name, after in itertools.pairwise(names) if name == after), None)
-    if twice is not None:
-        raise UserError(f"{src}: holds {twice!r} twice, expected each file once")
-    return Files(src, names, lambda row: os.pread(handle, sizes[row], starts[row]))
+    if end + _BLOCK > stop or os.pread(handle, _BLOCK, end) != bytes(_BLOCK):
+        raise UserError(f"{where}: truncated or damaged archive at byte {end - start}; fetch it again")
 
 
-def _member_name(src: Path, member: tarfile.TarInfo) -> str | None:
+def _member_name(where: str, member: tarfile.TarInfo) -> str | None:
     """Return the name of a plain file, None for a folder; refuse everything else."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{src}: refused: member {member.name!r} leads out of the archive")
+        raise UserError(f"{where}: refused: member {member.name!r} leads out of the archive")
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
-        raise UserError(f"{src}: refused: member {member.name!r} is a link, device or sparse file, expected files only")
+        raise UserError(
+            f"{where}: refused: member {member.name!r} is a link, device or sparse file, expected files only"
+        )
     return str(path)

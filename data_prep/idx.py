@@ -161,4 +161,5 @@ def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     description = Description(options.name or source, SHAPE, classes, made)
     with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:
         for split, (images, labels, rows) in splits.items():
-            writer.add(split, images[rows], labels[rows])
+            rest = rows[writer.taken(split) :]
+            writer.add(split, images[rest], labels[rest])

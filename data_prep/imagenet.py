@@ -1,15 +1,22 @@
-"""Pack ImageNet (ILSVRC 2012): train/<wnid>/ and val/, by class or flat with the devkit's ground truth."""
+"""Pack ImageNet (ILSVRC 2012): train/<wnid>/ and val/, by class or flat with the devkit's ground truth.
 
+Or the official archives as they are: `ILSVRC2012_img_train.tar`, which holds a tar archive for each wnid,
+`ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz`. None of them is unpacked but the devkit.
+"""
+
+import io
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import scipy.io
 
 from arraytp.errors import UserError
-from data_prep.files import Files, open_files
+from data_prep.files import Files, open_archives, open_files
 from data_prep.folder import image_rows, plan_tree
 from data_prep.images import Plan, pack_images
 from data_prep.options import PackOptions
@@ -17,16 +24,25 @@ from data_prep.options import PackOptions
 SIZE = (224, 224)
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 CLASS_MAPS = ("meta.mat", "map_clsloc.txt")
+DEVKIT = "ILSVRC2012_devkit_t12"
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 _FLAT = re.compile(r"val/ILSVRC2012_val_([0-9]{8})\.JPEG")
 _WNID = re.compile(r"n[0-9]{8}")
 
 
-def read_class_map(path: Path) -> dict[int, str]:
+class Document(NamedTuple):
+    """A file of the devkit: its name for messages, and what is in it."""
+
+    where: str
+    content: bytes
+
+
+def read_class_map(document: Document) -> dict[int, str]:
     """Read which synset each number of the ground truth stands for: 1 to 1000 → wnid.
 
     Parameters
     ----------
-    path : Path
+    document : Document
         The devkit's `meta.mat`, or a text file whose lines hold a wnid and a number in any order, such as the later
         devkits' `map_clsloc.txt`.
 
@@ -35,40 +51,43 @@ def read_class_map(path: Path) -> dict[int, str]:
     UserError
         The file cannot be read, or is not such a map.
     """
+    where = document.where
     try:
-        pairs = list(_mat_pairs(path) if path.suffix == ".mat" else _text_pairs(path))
+        pairs = list(_mat_pairs(document) if where.endswith(".mat") else _text_pairs(document))
     except UserError:
         raise
     # What a damaged MATLAB file raises is not documented.
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as a class map: {text}") from error
+        raise UserError(f"{where}: cannot be read as a class map: {text}") from error
     classes = dict(pairs)
     wrong = next((wnid for wnid in classes.values() if not _WNID.fullmatch(wnid)), None)
     if wrong is not None or len(classes) != len(pairs) or len(set(classes.values())) != len(pairs) or not pairs:
-        raise UserError(f"{path}: not a class map: expected one wnid, like n01440764, for each number, found {wrong!r}")
+        raise UserError(
+            f"{where}: not a class map: expected one wnid, like n01440764, for each number, found {wrong!r}"
+        )
     return classes
 
 
-def _mat_pairs(path: Path) -> Iterator[tuple[int, str]]:
-    synsets = np.atleast_1d(scipy.io.loadmat(path, squeeze_me=True)["synsets"])
+def _mat_pairs(document: Document) -> Iterator[tuple[int, str]]:
+    synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(document.content), squeeze_me=True)["synsets"])
     for synset in synsets:
         # The numbers above belong to inner nodes of the hierarchy.
         if int(synset["num_children"]) == 0:
             yield int(synset["ILSVRC2012_ID"]), str(synset["WNID"])
 
 
-def _text_pairs(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def _text_pairs(document: Document) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(document.content.decode("utf-8").splitlines(), 1):
         words = line.split()
         wnids = [word for word in words if _WNID.fullmatch(word)]
         numbers = [int(word) for word in words if word.isdecimal()]
         if len(wnids) != 1 or len(numbers) != 1:
-            raise UserError(f"{path}: line {number} is {line[:60]!r}, expected one wnid and one number")
+            raise UserError(f"{document.where}: line {number} is {line[:60]!r}, expected one wnid and one number")
         yield numbers[0], wnids[0]
 
 
-def read_truth(path: Path, classes: Mapping[int, str]) -> list[str]:
+def read_truth(document: Document, classes: Mapping[int, str]) -> list[str]:
     """Read the ground truth: the wnid of every validation image in the order of their numbers.
 
     Raises
@@ -77,35 +96,72 @@ def read_truth(path: Path, classes: Mapping[int, str]) -> list[str]:
         The file cannot be read, or a line is not a number of the class map.
     """
     try:
-        lines = path.read_text(encoding="ascii").split()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        lines = document.content.decode("ascii").split()
+    except ValueError as error:
+        raise UserError(f"{document.where}: cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.isdecimal() or int(line) not in classes:
-            raise UserError(f"{path}: line {number} is {line[:40]!r}, which the class map does not have")
+            raise UserError(f"{document.where}: line {number} is {line[:40]!r}, which the class map does not have")
     return [classes[int(line)] for line in lines]
 
 
-def find_devkit(src: Path, devkit: Path | None) -> tuple[Path, Path]:
-    """Return the ground truth and the class map, from `devkit` or from the official folders in `src`.
+def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document, Document]:
+    """Return the ground truth and the class map, from `devkit` or from the official places in `src`.
 
     Raises
     ------
     UserError
-        One of them is missing.
+        One of them is missing or cannot be read.
     """
-    roots = [devkit] if devkit else [src, src / "ILSVRC2012_devkit_t12", src / "devkit"]
-    folders = [folder for root in roots for folder in (root, root / "data")]
-    truth = next((folder / TRUTH for folder in folders if (folder / TRUTH).is_file()), None)
-    maps = (folder / name for folder in folders for name in CLASS_MAPS)
-    classes = next((path for path in maps if path.is_file()), None)
-    if truth is None or classes is None:
+    roots = [devkit] if devkit else [src, src / DEVKIT, src / "devkit", src / f"{DEVKIT}.tar.gz"]
+    found: dict[str, Document] = {}
+    for root in roots:
+        found = _documents(root, scratch) | found
+    truth = found.get(TRUTH)
+    class_map = next((found[name] for name in CLASS_MAPS if name in found), None)
+    if truth is None or class_map is None:
         missing = TRUTH if truth is None else " or ".join(CLASS_MAPS)
-        raise UserError(f"{devkit or src}: val/ is flat, and there is no {missing}; give --devkit FOLDER")
-    return truth, classes
+        raise UserError(f"{devkit or src}: val/ is flat, and there is no {missing}; give --devkit")
+    return truth, class_map
 
 
-def plan_imagenet(files: Files, src: Path, devkit: Path | None) -> Plan:
+def _documents(root: Path, scratch: Path) -> dict[str, Document]:
+    """Read the devkit's files that a folder, its `data/` or an archive has, by their names."""
+    wanted = (TRUTH, *CLASS_MAPS)
+    if root.is_file():
+        with open_files(root, scratch) as files:
+            rows = {PurePosixPath(name).name: row for row, name in enumerate(files.names)}
+            return {
+                name: Document(f"{root}: {files.names[rows[name]]}", files.read(rows[name]))
+                for name in wanted
+                if name in rows
+            }
+    paths = {name: folder / name for folder in (root / "data", root) for name in wanted if (folder / name).is_file()}
+    try:
+        return {name: Document(str(path), path.read_bytes()) for name, path in paths.items()}
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def open_tree(src: Path, scratch: Path) -> Iterator[Files]:
+    """Open train/ and val/: a folder or an archive of both, or a folder with the official archives.
+
+    Raises
+    ------
+    UserError
+        As `open_files`.
+    """
+    archives = {split: src / name for split, name in ARCHIVES.items() if (src / name).is_file()}
+    if (src / "train").exists() or "train" not in archives:
+        with open_files(src, scratch) as files:
+            yield files
+    else:
+        with open_archives(src, archives) as files:
+            yield files
+
+
+def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -> Plan:
     """Plan train/<wnid>/ and val/<wnid>/ or flat val/; labels are the wnids in alphabetical order.
 
     Raises
@@ -126,13 +182,13 @@ def plan_imagenet(files: Files, src: Path, devkit: Path | None) -> Plan:
         return plan
     if "val" in plan.splits:
         raise UserError(f"{files.root}: val/ holds images both flat and in class folders")
-    truth_path, map_path = find_devkit(src, devkit)
-    truth = read_truth(truth_path, read_class_map(map_path))
+    document, class_map = find_devkit(src, devkit, scratch)
+    truth = read_truth(document, read_class_map(class_map))
     labels = {wnid: label for label, wnid in enumerate(plan.classes)}
     rows = sorted(flat, key=flat.__getitem__)
     for row in rows:
         if not 1 <= flat[row] <= len(truth):
-            raise UserError(f"{truth_path}: has {len(truth)} lines, none for {files.names[row]!r}")
+            raise UserError(f"{document.where}: has {len(truth)} lines, none for {files.names[row]!r}")
         if truth[flat[row] - 1] not in labels:
             raise UserError(f"{files.root}: {files.names[row]!r} is {truth[flat[row] - 1]}, which has no train image")
     val = np.array(rows, np.int64), np.array([labels[truth[flat[row] - 1]] for row in rows], np.int64)
@@ -145,9 +201,9 @@ def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None)
     Raises
     ------
     UserError
-        See `plan_imagenet`, `open_files` and `pack_images`.
+        See `plan_imagenet`, `open_tree` and `pack_images`.
     """
     given = replace(options, name=options.name or "imagenet", size=options.size or SIZE)
-    with open_files(src, dst) as files:
-        plan = plan_imagenet(files, src, devkit)
+    with open_tree(src, dst) as files:
+        plan = plan_imagenet(files, src, devkit, dst)
         return pack_images(plan, dst, given, {"packer": "imagenet", "files": src.name})

@@ -12,6 +12,7 @@ from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
 from data_prep.batches import read_batch
+from data_prep.files import file_state, fingerprint
 from data_prep.options import PackOptions, check_limits, chosen_rows
 
 SHAPE = (32, 32, 3)
@@ -78,10 +79,12 @@ def pack(src: Path, dst: Path, options: PackOptions) -> None:
     found = _find(src)
     made = {"packer": "imagenet32", "limits": dict(options.limits), "seed": options.seed}
     classes = [str(number) for number in range(1, CLASSES + 1)]
-    description = Description(options.name or "imagenet32", SHAPE, classes, made)
+    state = fingerprint(file_state(path) for paths in found.values() for path in paths)
+    description = Description(options.name or "imagenet32", SHAPE, classes, made, state)
     with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:
         for split, paths in found.items():
             with tempfile.TemporaryFile(dir=dst) as file:
                 labels = _spool(paths, file)
-                for images, rows in _in_order(file, chosen_rows(split, labels, options)):
+                order = chosen_rows(split, labels, options)
+                for images, rows in _in_order(file, order[writer.taken(split) :]):
                     writer.add(split, images, labels[rows])

@@ -17,7 +17,7 @@ from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import DatasetWriter, Description, writing
 from arraytp.errors import UserError
 from data_prep.decode import BrokenImageError, decode, fit
-from data_prep.files import Files
+from data_prep.files import Files, fingerprint
 from data_prep.options import PackOptions, check_limits, chosen_rows
 
 BLOCK_BYTES = 2**23
@@ -116,12 +116,21 @@ def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, A
             "resize": options.resize if options.size else None,
             "pillow": PIL.__version__,
         }
-        description = Description(options.name or "images", (*size, 3), plan.classes, made)
+        description = Description(
+            options.name or "images", (*size, 3), plan.classes, made, _state(plan, chosen, options)
+        )
         with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:
             for split, (rows, labels) in chosen.items():
-                for block in _blocks(decoder, rows, labels, workers or len(os.sched_getaffinity(0))):
+                rest = slice(writer.taken(split), None)
+                for block in _blocks(decoder, rows[rest], labels[rest], workers or len(os.sched_getaffinity(0))):
                     _add(writer, plan.files, split, block, options.max_skipped)
             return len(writer.skipped)
+
+
+def _state(plan: Plan, chosen: Mapping[str, tuple[Rows, Labels]], options: PackOptions) -> str:
+    """Tell apart what the packing would take: files, their order and labels, and when it would give up."""
+    orders = (f"{split} {rows.tobytes().hex()} {labels.tobytes().hex()}" for split, (rows, labels) in chosen.items())
+    return fingerprint([plan.files.state, str(options.max_skipped), *orders])
 
 
 def _first_size(plan: Plan) -> tuple[int, int]:
@@ -159,18 +168,17 @@ def _blocks(decoder: _Decoder, rows: Rows, labels: Labels, workers: int) -> Iter
 
 def _add(writer: DatasetWriter, files: Files, split: str, block: _Block, max_skipped: int) -> None:
     """Wait for a block and write it, without its broken files."""
-    good = np.ones(len(block.rows), np.bool_)
+    start = 0
     for number, task in enumerate(block.tasks):
         for position, reason in task.result():
-            good[number * _TASK_IMAGES + position] = False
-            name = files.names[block.rows[number * _TASK_IMAGES + position]]
-            writer.skip(name, reason)
+            broken = number * _TASK_IMAGES + position
+            writer.add(split, block.images[start:broken], block.labels[start:broken])
+            start = broken + 1
+            name = files.names[block.rows[broken]]
+            writer.skip(split, name, reason)
             if len(writer.skipped) > max_skipped:
                 raise UserError(
                     f"{files.root}: broken file {name!r}: {reason}; that makes {len(writer.skipped)}, more than "
                     f"--max-skipped {max_skipped}"
                 )
-    if good.all():
-        writer.add(split, block.images, block.labels)
-    else:
-        writer.add(split, block.images[good], block.labels[good])
+    writer.add(split, block.images[start:], block.labels[start:])

@@ -2,15 +2,20 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
 from arraytp.data.writer import SKIPPED_NAME
 from arraytp.errors import UserError
 from data_prep import cifar, folder, idx, imagenet, imagenet32
+from data_prep.fetch import SOURCES
+from data_prep.fetch import fetch as fetch_files
 from data_prep.options import PackOptions, Resize
 
 _FOLDER = click.Path(path_type=Path)
@@ -25,7 +30,7 @@ _SOURCES = (*idx.CLASSES, *cifar.LAYOUTS, "imagenet", "imagenet32", "folder")
 
 @click.group()
 def command() -> None:
-    """Pack official data files into shards, verify and describe data sets."""
+    """Fetch official data files, pack them into shards, verify and describe data sets."""
 
 
 def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
@@ -86,7 +91,9 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     show_default=True,
     help="Leave out up to this many broken image files, and list them in skipped.csv.",
 )
-@click.option("--devkit", type=_FOLDER, help="imagenet: the devkit's folder, where val/ is flat.  [default: in SRC]")
+@click.option(
+    "--devkit", type=_FOLDER, help="imagenet: the devkit, where val/ is flat: folder or archive.  [default: in SRC]"
+)
 @click.pass_context
 def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
     r"""Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST.
@@ -94,7 +101,7 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     \b
     mnist, fashion-mnist, kmnist  SRC: folder with the four IDX files, gzipped or not
     cifar10, cifar100             SRC: tar archive or folder, python or binary version
-    imagenet                      SRC: folder or tar archive with train/WNID/ and val/ or val/WNID/
+    imagenet                      SRC: folder of official archives, or folder or tar archive with train/WNID/ and val/
     imagenet32                    SRC: folder with train_data_batch_1 to _10 and val_data
     folder                        SRC: folder or tar archive of images SPLIT/CLASS/*.jpg, jpeg, png, webp
     """
@@ -127,6 +134,27 @@ def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackO
     else:
         idx.pack(source, src, dst, options)
     return 0
+
+
+@command.command()
+@click.argument("name", type=click.Choice(list(SOURCES)))
+@click.argument("dst", type=_FOLDER)
+def fetch(name: str, dst: Path) -> None:
+    """Fetch the official files of the data set NAME into the folder DST; what is there is not fetched again."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as display:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = display.add_task(file, total=None)
+            display.update(tasks[file], completed=done, total=total)
+
+        fetch_files(SOURCES[name], dst, progress)
+    for file in SOURCES[name].files:
+        click.echo(f"{file:8} {(dst / file).stat().st_size:,} bytes")
+    archive = dst / next(iter(SOURCES[name].files)) if len(SOURCES[name].files) == 1 else dst
+    click.echo(f"arraytp data pack {name} {archive} DST")
 
 
 @command.command(epilog=_DATASET_HELP)

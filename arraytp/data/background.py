@@ -1,10 +1,12 @@
-"""One thread that works ahead, into a few buffers that go round."""
+"""Threads that work ahead, into a few buffers that go round."""
 
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import TypeVar
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
 Buffer = TypeVar("Buffer")
@@ -15,59 +17,90 @@ _HELD = 2
 
 
 def worked_ahead(
-    jobs: Iterable[Job], work: Callable[[Job, Buffer], Result], buffers: Sequence[Buffer]
+    jobs: Iterable[Job],
+    fill: Callable[[Job, Buffer], None],
+    work: Callable[[Job, Buffer], Result],
+    buffers: Sequence[Buffer],
+    threads: int,
 ) -> Generator[Result, None, None]:
-    """Yield work(job, buffer) for each job in order, computed by a thread that is up to two results ahead.
+    """Yield work(job, buffer) for each job in order, computed by threads that are up to two results ahead.
 
-    A result is valid until the next but one is requested; then its buffer is used again. The thread ends when
-    the iterator is exhausted or closed, and an exception in it is raised here in place of the result.
+    A result is valid until the next but one is requested; then its buffer is used again. The threads end when
+    the iterator is exhausted or closed, and an exception in one is raised here in place of the result.
 
     Parameters
     ----------
     jobs : iterable
+    fill : callable
+        Called before `work` for the same job, for one job at a time and in their order.
     work : callable
+        Called for several jobs at a time, as there are threads.
     buffers : sequence of length `BUFFERS`
         Two for the results that are in use, two for those to come.
+    threads : int
     """
-    free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
-    ready: queue.SimpleQueue[tuple[Result, Buffer] | Exception | None] = queue.SimpleQueue()
-    stop = threading.Event()
+    line = _Line(iter(jobs), fill, work)
     for buffer in buffers:
-        free.put(buffer)
-    arguments = (iter(jobs), work, free, ready, stop)
-    # A daemon, so that an iterator nobody closed does not keep the process alive.
-    thread = threading.Thread(target=_work, args=arguments, name="arraytp-loader", daemon=True)
-    thread.start()
+        line.free.put(buffer)
+    # Daemons, so that an iterator nobody closed does not keep the process alive.
+    helpers = [threading.Thread(target=line.run, name="arraytp-loader", daemon=True) for _ in range(threads)]
+    for helper in helpers:
+        helper.start()
     held: deque[Buffer] = deque()
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            held.append(item[1])
-            yield item[0]
+        while (item := line.begun.get()) is not None:
+            result, buffer = item
+            held.append(buffer)
+            yield result.result()
             if len(held) == _HELD:
-                free.put(held.popleft())
+                line.free.put(held.popleft())
     finally:
-        stop.set()
-        free.put(buffers[0])
-        # The garbage collector may close a forgotten iterator from the very thread.
-        if thread is not threading.current_thread():
-            thread.join()
+        line.stop.set()
+        for buffer in buffers:
+            line.free.put(buffer)
+        # The garbage collector may close a forgotten iterator from one of the very threads.
+        if threading.current_thread() not in helpers:
+            for helper in helpers:
+                helper.join()
 
 
-def _work(
-    jobs: Iterator[Job],
-    work: Callable[[Job, Buffer], Result],
-    free: "queue.SimpleQueue[Buffer]",
-    ready: "queue.SimpleQueue[tuple[Result, Buffer] | Exception | None]",
-    stop: threading.Event,
-) -> None:
-    try:
-        for job in jobs:
-            buffer = free.get()
-            if stop.is_set():
-                return
-            ready.put((work(job, buffer), buffer))
-        ready.put(None)
-    except Exception as error:
-        ready.put(error)
+@dataclass(frozen=True)
+class _Line(Generic[Job, Buffer, Result]):
+    """What the threads share; whoever holds `turn` takes the next job."""
+
+    jobs: Iterator[Job]
+    fill: Callable[[Job, Buffer], None]
+    work: Callable[[Job, Buffer], Result]
+    free: "queue.SimpleQueue[Buffer]" = field(default_factory=queue.SimpleQueue)
+    begun: "queue.SimpleQueue[tuple[Future[Result], Buffer] | None]" = field(default_factory=queue.SimpleQueue)
+    stop: threading.Event = field(default_factory=threading.Event)
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> None:
+        while (item := self._next()) is not None:
+            job, buffer, result = item
+            try:
+                result.set_result(self.work(job, buffer))
+            except Exception as error:
+                self.stop.set()
+                result.set_exception(error)
+
+    def _next(self) -> tuple[Job, Buffer, Future[Result]] | None:
+        with self.turn:
+            if self.stop.is_set():
+                return None
+            buffer = self.free.get()
+            result: Future[Result] = Future()
+            try:
+                for job in self.jobs:
+                    if self.stop.is_set():
+                        return None
+                    self.fill(job, buffer)
+                    self.begun.put((result, buffer))
+                    return job, buffer, result
+                self.begun.put(None)
+            except Exception as error:
+                result.set_exception(error)
+                self.begun.put((result, buffer))
+            self.stop.set()
+            return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
-from arraytp.data.shards import Images, Labels, Shard, check_size, open_shard, read_rows
+from arraytp.data.shards import Images, Labels, Shard, check_size, damage, open_shard, read_rows
 from arraytp.errors import UserError
 
 _EMBEDDED = Path(__file__).parent / "embedded"
@@ -118,12 +118,7 @@ class Dataset:
         """Read everything and yield one line for each damaged shard or range of rows."""
         for split in self.manifest.splits:
             for entry, _ in self._entries(split):
-                try:
-                    shard = open_shard(self.folder / entry.file, entry, self.shape, len(self.classes))
-                except UserError as error:
-                    yield str(error)
-                    continue
-                yield from _damaged_ranges(shard)
+                yield from damage(self.folder / entry.file, entry, self.shape, len(self.classes))
 
     def _entries(self, split: str) -> list[tuple[ShardEntry, int]]:
         """Each shard of the split with the row after its last."""
@@ -138,16 +133,6 @@ class Dataset:
         if entry.file not in self._opened:
             self._opened[entry.file] = open_shard(self.folder / entry.file, entry, self.shape, len(self.classes))
         return self._opened[entry.file]
-
-
-def _damaged_ranges(shard: Shard) -> Iterator[str]:
-    out = np.empty((shard.range_rows, *shard.shape), np.uint8)
-    for first in range(0, shard.count, shard.range_rows):
-        last = min(first + shard.range_rows, shard.count)
-        try:
-            read_rows(shard, first, last, out[: last - first])
-        except UserError as error:
-            yield str(error)
 
 
 def embedded_names() -> tuple[str, ...]:

@@ -1,13 +1,15 @@
 """Batches of a split: order, augmentation and normalisation as functions of seed, epoch and position only."""
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from arraytp.backend import Array
+from arraytp.backend import NUMPY, Array, Backend, Upload, copy_stream
 from arraytp.data import augment, prepare
 from arraytp.data.background import BUFFERS, worked_ahead
 from arraytp.data.dataset import Dataset
@@ -16,13 +18,40 @@ from arraytp.data.pool import Pool
 from arraytp.data.shards import Images, Labels
 from arraytp.errors import UserError
 
-Take = Callable[[int, Images, Labels], None]
-"""Writes the images and labels of the positions from a given one on."""
-
 Batches = Generator[tuple[Array, Array], None, None]
 
-_Buffer = tuple[npt.NDArray[Any], Labels]
 _Span = tuple[int, int]
+_MOST_THREADS = 2
+
+
+class _Rows(NamedTuple):
+    """Room for a batch as the files have it: images (b, H, W, C) uint8, labels (b,) int64."""
+
+    images: Images
+    labels: Labels
+
+    def first(self, count: int) -> "_Rows":
+        return _Rows(self.images[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class _HostBuffer:
+    """Room for a batch and what becomes of it, and the workspace of one thread."""
+
+    rows: _Rows
+    out: npt.NDArray[Any]
+    augmenter: prepare.Augmenter
+
+
+class _DeviceBuffer(NamedTuple):
+    """The ways of a batch's images and labels to the device."""
+
+    images: Upload
+    labels: Upload
+
+
+Take = Callable[[_Span, _Rows], None]
+"""Writes the images and labels of positions (from, to) of an epoch; called in their order."""
 
 
 class Loader:
@@ -51,9 +80,11 @@ class Loader:
     in_memory_bytes : int
     pool_images : int
         Images in the pool when streaming.
-    to_device : callable, optional
-        Copies an array of the host to a device, where images are then augmented and normalised. By default all is
-        done on the host.
+    share : (rank, ranks)
+        Yield the part of each batch that belongs to one of several readers: they are disjoint, differ by at most one
+        image, and together, in the order of the ranks, are the batch.
+    backend : Backend
+        On a device, images cross the bus as uint8 and are augmented and normalised there.
 
     Raises
     ------
@@ -76,7 +107,8 @@ class Loader:
         dtype: npt.DTypeLike = np.float32,
         in_memory_bytes: int = 2**32,
         pool_images: int = 16384,
-        to_device: Callable[[npt.NDArray[Any]], Array] | None = None,
+        share: tuple[int, int] = (0, 1),
+        backend: Backend = NUMPY,
     ) -> None:
         self.dataset, self.split, self.batch_size = dataset, split, batch_size
         self.dtype = np.dtype(dtype)
@@ -84,7 +116,8 @@ class Loader:
         self._seed, self._shuffle = seed, shuffle
         self._flip, self._padding, self._augments = flip, crop_padding, bool(flip or crop_padding)
         self._scale, self._shift = _checked_normalisation(dataset, mean, std)
-        self._pool_images, self._to_device = pool_images, to_device
+        self._pool_images, self._share, self._backend = pool_images, share, backend
+        self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._chunks = dataset.chunks(split)
         self._memory = None if self.streamed else dataset.load(split)
 
@@ -101,7 +134,7 @@ class Loader:
     def batches(self, epoch: int, start: int = 0) -> Batches:
         """Iterate over an epoch from batch `start` on.
 
-        A thread prepares up to two batches ahead; it ends when the iterator is exhausted or closed, so wrap the
+        Threads prepare up to two batches ahead; they end when the iterator is exhausted or closed, so wrap the
         iterator in `contextlib.closing` where the loop may be left early. **A batch on the host is valid until the
         next but one is requested**; then its memory is used again.
 
@@ -118,77 +151,89 @@ class Loader:
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"batch {start} of an epoch with {self.steps_per_epoch}")
         starts = range(start * self.batch_size, self.count, self.batch_size)
-        spans = [(first, min(first + self.batch_size, self.count)) for first in starts]
+        spans = [self._part(first, min(first + self.batch_size, self.count)) for first in starts]
         take = self._taker(epoch, start * self.batch_size)
         draws = augment.draw(self._seed, epoch, self.count, self._flip, self._padding) if self._augments else None
-        if self._to_device is not None:
-            return self._device_batches(spans, take, draws, self._to_device)
-        return self._host_batches(spans, take, draws)
+        batches = self._host_batches if self._backend.on_host else self._device_batches
+        return batches(spans, take, draws)
 
     def _host_batches(self, spans: list[_Span], take: Take, draws: augment.Draws | None) -> Batches:
         shape = self.dataset.shape
-        augmenter = prepare.augmenter(shape, self._padding)
         normalise = prepare.normaliser(self._scale, self._shift, shape, self.dtype)
         step = prepare.slice_images(shape)
-        scratch = np.empty((step, *shape), np.uint8)
 
-        def work(span: _Span, buffer: _Buffer) -> tuple[Array, Array]:
+        def work(span: _Span, buffer: _HostBuffer) -> tuple[Array, Array]:
             first, last = span
-            images, labels = buffer[0][: last - first], buffer[1][: last - first]
-            for low in range(0, len(images), step):
-                part = slice(low, min(low + step, len(images)))
-                rows = scratch[: part.stop - low]
-                take(first + low, rows, labels[part])
+            for low in range(first, last, step):
+                part = slice(low - first, min(low + step, last) - first)
+                rows = buffer.rows.images[part]
                 if draws is not None:
-                    rows = augmenter(rows, draws.part(first + low, first + part.stop))
-                normalise(rows, images[part])
-            return images, labels
+                    rows = buffer.augmenter(rows, draws.part(first + part.start, first + part.stop))
+                normalise(rows, buffer.out[part])
+            return buffer.out[: last - first], buffer.rows.labels[: last - first]
 
-        return worked_ahead(spans, work, self._buffers(self.dtype))
+        buffers = [
+            _HostBuffer(rows, np.empty(rows.images.shape, self.dtype), prepare.augmenter(shape, self._padding))
+            for rows in self._rows()
+        ]
+        return worked_ahead(spans, lambda span, buffer: take(span, buffer.rows), work, buffers, self._threads)
 
-    def _device_batches(
-        self,
-        spans: list[_Span],
-        take: Take,
-        draws: augment.Draws | None,
-        to_device: Callable[[npt.NDArray[Any]], Array],
-    ) -> Batches:
+    def _device_batches(self, spans: list[_Span], take: Take, draws: augment.Draws | None) -> Batches:
+        to_device, stream = self._backend.asarray, copy_stream(self._backend)
         scale, shift = (to_device(values.astype(self.dtype)) for values in (self._scale, self._shift))
 
-        def work(span: _Span, buffer: _Buffer) -> tuple[_Span, Images, Labels]:
-            first, last = span
-            images, labels = buffer[0][: last - first], buffer[1][: last - first]
-            take(first, images, labels)
-            return span, images, labels
+        def fill(span: _Span, buffer: _DeviceBuffer) -> None:
+            for upload in buffer:
+                upload.await_room()
+            take(span, _Rows(*(upload.host for upload in buffer)))
 
-        with closing(worked_ahead(spans, work, self._buffers(np.uint8))) as prepared:
-            for (first, last), host_images, labels in prepared:
-                images = to_device(host_images)
+        def work(span: _Span, buffer: _DeviceBuffer) -> tuple[_Span, _DeviceBuffer]:
+            for upload in buffer:
+                upload.send(span[1] - span[0])
+            return span, buffer
+
+        buffers = [
+            _DeviceBuffer(*(Upload(self._backend, stream, part.shape, part.dtype) for part in rows))
+            for rows in self._rows()
+        ]
+        with closing(worked_ahead(spans, fill, work, buffers, self._threads)) as prepared:
+            for (first, last), buffer in prepared:
+                images, labels = (upload.received(last - first) for upload in buffer)
                 if draws is not None:
-                    flips, rows, columns = map(to_device, draws.part(first, last))
+                    flips, top, left = map(to_device, draws.part(first, last))
                     images = augment.flip_images(images, flips)
-                    images = augment.crop_images(images, rows, columns, self._padding) if self._padding else images
-                yield augment.normalise(images, scale, shift), to_device(labels)
+                    images = augment.crop_images(images, top, left, self._padding) if self._padding else images
+                batch = augment.normalise(images, scale, shift), labels.copy()
+                for upload in buffer:
+                    upload.release()
+                yield batch
 
-    def _buffers(self, dtype: npt.DTypeLike) -> list[_Buffer]:
-        size = min(self.batch_size, self.count)
-        return [(np.empty((size, *self.dataset.shape), dtype), np.empty(size, np.int64)) for _ in range(BUFFERS)]
+    def _rows(self) -> list[_Rows]:
+        size = -(-min(self.batch_size, self.count) // self._share[1])
+        shape = (size, *self.dataset.shape)
+        return [_Rows(np.empty(shape, np.uint8), np.empty(size, np.int64)) for _ in range(BUFFERS)]
 
     def _taker(self, epoch: int, position: int) -> Take:
         """Return what takes an epoch's images from a position on."""
         if self._memory is None:
             plan = pool_plan(self._chunks, self._pool_images, self._seed, epoch, shuffle=self._shuffle)
-            return Pool(self.dataset, self.split, plan, position).take
+            pool = Pool(self.dataset, self.split, plan, position)
+            return lambda span, out: pool.take(span[0], *out.first(span[1] - span[0]))
         all_images, all_labels = self._memory
         order = memory_order(self.count, self._seed, epoch, shuffle=self._shuffle)
 
-        def take(start: int, images: Images, labels: Labels) -> None:
-            rows = order[start : start + len(images)]
+        def take(span: _Span, out: _Rows) -> None:
+            rows = order[slice(*span)]
             # The rows are in range; with any other mode NumPy copies into a buffer first.
-            np.take(all_images, rows, axis=0, out=images, mode="clip")
-            np.take(all_labels, rows, out=labels, mode="clip")
+            np.take(all_images, rows, axis=0, out=out.images[: len(rows)], mode="clip")
+            np.take(all_labels, rows, out=out.labels[: len(rows)], mode="clip")
 
         return take
+
+    def _part(self, first: int, last: int) -> _Span:
+        """Return this reader's part of a batch."""
+        rank, ranks = self._share
+        return first + (last - first) * rank // ranks, first + (last - first) * (rank + 1) // ranks
 
 
 def _checked_normalisation(

@@ -35,18 +35,21 @@ class Pool:
         self._restore(arrivals)
 
     def take(self, start: int, images: Images, labels: Labels) -> None:
-        """Write the images and labels of the positions from `start` on; calls follow each other without gaps."""
+        """Write the images and labels of the positions from `start` on; later calls are for later positions."""
         plan, done = self._plan, 0
         while done < len(images):
-            end = len(images)
-            if self._next < len(plan.chunks):
-                end = min(end, plan.due(self._next) - start)
+            while self._due() <= start + done:
+                self._let_in()
+            end = min(len(images), self._due() - start)
             places = plan.places[start + done : start + end]
             np.take(self._images, places, axis=0, out=images[done:end], mode="clip")
             np.take(self._labels, places, out=labels[done:end], mode="clip")
             done = end
-            if self._next < len(plan.chunks) and start + done == plan.due(self._next):
-                self._let_in()
+
+    def _due(self) -> int:
+        """Return the position before which the next chunk must come in; behind the epoch when all have."""
+        plan = self._plan
+        return plan.due(self._next) if self._next < len(plan.chunks) else len(plan.places) + 1
 
     def _read(self, chunk: int) -> tuple[Images, Labels]:
         first, last = self._plan.chunks[chunk]

@@ -12,7 +12,7 @@ from arraytp.data.augment import Draws
 from arraytp.data.shards import Images
 
 Floats = npt.NDArray[np.floating]
-_SLICE_BYTES = 3 * 2**17
+_SLICE_BYTES = 3 * 2**18
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ def normaliser(
 class Augmenter:
     """Flip and crop of at most `slice_images` images at a time.
 
-    `padded` (n, H, W + 2·padding, C) is a workspace with two views on it: `pixels` (n, H, W + 2·padding), each of C
-    bytes, and `windows`, whose element i is the W·C bytes from byte i on, so that cropping is one gather of whole
-    image rows. `cropped` takes the result.
+    `images` (n, H, W, C) is a workspace with room for `padding` pixels before and behind it. Two views show it
+    otherwise: `pixels` (n, H, W), each of C bytes, and `windows`, whose element i is the W·C bytes from byte i of the
+    room on, so that cropping is one gather of whole image rows. Where a row is moved beyond its image's edge, the
+    gather brings pixels of another row, which are then overwritten by the edge's. `cropped` takes the result.
     """
 
     padding: int
-    padded: Images
+    images: Images
     pixels: npt.NDArray[np.void]
     windows: npt.NDArray[np.void]
     cropped: Images
@@ -63,19 +64,28 @@ class Augmenter:
             _mirror(images, flipped, images)
             return images
         count, height, width, channels = images.shape
-        padding, padded = self.padding, self.padded[:count]
-        centre = padded[:, :, padding : padding + width]
-        centre[...] = images
-        _mirror(images, flipped, centre)
-        pixels = self.pixels[:count]
-        pixels[:, :, :padding] = pixels[:, :, padding : padding + 1]
-        pixels[:, :, padding + width :] = pixels[:, :, padding + width - 1 : padding + width]
-        y = np.clip(np.arange(height) + (draws.rows - padding)[:, None], 0, height - 1)
+        np.copyto(self.images[:count], images)
+        _mirror(images, flipped, self.images)
+        y = np.clip(np.arange(height) + (draws.rows - self.padding)[:, None], 0, height - 1)
         lines = np.arange(count)[:, None] * height + y
-        starts = (lines * padded.shape[2] + draws.columns[:, None]) * channels
+        starts = (lines * width + draws.columns[:, None]) * channels
         cropped = self.cropped[:count]
         cropped.reshape(-1).view(self.windows.dtype)[:] = self.windows[starts.reshape(-1)]
+        self._replicate_edges(cropped.view(self.pixels.dtype)[..., 0], y, draws.columns - self.padding)
         return cropped
+
+    def _replicate_edges(
+        self, cropped: npt.NDArray[np.void], y: npt.NDArray[np.int64], moved: npt.NDArray[np.int64]
+    ) -> None:
+        """Write the pixels of the padding: y (n, H) is the row that each row was taken from."""
+        width = cropped.shape[2]
+        for step in range(1, self.padding + 1):
+            beyond = min(step, width)
+            for which, edge, columns in (
+                (np.flatnonzero(moved == -step), 0, slice(beyond)),
+                (np.flatnonzero(moved == step), width - 1, slice(width - beyond, None)),
+            ):
+                cropped[which, :, columns] = self.pixels[which[:, None], y[which], edge][:, :, None]
 
 
 def _mirror(images: Images, which: npt.NDArray[np.intp], out: Images) -> None:
@@ -91,11 +101,13 @@ def augmenter(shape: tuple[int, int, int], padding: int) -> Augmenter:
     """Make the workspaces for images of a shape (H, W, C)."""
     height, width, channels = shape
     count = slice_images(shape)
-    padded = np.empty((count, height, width + 2 * padding, channels), np.uint8)
-    pixels = padded.view(np.dtype((np.void, channels)))[..., 0]
+    margin = padding * channels
+    room = np.zeros(count * height * width * channels + 2 * margin, np.uint8)
+    images = room[margin : room.size - margin].reshape(count, *shape)
+    pixels = images.view(np.dtype((np.void, channels)))[..., 0]
     row = np.dtype((np.void, width * channels))
-    windows: npt.NDArray[np.void] = np.ndarray((padded.size - row.itemsize + 1,), row, padded, strides=(1,))
-    return Augmenter(padding, padded, pixels, windows, np.empty((count, *shape), np.uint8))
+    windows: npt.NDArray[np.void] = np.ndarray((room.size - row.itemsize + 1,), row, room, strides=(1,))
+    return Augmenter(padding, images, pixels, windows, np.empty((count, *shape), np.uint8))
 
 
 def slice_images(shape: tuple[int, int, int]) -> int:

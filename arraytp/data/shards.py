@@ -6,16 +6,18 @@
 """
 
 import hashlib
+import io
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
 from arraytp.data.manifest import ShardEntry
 from arraytp.errors import UserError
@@ -54,7 +56,7 @@ class Shard:
 
 def range_checksum(images: Images, labels: Labels) -> int:
     """CRC-32 of a range: image bytes (n, H, W, C), then labels (n,) as little-endian int64."""
-    return zlib.crc32(labels.astype("<i8").data, zlib.crc32(np.ascontiguousarray(images).data))
+    return isal_zlib.crc32(labels.astype("<i8").data, isal_zlib.crc32(np.ascontiguousarray(images).data))
 
 
 def rows_per_range(image_bytes: int) -> int:
@@ -90,17 +92,61 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
     image_layout = packed | {"chunks": (chunk, *images.shape[1:])} if compression else {}
     label_layout = packed | {"shuffle": True, "chunks": (len(labels),)} if compression else {}
     temporary = path.with_name(path.name + ".tmp")
-    # The v110 layout carries checksums over HDF5's own structures.
-    with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSION
-        file.attrs["range_rows"] = rows
-        file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
-        file.create_dataset("checksums", data=checksums)
-        file.create_dataset("images", data=images, **image_layout)
+    with temporary.open("w+b") as raw:
+        sink = _Sink(raw)
+        # The v110 layout carries checksums over HDF5's own structures.
+        with h5py.File(sink, "w", libver=("v110", "v110")) as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["version"] = VERSION
+            file.attrs["range_rows"] = rows
+            file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
+            file.create_dataset("checksums", data=checksums)
+            file.create_dataset("images", data=images, **image_layout)
+        if sink.error is not None:
+            raise sink.error
     size = temporary.stat().st_size
     replace_durably(temporary, path)
     return ShardEntry(file=path.name, count=len(images), bytes=size, checksum=_digest(checksums))
+
+
+class _Sink(io.RawIOBase):
+    """A file to which HDF5 can always write: the first error is kept for us, and all after it is let go.
+
+    HDF5 itself cannot close a file in order once the disk is full, and may end the process.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all of the content, or keep the error."""
+        if self.error is None:
+            try:
+                return self._file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Leave it to the file's end: HDF5 flushes often."""
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the file's length."""
+        return self._file.truncate(size)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what was written."""
+        return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._file.tell()
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
@@ -233,6 +279,25 @@ def read_rows(shard: Shard, start: int, stop: int, out: Images) -> None:
             if not inside:
                 low, high = max(first, start), min(last, stop)
                 out[low - start : high - start] = rows[low - first : high - first]
+
+
+def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Iterator[str]:
+    """Read a whole shard and yield a line for each damaged range of rows, or one where it cannot be opened.
+
+    The parameters are those of `open_shard`.
+    """
+    try:
+        shard = open_shard(path, entry, shape, classes)
+    except UserError as error:
+        yield str(error)
+        return
+    out = np.empty((shard.range_rows, *shard.shape), np.uint8)
+    for first in range(0, shard.count, shard.range_rows):
+        last = min(first + shard.range_rows, shard.count)
+        try:
+            read_rows(shard, first, last, out[: last - first])
+        except UserError as error:
+            yield str(error)
 
 
 def _verify(shard: Shard, first: int, last: int, images: Images) -> None:

@@ -1,19 +1,27 @@
-"""Write a data set's folder: shards as the images come, `dataset.json` last, so half a data set cannot be opened."""
+"""Write a data set's folder: shards as the images come, `dataset.json` last, so half a data set cannot be opened.
+
+A pack that was killed goes on where it stopped: finished shards are verified and kept, and the packer begins at the
+first image that is in none of them.
+"""
 
 import csv
+import errno
 import fcntl
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import h5py
 import numpy as np
-import numpy.typing as npt
 
+from arraytp import __version__
+from arraytp.data.journal import Finished, Journal, Skipped
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, SplitEntry, manifest_text
-from arraytp.data.shards import Images, Labels, replace_durably, write_shard
+from arraytp.data.shards import Images, Labels, damage, replace_durably, write_shard
 from arraytp.data.statistics import mean_and_std, pixel_counts
 from arraytp.errors import UserError
 
@@ -25,32 +33,52 @@ _OWN_FILES = re.compile(r"([a-z][a-z0-9_]*-[0-9]{5}\.h5|dataset\.json|skipped\.c
 
 @dataclass(frozen=True)
 class Description:
-    """What a data set is, before its images are known: the fields of `dataset.json` that the packer gives."""
+    """What a data set is, before its images are known: the fields of `dataset.json` that the packer gives.
+
+    `fingerprint` changes with all else that decides which images come in which order, such as the state of the source's
+    files; a pack that was killed is taken up only where it is the same.
+    """
 
     name: str
     shape: tuple[int, int, int]
     classes: Sequence[str]
     source: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
-@dataclass
 class DatasetWriter:
     """Takes images split by split and writes them as shards; memory holds one shard.
 
     Use it through `writing`, which finishes or cleans up.
     """
 
-    folder: Path
-    description: Description
-    compression: bool
-    shard_images: int
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    _splits: dict[str, list[ShardEntry]] = field(default_factory=dict)
-    _split: str = ""
-    _images: Images = field(default_factory=lambda: np.empty((0, 1, 1, 1), np.uint8))
-    _labels: Labels = field(default_factory=lambda: np.empty(0, np.int64))
-    _filled: int = 0
-    _counts: npt.NDArray[np.int64] | int = 0
+    def __init__(
+        self,
+        folder: Path,
+        description: Description,
+        journal: Journal,
+        finished: Sequence[Finished],
+        *,
+        compression: bool,
+        shard_images: int,
+    ) -> None:
+        self.folder, self.description = folder, description
+        self.skipped: list[Skipped] = [skipped for shard in finished for skipped in shard.skipped]
+        self._journal, self._compression, self._shard_images = journal, compression, shard_images
+        self._splits: dict[str, list[ShardEntry]] = {}
+        for shard in finished:
+            self._splits.setdefault(shard.split, []).append(shard.entry)
+        self._split = finished[-1].split if finished else ""
+        self._counts = np.array(finished[-1].pixel_counts, np.int64) if finished else np.empty((0, 256), np.int64)
+        self._noted = len(self.skipped)
+        self._images = np.empty((shard_images, *description.shape), np.uint8)
+        self._labels = np.empty(shard_images, np.int64)
+        self._filled = 0
+
+    def taken(self, split: str) -> int:
+        """Return how many of the split's rows an earlier call has done, skipped files included."""
+        skipped = sum(name == split for name, _, _ in self.skipped)
+        return skipped + sum(entry.count for entry in self._splits.get(split, []))
 
     def add(self, split: str, images: Images, labels: Labels) -> None:
         """Append images (n, H, W, C) uint8 and labels (n,) integer, in this order, to a split.
@@ -62,33 +90,34 @@ class DatasetWriter:
         UserError
             The images' shape is not the data set's, or a label is out of range.
         """
-        if split != self._split:
-            self._begin(split)
+        if not len(images) and split in self._splits:
+            return
+        self._turn_to(split)
         self._check(split, images, labels)
-        if split == "train":
-            self._counts = self._counts + pixel_counts(images)
         done = 0
         while done < len(images):
-            take = min(len(images) - done, self.shard_images - self._filled)
+            take = min(len(images) - done, self._shard_images - self._filled)
             self._images[self._filled : self._filled + take] = images[done : done + take]
             self._labels[self._filled : self._filled + take] = labels[done : done + take]
             self._filled += take
             done += take
-            if self._filled == self.shard_images:
+            if self._filled == self._shard_images:
                 self._write_shard()
 
-    def skip(self, path: str, reason: str) -> None:
-        """Note a file that was left out, for `skipped.csv`."""
-        self.skipped.append((path, reason))
+    def skip(self, split: str, path: str, reason: str) -> None:
+        """Note a file that was left out in place of the split's next image, for `skipped.csv`."""
+        self._turn_to(split)
+        # Names of files need not be text.
+        self.skipped.append((split, path.encode("utf-8", "backslashreplace").decode("utf-8"), reason))
 
-    def _begin(self, split: str) -> None:
+    def _turn_to(self, split: str) -> None:
+        if split == self._split:
+            return
         self._write_shard()
         if split in self._splits:
             raise ValueError(f"split {split!r} was finished before another one was begun")
         self._split = split
         self._splits[split] = []
-        self._images = np.empty((self.shard_images, *self.description.shape), np.uint8)
-        self._labels = np.empty(self.shard_images, np.int64)
 
     def _check(self, split: str, images: Images, labels: Labels) -> None:
         if images.shape[1:] != self.description.shape or images.dtype != np.uint8 or labels.shape != (len(images),):
@@ -108,7 +137,20 @@ class DatasetWriter:
         entries = self._splits[self._split]
         path = self.folder / f"{self._split}-{len(entries):05d}.h5"
         images, labels = self._images[: self._filled], self._labels[: self._filled]
-        entries.append(write_shard(path, images, labels, compression=self.compression))
+        if self._split == "train":
+            counts = pixel_counts(images)
+            self._counts = self._counts + counts if len(self._counts) else counts
+        entry = write_shard(path, images, labels, compression=self._compression)
+        self._journal.append(
+            Finished(
+                split=self._split,
+                entry=entry,
+                skipped=self.skipped[self._noted :],
+                pixel_counts=self._counts.tolist(),
+            )
+        )
+        entries.append(entry)
+        self._noted = len(self.skipped)
         self._filled = 0
 
     def finish(self) -> Manifest:
@@ -125,7 +167,7 @@ class DatasetWriter:
             raise UserError(f"{self.folder}: no image for split {empty[0]!r}; nothing was packed")
         if self.skipped:
             self._write_skipped()
-        mean, std = mean_and_std(np.asarray(self._counts))
+        mean, std = mean_and_std(self._counts)
         manifest = Manifest(
             name=self.description.name,
             shape=list(self.description.shape),
@@ -146,9 +188,8 @@ class DatasetWriter:
     def _write_skipped(self) -> None:
         path = self.folder / SKIPPED_NAME
         temporary = path.with_name(f"{SKIPPED_NAME}.tmp")
-        # Names of files need not be text.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            csv.writer(file).writerows([("path", "reason"), *self.skipped])
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("path", "reason"), *(skipped[1:] for skipped in self.skipped)])
         replace_durably(temporary, path)
 
 
@@ -158,13 +199,14 @@ def writing(
 ) -> Iterator[DatasetWriter]:
     """Write a data set: `with writing(...) as writer: writer.add(...)`; the block's end writes `dataset.json`.
 
-    An exception in the block removes what was written. After a kill, the shards stay without `dataset.json`,
-    cannot be opened, and are replaced by the next call.
+    The block begins each split at row `writer.taken(split)`: a call that was killed or interrupted, or that found no
+    room on the disk, leaves its finished shards without `dataset.json`, and the next call for the same data set goes
+    on after them and ends with the same bytes. An exception for another reason removes what was written.
 
     Parameters
     ----------
     folder : Path
-        New, empty, or left by a call that was killed.
+        New, empty, or left by a call that did not finish; what is left of another data set is replaced.
     description : Description
     compression : bool
         Gzip the shards.
@@ -176,26 +218,57 @@ def writing(
     UserError
         The folder holds something else, is being written by another process, or cannot be written.
     """
-    image_bytes = int(np.prod(description.shape))
+    shard_images = shard_images or max(1, SHARD_BYTES // int(np.prod(description.shape)))
+    versions = {"arraytp": __version__, "hdf5": h5py.version.hdf5_version, "zlib": zlib.ZLIB_RUNTIME_VERSION}
+    identity = [asdict(description), compression, shard_images, versions]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_files(folder)
-        with (folder / _MARKER).open("w") as marker:
-            _lock(folder, marker.fileno())
+        with (folder / _MARKER).open("a+b") as marker:
+            _lock(folder, marker)
             # Another process may have finished between the first look and the lock.
             _refuse_foreign_files(folder)
-            _remove_own_files(folder)
-            writer = DatasetWriter(folder, description, compression, shard_images or max(1, SHARD_BYTES // image_bytes))
-            try:
-                yield writer
-                writer.finish()
-            except BaseException:
-                _remove_own_files(folder)
-                raise
-            finally:
-                (folder / _MARKER).unlink()
+            journal = Journal(marker, identity)
+            finished = _sound_shards(folder, description, journal.read())
+            journal.restart(finished)
+            _remove_own_files(folder, keep=[shard.entry.file for shard in finished])
+            writer = DatasetWriter(
+                folder, description, journal, finished, compression=compression, shard_images=shard_images
+            )
+            yield from _written(writer)
+            (folder / _MARKER).unlink()
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+        raise UserError(_cannot_write(folder, error)) from error
+
+
+def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
+    """Yield the writer and finish; after an error that comes back with the same input, remove what was written."""
+    try:
+        yield writer
+        writer.finish()
+    except OSError:
+        for path in writer.folder.glob("*.tmp"):
+            path.unlink()
+        raise
+    except Exception:
+        _remove_own_files(writer.folder)
+        (writer.folder / _MARKER).unlink()
+        raise
+
+
+def _sound_shards(folder: Path, description: Description, finished: list[Finished]) -> list[Finished]:
+    """Return the first of the finished shards, up to one whose file is not as it was written."""
+    for number, shard in enumerate(finished):
+        if any(damage(folder / shard.entry.file, shard.entry, description.shape, len(description.classes))):
+            return finished[:number]
+    return finished
+
+
+def _cannot_write(folder: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or folder}: cannot be written: {reason}"
+    return f"{folder}: cannot be written: {reason}; make room and run the same pack again, it goes on where it stopped"
 
 
 def _refuse_foreign_files(folder: Path) -> None:
@@ -208,14 +281,14 @@ def _refuse_foreign_files(folder: Path) -> None:
         raise UserError(f"{folder}: not empty (it holds {foreign[0]!r}); choose a new or empty folder")
 
 
-def _lock(folder: Path, handle: int) -> None:
+def _lock(folder: Path, marker: BinaryIO) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another process is packing into this folder") from None
 
 
-def _remove_own_files(folder: Path) -> None:
+def _remove_own_files(folder: Path, keep: Collection[str] = ()) -> None:
     for path in folder.iterdir():
-        if _OWN_FILES.fullmatch(path.name):
+        if _OWN_FILES.fullmatch(path.name) and path.name not in keep:
             path.unlink()

@@ -1,12 +1,16 @@
+import copy
 import threading
+import types
 from contextlib import closing
 
 import h5py
 import numpy as np
 import pytest
+import strict_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arraytp.backend import Backend
 from arraytp.data import augment
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
@@ -84,6 +88,40 @@ def test_an_epoch_entered_later_goes_on_with_the_same_batches(tiny, batch_size, 
     assert equal(copies(loader.batches(2, start)), copies(loader.batches(2))[start:])
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 300),
+    ranks=st.integers(1, 5),
+    in_memory_bytes=st.sampled_from([IN_MEMORY, STREAMED]),
+    pool_images=st.sampled_from([1, 260]),
+    start=st.integers(0, 2),
+)
+def test_the_ranks_share_every_batch(tiny, batch_size, ranks, in_memory_bytes, pool_images, start):
+    def batches(share):
+        loader = Loader(
+            tiny,
+            "train",
+            batch_size,
+            seed=1,
+            shuffle=True,
+            flip=0.5,
+            crop_padding=2,
+            in_memory_bytes=in_memory_bytes,
+            pool_images=pool_images,
+            share=share,
+        )
+        assert loader.steps_per_epoch == -(-600 // batch_size)
+        return copies(loader.batches(2, start))
+
+    whole = batches((0, 1))
+    parts = [batches((rank, ranks)) for rank in range(ranks)]
+    joined = [tuple(map(np.concatenate, zip(*batch, strict=True))) for batch in zip(*parts, strict=True)]
+    assert equal(joined, whole)
+    for batch in zip(*parts, strict=True):
+        sizes = [len(labels) for _, labels in batch]
+        assert max(sizes) - min(sizes) <= 1
+
+
 @modes
 def test_the_order_does_not_depend_on_the_batch_size(tiny, row_numbers, in_memory_bytes):
     orders = []
@@ -126,27 +164,39 @@ def test_batches_are_augmented_and_normalised_as_defined(tiny, in_memory_bytes, 
     assert np.array_equal(np.concatenate([batch[1] for batch in batches]), labels)
 
 
+AUGMENTED = {"seed": 3, "shuffle": True, "flip": 0.5, "crop_padding": 2}
+
+
 @modes
 def test_what_a_device_computes_equals_the_host(tiny, in_memory_bytes):
-    moved = []
+    options = {**AUGMENTED, "mean": tiny.mean, "std": tiny.std, "in_memory_bytes": in_memory_bytes}
+    host = Loader(tiny, "train", 64, **options)
+    device = Loader(tiny, "train", 64, backend=Backend("strict", strict_device), **options)
+    for start in (0, 2):
+        # All batches are kept: on a device they are no buffers that go round.
+        found = list(device.batches(1, start))
+        assert {images.dtype for images, _ in found} == {np.dtype(np.float32)}
+        assert equal([tuple(map(strict_device.asnumpy, batch)) for batch in found], copies(host.batches(1, start)))
 
-    def to_device(array):
-        moved.append(array.dtype)
-        return array.copy()
 
-    options = {
-        "seed": 3,
-        "shuffle": True,
-        "flip": 0.5,
-        "crop_padding": 2,
-        "mean": tiny.mean,
-        "std": tiny.std,
-        "in_memory_bytes": in_memory_bytes,
-    }
-    host = Loader(tiny, "train", 128, **options)
-    device = Loader(tiny, "train", 128, to_device=to_device, **options)
-    assert equal(copies(host.batches(1, 2)), copies(device.batches(1, 2)))
-    assert np.dtype(np.uint8) in moved
+def test_a_copy_to_the_device_waits_for_what_uses_its_place_and_for_nothing_else(tiny):
+    streams = []
+
+    class Stream(strict_device.Stream):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            streams.append(self)
+
+    double = types.ModuleType("strict_device")
+    vars(double).update(vars(strict_device), cuda=copy.copy(strict_device.cuda))
+    double.cuda.Stream = Stream
+    device = Loader(tiny, "train", 64, backend=Backend("strict", double), **AUGMENTED)
+    before = strict_device.reads.total()
+    steps = len(list(device.batches(0)))
+    assert len(streams) == 1
+    # Images and labels of each batch: a wait for the place to be free.
+    assert streams[0].waited == 2 * steps * [strict_device.current_stream]
+    assert strict_device.reads.total() == before
 
 
 def test_batches_go_round_in_four_buffers(tiny):

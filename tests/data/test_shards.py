@@ -148,6 +148,21 @@ def test_a_flipped_bit_in_an_image_or_label_is_always_noticed_with_its_rows(
     dataset.read("train", *other)
 
 
+@pytest.mark.parametrize(("kind", "row_bytes"), [("images", 12), ("labels", 8)])
+def test_each_of_a_thousand_flipped_bits_is_noticed(spoilt_plain, kind, row_bytes):
+    folder, whole, offsets = spoilt_plain
+    noticed = 0
+    bits = np.random.default_rng(0).choice(300 * row_bytes * 8, 1000, replace=False)
+    for byte, bit in zip(*np.divmod(bits, 8), strict=True):
+        damaged = bytearray(whole)
+        damaged[offsets[kind] + byte] ^= 1 << bit
+        (folder / "train-00000.h5").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train-00000\.h5: rows .* do not match their checksum"):
+            open_dataset(folder).load("train")
+        noticed += 1
+    assert noticed == 1000
+
+
 @pytest.fixture(scope="module")
 def spoilt_plain(tmp_path_factory, pack):
     folder = tmp_path_factory.mktemp("plain") / "d"

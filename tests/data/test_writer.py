@@ -1,6 +1,7 @@
-import subprocess
-import sys
-import textwrap
+import contextlib
+import resource
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,28 +11,105 @@ from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
 
 DESCRIPTION = Description("x", (2, 2, 1), ("a", "b"))
+MARKER = ".arraytp-pack"
+NINE = np.random.default_rng(0).integers(0, 256, (9, 2, 2, 1), dtype=np.uint8)
+NINE_LABELS = np.arange(9) % 2
 IMAGES, LABELS = np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 0, 1])
 
 
-def test_a_killed_pack_cannot_be_opened_and_is_replaced_by_the_next(tmp_path):
-    program = f"""
-        import os
-        import numpy as np
-        from pathlib import Path
-        from arraytp.data.writer import Description, writing
-        with writing(Path({str(tmp_path)!r}), Description("x", (2, 2, 1), ("a", "b")), shard_images=2) as writer:
-            writer.add("train", np.ones((9, 2, 2, 1), np.uint8), np.zeros(9, np.int64))
-            (Path({str(tmp_path)!r}) / "train-00004.h5.tmp").write_bytes(b"half")
-            os._exit(9)
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False).returncode == 9
-    assert (tmp_path / "train-00003.h5").exists()
+def interrupted(folder, rows, description=DESCRIPTION):
+    """Pack so many of nine rows in shards of two, and be interrupted."""
+    with contextlib.suppress(KeyboardInterrupt), writing(folder, description, shard_images=2) as writer:
+        rest = slice(writer.taken("train"), rows)
+        writer.add("train", NINE[rest], NINE_LABELS[rest])
+        (folder / "train-00004.h5.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+
+def packed(folder, description=DESCRIPTION):
+    """Pack nine rows in shards of two; return how many rows had to be taken."""
+    with writing(folder, description, shard_images=2) as writer:
+        rest = slice(writer.taken("train"), None)
+        writer.add("train", NINE[rest], NINE_LABELS[rest])
+    return len(NINE[rest])
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_interrupted_pack_cannot_be_opened_and_the_next_goes_on(tmp_path):
+    interrupted(tmp_path / "d", 7)
     with pytest.raises(UserError, match=r"dataset.json: not found"):
-        open_dataset(tmp_path)
-    with writing(tmp_path, DESCRIPTION) as writer:
-        writer.add("train", IMAGES, LABELS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.json", "train-00000.h5"]
-    assert open_dataset(tmp_path).counts == {"train": 4}
+        open_dataset(tmp_path / "d")
+    assert packed(tmp_path / "d") == 3
+    assert packed(tmp_path / "e") == 9
+    assert content(tmp_path / "d") == content(tmp_path / "e")
+    assert len(content(tmp_path / "d")) == 6
+
+
+@pytest.mark.parametrize("change", [{"name": "y"}, {"fingerprint": "z"}, {"source": {"seed": 1}}])
+def test_what_is_left_of_another_pack_is_replaced(tmp_path, change):
+    interrupted(tmp_path / "d", 7)
+    other = replace(DESCRIPTION, **change)
+    assert packed(tmp_path / "d", other) == 9
+    packed(tmp_path / "e", other)
+    assert content(tmp_path / "d") == content(tmp_path / "e")
+
+
+def test_a_journal_cut_short_anywhere_costs_no_more_than_what_it_does_not_tell(tmp_path):
+    interrupted(tmp_path / "d", 6)
+    packed(tmp_path / "e")
+    journal = (tmp_path / "d" / MARKER).read_bytes()
+    ends = [end for end, byte in enumerate(journal, 1) if byte == ord("\n")]
+    assert len(ends) == 4
+    for length in sorted({0, 1, *(end + step for end in ends for step in (-1, 0, 1, 40)), len(journal)}):
+        shutil.copytree(tmp_path / "d", tmp_path / "copy")
+        (tmp_path / "copy" / MARKER).write_bytes(journal[:length])
+        told = max(0, sum(end <= length for end in ends) - 1)
+        if length % 2:
+            interrupted(tmp_path / "copy", 8)
+            told = 4
+        assert packed(tmp_path / "copy") == 9 - 2 * told
+        assert content(tmp_path / "copy") == content(tmp_path / "e")
+        shutil.rmtree(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
+def test_a_finished_shard_that_was_damaged_is_written_again(tmp_path, damage):
+    interrupted(tmp_path / "d", 7)
+    packed(tmp_path / "e")
+    path = tmp_path / "d" / "train-00001.h5"
+    whole = path.read_bytes()
+    place = whole.index(NINE[2:4].tobytes())
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(whole[:-9] if damage == "cut" else whole[:place] + b"\7" + whole[place + 1 :])
+    assert packed(tmp_path / "d") == 7
+    assert content(tmp_path / "d") == content(tmp_path / "e")
+
+
+def test_a_full_disk_is_told_and_the_next_pack_goes_on(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    images = np.zeros((2, 64, 64, 1), np.uint8)
+    description = replace(DESCRIPTION, shape=images.shape[1:])
+
+    def pack_with_room_for_one():
+        with writing(tmp_path / "d", description, shard_images=1) as writer:
+            writer.add("train", images[:1], LABELS[:1])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            try:
+                writer.add("train", images[1:], LABELS[1:2])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.raises(UserError, match=r"d: cannot be written: File too large; make room and run the same pack"):
+        pack_with_room_for_one()
+    assert set(content(tmp_path / "d")) == {MARKER, "train-00000.h5"}
+    with writing(tmp_path / "d", description, shard_images=1) as writer:
+        assert writer.taken("train") == 1
+        writer.add("train", images[1:], LABELS[1:2])
+    assert open_dataset(tmp_path / "d").counts == {"train": 2}
 
 
 def test_an_exception_leaves_nothing(tmp_path):

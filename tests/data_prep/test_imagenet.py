@@ -1,6 +1,7 @@
 """The official ImageNet tree and devkit, on small images."""
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
 from arraytp.errors import UserError
-from data_prep.imagenet import pack, read_class_map
+from data_prep.imagenet import Document, pack, read_class_map
 from data_prep.options import PackOptions
 
 # The devkit numbers the synsets in an order of its own.
@@ -76,6 +77,81 @@ def test_validation_labels_are_those_of_the_train_folders(tmp_path, flat, class_
     assert labels.tolist() == [label_of[TRUTH[number - 1]] for number in numbers]
 
 
+def tar(contents, mode="w"):
+    """A tar archive as it was made officially: plain names, no folders."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode, format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+TRAIN, VAL, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+
+
+def archives():
+    """The official archives: one of train archives, one of flat images, the devkit."""
+    contents = tree()
+    inner = {
+        f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": contents[f"train/{wnid}/{wnid}_{i}.JPEG"] for i in range(4)})
+        for wnid in WNIDS.values()
+    }
+    flat = {name.removeprefix("val/"): content for name, content in contents.items() if name.startswith("val/")}
+    kit = {name: content for name, content in contents.items() if name.startswith(DEVKIT)}
+    return inner, {TRAIN: tar(inner), VAL: tar(flat), KIT: tar(kit, "w:gz")}
+
+
+def test_the_official_archives_give_the_same_data_set_as_the_tree(tmp_path):
+    src = write(tmp_path / "archives", archives()[1])
+    options = PackOptions(size=(8, 8))
+    pack(src, tmp_path / "a", options)
+    pack(write(tmp_path / "tree", tree()), tmp_path / "b", options)
+    for split in ("train", "val"):
+        for found, expected in zip(*(open_dataset(tmp_path / name).load(split) for name in "ab"), strict=True):
+            assert np.array_equal(found, expected)
+    assert sorted(path.name for path in src.iterdir()) == sorted([TRAIN, VAL, KIT])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "archives", "b", "tree"]
+
+
+def test_the_devkit_archive_can_lie_elsewhere(tmp_path):
+    files = archives()[1]
+    kit = write(tmp_path / "k", {"kit.tar.gz": files.pop(KIT)}) / "kit.tar.gz"
+    src = write(tmp_path / "s", files)
+    with pytest.raises(UserError, match=r"validation_ground_truth\.txt; give --devkit"):
+        pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
+    pack(src, tmp_path / "d", PackOptions(size=(8, 8)), kit)
+    assert open_dataset(tmp_path / "d").counts == {"train": 12, "val": 5}
+
+
+@pytest.mark.parametrize("name", ["../n01440764_1.JPEG", "/n01440764_1.JPEG", "a/../../n01440764_1.JPEG"])
+def test_an_inner_archive_that_leads_out_of_itself_is_refused(tmp_path, name):
+    inner, files = archives()
+    src = write(tmp_path / "s", files | {TRAIN: tar(inner | {"n01440764.tar": tar({name: jpeg(1)})})})
+    with pytest.raises(UserError, match=r"img_train\.tar: n01440764\.tar: refused: member .* leads out of the archive"):
+        pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+
+
+@pytest.mark.parametrize("length", [0, 100, 512, 1024, 2560, -10240])
+def test_a_truncated_inner_archive_is_refused_and_its_neighbour_not_taken_for_its_content(tmp_path, length):
+    inner, files = archives()
+    cut = {"n01440764.tar": inner["n01440764.tar"].rstrip(b"\0")[:length]}
+    src = write(tmp_path / "s", files | {TRAIN: tar(cut | {name: inner[name] for name in inner if name not in cut})})
+    with pytest.raises(UserError, match=r"img_train\.tar: n01440764\.tar: (truncated|not a tar)"):
+        pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_truncated_outer_archive_is_refused(tmp_path):
+    files = archives()[1]
+    for length in (512, len(files[TRAIN]) // 2 // 512 * 512, len(files[TRAIN].rstrip(b"\0"))):
+        src = write(tmp_path / "s", files | {TRAIN: files[TRAIN][:length]})
+        with pytest.raises(UserError, match=r"img_train\.tar: .*(truncated|damaged)"):
+            pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
+
+
 def test_a_devkit_elsewhere_can_be_named(tmp_path):
     contents = tree()
     devkit = {name.removeprefix(DEVKIT): contents.pop(name) for name in list(contents) if name.startswith(DEVKIT)}
@@ -116,8 +192,6 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path, changes, message):
     "lines",
     ["", "n01440764 1\nn01440764 2\n", "n01440764 1\nn02119789 1\n", "tench 1\n", "n01440764\n", "n01440764 1 2\n"],
 )
-def test_a_text_that_is_no_class_map_is_refused(tmp_path, lines):
-    path = tmp_path / "map.txt"
-    path.write_text(lines)
+def test_a_text_that_is_no_class_map_is_refused(lines):
     with pytest.raises(UserError, match=r"map\.txt: "):
-        read_class_map(path)
+        read_class_map(Document("map.txt", lines.encode()))

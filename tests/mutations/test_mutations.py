@@ -260,6 +260,21 @@ MUTATIONS = [
         ("    experiment.optimizer_state.step = step\n", ""),
         ("for i, moment in enumerate(moments):", "for i, moment in enumerate(moments[:1]):"),
     ),
+    *_in(
+        "data/writer.py",
+        "data/test_writer.py",
+        ("return skipped + sum(", "return skipped + 0 * sum("),
+        ("if finished else np.empty((0, 256)", "if not finished else np.empty((0, 256)"),
+        ("return finished[:number]", "return finished"),
+        ("and path.name not in keep", ""),
+    ),
+    *_in(
+        "data/journal.py",
+        "data/test_writer.py",
+        ("self._file.truncate()\n", "pass\n"),
+        ("if next(lines, b\"\") == self._head", "if next(lines, b\"\")"),
+        ("if line.endswith(b\"\\n\"):", "if line:"),
+    ),
 ]  # fmt: skip
 
 

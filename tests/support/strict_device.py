@@ -16,6 +16,7 @@ to the device.
 """
 
 import operator
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -373,8 +374,63 @@ lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 # What a Backend asks of a device.
 
+
+class Event:
+    """A point in a stream's work; waiting for it does the work up to there."""
+
+    def __init__(self, stream, number):
+        self._stream, self._number = stream, number
+
+    def synchronize(self):
+        self._stream._run_to(self._number)
+
+
+class Stream:
+    """Work that is done as late as can be: when somebody waits for it. Then it reads what the host has there by then.
+
+    `waited` are the streams whose events it was told to wait for.
+    """
+
+    def __init__(self, null=False, non_blocking=False):
+        self._work, self._done, self._lock, self.waited = [], 0, threading.RLock(), []
+
+    def record(self):
+        return Event(self, len(self._work))
+
+    def wait_event(self, event):
+        self.waited.append(event._stream)
+        event.synchronize()
+
+    def synchronize(self):
+        self._run_to(len(self._work))
+
+    def _run_to(self, number):
+        with self._lock:
+            while self._done < number:
+                self._work[self._done]()
+                self._done += 1
+
+
+current_stream = Stream()
+
+
+def _set(self, arr, stream=None):
+    """Copy from the host, now or, on a stream, later; the host's array must be pinned for that."""
+    if not isinstance(arr, np.ndarray) or arr.shape != self.shape or arr.dtype != self.dtype:
+        raise TypeError("set takes a host array of the same shape and dtype")
+    if stream is None:
+        self._host[...] = arr
+    elif not any(np.shares_memory(arr, place) for place in pinned):
+        raise TypeError("a copy on a stream from memory that is not pinned")
+    else:
+        stream._work.append(lambda: self._host.__setitem__(..., arr))
+
+
+ndarray.set = _set
+pinned = []
 cuda = SimpleNamespace(
-    get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+    Stream=Stream,
+    get_current_stream=lambda: current_stream,
     runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: {"name": b"strict double"}),
 )
 

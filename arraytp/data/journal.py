@@ -1,0 +1,85 @@
+"""The journal of a pack: what is being packed and which shards are finished, so that a killed pack can go on.
+
+The first line says what is packed, as a checksum; each further one, as JSON, tells of one finished shard. A line counts
+when it ends: a process that is killed while it writes loses that line and nothing else.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, BinaryIO
+
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from arraytp.data.manifest import ShardEntry, SplitName
+
+Skipped = tuple[SplitName, str, str]
+"""Split, path and reason of a file that was left out."""
+
+
+class Finished(BaseModel):
+    """A shard that is on the disk.
+
+    `skipped` are the files left out since the shard before, in the order of the source; `pixel_counts` (C, 256) is over
+    all train images up to here, and empty before the first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    split: SplitName
+    entry: ShardEntry
+    skipped: list[Skipped]
+    pixel_counts: list[Annotated[list[int], Len(256, 256)]]
+
+
+class Journal:
+    """The journal in an open file.
+
+    Parameters
+    ----------
+    file : binary file
+        Open for reading and writing.
+    identity : JSON document
+        What the bytes of the data set depend on; a journal of anything else counts as empty.
+    """
+
+    def __init__(self, file: BinaryIO, identity: Any) -> None:
+        text = json.dumps(identity, sort_keys=True)
+        self._file, self._head = file, hashlib.sha256(text.encode("ascii")).hexdigest().encode("ascii") + b"\n"
+
+    def read(self) -> list[Finished]:
+        """Return what the journal tells, up to the first line that is not whole."""
+        self._file.seek(0)
+        lines = iter(self._file.readlines())
+        return list(_parsed(lines)) if next(lines, b"") == self._head else []
+
+    def restart(self, finished: list[Finished]) -> None:
+        """Cut the journal behind the shards given, the first of those that `read` returned."""
+        self._file.seek(0)
+        if finished:
+            for _ in range(1 + len(finished)):
+                self._file.readline()
+            self._file.truncate()
+        else:
+            self._file.truncate(0)
+            self._write(self._head)
+
+    def append(self, finished: Finished) -> None:
+        """Add a shard, once it is on the disk."""
+        self._write(finished.model_dump_json().encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _parsed(lines: Iterator[bytes]) -> Iterator[Finished]:
+    for line in lines:
+        try:
+            if line.endswith(b"\n"):
+                yield Finished.model_validate_json(line)
+        except ValidationError:
+            return

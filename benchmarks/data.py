@@ -1,0 +1,196 @@
+"""Time the loader: against a bare copy and conversion, PyTorch's DataLoader, and training steps.
+
+Files are in the page cache. All parts of a run take turns, round by round, so that they see the same machine; the best
+round counts. The images are random bytes in shards that are made for the run: nothing looks at what they show.
+
+    python benchmarks/data.py small|large [--rounds 3] [--threads N] [--json FILE]
+    python benchmarks/data.py torch [--rounds 3] [--json FILE]
+    python benchmarks/data.py steps [--json FILE]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arraytp.data.dataset import Dataset, open_dataset
+from arraytp.data.loader import Loader
+from arraytp.data.shards import range_checksum
+from arraytp.data.writer import Description, writing
+
+SETS = {"small": ((32, 32, 3), 51_200, 256), "large": ((224, 224, 3), 2_560, 256)}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENTED = {"flip": 0.5, "crop_padding": 4}
+MODES = {"in memory": 2**32, "streamed": 0}
+Job = Callable[[int], int]
+
+
+def random_set(folder: Path, shape: tuple[int, int, int], count: int) -> Dataset:
+    generator = np.random.default_rng(0)
+    with writing(folder, Description("random", shape, ("a", "b"))) as writer:
+        for start in range(0, count, 256):
+            images = generator.integers(0, 256, (min(256, count - start), *shape), dtype=np.uint8)
+            writer.add("train", images, generator.integers(0, 2, len(images)))
+    return open_dataset(folder)
+
+
+def bare(dataset: Dataset, batch: int) -> Job:
+    """Convert the images as they lie to float32, batch by batch, on one thread: nothing shuffled, nothing scaled."""
+    images, _ = dataset.load("train")
+    outs = [np.empty((batch, *dataset.shape), np.float32) for _ in range(4)]
+
+    def job(_epoch: int) -> int:
+        for number, start in enumerate(range(0, len(images), batch)):
+            np.copyto(outs[number % 4], images[start : start + batch])
+        return len(images)
+
+    return job
+
+
+def loading(dataset: Dataset, batch: int, threads: int | None, **options: Any) -> Job:
+    loader = Loader(dataset, "train", batch, seed=0, shuffle=True, **options)
+    if threads is not None:
+        loader._threads = threads
+
+    def job(epoch: int) -> int:
+        with closing(loader.batches(epoch)) as batches:
+            return sum(len(labels) for _, labels in batches)
+
+    return job
+
+
+def torch_loading(dataset: Dataset, batch: int, augment: bool) -> Job:
+    """The usual PyTorch way: a map-style data set that transforms image by image, two worker processes."""
+    import torch
+
+    images, labels = dataset.load("train")
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(pixels)
+
+        def __getitem__(self, row: int) -> tuple[Any, int]:
+            x = pixels[row]
+            if augment:
+                x = x.flip(2) if torch.rand(()) < 0.5 else x
+                top, left = torch.randint(0, 9, (2,)).tolist()
+                x = torch.nn.functional.pad(x.float(), (4, 4, 4, 4), mode="replicate")
+                x = x[:, top : top + pixels.shape[2], left : left + pixels.shape[3]]
+            return (x.float() / 255 - mean) / std, int(labels[row])
+
+    loader = torch.utils.data.DataLoader(Images(), batch, shuffle=True, num_workers=2, persistent_workers=True)
+
+    def job(_epoch: int) -> int:
+        return sum(len(y) for _, y in loader)
+
+    return job
+
+
+def take_turns(jobs: dict[str, Job], rounds: int) -> dict[str, dict[str, float]]:
+    """Return for each job its best images per second, and its CPU microseconds per image then (this process only)."""
+    best: dict[str, dict[str, float]] = {name: {"images_per_s": 0.0, "cpu_us": 0.0} for name in jobs}
+    for epoch in range(rounds):
+        for name, job in jobs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            count = job(epoch)
+            rate = count / (time.perf_counter() - wall)
+            if rate > best[name]["images_per_s"]:
+                best[name] = {"images_per_s": rate, "cpu_us": 1e6 * (time.process_time() - cpu) / count}
+    return best
+
+
+def loader_jobs(dataset: Dataset, batch: int, threads: int | None) -> Iterator[tuple[str, Job]]:
+    normalised = {"mean": MEAN, "std": STD}
+    for mode, in_memory in MODES.items():
+        for name, options in (("normalised", normalised), ("flip, crop", normalised | AUGMENTED)):
+            yield f"{mode}, {name}", loading(dataset, batch, threads, in_memory_bytes=in_memory, **options)
+
+
+def checksum_us(dataset: Dataset) -> float:
+    """CPU time of a range's checksum for each image, in microseconds; best of 50."""
+    images, labels = dataset.read("train", 0, dataset.chunks("train")[0][1])
+    seconds = []
+    for _ in range(50):
+        start = time.process_time_ns()
+        range_checksum(images, labels)
+        seconds.append(time.process_time_ns() - start)
+    return min(seconds) / 1e3 / len(images)
+
+
+def steps() -> dict[str, Any]:
+    """CPU time of the loader for a batch against that of a training step on the batch."""
+    from arraytp.config import load_one
+    from arraytp.experiment import build
+
+    found = {}
+    for name, batch in (("vgg", 128), ("conv-imagenet", 32)):
+        shape, count, _ = SETS["small" if name == "vgg" else "large"]
+        with tempfile.TemporaryDirectory() as folder:
+            random_set(Path(folder) / "d", shape, count // 10)
+            for mode, in_memory_mb in (("in memory", 4096), ("streamed", 0)):
+                overrides = [f"data.in_memory_mb={in_memory_mb}", "data.flip=0.5", "data.crop_padding=4"]
+                overrides += [f"data.dataset={folder}/d", f"network.name={name}", f"train.batch_size={batch}"]
+                found[f"{name}, {mode}"] = step_share(load_one("runs/quickstart.yml", overrides, "bp"), build)
+    return found
+
+
+def step_share(config: Any, build: Callable[[Any], Any]) -> dict[str, float]:
+    experiment = build(config)
+    with closing(experiment.train_loader.batches(0)) as batches:
+        images, labels = next(batches)
+    images, labels = images.copy(), labels.copy()
+    step_ms, load_ms = [], []
+    for _ in range(4):
+        cpu = time.process_time()
+        experiment.propose(images, labels)
+        experiment.apply()
+        step_ms.append(1e3 * (time.process_time() - cpu))
+    for epoch in range(3):
+        cpu = time.process_time()
+        with closing(experiment.train_loader.batches(epoch)) as batches:
+            count = sum(1 for _ in batches)
+        load_ms.append(1e3 * (time.process_time() - cpu) / count)
+    return {"step_cpu_ms": min(step_ms), "load_cpu_ms": min(load_ms), "share": min(load_ms) / min(step_ms)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["small", "large", "torch", "steps"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of the loader; as many as it takes by itself unless given")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    if arguments.part == "steps":
+        results: dict[str, Any] = steps()
+        for name, f in results.items():
+            print(f"{name:28} ms CPU: step {f['step_cpu_ms']:7.1f}, loader {f['load_cpu_ms']:6.2f} ({f['share']:.2%})")
+    else:
+        shape, count, batch = SETS["large" if arguments.part == "large" else "small"]
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = random_set(Path(folder) / "d", shape, count)
+            jobs = {"bare copy and convert": bare(dataset, batch)}
+            jobs |= dict(loader_jobs(dataset, batch, arguments.threads))
+            if arguments.part == "torch":
+                jobs["PyTorch, normalised"] = torch_loading(dataset, batch, augment=False)
+                jobs["PyTorch, flip, crop"] = torch_loading(dataset, batch, augment=True)
+            results = take_turns(jobs, arguments.rounds)
+            checksum = checksum_us(dataset)
+        reference = results["bare copy and convert"]["images_per_s"]
+        for name, f in results.items():
+            share = f["images_per_s"] / reference
+            print(f"{name:28} {f['images_per_s']:9,.0f} images/s {f['cpu_us']:8.2f} µs CPU  {share:5.2f} of bare")
+        print(f"checksum {checksum:.2f} µs CPU an image")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Fetch the official files of data sets that anyone may download, with the checksums that their publishers state.
+
+A file that arrives in part is kept beside its place as `.NAME.part`, and the next call asks the server for the rest. It
+gets its name when its checksum is right.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from arraytp.errors import UserError
+
+_BLOCK_BYTES = 2**16
+_TIMEOUT_SECONDS = 30
+
+Progress = Callable[[str, int, int | None], None]
+"""Takes a file's name, how many of its bytes are there, and how many it has, if the server says so."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where files are: `addresses` of the folders that hold them, tried in turn; `files` gives the MD5 of each name."""
+
+    addresses: tuple[str, ...]
+    files: Mapping[str, str]
+
+
+def _idx_files(*checksums: str) -> dict[str, str]:
+    names = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    return dict(zip(names, checksums, strict=True))
+
+
+_CIFAR = ("https://www.cs.toronto.edu/~kriz", "https://cave.cs.toronto.edu/kriz")
+
+SOURCES: Mapping[str, Source] = {
+    "mnist": Source(
+        ("https://storage.googleapis.com/cvdf-datasets/mnist", "https://ossci-datasets.s3.amazonaws.com/mnist"),
+        _idx_files(
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        ),
+    ),
+    "fashion-mnist": Source(
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",),
+        _idx_files(
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        ),
+    ),
+    "kmnist": Source(
+        ("http://codh.rois.ac.jp/kmnist/dataset/kmnist",),
+        _idx_files(
+            "bdb82020997e1d708af4cf47b453dcf7",
+            "e144d726b3acfaa3e44228e80efcd344",
+            "5c965bf0a639b31b8f53240b1b52f4d7",
+            "7320c461ea6c1c855c0b718fb2a4b134",
+        ),
+    ),
+    "cifar10": Source(_CIFAR, {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}),
+    "cifar100": Source(_CIFAR, {"cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85"}),
+}
+
+
+def fetch(source: Source, folder: Path, progress: Progress) -> None:
+    """Fetch the files of a source that are not in a folder yet, or not with the right checksum.
+
+    Raises
+    ------
+    UserError
+        Pooch is not installed, the folder cannot be written to, or no address has a file with the right checksum.
+    """
+    pooch = _imported("pooch")
+    requests = _imported("requests")
+    pooch.get_logger().setLevel("WARNING")
+    for name, md5 in source.files.items():
+
+        def download(url: str, output: str, _pooch: Any, name: str = name) -> None:
+            part = folder / f".{name}.part"
+            _download(requests, url, part, lambda done, total: progress(name, done, total))
+            part.replace(output)
+
+        failures = []
+        for address in source.addresses:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                pooch.retrieve(f"{address}/{name}", f"md5:{md5}", name, folder, downloader=download)
+                break
+            except requests.RequestException as error:
+                failures.append(f"{address}/{name}: {' '.join(str(error).split())}")
+            except ValueError:
+                failures.append(f"{address}/{name}: not the official file, its MD5 is not {md5}")
+            except OSError as error:
+                raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+        else:
+            raise UserError(f"{'; '.join(failures)}; the same command goes on with what has arrived")
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"data fetch: {name} cannot be imported ({error}); install arraytp[fetch]") from error
+
+
+def _download(requests: Any, url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
+    """Complete a file, or leave in it what has arrived.
+
+    Raises
+    ------
+    requests.RequestException
+        The server cannot be reached, refuses, or ends too early.
+    """
+    there = part.stat().st_size if part.exists() else 0
+    # Files are to be had as they are: some servers unpack what is gzipped.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as response:
+        if there and response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            # Nothing is missing; the checksum tells whether it is right.
+            return
+        response.raise_for_status()
+        goes_on = response.status_code == HTTPStatus.PARTIAL_CONTENT
+        done = there if goes_on else 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        with part.open("ab" if goes_on else "wb") as file:
+            for block in response.iter_content(_BLOCK_BYTES):
+                file.write(block)
+                done += len(block)
+                progress(done, total)
