@@ -114,16 +114,54 @@ SETTINGS = {
         blocks("{type: dense, units: 4611686018427387904}, {type: dense, units: 3}"),
         ["block 0 (dense1)", "a weight of 64x4611686018427387904 fits into no memory"],
     ),
+    "a rate per block, one too few": (
+        "optimizer.lr=[0.1, 0.2]",
+        ["optimizer.lr: 2 values [0.1, 0.2]", "a list of 3, one per block: conv1, dense1, dense2"],
+    ),
+    "noise for another number of blocks": (
+        "rule={name: ldrl, feedback: {sigma: [0.1, 0.2, 0.3]}}",
+        ["rule.feedback.sigma: 3 values [0.1, 0.2, 0.3]", "a list of 2, one per block with feedback: dense1, dense2"],
+    ),
+    "direct feedback for another number of blocks": (
+        "rule={name: drl, feedback: {iterations: [1]}}",
+        ["rule.feedback.iterations: 1 values [1]", "a list of 2, one per block with feedback: conv1, dense1"],
+    ),
+    "no noise": (
+        "rule={name: ldrl, feedback: {sigma: 0}}",
+        ["rule.feedback.sigma must be a number above 0, or a list, each entry a number above 0, got 0"],
+    ),
+    "negative noise in a list": ("rule={name: dtp, feedback: {sigma: [0.1, -0.1]}}", ["sigma", "got [0.1, -0.1]"]),
+    "an empty list of noise": ("rule={name: dtp, feedback: {sigma: []}}", ["rule.feedback.sigma must not be empty"]),
+    "negative iterations": (
+        "rule={name: tp, feedback: {iterations: -1}}",
+        ["rule.feedback.iterations must be a whole number of at least 0", "got -1"],
+    ),
+    "no target step": ("rule={name: ldrl, beta: 0}", ["rule.beta must be a number above 0, got 0"]),
+    "the summed loss with targets": (
+        "rule={name: ldrl}",
+        ["loss.reduction: sum: rule ldrl is defined for the mean loss; use reduction: mean"],
+    ),
+    "auxiliary units without a use": (
+        "rule={name: dtp}",
+        ["block 1 (dense1): has 2 auxiliary units", "network.square: false"],
+    ),
     "more memory than there is": (
         blocks("{type: dense, units: 99999999999}, {type: dense, units: 3}"),
         ["not enough memory"],
     ),
 }
 
+# What makes a setting wrong that is right alone.
+ALONGSIDE = {
+    "rule={name: ldrl}": ["loss.reduction=sum"],
+    "rule={name: dtp}": ["network.blocks.1.auxiliary=2"],
+}
+
 
 @pytest.mark.parametrize(("setting", "said"), SETTINGS.values(), ids=SETTINGS)
 def test_a_wrong_setting_is_refused(refused, setting, said):
-    message = refused("run", "toy.yml", "--quiet", "--set", setting)
+    extra = ALONGSIDE.get(setting, [])
+    message = refused("run", "toy.yml", "--quiet", "--set", setting, *(word for s in extra for word in ("--set", s)))
     assert all(part in message for part in said), message
 
 

@@ -11,6 +11,7 @@ from arraytp.ops.patches import (
     Window,
     add_border,
     add_row_patches,
+    add_stacked_rows,
     col2im,
     im2col,
     make_window,
@@ -90,6 +91,19 @@ def test_adding_row_patches_is_the_adjoint_of_taking_them(place, case):
     added = place.get(add_row_patches(place.put(y), window, out))
     np.testing.assert_allclose(np.vdot(patches, y), np.vdot(x, added), rtol=1e-11, atol=1e-11)
     np.testing.assert_array_equal(place.get(add_row_patches(place.put(y), window)), added)
+
+
+@given(case=image_cases(strides=1))
+@settings(max_examples=25)
+def test_adding_stacked_rows_is_the_adjoint_of_stacking_them_on_top_of_what_is_there(place, case):
+    window = case.window
+    assume(max(window.top, window.bottom) < window.kernel)
+    dz = rng(case.seed, 2).standard_normal((case.batch, *naive.output_size(window), case.out_channels))
+    stacked = stack_rows(dz, window)
+    y = rng(case.seed, 3).standard_normal(stacked.shape)
+    out = place.backend.xp.ones(dz.shape)
+    assert add_stacked_rows(place.put(y), window, out) is out
+    np.testing.assert_allclose(np.vdot(stacked, y), np.vdot(dz, place.get(out) - 1), rtol=1e-10, atol=1e-10)
 
 
 @given(case=image_cases(strides=1))

@@ -1,0 +1,177 @@
+"""Theorems 4.2 and 4.3 of the DTP paper, and what of them ELU leaves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from feedback_blocks import LAYERS, made, noise, output
+from samples import batch, close, fitting_blocks, named_blocks, random_network
+from training import trainer
+
+from arraytp.backend import NUMPY
+from arraytp.compare import angle_degrees
+from arraytp.feedback import expected_gradient, feedback_affine, jacobian_overlap, unpooled
+from arraytp.fused import forward
+from arraytp.network import Network
+from arraytp.ops.activations import activation_derivative, activation_forward
+from arraytp.options import SGD, Conv, Dense, FeedbackTraining, Pool
+from arraytp.parallel import Workspace
+from arraytp.rules import dtp, ldrl
+
+UNPOOL = ("overwrite", "accumulate")
+
+
+def slope_of(numbers, errors):
+    """Return the exponent of a power law."""
+    return np.polyfit(np.log(numbers), np.log(errors), 1)[0]
+
+
+@pytest.mark.parametrize("unpool", UNPOOL)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_mean_gradient_goes_to_the_closed_form_as_one_over_the_root_of_the_samples(name, unpool):
+    """Theorem 4.2. A batch of copies of one image is so many samples of the noise; σ is small enough for its limit."""
+    sigma, counts = 1e-5, [32, 128, 512, 2048]
+    block, theta, omega, s = made(name, "tanh", 1)
+    out, index = output(block, theta, s)
+    limit = expected_gradient(block, theta[0], omega[0], jacobian_overlap(block, out, index, unpool), 1)
+    errors = []
+    for count in counts:
+        epsilon, eta = noise(block, count, sigma, seed=count)
+        copies = np.repeat(s, count, axis=0)
+        gradient, _ = ldrl.iteration(block, theta, omega, copies, epsilon, eta, unpool)
+        errors.append(np.linalg.norm(gradient / sigma**2 - limit))
+    assert slope_of(counts, errors) == pytest.approx(-0.5, abs=0.12)
+    assert errors[-1] < 0.3 * np.linalg.norm(limit)
+
+
+@pytest.mark.parametrize("unpool", UNPOOL)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_closed_form_of_a_batch_is_the_mean_of_its_samples(name, unpool):
+    block, theta, omega, s = made(name, "elu", 4)
+
+    def limit(s):
+        out, index = output(block, theta, s)
+        return expected_gradient(block, theta[0], omega[0], jacobian_overlap(block, out, index, unpool), len(s))
+
+    close(limit(s), sum(limit(s[b : b + 1]) for b in range(4)) / 4, 1e-12)
+
+
+SMALL = [
+    Conv(channels=3, kernel=3, padding=1, activation="elu", pool=Pool(kernel=3, stride=2, padding=1)),
+    Conv(channels=4, kernel=3, padding=1, activation="elu", pool=Pool(kernel=3, stride=2, padding=1)),
+    Dense(units=5, activation="tanh"),
+    Dense(units=3),
+]
+
+
+@pytest.mark.parametrize("unpool", UNPOOL)
+def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, unpool):
+    """ω = θ N/M for every block; where M is 0, nothing of ω matters and it stays."""
+    blocks = fitting_blocks(SMALL, (7, 6, 2))
+    network, (x, _) = random_network(blocks), batch(blocks, 4)
+    workspace = Workspace(place.backend)
+    there = Network(blocks, [place.put(w) for w in network.weights], [place.put(b) for b in network.biases])
+    passed = forward(there, place.put(x), workspace)
+    host = forward(network, x, Workspace())
+    overlaps = [jacobian_overlap(block, s, index, unpool)
+                for block, s, index in zip(blocks, host.s[1:], host.index, strict=True)][1:]  # fmt: skip
+    rates = tuple(0.45 * 4 / float(m.max()) for _, m in overlaps)
+    training = FeedbackTraining(iterations=400, sigma=1.0, optimizer=SGD(lr=rates, momentum=0.8))
+    options = ldrl.Options(expected=True, unpool=unpool, feedback=training)
+    state = ldrl.init_state(options, there, 0, place.backend)
+    before = {key: place.get(array).copy() for key, array in state.items()}
+    losses = ldrl.train_feedback(options, state, there, passed, 0, 0, workspace)
+    for n, (found_n, found_m) in enumerate(overlaps, start=1):
+        omega, theta = place.get(state[f"feedback/{n}/weight"]), network.weights[n]
+        known = np.broadcast_to(found_m > 0.05 * found_m.max(), omega.shape)
+        minimiser = theta * found_n / np.where(found_m > 0, found_m, 1)
+        assert known.mean() > 0.5
+        np.testing.assert_allclose(omega[known], minimiser[known], rtol=1e-6, atol=1e-9)
+        dead = np.broadcast_to(found_m == 0, omega.shape)
+        np.testing.assert_array_equal(omega[dead], before[f"feedback/{n}/weight"][dead])
+        np.testing.assert_array_equal(place.get(state[f"feedback/{n}/bias"]), before[f"feedback/{n}/bias"])
+        assert float(losses[n - 1]) < 0
+
+
+def relaxed(name, activation, dtype="float64"):
+    """Return a network of one activation throughout (the output stays linear), inputs and labels."""
+    blocks = named_blocks(name)
+    blocks = tuple(replace(block, activation=activation) for block in blocks[:-1]) + blocks[-1:]
+    return random_network(blocks, dtype=dtype), *batch(blocks, 5, dtype=dtype)
+
+
+def over_beta(network, x, labels, beta, unpool="accumulate"):
+    options = {"beta": beta, "divide_by_beta": True, "unpool": unpool, "feedback_init": "symmetric"}
+    return trainer(network, "dtp", SGD(lr=1), NUMPY, 2, **options).propose(x, labels)[1]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-11), ("float32", 1e-4)])
+@pytest.mark.parametrize("beta", [1e-4, 1e-8])
+@pytest.mark.parametrize(
+    ("name", "unpool"),
+    [
+        ("lenet", "accumulate"),
+        ("vgg", "overwrite"),
+        ("fc-deep", "overwrite"),
+        ("conv-imagenet", "overwrite"),
+    ],
+)
+def test_symmetric_feedback_gives_bps_updates(name, unpool, beta, dtype, tolerance):
+    """Theorem 4.3: with leaky ReLU f' is the same at s as at z, so δ over β is BP's error, but for rounding."""
+    network, x, labels = relaxed(name, "leaky-relu", dtype)
+    exact = trainer(network, "bp", SGD(lr=1), NUMPY, 2).propose(x, labels)[1]
+    for mine, wanted in zip(over_beta(network, x, labels, beta, unpool), exact, strict=True):
+        close(mine[0], wanted[0], tolerance)
+        close(mine[1], wanted[1], tolerance)
+
+
+def limit_updates(network, x, labels, unpool):
+    """Return (1/β)·updates for β → 0: local updates of the product of the modules' Jacobians."""
+    runner = trainer(network, "dtp", SGD(lr=1), NUMPY, 2)
+    passed = forward(network, x, runner.workspace)
+    p = np.exp(passed.logits - passed.logits.max(axis=1, keepdims=True))
+    delta = np.eye(p.shape[1])[labels] - p / p.sum(axis=1, keepdims=True)
+    found = []
+    for n in reversed(range(len(network))):
+        block, s, index = network.blocks[n], passed.s[n + 1], passed.index[n]
+        update = dtp.local_update(dtp.Options(), network, passed, n, delta.reshape(s.shape), Workspace())
+        found.append(update)
+        if n > 0:
+            slope = activation_derivative(activation_forward(unpooled(block, s, index, unpool), block.activation),
+                                          block.activation)  # fmt: skip
+            a = unpooled(block, delta.reshape(s.shape), index, unpool)
+            delta = feedback_affine(block, network.weights[n], a if slope is None else slope * a)
+    return found[::-1]
+
+
+@pytest.mark.parametrize("unpool", UNPOOL)
+@pytest.mark.parametrize("activation", ["elu", "tanh"])
+def test_updates_over_beta_go_to_their_own_limit_linearly(activation, unpool):
+    network, x, labels = relaxed("lenet", activation)
+    limit, betas = limit_updates(network, x, labels, unpool), [1e-1, 1e-2, 1e-3, 1e-4]
+    errors = np.array([
+        [np.linalg.norm(mine[0] - wanted[0])
+         for mine, wanted in zip(over_beta(network, x, labels, beta, unpool)[:-2], limit[:-2], strict=True)]
+        for beta in betas
+    ])  # fmt: skip
+    assert np.all(errors > 0)
+    for block in errors.T:
+        assert slope_of(betas, block) == pytest.approx(1, abs=0.05)
+
+
+def test_elu_leaves_a_residual_angle_and_overwriting_a_larger_one():
+    """f' at s = f(z) is not f' at z: with symmetric ω an angle to BP stays whatever β; the layers above have less."""
+    network, x, labels = relaxed("lenet", "elu")
+    exact = trainer(network, "bp", SGD(lr=1), NUMPY, 2).propose(x, labels)[1]
+    angles = {
+        unpool: [angle_degrees(mine[0], wanted[0])
+                 for mine, wanted in zip(limit_updates(network, x, labels, unpool), exact, strict=True)]
+        for unpool in UNPOOL
+    }  # fmt: skip
+    small = [angle_degrees(mine[0], wanted[0])
+             for mine, wanted in zip(over_beta(network, x, labels, 1e-7), exact, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(small, angles["accumulate"], atol=1e-4)
+    assert 1 < angles["accumulate"][0] < 15
+    assert angles["overwrite"][0] > 1.5 * angles["accumulate"][0]
+    # A linear output block has no f': the block below it learns as in BP.
+    assert angles["accumulate"][-2:] == pytest.approx([0, 0], abs=1e-5)

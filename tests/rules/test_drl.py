@@ -1,0 +1,107 @@
+"""DRL on a small net by hand: its feedback loss, its steps of Adam, its targets and updates."""
+
+import numpy as np
+import pytest
+from samples import batch, close, fitting_blocks, moved, random_network, rng
+from training import trainer
+
+from arraytp.backend import NUMPY
+from arraytp.fused import forward
+from arraytp.ops.noise import gaussian
+from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
+from arraytp.parallel import Workspace
+from arraytp.rules import drl
+
+BLOCKS = fitting_blocks(
+    [Conv(channels=3, kernel=3, activation="tanh", pool=Pool(kernel=2, stride=2)), Dense(units=5, activation="tanh"),
+     Dense(units=4)], (6, 6, 2))  # fmt: skip
+ROUNDING = 1e-12
+
+
+def logits_from(network, n, s):
+    """Run the dense rest of the network, written out."""
+    for weight, bias, block in list(zip(network.weights, network.biases, network.blocks, strict=True))[n:]:
+        s = s.reshape(len(s), -1) @ weight + bias
+        s = np.tanh(s) if block.activation == "tanh" else s
+    return s
+
+
+def test_updates_by_hand(place):
+    """t = s + Q(t^N) − Q(s^N); dense: (1/B) Σ 2D(s − t) outer input; conv: the mean over batch and units as well."""
+    network, (x, labels) = random_network(BLOCKS), batch(BLOCKS, 6)
+    runner = trainer(moved(network, place.put), "drl", SGD(lr=1), place.backend, 2, eta=0.3)
+    _, found = runner.propose(place.put(x), place.put(labels))
+    q = [place.get(runner.state[f"feedback/{n}/weight"]) for n in (0, 1)]
+    assert [array.shape for array in q] == [(4, 2 * 2 * 3), (4, 5)]
+    passed = forward(network, x, Workspace())
+    p = np.exp(passed.logits)
+    down = -0.3 * (p / p.sum(axis=1, keepdims=True) - np.eye(4)[labels]) / 6
+    h = passed.s[2]
+    local = -2 / 6 * (1 - h**2) * (down @ q[1])
+    close(place.get(found[2][0]), h.T @ (-2 / 6 * down), ROUNDING)
+    close(place.get(found[2][1]), (-2 / 6 * down).sum(axis=0), ROUNDING)
+    close(place.get(found[1][0]), passed.x[1].reshape(6, -1).T @ local, ROUNDING)
+    close(place.get(found[1][1]), local.sum(axis=0), ROUNDING)
+    t = passed.s[1] + (down @ q[0]).reshape(passed.s[1].shape)
+
+    def local_loss(weight, bias):
+        z = sum(x[:, i : i + 4, j : j + 4] @ weight[i, j] for i in range(3) for j in range(3)) + bias
+        s = np.tanh(z).reshape(6, 2, 2, 2, 2, 3).max(axis=(2, 4))
+        return np.square(s - t).mean()
+
+    for which, shape in ((0, network.weights[0].shape), (1, network.biases[0].shape)):
+        v, h = rng(which).standard_normal(shape), 1e-6
+        ends = [
+            local_loss(*(array + (sign * h * v if i == which else 0)
+                         for i, array in enumerate((network.weights[0], network.biases[0]))))
+            for sign in (1, -1)
+        ]  # fmt: skip
+        assert np.vdot(place.get(found[0][which]), v) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6)
+
+
+def test_feedback_by_hand(place):
+    """Two batches of two and one iterations: Algorithm 2, weight decay, and Adam with rates of its own."""
+    optimizer = Adam(lr=(0.01, 0.03), beta1=0.8, epsilon=(1e-3, 1e-5), weight_decay=0.1)
+    sigma, iterations = (0.2, 0.1), (2, 1)
+    options = drl.Options(feedback=FeedbackTraining(iterations=iterations, sigma=sigma, optimizer=optimizer))
+    network, (x, _) = random_network(BLOCKS), batch(BLOCKS, 6)
+    there, workspace = moved(network, place.put), Workspace(place.backend, 2)
+    passed, seen = forward(network, x, Workspace()), forward(there, place.put(x), workspace)
+    state = drl.init_state(options, there, 3, place.backend)
+    before = {name: place.get(array).copy() for name, array in state.items()}
+    for step in range(2):
+        losses = drl.train_feedback(options, state, there, seen, 3, step, workspace)
+    for n in (0, 1):
+        q = before[f"feedback/{n}/weight"]
+        m, u, s = np.zeros_like(q), np.zeros_like(q), passed.s[n + 1]
+        for t in range(2 * iterations[n]):
+            step, k = divmod(t, iterations[n])
+            epsilon = gaussian(np.empty(s.shape), sigma[n], 0, 3, step, n, k, 0)
+            change = logits_from(network, n + 1, s + epsilon) - passed.logits
+            residual = change @ q - epsilon.reshape(6, -1)
+            loss = np.square(residual).mean() / sigma[n] ** 2
+            g = 2 * change.T @ residual / residual.size / sigma[n] ** 2 + 0.1 * q
+            m, u = 0.8 * m + 0.2 * g, 0.999 * u + 0.001 * g * g
+            root = np.sqrt(u / (1 - 0.999 ** (t + 1))) + optimizer.epsilon[n]
+            q = q - optimizer.lr[n] * m / (1 - 0.8 ** (t + 1)) / root
+        close(place.get(state[f"feedback/{n}/weight"]), q, 1e-10)
+        assert float(losses[n]) == pytest.approx(loss, rel=1e-11)
+
+
+def test_only_the_last_feedback_pairs_with_a_weight():
+    network = random_network(BLOCKS)
+    state = drl.init_state(drl.Options(), network, 0, NUMPY)
+    (first, q0, none), (last, q1, theta) = drl.feedback_pairs(state, network)
+    assert (first, last, none) == (0, 1, None)
+    assert q0 is state["feedback/0/weight"]
+    np.testing.assert_array_equal(theta, network.weights[2].T)
+    assert theta.shape == q1.shape
+
+
+def test_noise_below_the_rounding_of_single_precision_is_worth_a_note():
+    options = drl.Options(feedback=FeedbackTraining(sigma=(0.01, 1e-5)))
+    (note,) = drl.check(options, BLOCKS, "float32", "mean")
+    assert "feedback.sigma 1e-05" in note
+    assert "float64" in note
+    assert drl.check(options, BLOCKS, "float64", "mean") == []
+    assert drl.check(drl.Options(), BLOCKS, "float32", "mean") == []

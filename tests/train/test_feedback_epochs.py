@@ -1,0 +1,179 @@
+"""Rules with trained feedback in the loop: order of passes, tables, and going on bit for bit wherever a run stopped."""
+
+import csv
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from arraytp import experiment
+from arraytp.errors import Interrupted, NonFiniteError
+
+FEEDBACK = {
+    "iterations": [2, 1],
+    "sigma": [0.2, 0.1],
+    "optimizer": {"name": "sgd", "lr": [0.01, 0.05], "momentum": 0.9},
+}
+RULES = {
+    "tp": {"name": "tp", "feedback": FEEDBACK},
+    "dtp": {"name": "dtp", "feedback": FEEDBACK},
+    "ldrl": {"name": "ldrl", "feedback": FEEDBACK},
+    "ldrl-parallel": {"name": "ldrl-parallel", "feedback": FEEDBACK, "samples": 2},
+    "p-ddtp": {"name": "drl", "feedback": FEEDBACK},
+    "s-ddtp": {
+        "name": "drl",
+        "feedback": {"iterations": 1, "sigma": 0.05, "optimizer": {"name": "adam", "lr": 0.001, "weight_decay": 1e-4}},
+        "pretrain_epochs": 2,
+        "extra_epochs": 1,
+    },
+}
+PER_EPOCH = 3
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.reader(file))[1:]
+
+
+def everything(run):
+    made = run.experiment
+    arrays = [*made.network.weights, *made.network.biases, *made.rule_state.values()]
+    arrays += [moment for moments in made.optimizer_state.moments for moment in moments]
+    # All but the seconds.
+    metrics = [row[:1] + row[2:] for row in rows(run.folder / "metrics.csv")]
+    tables = [(run.folder / name).read_text() for name in ("angles.csv", "feedback.csv")]
+    return [array.tobytes() for array in arrays], made.feedback_step, metrics, tables
+
+
+def by_hand(config):
+    """Train without the loop; return the experiment, and what the tables should say."""
+    made, found, passes, step = experiment.build(config), [], 0, 0
+    first, between = config.rule.pretrain_epochs, config.rule.extra_epochs
+    for epoch in range(config.train.epochs):
+        for _ in range(between if epoch else first):
+            with closing(made.train_loader.batches(passes)) as batches:
+                for images, labels in batches:
+                    made.train_feedback(images, labels)
+            passes += 1
+        with closing(made.train_loader.batches(passes)) as batches:
+            for images, labels in batches:
+                made.propose(images, labels)
+                if step % config.compare.every == 0:
+                    found += [[step, epoch + 1, pair.block, pair.loss, pair.angle_deg, pair.distance]
+                              for pair in made.compare_feedback()]  # fmt: skip
+                made.apply(epoch)
+                step += 1
+        passes += 1
+    return made, found
+
+
+def test_s_ddtps_passes_come_in_order(make_config, start, stop_after):
+    """Two of feedback alone, an epoch, one of feedback alone, an epoch; each pass in an order of its own."""
+    config = make_config(rule=RULES["s-ddtp"])
+    made, expected = by_hand(config)
+    run = start(config)
+    run.train(stop_after())
+    for own, looped in zip(made.network.weights, run.experiment.network.weights, strict=True):
+        np.testing.assert_array_equal(own, looped)
+    for name, array in made.rule_state.items():
+        np.testing.assert_array_equal(run.experiment.rule_state[name], array)
+    found = [[float(cell) for cell in row] for row in rows(run.folder / "feedback.csv")]
+    np.testing.assert_array_equal(found, expected)
+    assert run.experiment.feedback_step == 5 * PER_EPOCH
+    assert (run.position.passes, run.position.step) == (5, 2 * PER_EPOCH)
+
+
+def test_forward_weights_stay_in_epochs_of_feedback_alone(make_config, start, stop_after):
+    """Stopped right after the pre-training: θ is the initial one, Q is not."""
+    config = make_config(rule=RULES["s-ddtp"])
+    run, fresh = start(config), experiment.build(config)
+    # Two looks in the first evaluation, then one after each batch of the two passes.
+    with pytest.raises(Interrupted):
+        run.train(stop_after(2 + 2 * PER_EPOCH - 1))
+    assert run.experiment.feedback_step == 2 * PER_EPOCH
+    for trained, initial in zip(run.experiment.network.weights, fresh.network.weights, strict=True):
+        np.testing.assert_array_equal(trained, initial)
+    for name, initial in fresh.rule_state.items():
+        assert not np.array_equal(run.experiment.rule_state[name], initial)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_may_be_stopped_at_every_kind_of_step(make_config, start, stop_after, rule):
+    """Within each epoch of feedback alone, each epoch, and each evaluation; twice in a row as well."""
+    config = make_config(rule=RULES[rule], compare={"every": 2})
+    whole, stop = start(config, "whole"), stop_after()
+    whole.train(stop)
+    feedback = 3 * PER_EPOCH if rule == "s-ddtp" else 0
+    assert stop.looks == 3 * 2 + 2 * PER_EPOCH + feedback
+    expected = everything(whole)
+    places = range(stop.looks) if rule == "s-ddtp" else (3, 6, 9)
+    for after in places:
+        run = start(config, f"stopped-{after}")
+        with pytest.raises(Interrupted):
+            run.train(stop_after(after))
+        again = start(config, f"stopped-{after}", resume=True)
+        with pytest.raises(Interrupted):
+            again.train(stop_after(0))
+        resumed = start(config, f"stopped-{after}", resume=True)
+        resumed.train(stop_after())
+        assert everything(resumed) == expected, f"stopped at look {after}"
+
+
+def test_a_prolonged_run_is_that_of_the_longer_config(make_config, start, stop_after):
+    def epochs(count, steps=None):
+        train = {"epochs": count, "batch_size": 16, "eval_batch_size": 12}
+        return make_config(rule=RULES["s-ddtp"], train=train | ({"steps": steps} if steps else {}))
+
+    whole = start(epochs(3), "whole")
+    whole.train(stop_after())
+    for name, first in (("by-epochs", epochs(1)), ("by-steps", epochs(3, 2))):
+        start(first, name).train(stop_after())
+        grown = start(epochs(3), name, resume=True)
+        grown.train(stop_after())
+        assert everything(grown) == everything(whole)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_tables_have_a_row_per_block(make_config, start, stop_after, rule):
+    run = start(make_config(rule=RULES[rule]))
+    run.train(stop_after())
+    blocks = ["0", "1"] if run.experiment.config.rule.name == "drl" else ["1", "2"]
+    found = rows(run.folder / "feedback.csv")
+    # Compared every 3 of 6 steps.
+    assert [row[:3] for row in found] == [[step, epoch, n] for step, epoch in (("0", "1"), ("3", "2")) for n in blocks]
+    paired = blocks[1:] if rule.endswith("ddtp") else blocks
+    for _, _, block, loss, angle, distance in found:
+        assert np.isfinite(float(loss))
+        assert (0 <= float(angle) <= 180 and float(distance) > 0) if block in paired else angle == distance == "nan"
+    assert [row[:3] for row in rows(run.folder / "angles.csv")] == [
+        [step, epoch, n] for step, epoch in (("0", "1"), ("3", "2")) for n in ("0", "1", "2")
+    ]
+
+
+def test_a_rule_without_trained_feedback_has_no_table_of_it(make_config, start, stop_after):
+    run = start(make_config(rule={"name": "fa"}))
+    run.train(stop_after())
+    assert not (run.folder / "feedback.csv").exists()
+
+
+def test_angles_are_measured_at_the_logging_beta(make_config):
+    """Another β trains otherwise, but measures the same angles; measuring leaves the updates as they are."""
+    found = []
+    for beta in (0.5, 0.1):
+        made = experiment.build(make_config(rule={**RULES["ldrl"], "beta": beta, "compare_beta": 0.005}))
+        with closing(made.train_loader.batches(0)) as batches:
+            made.propose(*next(batches))
+        kept = [array.copy() for pair in made.updates for array in pair]
+        found.append(made.compare())
+        for array, before in zip((a for pair in made.updates for a in pair), kept, strict=True):
+            np.testing.assert_array_equal(array, before)
+    # Measured angles to BP do not know of β: its scale cancels, and the targets are those of 0.005.
+    assert [entry.angle_deg for entry in found[0]] == [entry.angle_deg for entry in found[1]]
+    assert all(np.isfinite(entry.angle_deg) for entry in found[0])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_feedback_that_diverges_stops_the_run_with_its_block_and_rate(make_config, start, stop_after):
+    rule = {"name": "ldrl", "feedback": {"iterations": 50, "sigma": 5.0, "optimizer": {"name": "sgd", "lr": 1e3}}}
+    with pytest.raises(NonFiniteError, match=r"feedback weights of block 1 \(dense1\)"):
+        start(make_config(rule=rule)).train(stop_after())
