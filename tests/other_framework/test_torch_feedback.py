@@ -44,6 +44,8 @@ def module(block, weight, bias, t, indices):
     """Return G(t): MaxUnpool2d, ELU, ConvTranspose2d or Linear."""
     if indices is not None:
         pool, size = block.pool, block.pre_shape[:2]
+        # Channels first in memory, where one thread writes a whole map: else the winner of a pixel is a matter of luck.
+        t, indices = t.contiguous(), indices.contiguous()
         t = functional.max_unpool2d(t, indices, pool.kernel, pool.stride, pool.top, output_size=size)
     a = functional.elu(t) if block.activation == "elu" else t
     if block.kind == "dense":
