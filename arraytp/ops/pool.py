@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.ops.patches import Window, add_border
+from arraytp.ops.patches import Window, add_border, copy_runs
 
 # The elements of a window are counted in one byte.
 MAX_POOL_KERNEL = 15
@@ -70,7 +70,7 @@ def _stack_elements(image: Array, window: Window, out: Array) -> None:
     sample, row, pixel, channel = image.strides
     strides = (row, pixel, sample, stride * row, stride * pixel, channel)
     as_strided = array_module(image).lib.stride_tricks.as_strided
-    out.reshape(k, k, *out.shape[1:])[...] = as_strided(image, (k, k, *out.shape[1:]), strides)
+    copy_runs(as_strided(image, (k, k, *out.shape[1:]), strides), out.reshape(k, k, *out.shape[1:]))
 
 
 def max_pool_backward(dout: Array, index: Array, window: Window) -> Array:

@@ -13,6 +13,7 @@ from arraytp.ops.patches import (
     add_row_patches,
     add_stacked_rows,
     col2im,
+    copy_runs,
     im2col,
     make_window,
     row_patches,
@@ -59,6 +60,21 @@ def test_used_buffers_give_the_same(place, case):
         np.testing.assert_array_equal(place.get(out), place.get(patches))
     dirty = xp.full(bordered.shape, 7.0)
     np.testing.assert_array_equal(place.get(col2im(patches, window, dirty)), place.get(col2im(patches, window)))
+
+
+@given(shape=st.tuples(*[st.integers(1, 4)] * 4), dtype=st.sampled_from(["float32", "float64"]))
+def test_copying_runs_copies_every_bit(place, shape, dtype):
+    """NaNs with a payload and negative zeros too; the source overlaps itself, and the target has gaps."""
+    numbers = rng(sum(shape)).integers(0, 256, 64 * np.dtype(dtype).itemsize, dtype=np.uint8).view(dtype)
+    xp = place.backend.xp
+    step = np.dtype(dtype).itemsize
+    source = xp.lib.stride_tricks.as_strided(place.put(numbers), shape, (2 * step, step, 3 * step, step))
+    target = xp.full((*shape[:3], shape[3] + 2), 7, dtype=dtype)
+    copy_runs(source, target[..., 1:-1])
+    found = place.get(target)
+    assert found[..., 1:-1].tobytes() == np.ascontiguousarray(place.get(source)).tobytes()
+    assert (found[..., 0] == 7).all()
+    assert (found[..., -1] == 7).all()
 
 
 def image_of(case):
