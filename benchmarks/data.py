@@ -24,7 +24,7 @@ from arraytp.data.loader import Loader
 from arraytp.data.shards import range_checksum
 from arraytp.data.writer import Description, writing
 
-SETS = {"small": ((32, 32, 3), 51_200, 256), "large": ((224, 224, 3), 2_560, 256)}
+SETS = {"small": ((32, 32, 3), 51_200, 256), "large": ((224, 224, 3), 2_560, 32)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTED = {"flip": 0.5, "crop_padding": 4}
 MODES = {"in memory": 2**32, "streamed": 0}
@@ -54,7 +54,9 @@ def bare(dataset: Dataset, batch: int) -> Job:
 
 
 def loading(dataset: Dataset, batch: int, threads: int | None, **options: Any) -> Job:
-    loader = Loader(dataset, "train", batch, seed=0, shuffle=True, **options)
+    # A pool much smaller than the set, so that most images are read while others are taken.
+    pool = dataset.counts["train"] // 5
+    loader = Loader(dataset, "train", batch, seed=0, shuffle=True, pool_images=pool, **options)
     if threads is not None:
         loader._threads = threads
 
