@@ -37,6 +37,7 @@ def random_set(folder: Path, shape: tuple[int, int, int], count: int) -> Dataset
         for start in range(0, count, 256):
             images = generator.integers(0, 256, (min(256, count - start), *shape), dtype=np.uint8)
             writer.add("train", images, generator.integers(0, 2, len(images)))
+        writer.add("test", images, generator.integers(0, 2, len(images)))
     return open_dataset(folder)
 
 
