@@ -24,7 +24,7 @@ from arraytp.data.loader import Loader
 from arraytp.data.shards import range_checksum
 from arraytp.data.writer import Description, writing
 
-SETS = {"small": ((32, 32, 3), 51_200, 256), "large": ((224, 224, 3), 2_560, 256)}
+SETS = {"small": ((32, 32, 3), 51_200, 256), "large": ((224, 224, 3), 2_560, 32)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTED = {"flip": 0.5, "crop_padding": 4}
 MODES = {"in memory": 2**32, "streamed": 0}
@@ -37,6 +37,7 @@ def random_set(folder: Path, shape: tuple[int, int, int], count: int) -> Dataset
         for start in range(0, count, 256):
             images = generator.integers(0, 256, (min(256, count - start), *shape), dtype=np.uint8)
             writer.add("train", images, generator.integers(0, 2, len(images)))
+        writer.add("test", images, generator.integers(0, 2, len(images)))
     return open_dataset(folder)
 
 
@@ -54,7 +55,9 @@ def bare(dataset: Dataset, batch: int) -> Job:
 
 
 def loading(dataset: Dataset, batch: int, threads: int | None, **options: Any) -> Job:
-    loader = Loader(dataset, "train", batch, seed=0, shuffle=True, **options)
+    # A pool much smaller than the set, so that most images are read while others are taken.
+    pool = dataset.counts["train"] // 5
+    loader = Loader(dataset, "train", batch, seed=0, shuffle=True, pool_images=pool, **options)
     if threads is not None:
         loader._threads = threads
 
@@ -134,9 +137,11 @@ def steps() -> dict[str, Any]:
     for name, batch in (("vgg", 128), ("conv-imagenet", 32)):
         shape, count, _ = SETS["small" if name == "vgg" else "large"]
         with tempfile.TemporaryDirectory() as folder:
-            random_set(Path(folder) / "d", shape, count // 10)
+            random_set(Path(folder) / "d", shape, count)
+            # As in the configs of the papers: images of this size are not augmented.
+            augmentation = ["data.flip=0.5", "data.crop_padding=4"] if name == "vgg" else []
             for mode, in_memory_mb in (("in memory", 4096), ("streamed", 0)):
-                overrides = [f"data.in_memory_mb={in_memory_mb}", "data.flip=0.5", "data.crop_padding=4"]
+                overrides = [f"data.in_memory_mb={in_memory_mb}", f"data.pool_images={count // 5}", *augmentation]
                 overrides += [f"data.dataset={folder}/d", f"network.name={name}", f"train.batch_size={batch}"]
                 found[f"{name}, {mode}"] = step_share(load_one("runs/quickstart.yml", overrides, "bp"), build)
     return found

@@ -12,6 +12,7 @@ from arraytp.errors import UserError
 
 _EMBEDDED = Path(__file__).parent / "embedded"
 _READ_ROWS = 256
+_READ_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,16 @@ class Dataset:
         return self.read(split, 0, self._entries(split)[-1][1])
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
-        """Return the row ranges (start, stop) that are cheap to read: whole checksum ranges, 256 rows or more.
+        """Return the row ranges (start, stop) that are cheap to read: whole checksum ranges, 256 rows or 8 MiB.
 
         Opens every shard of the split, so a damaged header shows here.
         """
         found = []
+        # More than the processor's caches hold would be fetched from memory again on its way into the pool.
+        rows = min(_READ_ROWS, max(1, _READ_BYTES // int(np.prod(self.shape))))
         for entry, end in self._entries(split):
             step = self._open(entry).range_rows
-            step *= -(-_READ_ROWS // step)
+            step *= -(-rows // step)
             found += [(row, min(row + step, end)) for row in range(end - entry.count, end, step)]
         return found
 

@@ -51,7 +51,7 @@ class _DeviceBuffer(NamedTuple):
 
 
 Take = Callable[[_Span, _Rows], None]
-"""Writes the images and labels of positions (from, to) of an epoch; called in their order."""
+"""Writes the images and labels of positions (from, to) of an epoch; streamed, called in their order."""
 
 
 class Loader:
@@ -162,21 +162,30 @@ class Loader:
         normalise = prepare.normaliser(self._scale, self._shift, shape, self.dtype)
         step = prepare.slice_images(shape)
 
+        def fill(span: _Span, buffer: _HostBuffer) -> None:
+            if self.streamed:
+                take(span, buffer.rows)
+
         def work(span: _Span, buffer: _HostBuffer) -> tuple[Array, Array]:
             first, last = span
             for low in range(first, last, step):
                 part = slice(low - first, min(low + step, last) - first)
-                rows = buffer.rows.images[part]
+                rows = _Rows(buffer.rows.images[part], buffer.rows.labels[part])
+                if not self.streamed:
+                    # In memory, threads take rows at the same time, and into few places, which stay in the cache.
+                    rows = _Rows(buffer.rows.images[: len(rows.labels)], rows.labels)
+                    take((low, low + len(rows.labels)), rows)
+                images = rows.images
                 if draws is not None:
-                    rows = buffer.augmenter(rows, draws.part(first + part.start, first + part.stop))
-                normalise(rows, buffer.out[part])
+                    images = buffer.augmenter(images, draws.part(first + part.start, first + part.stop))
+                normalise(images, buffer.out[part])
             return buffer.out[: last - first], buffer.rows.labels[: last - first]
 
         buffers = [
             _HostBuffer(rows, np.empty(rows.images.shape, self.dtype), prepare.augmenter(shape, self._padding))
             for rows in self._rows()
         ]
-        return worked_ahead(spans, lambda span, buffer: take(span, buffer.rows), work, buffers, self._threads)
+        return worked_ahead(spans, fill, work, buffers, self._threads)
 
     def _device_batches(self, spans: list[_Span], take: Take, draws: augment.Draws | None) -> Batches:
         to_device, stream = self._backend.asarray, copy_stream(self._backend)
