@@ -136,7 +136,7 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
         (study, position)
         for study in studies
         for position in range(len(study.feedback_blocks))
-        if np.isfinite(study.angle[:, :, position]).all() and np.ptp(study.angle[:, :, position]) > 0
+        if np.isfinite(study.angle[:, :, position]).all() and np.ptp(study.angle[:, :, position], axis=1).max() > 0
     ]
     for (study, position), colour in zip(lines, shades(len(lines)), strict=True):
         label = f"{study.label}, {study.blocks[_paired_block(study, position)]}"
