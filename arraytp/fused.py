@@ -23,7 +23,7 @@ import numpy as np
 from arraytp.backend import Array, array_module
 from arraytp.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_backward, activation_forward
-from arraytp.ops.conv import as_matrix, can_flip, split_matrix
+from arraytp.ops.conv import as_matrix, can_split, split_matrix
 from arraytp.ops.patches import add_row_patches, col2im, im2col, row_patches, stack_rows
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
 from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
@@ -201,7 +201,7 @@ def _conv_backward(
 ) -> None:
     dweight, dbias, dx = out
     assert block.window is not None
-    if split := feedback is not None and can_flip(block.window):
+    if split := feedback is not None and can_split(block.window):
         gradients, total = _split_gradients(block, feedback), dweight[::-1].transpose(1, 2, 0, 3)
     else:
         gradients, total = _patch_gradients(block, feedback), dweight

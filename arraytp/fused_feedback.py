@@ -30,7 +30,7 @@ from arraytp.feedback import input_difference
 from arraytp.fused import product
 from arraytp.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_difference, activation_forward
-from arraytp.ops.conv import as_matrix, can_flip, split_matrix
+from arraytp.ops.conv import as_matrix, can_split, split_matrix
 from arraytp.ops.noise import CHUNK, gaussian
 from arraytp.ops.patches import Window, add_row_patches, add_stacked_rows, col2im, im2col, row_patches, stack_rows
 from arraytp.ops.pool import max_pool_forward, max_unpool, max_unpool_scatter, overlaps, window_corners
@@ -420,7 +420,7 @@ def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Bu
 
 def _is_split(block: Block) -> bool:
     """Tell whether a convolution's kernel is summed over rows and columns apart; not those of the heavy way."""
-    return block.window is not None and can_flip(block.window)
+    return block.window is not None and can_split(block.window)
 
 
 def _matrix(block: Block, weight: Array) -> Array:

@@ -63,41 +63,16 @@ def conv_backward_input(dz: Array, weight: Array, window: Window) -> Array:
     return col2im(dz @ as_matrix(weight).T, window)
 
 
-def flipped_window(window: Window) -> Window:
-    """Return the window over dz with which the transposed convolution of stride 1 is a plain convolution."""
-    k = window.kernel
-    return Window(
-        kernel=k,
-        stride=1,
-        top=k - 1 - window.top,
-        bottom=k - 1 - window.bottom,
-        left=k - 1 - window.left,
-        right=k - 1 - window.right,
-        height=window.out_height,
-        width=window.out_width,
-    )
-
-
-def can_flip(window: Window) -> bool:
-    """Tell whether `conv_backward_input` may be computed by `flipped_window`: stride 1, no border beyond k − 1."""
+def can_split(window: Window) -> bool:
+    """Tell whether `split_matrix` serves a window: stride 1, no border beyond k − 1."""
     border = max(window.top, window.bottom, window.left, window.right)
     return window.stride == 1 and border < window.kernel
-
-
-def flipped_matrix(weight: Array) -> Array:
-    """Return the (k·k·O, C) matrix of the kernel turned by 180° with its channels in and out exchanged.
-
-    With it dx = im2col(dz) · matrix, which equals col2im(dz Wᵀ) for stride 1: a gather where the other scatters.
-    """
-    xp = array_module(weight)
-    turned = xp.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-    return turned.reshape(-1, weight.shape[2])
 
 
 def split_matrix(weight: Array) -> Array:
     """Return the (k·O, k·C) matrix of the kernel, its rows over (i from last to first, o), its columns over (j, c).
 
-    With V = stack_rows(dz) and R = row_patches(x), for stride 1 and borders below k (`can_flip`),
+    With V = stack_rows(dz) and R = row_patches(x), for stride 1 and borders below k (`can_split`),
 
         dx = add_row_patches(V · matrix),  dW = Rᵀ V  as an array (j, c, i from last to first, o)
 
