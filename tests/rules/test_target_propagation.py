@@ -204,6 +204,7 @@ def test_the_first_feedback_weights(place, init):
         assert (weight.shape, bias.shape) == (theta.shape, block.in_shape[-1:])
         assert weight.dtype == bias.dtype == np.float32
         assert np.array_equal(weight, theta) == (init == "symmetric")
+        assert not np.shares_memory(weight, theta)
         if init == "kaiming-uniform":
             # Conv: channels in times taps, as for ConvTranspose2d's (in, out, k, k); dense: the forward outputs.
             fan_in = np.prod(block.weight_shape[:-1]) if block.kind == "conv" else block.weight_shape[-1]
