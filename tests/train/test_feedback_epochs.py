@@ -181,7 +181,7 @@ def test_feedback_that_diverges_stops_the_run_with_its_block_and_rate(make_confi
 
 @pytest.mark.parametrize("rule", ["dtp", "ldrl", "ldrl-parallel", "s-ddtp", "p-ddtp"])
 def test_a_small_net_learns(make_config, start, stop_after, rule):
-    """Twenty epochs of three steps; classes differ in brightness. DRL's convolution learns from a mean over its units."""
+    """Twenty epochs of three steps on classes of different brightness; DRL's convolution learns slowly."""
     options = {**RULES[rule], **({"beta": 0.5, "divide_by_beta": True} if "ddtp" not in rule else {"eta": 1.0})}
     train = {"epochs": 20, "batch_size": 16, "eval_batch_size": 20}
     run = start(make_config(rule=options, train=train, compare={"every": 0}))
