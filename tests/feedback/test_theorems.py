@@ -75,8 +75,8 @@ def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, un
     host = forward(network, x, Workspace())
     overlaps = [jacobian_overlap(block, s, index, unpool)
                 for block, s, index in zip(blocks, host.s[1:], host.index, strict=True)][1:]  # fmt: skip
-    rates = tuple(0.45 * 4 / float(m.max()) for _, m in overlaps)
-    training = FeedbackTraining(iterations=400, sigma=1.0, optimizer=SGD(lr=rates, momentum=0.8))
+    rates = tuple(0.45 * 4 / (0.25 * float(m.max())) for _, m in overlaps)
+    training = FeedbackTraining(iterations=400, sigma=0.5, optimizer=SGD(lr=rates, momentum=0.8))
     options = ldrl.Options(expected=True, unpool=unpool, feedback=training)
     state = ldrl.init_state(options, there, 0, place.backend)
     before = {key: place.get(array).copy() for key, array in state.items()}
@@ -90,7 +90,8 @@ def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, un
         dead = np.broadcast_to(found_m == 0, omega.shape)
         np.testing.assert_array_equal(omega[dead], before[f"feedback/{n}/weight"][dead])
         np.testing.assert_array_equal(place.get(state[f"feedback/{n}/bias"]), before[f"feedback/{n}/bias"])
-        assert float(losses[n - 1]) < 0
+        wanted = 0.25 / 4 * (omega * (omega * found_m - 2 * theta * found_n)).sum()
+        assert float(losses[n - 1]) == pytest.approx(wanted, rel=1e-6)
 
 
 def relaxed(name, activation, dtype="float64"):

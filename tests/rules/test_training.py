@@ -17,7 +17,8 @@ from arraytp.fused import forward
 from arraytp.signals import StopRequest
 from arraytp.train import Run
 
-RULES = ("bp", "fa", "dfa")
+LEARNED = ("tp", "dtp", "ldrl", "ldrl-parallel", "drl")
+RULES = ("bp", "fa", "dfa", *LEARNED)
 OPTIMIZERS = {
     "sgd": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
     "adam": {"name": "adam", "lr": 1e-3, "epsilon_form": "keras"},
@@ -37,13 +38,20 @@ def dataset(tmp_path_factory):
     return folder
 
 
+def rule_options(rule, optimizer):
+    if rule == "bp":
+        return {"name": rule}
+    feedback = {"iterations": [2, 1, 2], "optimizer": OPTIMIZERS[optimizer] | {"lr": 1e-4}}
+    return {"name": rule, "feedback_init": "xavier-normal"} | ({"feedback": feedback} if rule in LEARNED else {})
+
+
 def config(dataset, rule="bp", optimizer="sgd", dtype="float64"):
     tree = {
         "name": "short",
         "dtype": dtype,
         "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
         "network": {"name": "lenet"},
-        "rule": {"name": rule} | ({} if rule == "bp" else {"feedback_init": "xavier-normal"}),
+        "rule": rule_options(rule, optimizer),
         "optimizer": OPTIMIZERS[optimizer],
         "schedule": {"name": "cosine", "t_max": 3},
         "train": {"epochs": 1, "batch_size": 16},

@@ -177,3 +177,14 @@ def test_feedback_that_diverges_stops_the_run_with_its_block_and_rate(make_confi
     rule = {"name": "ldrl", "feedback": {"iterations": 50, "sigma": 5.0, "optimizer": {"name": "sgd", "lr": 1e3}}}
     with pytest.raises(NonFiniteError, match=r"feedback weights of block 1 \(dense1\)"):
         start(make_config(rule=rule)).train(stop_after())
+
+
+@pytest.mark.parametrize("rule", ["dtp", "ldrl", "ldrl-parallel", "s-ddtp", "p-ddtp"])
+def test_a_small_net_learns(make_config, start, stop_after, rule):
+    """Twenty epochs of three steps on classes of different brightness; DRL's convolution learns slowly."""
+    options = {**RULES[rule], **({"beta": 0.5, "divide_by_beta": True} if "ddtp" not in rule else {"eta": 1.0})}
+    train = {"epochs": 20, "batch_size": 16, "eval_batch_size": 20}
+    run = start(make_config(rule=options, train=train, compare={"every": 0}))
+    run.train(stop_after())
+    losses = [float(row[3]) for row in rows(run.folder / "metrics.csv")[1:]]
+    assert losses[-1] < (0.95 if "ddtp" in rule else 0.85) * losses[0], losses
