@@ -501,6 +501,9 @@ def _noise_tasks(frozen: Frozen, k: int, workspace: Workspace, output: bool = Tr
     """Return tasks that draw ε and, for `output`, η of iteration k, unless there is none or it is drawn already."""
     if k >= frozen.iterations or k in frozen.noise:
         return []
+    # Every other iteration's noise shares a buffer.
+    for other in [drawn for drawn in frozen.noise if drawn % 2 == k % 2]:
+        del frozen.noise[other]
     arrays: list[Array] = []
     tasks: list[Task] = []
     for kind, like in ((EPSILON, frozen.s), (ETA, frozen.out))[: 2 if output else 1]:
