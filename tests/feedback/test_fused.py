@@ -14,9 +14,7 @@ from arraytp.fused_feedback import (
     ldrl_gradient,
     reconstruction_gradient,
     target_difference,
-    turn_back,
 )
-from arraytp.ops.conv import flipped_matrix
 from arraytp.ops.noise import gaussian
 from arraytp.parallel import Workspace
 from arraytp.rules import dtp, ldrl
@@ -97,19 +95,19 @@ def test_threads_change_no_bit(unpool, count):
     assert found[1] == found[2] == found[3]
 
 
-def test_iterations_may_come_in_reverse():
+def test_iterations_may_come_in_any_order():
     blocks = named_blocks("lenet")
     network, (x, _) = random_network(blocks), batch(blocks, 4)
     workspace = Workspace(threads=2)
     passed = forward(network, x, workspace)
     omega, _ = omega_of(blocks[1])
-    orders = [0, 1, 2, 3], [3, 2, 1, 0]
+    orders = [0, 1, 2, 3], [3, 2, 1, 0], [3, 0, 2, 1]
     found = []
     for order in orders:
         frozen = freeze(network, passed, 1, "overwrite", SIGMA, KEY, 4, workspace)
         gradients = {k: ldrl_gradient(frozen, omega, k, workspace)[0].copy() for k in order}
         found.append([gradients[k].tobytes() for k in range(4)])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 4
 
 
@@ -135,8 +133,3 @@ def test_targets_are_the_modules(place, blocks, count, seed, unpool):
         found = feedback_output(there, passed, n, tuple(carried), place.put(s + delta), unpool, workspace)
         assert found.shape == passed.x[n].shape
         close(place.get(found).reshape(g[0].shape), g[0], ROUNDING)
-
-
-def test_a_turned_kernel_is_turned_back():
-    kernel = rng(3).standard_normal((3, 3, 2, 4))
-    np.testing.assert_array_equal(turn_back(flipped_matrix(kernel), kernel.shape), kernel)
