@@ -52,7 +52,10 @@ def check_blocks(place, blocks, count, unpool, seed=0, threads=2):
             gradient, loss = ldrl_gradient(frozen, carried[0], k, workspace)
             wanted, wanted_loss = ldrl.iteration(block, theta, omega, s, epsilon, eta, unpool)
             close(place.get(gradient), wanted, ROUNDING)
-            assert float(loss) == pytest.approx(wanted_loss, rel=1e-10, abs=1e-12 * np.abs(wanted).sum())
+            # The loss costs a pass over ω: only the last iteration's is computed.
+            assert (loss is None) == (k < 2)
+            if loss is not None:
+                assert float(loss) == pytest.approx(wanted_loss, rel=1e-10, abs=1e-12 * np.abs(wanted).sum())
         frozen = freeze(there, passed, n, unpool, SIGMA, KEY, 3, workspace)
         for k in range(3):
             epsilon, _ = noises(block, count, n, k)
@@ -91,7 +94,8 @@ def test_threads_change_no_bit(unpool, count):
             for gradients in (ldrl_gradient, reconstruction_gradient):
                 frozen = freeze(network, passed, n, unpool, SIGMA, KEY, 2, workspace)
                 omega = omega_of(block)[: 1 if gradients is ldrl_gradient else 2]
-                found[threads] += [a.tobytes() for k in range(2) for a in gradients(frozen, *omega, k, workspace)]
+                arrays = [a for k in range(2) for a in gradients(frozen, *omega, k, workspace) if a is not None]
+                found[threads] += [a.tobytes() for a in arrays]
     assert found[1] == found[2] == found[3]
 
 

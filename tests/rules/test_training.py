@@ -52,7 +52,8 @@ def config(dataset, rule="bp", optimizer="sgd", dtype="float64"):
         "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
         "network": {"name": "lenet"},
         "rule": rule_options(rule, optimizer),
-        "optimizer": OPTIMIZERS[optimizer],
+        # The plain targets of random feedback are far away.
+        "optimizer": OPTIMIZERS[optimizer] | ({"lr": 1e-4} if rule == "tp" else {}),
         "schedule": {"name": "cosine", "t_max": 3},
         "train": {"epochs": 1, "batch_size": 16},
         "compare": {"every": 2},

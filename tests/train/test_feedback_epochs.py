@@ -53,7 +53,8 @@ def by_hand(config):
         for _ in range(between if epoch else first):
             with closing(made.train_loader.batches(passes)) as batches:
                 for images, labels in batches:
-                    made.train_feedback(images, labels)
+                    made.run_forward(images, labels)
+                    made.train_feedback()
             passes += 1
         with closing(made.train_loader.batches(passes)) as batches:
             for images, labels in batches:
