@@ -28,7 +28,7 @@ from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, labe
 from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rates
 from arraytp.parallel import Workspace
 from arraytp.rules import RULES, RuleOptions, bp, dtp
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import Observe, State, Updates
 
 TEST_SPLITS = ("test", "val")
 
@@ -176,10 +176,10 @@ class Experiment:
         self.dlogits = cross_entropy_backward(cache, reduction)
         return _score(loss, self.passed.logits, labels, reduction)
 
-    def train_feedback(self, options: RuleOptions | None = None) -> None:
+    def train_feedback(self, options: RuleOptions | None = None, observe: Observe | None = None) -> None:
         """Let the rule train its feedback weights, if it has any, on the batch of the last forward pass; θ stays.
 
-        `options` may stand in for those of the config.
+        `options` may stand in for those of the config; `observe` is told of every iteration.
         """
         if not self.trains_feedback:
             return
@@ -191,6 +191,7 @@ class Experiment:
             self.config.seed,
             self.feedback_step,
             self.workspace,
+            observe,
         )
         self.feedback_step += 1
 

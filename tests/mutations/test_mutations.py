@@ -155,7 +155,7 @@ MUTATIONS = [
         "rules/gait_prop.py",
         "rules/test_gait_prop.py rules/test_local_losses.py rules/test_rules.py",
         ("number(0.5) * dlogits", "dlogits"),
-        ("number(2) * per_sample(m, a)", "number(1) * per_sample(m, a)"),
+        ("number(-2) * per_sample", "number(-1) * per_sample"),
         ("if options.rescale_updates:\n            m = m / gamma", "if options.rescale_updates:\n            m = m"),
         ("per_sample(still, t), x, t)", "per_sample(still, t), t, t)"),
         ("        check_range(block, n, y)\n", ""),
