@@ -28,7 +28,7 @@ from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, labe
 from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rates
 from arraytp.parallel import Workspace
 from arraytp.rules import RULES, RuleOptions, bp, dtp
-from arraytp.rules.protocol import Observe, State, Updates
+from arraytp.rules.protocol import Observe, State, Target, Updates
 
 TEST_SPLITS = ("test", "val")
 
@@ -206,6 +206,18 @@ class Experiment:
         )
         return found
 
+    def targets(self) -> Iterator[Target]:
+        """Yield the rule's targets for the batch of the last forward pass, from the last block to the first, if any."""
+        if hasattr(self.rule, "targets"):
+            yield from self.rule.targets(
+                self.config.rule, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
+            )
+
+    def exact_updates(self) -> Updates:
+        """Return BP's updates for the batch of the last forward pass."""
+        assert self.passed is not None
+        return bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
+
     def compare(self) -> list[Comparison]:
         """Measure the proposed weight updates against BP's on the same weights and batch, block by block.
 
@@ -220,7 +232,7 @@ class Experiment:
             raise RuntimeError("compare needs updates that are not applied yet: call propose first")
         options = compared_options(self.config.rule)
         own = self.updates if options == self.config.rule else self._updates(options)
-        exact = bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
+        exact = self.exact_updates()
         found = [
             Comparison(n, angle_degrees(mine[0], reference[0]), relative_distance(mine[0], reference[0]))
             for n, (mine, reference) in enumerate(zip(own, exact, strict=True))
