@@ -90,8 +90,18 @@ def write_trace(path: Path, experiment: Experiment, images: Array, labels: Array
 
 def _step(sink: Sink, experiment: Experiment, images: Array, labels: Array, noise: bool) -> None:
     config = experiment.config
-    sink.describe("/", {"format": FORMAT, "version": VERSION, "config": dump_config(config), "rule": config.rule.name,
-                        "dtype": config.dtype, "backend": config.backend, "seed": config.seed})  # fmt: skip
+    sink.describe(
+        "/",
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": dump_config(config),
+            "rule": config.rule.name,
+            "dtype": config.dtype,
+            "backend": config.backend,
+            "seed": config.seed,
+        },
+    )
     sink.put("input/x", images)
     sink.put("input/y", labels)
     _put_weights(sink, "weights", experiment)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from arraytp.backend import Array
+from arraytp.commands.overrides import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.experiment import Experiment, build
@@ -20,9 +21,7 @@ from arraytp.trace import check_replaceable, read_batch, read_weights, write_tra
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="Start from the weights of a trace.")
 @click.option("--batch", metavar="FILE", type=click.Path(path_type=Path), help="Use the batch of a trace.")
 @click.option("--no-noise", is_flag=True, help="Write only the keys of noise, from which it can be drawn again.")
-@click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config.")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable.")
+@overriding
 def command(
     config: Path,
     out: Path,
@@ -39,11 +38,8 @@ def command(
     Inputs, weights, noise, activations, targets, updates, BP's gradients and the weights afterwards; docs/trace.md has
     the layout.
     """
-    settings = [*overrides]
-    settings += [f"backend={backend}"] if backend else []
-    settings += [f"dtype={dtype}"] if dtype else []
     check_replaceable(out)
-    experiment = build(load_one(config, settings, variant))
+    experiment = build(load_one(config, settings(overrides, backend, dtype), variant))
     for note in experiment.plan.notes:
         click.echo(f"arraytp: note: {note}", err=True)
     if weights is not None:

@@ -15,6 +15,8 @@ from arraytp.ops.noise import gaussian
 from arraytp.trace import write_trace
 
 ROOT = Path(__file__).parents[2]
+SQUARE = ["network.blocks=[{type: dense, units: 6, activation: leaky-relu}, {type: dense, units: 3}]", "rule.eta=0.01",
+          "network.square=true", "network.init=orthogonal"]  # fmt: skip
 LDRL = ("--set", "rule.name=ldrl", "--set", "rule.feedback.iterations=3")
 
 
@@ -118,9 +120,10 @@ def test_noise_can_be_left_out_and_drawn_again_from_its_keys(arraytp, place, rul
         np.testing.assert_array_equal(drawn, full[name])
 
 
-@pytest.mark.parametrize("rule", ["fa", "dtp", "tp", "ldrl", "ldrl-parallel", "drl"])
+@pytest.mark.parametrize("rule", ["fa", "gait-prop", "dtp", "tp", "ldrl", "ldrl-parallel", "drl"])
 def test_a_device_writes_what_the_host_writes(device, place, rule):
-    config = load_one("toy.yml", [f"rule.name={rule}", "dtype=float64"])
+    more = SQUARE if rule == "gait-prop" else []
+    config = load_one("toy.yml", [f"rule.name={rule}", "dtype=float64", *more])
     for name, backend in (("here.h5", None), ("there.h5", device.backend)):
         experiment = build(config, backend)
         images, labels = next(experiment.train_loader.batches(0))
