@@ -179,18 +179,23 @@ def output_difference(beta: float, dlogits: Array) -> Array:
 def local_updates(
     options: Options, network: Network, passed: ForwardPass, found: Iterator[Target], workspace: Workspace
 ) -> Updates:
-    """Return ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², t constant, divided by β if `divide_by_beta` (Eq. 6), per block.
+    """Return the update of every block by its target; `found` are the targets, from the last block to the first."""
+    blocks = reversed(range(len(network)))
+    return [
+        local_update(options, network, passed, n, target.delta, workspace)
+        for n, target in zip(blocks, found, strict=True)
+    ][::-1]
 
-    `found` are the targets, from the last block to the first.
-    """
-    result: Updates = []
-    for n, target in zip(reversed(range(len(network))), found, strict=True):
-        scale = len(target.delta) * (options.beta if options.divide_by_beta else 1.0)
-        ds = target.delta * target.delta.dtype.type(-1 / scale)
-        block, s, index, x = network.blocks[n], passed.s[n + 1], passed.index[n], passed.x[n]
-        dweight, dbias, _ = backward(block, ds, s, index, x, None, workspace, ("dtp", n))
-        result.append((dweight, dbias))
-    return result[::-1]
+
+def local_update(
+    options: Options, network: Network, passed: ForwardPass, n: int, delta: Array, workspace: Workspace
+) -> tuple[Array, Array]:
+    """Return ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², t − s = δ constant, divided by β if `divide_by_beta` (Eq. 6)."""
+    scale = len(delta) * (options.beta if options.divide_by_beta else 1.0)
+    ds = delta * delta.dtype.type(-1 / scale)
+    block, s, index, x = network.blocks[n], passed.s[n + 1], passed.index[n], passed.x[n]
+    dweight, dbias, _ = backward(block, ds, s, index, x, None, workspace, ("dtp", n))
+    return dweight, dbias
 
 
 def feedback_pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:

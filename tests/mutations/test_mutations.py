@@ -260,13 +260,6 @@ MUTATIONS = [
         ("labels.min() < 0", "labels.min() < -1"),
         ('sink.put(f"bp/{n}/{part}", gradient)', 'sink.put(f"bp/{n}/{part}", update)'),
     ),
-    *_in(
-        "rules/dtp.py",
-        "test_trace.py",
-        ("type(-beta * len(dlogits))", "type(-beta)"),
-        ("type(-1 / scale)", "type(-2 / scale)"),
-        ("options.beta if options.divide_by_beta else 1.0", "1.0"),
-    ),
     *_in("rules/tp.py", "test_trace.py", ("Target(t - passed.s[n + 1], t)", "Target(passed.s[n + 1] - t, t)")),
     *_in("rules/ldrl.py", "test_trace.py", ("omega * m - 2 * theta * n", "omega * m - theta * n")),
     *_in("rules/drl.py", "test_trace.py", ("-2 / averaged", "-1 / averaged"), ("residual -= noise", "pass")),
