@@ -475,6 +475,9 @@ def _noise_tasks(frozen: Frozen, k: int, workspace: Workspace, output: bool = Tr
     """Return tasks that draw ε and, for `output`, η of iteration k, unless there is none or it is drawn already."""
     if k >= frozen.iterations or k in frozen.noise:
         return []
+    # Every other iteration's noise shares a buffer.
+    for other in [drawn for drawn in frozen.noise if drawn % 2 == k % 2]:
+        del frozen.noise[other]
     arrays: list[Array] = []
     tasks: list[Task] = []
     for kind, like in ((EPSILON, frozen.s), (ETA, frozen.out))[: 2 if output else 1]:
@@ -484,9 +487,6 @@ def _noise_tasks(frozen: Frozen, k: int, workspace: Workspace, output: bool = Tr
             partial(_draw, array[part], frozen.sigma, part.start, (*frozen.key, k, kind))
             for part in slices(len(array), CHUNK)
         ]
-    # Their buffers now serve again.
-    for overwritten in [j for j in frozen.noise if j % 2 == k % 2]:
-        del frozen.noise[overwritten]
     frozen.noise[k] = arrays[0], arrays[-1]
     return tasks
 
