@@ -31,7 +31,7 @@ from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learnin
 from arraytp.options import Adam
 from arraytp.parallel import Workspace
 from arraytp.rules import RULES, RuleOptions, bp, dtp
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import Observe, State, Target, Updates
 
 TEST_SPLITS = ("test", "val")
 # In image sides; a wider border leaves crops of nothing but edge pixels, and fits no memory in the end.
@@ -191,10 +191,10 @@ class Experiment:
         self.dlogits = cross_entropy_backward(cache, reduction)
         return _score(loss, self.passed.logits, labels, reduction)
 
-    def train_feedback(self, options: RuleOptions | None = None) -> None:
+    def train_feedback(self, options: RuleOptions | None = None, observe: Observe | None = None) -> None:
         """Let the rule train its feedback weights, if it has any, on the batch of the last forward pass; θ stays.
 
-        `options` may stand in for those of the config.
+        `options` may stand in for those of the config; `observe` is told of every iteration.
         """
         if not self.trains_feedback:
             return
@@ -206,6 +206,7 @@ class Experiment:
             self.config.seed,
             self.feedback_step,
             self.workspace,
+            observe,
         )
         self.feedback_step += 1
 
@@ -219,6 +220,18 @@ class Experiment:
             options, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
         )
         return found
+
+    def targets(self) -> Iterator[Target]:
+        """Yield the rule's targets for the batch of the last forward pass, from the last block to the first, if any."""
+        if hasattr(self.rule, "targets"):
+            yield from self.rule.targets(
+                self.config.rule, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
+            )
+
+    def exact_updates(self) -> Updates:
+        """Return BP's updates for the batch of the last forward pass."""
+        assert self.passed is not None
+        return bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
 
     def compare(self) -> list[Comparison]:
         """Measure the proposed weight updates against BP's on the same weights and batch, block by block.
@@ -234,7 +247,7 @@ class Experiment:
             raise RuntimeError("compare needs updates that are not applied yet: call propose first")
         options = compared_options(self.config.rule)
         own = self.updates if options == self.config.rule else self._updates(options)
-        exact = bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
+        exact = self.exact_updates()
         found = [
             Comparison(n, angle_degrees(mine[0], reference[0]), relative_distance(mine[0], reference[0]))
             for n, (mine, reference) in enumerate(zip(own, exact, strict=True))

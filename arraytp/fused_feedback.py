@@ -72,7 +72,7 @@ class Frozen:
     iterations : int
         How many there will be.
     noise : map of iteration to (ε, η)
-        Drawn so far; older ones are overwritten.
+        The two drawn last.
     """
 
     block: Block
@@ -124,17 +124,19 @@ def freeze(
     )
 
 
-def ldrl_gradient(frozen: Frozen, omega: Array, k: int, workspace: Workspace) -> tuple[Array, Array | None]:
+def ldrl_gradient(
+    frozen: Frozen, omega: Array, k: int, workspace: Workspace, every_loss: bool = False
+) -> tuple[Array, Array | None]:
     """Return the gradient of ω and the loss of L-DRL's iteration k: `arraytp.rules.ldrl.iteration`.
 
     The gradient is valid until the next call. The loss, ⟨ω, gradient⟩ − (1/B) Σ ‖ω ∘ d2‖², is computed for the last
-    iteration only, else it is None.
+    iteration only, else it is None, unless `every_loss` is asked for.
     """
     epsilon, eta = _noise(frozen, k, workspace)
     ahead = _noise_tasks(frozen, k + 1, workspace)
     compute = _ldrl_broad if _is_broad(frozen) else _ldrl_heavy
     gradient, squares = compute(frozen, omega, epsilon, eta, ahead, workspace)
-    if k < frozen.iterations - 1:
+    if k < frozen.iterations - 1 and not every_loss:
         return gradient, None
     return gradient, (gradient * omega).sum() - squares.sum() / squares.dtype.type(len(frozen.s))
 
@@ -491,10 +493,10 @@ def _scatter(block: Block, a: Array, matrix: Array, scratch: Buffers) -> Array:
 
 
 def _noise(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> tuple[Array, Array]:
-    """Return ε and η of iteration k, drawn ahead or now."""
+    """Return ε and η of iteration k, drawn ahead or now; they stay until that of k + 2 is drawn."""
     if k not in frozen.noise:
         workspace.run(_noise_tasks(frozen, k, workspace, output))
-    return frozen.noise.pop(k)
+    return frozen.noise[k]
 
 
 def _noise_tasks(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> list[Task]:

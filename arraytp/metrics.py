@@ -1,8 +1,11 @@
 """The tables of a result folder, kept as text so that a checkpoint can hold them exactly; how its files are written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 METRICS_COLUMNS = (
     "epoch", "seconds", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
@@ -41,7 +44,14 @@ class CsvTable:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file; the one of that name is replaced only when the new one is complete and on the disk.
+    """Write a file as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write to; the one of that name is replaced only when the new one is complete and on the disk.
 
     Raises
     ------
@@ -50,8 +60,8 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
+        with partial.open("w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, load_config
 from arraytp.data.loader import Batches
 from arraytp.errors import UserError
@@ -27,9 +28,7 @@ PEAK_SIZE, PEAK_ROUNDS = 2048, 5
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Steps to time.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures to this file, too.")
-@click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config.")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable.")
+@overriding
 def command(
     config: Path, steps: int, json_path: Path | None, backend: str | None, dtype: str | None, overrides: tuple[str, ...]
 ) -> None:
@@ -38,13 +37,10 @@ def command(
     Prints milliseconds by part, GFLOP/s of the matrix products, the fraction of what one large matrix product reaches
     on this machine, and peak memory.
     """
-    settings = [*overrides]
-    settings += [f"backend={backend}"] if backend else []
-    settings += [f"dtype={dtype}"] if dtype else []
     if json_path is not None and not json_path.resolve().parent.is_dir():
         raise UserError(f"--json {json_path}: there is no folder {json_path.parent}")
     figures = {}
-    for name, variant in load_config(config, settings).variants.items():
+    for name, variant in load_config(config, settings(overrides, backend, dtype)).variants.items():
         figures[name or variant.name] = measured = measure(variant, steps)
         click.echo(_table(name or variant.name, measured))
     if json_path is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.errors import Interrupted, UserError
 from arraytp.experiment import Plan, build_planned, plan
@@ -48,9 +49,7 @@ class Job:
 
 @click.command(short_help="Train as the given configs say and write result folders.")
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG...", type=click.Path(path_type=Path))
-@click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config.")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable.")
+@overriding
 @click.option("--out", metavar="DIR", help="Result folder; default results/<config name>.")
 @click.option("--resume", is_flag=True, help="Go on with runs that were stopped; skip finished ones.")
 @click.option("--fresh", is_flag=True, help="Start over, replacing results that are there.")
@@ -74,10 +73,8 @@ def command(
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
     if out == "":
         raise UserError("--out is empty; give a folder, or leave it out for results/<config name>")
-    settings = [*overrides]
-    settings += [f"backend={backend}"] if backend else []
-    settings += [f"dtype={dtype}"] if dtype else []
-    batches = [_jobs(path, settings, out, len(configs) > 1) for path in configs]
+    overridden = settings(overrides, backend, dtype)
+    batches = [_jobs(path, overridden, out, len(configs) > 1) for path in configs]
     jobs = [job for batch in batches for job in batch]
     held: dict[Path, int] = {}
     try:

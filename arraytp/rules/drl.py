@@ -19,7 +19,7 @@ feedback training alone after every epoch; p-DDTP has neither, but K feedback up
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,7 +32,7 @@ from arraytp.ops.noise import gaussian
 from arraytp.optim import at_block, init_optimizer
 from arraytp.options import STRICT, Adam, Border, FeedbackTraining, InitName, Positive
 from arraytp.parallel import Workspace
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import Observe, State, Target, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,7 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
+    observe: Observe | None = None,
 ) -> list[Array | None]:
     """Train every Q on a batch, in place (Algorithm 2); parameters as in `arraytp.rules.dtp.train_feedback`.
 
@@ -112,6 +113,8 @@ def train_feedback(
             epsilon = gaussian(workspace.array("drl noise", s.shape, s.dtype), sigma, 0, seed, step, n, k, 0)
             moved = run_on(network, n + 1, s + epsilon, workspace) - passed.logits
             gradient, loss = iteration(state[f"feedback/{n}/weight"], moved, epsilon, sigma, workspace)
+            if observe is not None:
+                observe(n, k, {"epsilon": epsilon, "gradient": gradient, "loss": loss})
             step_feedback(options.feedback, state, n, step * iterations + k, {"weight": gradient}, workspace)
         losses.append(loss)
     return losses
@@ -144,19 +147,29 @@ def updates(
     `dlogits` is of the mean loss.
     """
     result: Updates = []
-    output = dlogits * dlogits.dtype.type(-options.eta)
-    for n, block in enumerate(network.blocks):
-        delta = output
-        if n < len(network) - 1:
-            delta = workspace.array("drl delta", (len(output), math.prod(block.out_shape)), output.dtype)
-            product(output, state[f"feedback/{n}/weight"], delta, workspace)
-        averaged = len(output) * (math.prod(block.out_shape) if block.kind == "conv" else 1)
+    found = targets(options, state, network, passed, dlogits, workspace)
+    for n, target in zip(reversed(range(len(network))), found, strict=True):
+        block, delta = network.blocks[n], target.delta
+        averaged = len(delta) * (math.prod(block.out_shape) if block.kind == "conv" else 1)
         ds = delta * delta.dtype.type(-2 / averaged)
         dweight, dbias, _ = backward(
             block, ds, passed.s[n + 1], passed.index[n], passed.x[n], None, workspace, ("drl", n)
         )
         result.append((dweight, dbias))
-    return result
+    return result[::-1]
+
+
+def targets(
+    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+) -> Iterator[Target]:
+    """Yield the direct target of every block, from the last to the first; parameters as in `updates`."""
+    output = dlogits * dlogits.dtype.type(-options.eta)
+    yield Target(output)
+    for n in reversed(range(len(network) - 1)):
+        shape = (len(output), math.prod(network.blocks[n].out_shape))
+        delta = workspace.array("drl delta", shape, output.dtype)
+        product(output, state[f"feedback/{n}/weight"], delta, workspace)
+        yield Target(delta)
 
 
 def feedback_pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:

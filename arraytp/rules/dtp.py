@@ -13,6 +13,7 @@ Before that, on every batch, K_n times for every block n = 1 … N−1, with ε 
 What is carried from block to block is δ = t − s, which loses no digits where it is small.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,7 +33,7 @@ from arraytp.fused_feedback import freeze, reconstruction_gradient, target_diffe
 from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops, block_forward
 from arraytp.options import STRICT, FeedbackTraining, Positive, Unpool
 from arraytp.parallel import Workspace
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import Observe, State, Target, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
+    observe: Observe | None = None,
 ) -> list[Array | None]:
     """Train every G^n on a batch, in place (Algorithm 1).
 
@@ -89,6 +91,7 @@ def train_feedback(
     seed, step : int
         The run's seed, and how often feedback was trained before; noise is keyed by both.
     workspace : Workspace
+    observe : Observe, optional
 
     Returns
     -------
@@ -105,6 +108,9 @@ def train_feedback(
         for k in range(iterations):
             weight, bias = state[f"feedback/{n}/weight"], state[f"feedback/{n}/bias"]
             dweight, dbias, loss = reconstruction_gradient(frozen, weight, bias, k, workspace)
+            if observe is not None:
+                epsilon, _ = frozen.noise[k]
+                observe(n, k, {"epsilon": epsilon, "gradient": dweight, "gradient_bias": dbias, "loss": loss})
             gradients = {"weight": dweight, "bias": dbias}
             step_feedback(options.feedback, state, n, step * iterations + k, gradients, workspace)
         losses.append(loss)
@@ -148,20 +154,37 @@ def updates(
 
     `dlogits` is of the mean loss.
     """
-    result: Updates = []
+    found = targets(options, state, network, passed, dlogits, workspace)
+    return local_updates(options, network, passed, found, workspace)
+
+
+def targets(
+    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+) -> Iterator[Target]:
+    """Yield the difference target of every block, from the last to the first (Eq. 3, 4); parameters of `updates`."""
     delta = output_difference(options.beta, dlogits)
     for n in reversed(range(len(network))):
-        result.append(local_update(options, network, passed, n, delta, workspace))
+        yield Target(delta)
         if n > 0:
             delta = target_difference(
                 network, passed, n, state[f"feedback/{n}/weight"], delta, options.unpool, workspace
             )
-    return result[::-1]
 
 
 def output_difference(beta: float, dlogits: Array) -> Array:
     """Return δ^N = t^N − s^N = −β ∂L/∂s^N, every sample's own: B times `dlogits` of the mean loss (Eq. 3)."""
     return dlogits * dlogits.dtype.type(-beta * len(dlogits))
+
+
+def local_updates(
+    options: Options, network: Network, passed: ForwardPass, found: Iterator[Target], workspace: Workspace
+) -> Updates:
+    """Return the update of every block by its target; `found` are the targets, from the last block to the first."""
+    blocks = reversed(range(len(network)))
+    return [
+        local_update(options, network, passed, n, target.delta, workspace)
+        for n, target in zip(blocks, found, strict=True)
+    ][::-1]
 
 
 def local_update(

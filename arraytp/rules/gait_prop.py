@@ -18,10 +18,11 @@ W^n of every block but the first is square. a_l is what layer l passes on; its a
 
 for every γ: BP's recursion with W^{-1} in place of Wᵀ, and BP's result where W is orthogonal. It subtracts no nearly
 equal numbers. It equals the literal form up to rounding where f is linear, or where it is leaky ReLU and no unit's
-nudged activation (1 − ε) a + ε t lies on the other side of the kink than a (`difference_targets` counts those); for ELU
+nudged activation (1 − ε) a + ε t lies on the other side of the kink than a (`crossings` counts those); for ELU
 and tanh up to first order in γ.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,7 @@ from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_fl
 from arraytp.ops.activations import activation_derivative
 from arraytp.options import STRICT, Positive
 from arraytp.parallel import Workspace
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import State, Target, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +52,6 @@ class Options:
     rescale_updates: bool = True
 
     __pydantic_config__ = STRICT
-
-
-@dataclass(frozen=True)
-class Target:
-    """δ = t − a of what a block passes on, its m per sample (B,), and how many units are nudged across the kink."""
-
-    delta: Array
-    m: Array
-    crossings: int
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
@@ -94,23 +86,43 @@ def updates(
     NonFiniteError
         If the literal form nudges an ELU or tanh unit out of its range, or the unit is saturated.
     """
-    form = _literal if options.form == "literal" else _difference
+    if options.form == "difference":
+        return [update for _, update in _difference(options, network, passed, dlogits, workspace)][::-1]
+    number, result = dlogits.dtype.type, []
+    found = literal_targets(options, network, passed, dlogits, workspace)
+    for n, target in zip(reversed(range(len(network))), found, strict=True):
+        e = number(-2) * per_sample(target.m, target.delta) * target.delta
+        block, s, x = network.blocks[n], passed.s[n + 1], passed.x[n]
+        result.append(backward(block, e, s, passed.index[n], x, None, workspace, ("gait-prop", n))[:2])
+    return result[::-1]
+
+
+def targets(
+    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+) -> Iterator[Target]:
+    """Return the targets of every block, from the last to the first, by `options.form`; the update is 2 m D (a − t).
+
+    Parameters and errors as in `updates`.
+    """
+    form = literal_targets if options.form == "literal" else difference_targets
     return form(options, network, passed, dlogits, workspace)
 
 
-def _literal(options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace) -> Updates:
+def literal_targets(
+    options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+) -> Iterator[Target]:
+    """Yield t, δ = t − a and m of what every block passes on, from the last block to the first (Algorithm 1)."""
     factors = factor_blocks(network, workspace)
-    number, result = dlogits.dtype.type, []
+    number = dlogits.dtype.type
     t = passed.logits - number(0.5) * dlogits
     m = array_module(t).ones(len(t), dtype=t.dtype)
     for n in reversed(range(len(network))):
         block, a, x = network.blocks[n], passed.x[n + 1], passed.x[n]
-        difference = a - t
-        e = number(2) * per_sample(m, a) * difference
-        result.append(backward(block, e, passed.s[n + 1], passed.index[n], x, None, workspace, ("gait-prop", n))[:2])
+        delta = t - a
+        yield Target(delta, t, m)
         if n == 0:
-            break
-        gamma, still = perturbation(options, difference, block)
+            return
+        gamma, still = perturbation(options, delta, block)
         if options.rescale_updates:
             m = m / gamma
         y = nudged(block, passed.s[n + 1], t, gamma)
@@ -118,30 +130,29 @@ def _literal(options: Options, network: Network, passed: ForwardPass, dlogits: A
         t = inverse(block, factors[n], network.biases[n], y, x, workspace, ("target", n))
         # Where nothing is to be changed the inverse leaves rounding errors only, which m would blow up.
         t = array_module(t).where(per_sample(still, t), x, t)
-    return result[::-1]
 
 
 def _difference(
     options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
-) -> Updates:
+) -> Iterator[tuple[Array, tuple[Array, Array]]]:
+    """Yield e and the update of every block, from the last to the first."""
     factors = factor_blocks(network, workspace)
-    result: Updates = []
     e = dlogits
     for n in reversed(range(1, len(network))):
         block, key = network.blocks[n], ("gait-prop", n)
         dweight, dbias, before = backward_through_inverse(block, factors[n], e, passed, n, workspace, key)
-        result.append((dweight, dbias))
+        yield e, (dweight, dbias)
         if not options.rescale_updates:
             before *= per_sample(perturbation(options, e / e.dtype.type(2), block)[0], before)
         e = before
     first = backward(network.blocks[0], e, passed.s[1], passed.index[0], passed.x[0], None, workspace, ("gait-prop", 0))
-    return [first[:2], *result[::-1]]
+    yield e, first[:2]
 
 
 def perturbation(options: Options, difference: Array, block: Block) -> tuple[Array, Array]:
     """Return γ of every sample and which samples have a = t (their γ is 1), both (B,).
 
-    `difference` is a − t of what the block passes on, of either sign; auxiliary units count in dim.
+    `difference` is t − a of what the block passes on, of either sign; auxiliary units count in dim.
     """
     xp, number = array_module(difference), difference.dtype.type
     flat = difference.reshape(len(difference), -1)
@@ -168,24 +179,28 @@ def nudged(block: Block, s: Array, t: Array, gamma: Array) -> Array:
 
 def difference_targets(
     options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
-) -> list[Target]:
-    """Return δ, m and crossings of every block's output by the difference form, whichever `options.form` is.
+) -> Iterator[Target]:
+    """Yield δ and m of what every block passes on, from the last block to the first, by the difference form."""
+    m = array_module(dlogits).ones(len(dlogits), dtype=dlogits.dtype)
+    found = _difference(options, network, passed, dlogits, workspace)
+    for n, (e, _) in zip(reversed(range(len(network))), found, strict=True):
+        delta = e.reshape(passed.x[n + 1].shape) / (e.dtype.type(-2) * per_sample(m, passed.x[n + 1]))
+        yield Target(delta, m=m)
+        if options.rescale_updates:
+            m = m / perturbation(options, delta, network.blocks[n])[0]
 
-    A unit crosses where a leaky ReLU's a and a + ε δ have different signs: there the literal form bends off.
+
+def crossings(options: Options, block: Block, s: Array, target: Target) -> int:
+    """Return how many units of a block's output the nudge takes across the kink of leaky ReLU.
+
+    There a and a + ε δ have different signs, and the literal form bends off if the block is to be inverted.
     """
-    factors, found, e = factor_blocks(network, workspace), [], dlogits
-    m = array_module(e).ones(len(e), dtype=e.dtype)
-    for n in reversed(range(len(network))):
-        block, a = network.blocks[n], passed.x[n + 1]
-        delta = e.reshape(a.shape) / (e.dtype.type(-2) * per_sample(m, a))
-        gamma, _ = perturbation(options, delta, block)
-        moved = nudged(block, passed.s[n + 1], a + delta, gamma)[..., : a.shape[-1]]
-        crossed = (moved < 0) != (a < 0) if block.activation == "leaky-relu" and n > 0 else None
-        found.append(Target(delta, m, 0 if crossed is None else int(crossed.sum())))
-        if n > 0:
-            e = backward_through_inverse(block, factors[n], e, passed, n, workspace, ("targets", n))[2]
-            m = m / gamma
-    return found[::-1]
+    if block.activation != "leaky-relu":
+        return 0
+    a = s[..., : block.passed_shape[-1]]
+    gamma, _ = perturbation(options, target.delta, block)
+    moved = nudged(block, s, a + target.delta, gamma)[..., : a.shape[-1]]
+    return int(((moved < 0) != (a < 0)).sum())
 
 
 def per_sample(values: Array, like: Array) -> Array:

@@ -36,8 +36,16 @@ from arraytp.network import Block, ForwardPass, Network, block_forward
 from arraytp.options import Unpool
 from arraytp.parallel import Workspace
 from arraytp.rules import dtp
-from arraytp.rules.dtp import check, feedback_pairs, feedback_products, init_state, product_flops, updates
-from arraytp.rules.protocol import State
+from arraytp.rules.dtp import (
+    check,
+    feedback_pairs,
+    feedback_products,
+    init_state,
+    product_flops,
+    targets,
+    updates,
+)
+from arraytp.rules.protocol import Observe, State
 
 __all__ = [
     "Options",
@@ -46,6 +54,7 @@ __all__ = [
     "feedback_pairs",
     "init_state",
     "product_flops",
+    "targets",
     "train_feedback",
     "updates",
 ]
@@ -67,6 +76,7 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
+    observe: Observe | None = None,
 ) -> list[Array | None]:
     """Train every ω^n on a batch, in place (Algorithm 3); parameters and result as in `arraytp.rules.dtp`."""
     losses: list[Array | None] = []
@@ -80,9 +90,12 @@ def train_feedback(
         for k in range(iterations):
             omega = state[f"feedback/{n}/weight"]
             if overlap is None:
-                gradient, loss = ldrl_gradient(frozen, omega, k, workspace)
+                gradient, loss = ldrl_gradient(frozen, omega, k, workspace, every_loss=observe is not None)
             else:
                 gradient, loss = expected_step(frozen.block, frozen.theta, omega, overlap, sigma, len(frozen.s))
+            if observe is not None:
+                noise = dict(zip(("epsilon", "eta"), frozen.noise.get(k, ()), strict=False))
+                observe(n, k, noise | {"gradient": gradient, "loss": loss})
             step_feedback(options.feedback, state, n, step * iterations + k, {"weight": gradient}, workspace)
         losses.append(loss)
     return losses

@@ -14,8 +14,16 @@ from arraytp.network import ForwardPass, Network
 from arraytp.options import FeedbackTraining, Size
 from arraytp.parallel import Workspace
 from arraytp.rules import dtp
-from arraytp.rules.dtp import check, feedback_pairs, feedback_products, init_state, product_flops, updates
-from arraytp.rules.protocol import State
+from arraytp.rules.dtp import (
+    check,
+    feedback_pairs,
+    feedback_products,
+    init_state,
+    product_flops,
+    targets,
+    updates,
+)
+from arraytp.rules.protocol import Observe, State
 
 __all__ = [
     "Options",
@@ -24,6 +32,7 @@ __all__ = [
     "feedback_pairs",
     "init_state",
     "product_flops",
+    "targets",
     "train_feedback",
     "updates",
 ]
@@ -46,8 +55,12 @@ def train_feedback(
     seed: int,
     step: int,
     workspace: Workspace,
+    observe: Observe | None = None,
 ) -> list[Array | None]:
-    """Train every ω^n on a batch, in place; parameters and result as in `arraytp.rules.dtp.train_feedback`."""
+    """Train every ω^n on a batch, in place; parameters and result as in `arraytp.rules.dtp.train_feedback`.
+
+    What is observed is every noise's own gradient, K · `samples` of them.
+    """
     losses: list[Array | None] = []
     for n in range(1, len(network)):
         iterations, sigma = iterations_and_noise(options.feedback, n - 1)
@@ -61,7 +74,11 @@ def train_feedback(
             mean = workspace.array("mean gradient", omega.shape, omega.dtype)
             mean.fill(0)
             for sample in range(options.samples):
-                gradient, loss = ldrl_gradient(frozen, omega, k * options.samples + sample, workspace)
+                drawn = k * options.samples + sample
+                gradient, loss = ldrl_gradient(frozen, omega, drawn, workspace, every_loss=observe is not None)
+                if observe is not None:
+                    epsilon, eta = frozen.noise[drawn]
+                    observe(n, drawn, {"epsilon": epsilon, "eta": eta, "gradient": gradient, "loss": loss})
                 mean += gradient
             mean /= mean.dtype.type(options.samples)
             step_feedback(options.feedback, state, n, step * iterations + k, {"weight": mean}, workspace)

@@ -6,6 +6,7 @@
 Everything else is DTP's: the updates of θ^n from t^{n+1} − s^{n+1}, and the training of G^n.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,12 +20,12 @@ from arraytp.rules.dtp import (
     feedback_flops,
     feedback_pairs,
     init_state,
-    local_update,
+    local_updates,
     output_difference,
     product_flops,
     train_feedback,
 )
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import State, Target, Updates
 
 __all__ = [
     "Options",
@@ -33,6 +34,7 @@ __all__ = [
     "feedback_pairs",
     "init_state",
     "product_flops",
+    "targets",
     "train_feedback",
     "updates",
 ]
@@ -49,11 +51,17 @@ def updates(
     options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
 ) -> Updates:
     """Return the updates of every block by plain targets; parameters and result as in `arraytp.rules.dtp.updates`."""
-    result: Updates = []
+    found = targets(options, state, network, passed, dlogits, workspace)
+    return local_updates(options, network, passed, found, workspace)
+
+
+def targets(
+    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+) -> Iterator[Target]:
+    """Yield the plain target of every block, from the last to the first; parameters as in `updates`."""
     t = passed.logits + output_difference(options.beta, dlogits)
     for n in reversed(range(len(network))):
-        result.append(local_update(options, network, passed, n, t - passed.s[n + 1], workspace))
+        yield Target(t - passed.s[n + 1], t)
         if n > 0:
             omega = state[f"feedback/{n}/weight"], state[f"feedback/{n}/bias"]
             t = feedback_output(network, passed, n, omega, t, options.unpool, workspace)
-    return result[::-1]

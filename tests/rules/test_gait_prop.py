@@ -15,7 +15,7 @@ from arraytp.network import Network, make_network, plan_blocks
 from arraytp.options import Conv, Dense, NetworkOptions
 from arraytp.parallel import Workspace
 from arraytp.rules import bp, gait_prop
-from arraytp.rules.gait_prop import Options, difference_targets
+from arraytp.rules.gait_prop import Options, crossings, difference_targets
 
 LAYERS = {
     "dense": ([Dense(units=14, activation="leaky-relu"), Dense(units=9, activation="leaky-relu"),
@@ -58,9 +58,11 @@ def error_of(network, count=6, seed=0):
 
 def crossings_of(options, network, x, dlogits):
     workspace = Workspace(threads=1)
-    return [
-        t.crossings for t in difference_targets(options, network, forward(network, x, workspace), dlogits, workspace)
-    ]
+    passed = forward(network, x, workspace)
+    found = difference_targets(options, network, passed, dlogits, workspace)
+    # The first block is not inverted.
+    inverted = list(zip(reversed(range(len(network))), found, strict=True))[:-1]
+    return [crossings(options, network.blocks[n], passed.s[n + 1], target) for n, target in inverted]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -180,11 +182,11 @@ def test_targets_of_the_net_worked_out_on_paper(place):
     network, x, dlogits, _ = hand_sized()
     there, workspace = moved(network, place.put), Workspace(place.backend, 1)
     passed = forward(there, place.put(x), workspace)
-    first, last = difference_targets(Options(normalise=False), there, passed, place.put(dlogits), workspace)
+    last, first = difference_targets(Options(normalise=False), there, passed, place.put(dlogits), workspace)
     close(place.get(last.delta), np.array([[-0.2]]), 1e-12)
     close(place.get(first.delta), np.array([[-0.0001, 0.000025]]), 1e-12)
     assert (place.get(last.m).item(), place.get(first.m).item()) == pytest.approx((1, 1000))
-    first, _ = difference_targets(Options(), there, passed, place.put(dlogits), workspace)
+    _, first = difference_targets(Options(), there, passed, place.put(dlogits), workspace)
     assert place.get(first.m).item() == pytest.approx(0.2e7 / 2**0.5)
 
 
@@ -222,7 +224,7 @@ def test_units_across_the_kink_are_counted_and_cost_the_literal_form_its_equalit
     )
     network.biases[1][0] = -1.9999
     options = Options(normalise=False, gamma=0.1)
-    assert crossings_of(options, network, x, dlogits) == [0, 1]
+    assert crossings_of(options, network, x, dlogits) == [1]
     literal, difference = (
         updates_of(gait_prop, replace(options, form=form), network, x, dlogits) for form in ("literal", "difference")
     )

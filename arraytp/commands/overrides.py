@@ -1,0 +1,28 @@
+"""The options by which every command that reads a config overrides it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+Function = Callable[..., Any]
+OPTIONS = (
+    click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config."),
+    click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config."),
+    click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable."),
+)
+
+
+def overriding(function: Function) -> Function:
+    """Add the options to a command, which takes `backend`, `dtype` and `overrides`."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
+
+
+def settings(overrides: Sequence[str], backend: str | None, dtype: str | None) -> list[str]:
+    """Return what the options say as `load_config` takes it."""
+    found = [*overrides]
+    found += [f"backend={backend}"] if backend else []
+    found += [f"dtype={dtype}"] if dtype else []
+    return found

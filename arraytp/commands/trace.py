@@ -1,0 +1,65 @@
+"""`arraytp trace`: one training step of a config, every number of it written down."""
+
+import warnings
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from arraytp.backend import Array
+from arraytp.commands.overrides import overriding, settings
+from arraytp.config import load_one
+from arraytp.errors import NonFiniteError, UserError
+from arraytp.experiment import Experiment, build
+from arraytp.trace import check_replaceable, read_batch, read_weights, write_trace
+
+
+@click.command(short_help="Write down every number of one training step.")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", required=True, metavar="FILE.h5", type=click.Path(path_type=Path), help="Where to write.")
+@click.option("--variant", metavar="NAME", help="Which variant, for a config that has some.")
+@click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="Start from the weights of a trace.")
+@click.option("--batch", metavar="FILE", type=click.Path(path_type=Path), help="Use the batch of a trace.")
+@click.option("--no-noise", is_flag=True, help="Write only the keys of noise, from which it can be drawn again.")
+@overriding
+def command(
+    config: Path,
+    out: Path,
+    variant: str | None,
+    weights: Path | None,
+    batch: Path | None,
+    no_noise: bool,
+    backend: str | None,
+    dtype: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Do the first training step of CONFIG and write every number of it to an HDF5 file.
+
+    Inputs, weights, noise, activations, targets, updates, BP's gradients and the weights afterwards; docs/trace.md has
+    the layout.
+    """
+    check_replaceable(out)
+    experiment = build(load_one(config, settings(overrides, backend, dtype), variant))
+    for note in experiment.plan.notes:
+        click.echo(f"arraytp: note: {note}", err=True)
+    if weights is not None:
+        read_weights(weights, experiment)
+    images, labels = read_batch(batch, experiment) if batch is not None else _first_batch(experiment)
+    with warnings.catch_warnings():
+        # What is not finite is named below.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            not_finite = write_trace(out, experiment, images, labels, noise=not no_noise)
+        except MemoryError as error:
+            raise UserError(f"{config}: not enough memory: {error}") from error
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    if not_finite:
+        raise NonFiniteError(f"{out}: {not_finite} is the first array with NaN or infinity in it; the file is complete")
+    click.echo(f"trace: {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _first_batch(experiment: Experiment) -> tuple[Array, Array]:
+    with closing(experiment.train_loader.batches(0)) as batches:
+        images, labels = next(batches)
+    return images, labels

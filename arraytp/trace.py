@@ -1,0 +1,256 @@
+"""One training step, every number of it, in one HDF5 file; docs/trace.md explains each.
+
+attrs: format="arraytp-trace", version=1, config, rule, dtype, backend, seed
+/input/{x,y}
+/weights/{forward,feedback}/<n>/{weight,bias}           before the step
+/activations/<n>/{pre,out}
+/feedback_training/<n>/<k>/{epsilon,eta,gradient,gradient_bias,loss}
+/targets/<n>/{target,delta,scale}
+/updates/forward/<n>/{weight,bias}                      attrs: angle_deg, distance
+/bp/<n>/{weight,bias}
+/weights_after/{forward,feedback}/<n>/{weight,bias}
+
+Everything is written as it comes, so that memory holds one step's buffers and no more.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from arraytp.backend import Array, Backend
+from arraytp.compare import angle_degrees, relative_distance
+from arraytp.config import dump_config
+from arraytp.errors import UserError
+from arraytp.experiment import Experiment
+from arraytp.fused_feedback import EPSILON, ETA
+from arraytp.metrics import replacing
+from arraytp.network import block_forward, pad_auxiliary
+
+FORMAT, VERSION = "arraytp-trace", 1
+# The noises of an iteration and the last part of their keys.
+NOISES = {"epsilon": EPSILON, "eta": ETA}
+
+
+@dataclass
+class Sink:
+    """An open trace file; knows the first array that it was given with NaN or infinity in it, or ""."""
+
+    file: h5py.File
+    backend: Backend
+    not_finite: str = field(default="")
+
+    def put(self, name: str, array: Array) -> None:
+        """Write an array of the backend, or a number."""
+        values = self.backend.to_host(self.backend.xp.asarray(array))
+        if not self.not_finite and not np.isfinite(values).all():
+            self.not_finite = name
+        self.file.create_dataset(name, data=values)
+
+    def describe(self, group: str, attributes: Mapping[str, Any]) -> None:
+        """Give a group, made if need be, attributes."""
+        self.file.require_group(group).attrs.update(attributes)
+
+
+def write_trace(path: Path, experiment: Experiment, images: Array, labels: Array, noise: bool = True) -> str:
+    """Train on one batch and write down every number; a file of that name is replaced when the new one is complete.
+
+    Parameters
+    ----------
+    path : Path
+    experiment : Experiment
+        In its initial state, weights aside; it has done one step afterwards.
+    images : array of shape (B, H, W, C) or (B, D), of the config's dtype
+    labels : array of int64 of shape (B,)
+    noise : bool
+        Whether the noises of feedback training are written, or their keys only.
+
+    Returns
+    -------
+    str
+        The name of the first array that has NaN or infinity in it, or "".
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; the former one is still there.
+    NonFiniteError
+        If the rule cannot go on; nothing is written.
+    """
+    # Through a Python file: HDF5's own can take the process with it when the disk is full.
+    with replacing(path) as raw, h5py.File(raw, "w") as file:
+        sink = Sink(file, experiment.plan.backend)
+        _step(sink, experiment, images, labels, noise)
+    return sink.not_finite
+
+
+def _step(sink: Sink, experiment: Experiment, images: Array, labels: Array, noise: bool) -> None:
+    config = experiment.config
+    sink.describe(
+        "/",
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": dump_config(config),
+            "rule": config.rule.name,
+            "dtype": config.dtype,
+            "backend": config.backend,
+            "seed": config.seed,
+        },
+    )
+    sink.put("input/x", images)
+    sink.put("input/y", labels)
+    _put_weights(sink, "weights", experiment)
+    loss = experiment.run_forward(images, labels).loss
+    _put_activations(sink, experiment)
+    sink.describe("activations", {"loss": float(loss)})
+    experiment.train_feedback(observe=partial(_put_iteration, sink, experiment.feedback_step, noise))
+    _put_targets(sink, experiment)
+    _put_updates(sink, experiment)
+    experiment.apply()
+    _put_weights(sink, "weights_after", experiment)
+
+
+def _put_weights(sink: Sink, group: str, experiment: Experiment) -> None:
+    for name, array in _weights(experiment).items():
+        sink.put(f"{group}/{name}", array)
+
+
+def _weights(experiment: Experiment) -> dict[str, Array]:
+    """Return θ and the rule's feedback weights by their names within a group of weights."""
+    named: dict[str, Array] = {}
+    network = experiment.network
+    for n, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        named[f"forward/{n}/weight"], named[f"forward/{n}/bias"] = weight, bias
+    return named | {name: array for name, array in experiment.rule_state.items() if name.startswith("feedback/")}
+
+
+def _put_activations(sink: Sink, experiment: Experiment) -> None:
+    network, passed = experiment.network, experiment.passed
+    assert passed is not None
+    for n, block in enumerate(network.blocks):
+        # z is never stored by the fast pass.
+        z, *_ = block_forward(block, network.weights[n], network.biases[n], passed.x[n])
+        sink.put(f"activations/{n}/pre", z)
+        sink.put(f"activations/{n}/out", passed.s[n + 1])
+
+
+def _put_iteration(sink: Sink, step: int, noise: bool, n: int, k: int, arrays: Mapping[str, Array]) -> None:
+    group = f"feedback_training/{n}/{k}"
+    for name, array in arrays.items():
+        if name in NOISES:
+            sink.describe(group, {f"{name}_key": (step, n, k, NOISES[name])})
+        if noise or name not in NOISES:
+            sink.put(f"{group}/{name}", array)
+
+
+def _put_targets(sink: Sink, experiment: Experiment) -> None:
+    """Write the rule's targets, if it has any; auxiliary units have t = s."""
+    passed, blocks = experiment.passed, experiment.network.blocks
+    assert passed is not None
+    for n, target in zip(reversed(range(len(blocks))), experiment.targets(), strict=False):
+        x, t = passed.x[n + 1], passed.s[n + 1].copy()
+        delta = target.delta.reshape(x.shape)
+        t[..., : x.shape[-1]] = x + delta if target.t is None else target.t.reshape(x.shape)
+        sink.put(f"targets/{n}/target", t)
+        sink.put(f"targets/{n}/delta", pad_auxiliary(blocks[n], delta))
+        if target.m is not None:
+            sink.put(f"targets/{n}/scale", target.m)
+
+
+def _put_updates(sink: Sink, experiment: Experiment) -> None:
+    """Write the updates at the training β, and how they lie to BP's."""
+    experiment.propose_updates()
+    assert experiment.updates is not None
+    beta = getattr(experiment.config.rule, "beta", None)
+    sink.describe("updates", {} if beta is None else {"beta": beta})
+    for n, (mine, exact) in enumerate(zip(experiment.updates, experiment.exact_updates(), strict=True)):
+        for part, update, gradient in zip(("weight", "bias"), mine, exact, strict=True):
+            sink.put(f"updates/forward/{n}/{part}", update)
+            sink.put(f"bp/{n}/{part}", gradient)
+        angle, distance = angle_degrees(mine[0], exact[0]), relative_distance(mine[0], exact[0])
+        sink.describe(f"updates/forward/{n}", {"angle_deg": angle, "distance": distance})
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to write where there is no folder, or something other than a trace.
+
+    Raises
+    ------
+    UserError
+        Names the path and what would do.
+    """
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; give a file, for example {path / 'trace.h5'}")
+    if path.exists() and not _is_trace(path):
+        raise UserError(f"--out {path}: exists and is no trace; only traces are overwritten, so give another file")
+
+
+def _is_trace(path: Path) -> bool:
+    try:
+        with h5py.File(path, "r") as file:
+            return bool(file.attrs.get("format") == FORMAT)
+    except OSError:
+        return False
+
+
+def read_weights(path: Path, experiment: Experiment) -> None:
+    """Put the weights under `weights` of a trace, or of a file laid out like one, into an experiment.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or an array is missing, of another shape or dtype; names it and what is needed.
+    """
+    named = _weights(experiment)
+    found = {name: _read(path, f"weights/{name}", array.shape, str(array.dtype)) for name, array in named.items()}
+    for name, array in named.items():
+        array[...] = experiment.plan.backend.asarray(found[name])
+
+
+def read_batch(path: Path, experiment: Experiment) -> tuple[Array, Array]:
+    """Return images and labels under `input` of a trace, or of a file laid out like one.
+
+    Raises
+    ------
+    UserError
+        As `read_weights`; also if a label is no class.
+    """
+    plan = experiment.plan
+    shape = plan.dataset.shape
+    flat = plan.blocks[0].in_shape
+    images = _read(path, "input/x", None, experiment.config.dtype)
+    if images.size == 0 or images.shape[1:] not in (shape, flat):
+        also = "" if flat == shape else f" or [B, {flat[0]}]"
+        wanted = f"[B, {', '.join(map(str, shape))}]{also}, B at least 1"
+        raise UserError(f"{path}: input/x is {list(images.shape)}; this config needs {wanted}")
+    labels = _read(path, "input/y", images.shape[:1], "int64")
+    classes = len(plan.dataset.classes)
+    if labels.min() < 0 or labels.max() >= classes:
+        wrong = next(label for label in labels.tolist() if not 0 <= label < classes)
+        raise UserError(f"{path}: input/y holds {wrong}; needs labels from 0 to {classes - 1}")
+    return plan.backend.asarray(images), plan.backend.asarray(labels)
+
+
+def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> np.ndarray[Any, Any]:
+    """Return one array of a file, refusing it unless it is of the dtype and, if given, of the shape."""
+    try:
+        with h5py.File(path, "r") as file:
+            item = file.get(name)
+            array = np.asarray(item[()]) if isinstance(item, h5py.Dataset) else None
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as HDF5: {error}") from error
+    wanted = dtype + ("" if shape is None else f"{list(shape)}")
+    if array is None:
+        raise UserError(f"{path}: has no array {name}, needed as {wanted}")
+    if array.dtype != dtype or shape not in (None, array.shape):
+        raise UserError(f"{path}: {name} is {array.dtype}{list(array.shape)}; this config needs {wanted}")
+    return array

@@ -1,0 +1,515 @@
+"""A trace is enough: PyTorch's autograd recomputes every number of a step from the file alone, in float64.
+
+Nothing of arraytp computes here. A block's layer comes from the config text in the file, its arrays by name. Each
+number is recomputed from the numbers before it; ω and θ are followed from the first to the last value.
+"""
+
+import h5py
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+from samples import close
+
+from arraytp.config import parse_config
+from arraytp.data.writer import Description, writing
+from arraytp.experiment import build
+from arraytp.trace import write_trace
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+torch.set_num_threads(1)
+
+TOLERANCE = 1e-9
+CONV = [
+    {"type": "conv", "channels": 4, "kernel": 3, "padding": 1, "activation": "elu",
+     "pool": {"kernel": 3, "stride": 2, "padding": 1}},
+    {"type": "conv", "channels": 5, "kernel": 3, "padding": "same", "stride": 2, "activation": "leaky-relu"},
+    {"type": "conv", "channels": 3, "kernel": 2, "padding": 1, "activation": "tanh",
+     "pool": {"kernel": 2, "stride": 1}},
+    {"type": "dense", "units": 6, "activation": "elu"},
+    {"type": "dense", "units": 3},
+]  # fmt: skip
+DENSE = [
+    {"type": "dense", "units": 7, "activation": "elu"},
+    {"type": "dense", "units": 5, "activation": "tanh"},
+    {"type": "dense", "units": 3},
+]
+SQUARE = [
+    {"type": "conv", "channels": 2, "kernel": 3, "padding": "same", "activation": "leaky-relu"},
+    {"type": "conv", "channels": 3, "kernel": 3, "padding": "same", "stride": 2, "activation": "elu"},
+    {"type": "dense", "units": 8, "activation": "leaky-relu"},
+    {"type": "dense", "units": 3},
+]
+SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
+ADAM = {"name": "adam", "lr": 1e-3, "weight_decay": 1e-3}
+TRAINED = {"iterations": 3, "sigma": 0.1, "optimizer": SGD}
+RULES = {
+    "bp": ({"name": "bp"}, (CONV, DENSE)),
+    "fa": ({"name": "fa"}, (CONV, DENSE)),
+    "dfa": ({"name": "dfa"}, (CONV, DENSE)),
+    "gait-prop literal": ({"name": "gait-prop", "eta": 1e-2}, (SQUARE,)),
+    "gait-prop vanilla": ({"name": "gait-prop", "normalise": False, "gamma": 0.1}, (SQUARE,)),
+    "gait-prop not rescaled": (
+        {"name": "gait-prop", "eta": 1e-2, "norm": "l2_squared", "scale_by_sqrt_dim": False, "rescale_updates": False},
+        (SQUARE,),
+    ),
+    "gait-prop difference": ({"name": "gait-prop", "form": "difference"}, (SQUARE,)),
+    "gait-prop difference not rescaled": (
+        {"name": "gait-prop", "form": "difference", "normalise": False, "rescale_updates": False}, (SQUARE,)
+    ),
+    "tp": ({"name": "tp", "feedback": TRAINED}, (CONV, DENSE)),
+    "dtp": ({"name": "dtp", "feedback": TRAINED}, (CONV, DENSE)),
+    "dtp divided": (
+        {"name": "dtp", "beta": 0.1, "divide_by_beta": True, "unpool": "accumulate",
+         "feedback": TRAINED | {"optimizer": ADAM}},
+        (CONV,),
+    ),
+    "ldrl": ({"name": "ldrl", "feedback": TRAINED}, (CONV, DENSE)),
+    "ldrl accumulated": ({"name": "ldrl", "unpool": "accumulate", "feedback": TRAINED | {"optimizer": ADAM}}, (CONV,)),
+    "ldrl expected": ({"name": "ldrl", "expected": True, "feedback": TRAINED}, (CONV, DENSE)),
+    "ldrl-parallel": ({"name": "ldrl-parallel", "samples": 2, "feedback": TRAINED}, (CONV, DENSE)),
+    "drl": ({"name": "drl", "feedback": TRAINED | {"optimizer": ADAM}}, (CONV, DENSE)),
+}  # fmt: skip
+CASES = [
+    pytest.param(rule, layers, id=f"{name}-{len(layers)}") for name, (rule, nets) in RULES.items() for layers in nets
+]
+ACTIVATION = {
+    "linear": lambda z: z,
+    "leaky-relu": lambda z: functional.leaky_relu(z, 0.1),
+    "elu": functional.elu,
+    "relu": functional.relu,
+    "tanh": torch.tanh,
+}
+INVERSE = {
+    "linear": lambda s: s,
+    "leaky-relu": lambda s: torch.where(s < 0, s / 0.1, s),
+    "elu": lambda s: torch.where(s < 0, torch.log1p(s.clamp(max=0)), s),
+    "tanh": torch.atanh,
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Images of shape (7, 6, 2) in 3 classes."""
+    folder = tmp_path_factory.mktemp("images") / "data"
+    generator = np.random.default_rng(5)
+    with writing(folder, Description("tiny", (7, 6, 2), ("a", "b", "c"))) as writer:
+        for split, count in (("train", 40), ("test", 5)):
+            images = generator.integers(0, 256, (count, 7, 6, 2), dtype=np.uint8)
+            writer.add(split, images, generator.integers(0, 3, count))
+    return folder
+
+
+def config(dataset, rule, layers, dtype="float64"):
+    square = rule["name"] == "gait-prop"
+    return parse_config({
+        "name": "traced",
+        "seed": 3,
+        "dtype": dtype,
+        "data": {"dataset": str(dataset), "flip": 0.5},
+        "network": {"blocks": layers, "square": square, "init": "orthogonal" if square else "kaiming-uniform"},
+        "rule": rule,
+        "optimizer": ADAM | {"epsilon_form": "keras", "orthogonality": 0.1} if square else SGD,
+        "train": {"epochs": 1, "batch_size": 4 if rule.get("expected") else 18},
+    }).variants[""]  # fmt: skip
+
+
+def traced(path, experiment, noise=True):
+    images, labels = next(experiment.train_loader.batches(0))
+    return write_trace(path, experiment, images, labels, noise)
+
+
+class Trace:
+    """What a file holds: arrays as tensors, attributes, the config as nested maps."""
+
+    def __init__(self, path):
+        self.arrays, self.attrs = {}, {}
+        with h5py.File(path) as file:
+            self.attrs[""] = dict(file.attrs)
+            file.visititems(self._take)
+        self.config = YAML(typ="safe").load(self.attrs[""]["config"])
+        self.rule, self.blocks = self.config["rule"], self.config["network"]["blocks"]
+        self.x = self["input/x"]
+        self.batch = len(self.x)
+
+    def _take(self, name, item):
+        self.attrs[name] = dict(item.attrs)
+        if isinstance(item, h5py.Dataset):
+            self.arrays[name] = torch.tensor(item[()])
+
+    def __getitem__(self, name):
+        return self.arrays[name]
+
+    def weights(self, kind, n, group="weights"):
+        """Return weight and bias, which is None where there is none."""
+        return self[f"{group}/{kind}/{n}/weight"], self.arrays.get(f"{group}/{kind}/{n}/bias")
+
+    def passed(self, n):
+        """Return what s^n passes on: without auxiliary units, which the config counts apart if the net is squared."""
+        if n == 0:
+            return self.x
+        block = self.blocks[n - 1]
+        count = block.get("channels", block.get("units")) - block["auxiliary"]
+        return self[f"activations/{n - 1}/out"][..., :count]
+
+    def input(self, n):
+        """Return block n's input, flat for a dense one."""
+        x = self.passed(n)
+        return x.flatten(1) if self.blocks[n]["type"] == "dense" else x
+
+
+def check(actual, wanted):
+    close(actual.numpy(), wanted.detach().reshape(actual.shape).numpy(), TOLERANCE)
+
+
+def affine(block, x, weight, bias=0):
+    if block["type"] == "dense":
+        return x.flatten(1) @ weight + bias
+    k, stride, padding = block["kernel"], block["stride"], block["padding"]
+    border = []
+    for size in (x.shape[2], x.shape[1]):
+        total = max((-(-size // stride) - 1) * stride + k - size, 0) if padding == "same" else 2 * padding
+        border += [total // 2, total - total // 2]
+    image = functional.pad(x.permute(0, 3, 1, 2), border)
+    return functional.conv2d(image, weight.permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1) + bias
+
+
+def transposed(block, a, weight, like):
+    """Return ω ∘ a: the adjoint of the affine map, as autograd finds it; it can be differentiated once more."""
+    x = torch.zeros_like(like).requires_grad_()
+    return torch.autograd.grad((affine(block, x, weight) * a).sum(), x, create_graph=True)[0]
+
+
+def forward(block, x, weight, bias):
+    """Return z, s^{n+1}, and the maxima's places in the image of z."""
+    z = affine(block, x, weight, bias)
+    return z, *pooled(block, ACTIVATION[block["activation"]](z))
+
+
+def pooled(block, s):
+    if "pool" not in block:
+        return s, None
+    pool = block["pool"]
+    out, index = functional.max_pool2d(
+        s.permute(0, 3, 1, 2), pool["kernel"], pool["stride"], pool["padding"], return_indices=True
+    )
+    return out.permute(0, 2, 3, 1), index
+
+
+def unpool(t, index, like, mode):
+    """Put values at the maxima; of several for one pixel the last one counts, or their sum."""
+    if index is None:
+        return t
+    flat, places = t.permute(0, 3, 1, 2).flatten(2), index.flatten(2)
+    size = like.shape[1] * like.shape[2]
+    if mode == "accumulate":
+        u = torch.zeros(*flat.shape[:2], size, dtype=flat.dtype).scatter_add(2, places, flat)
+    else:
+        owner = torch.full((*flat.shape[:2], size), -1)
+        for j in range(flat.shape[2]):
+            owner.scatter_(2, places[:, :, j : j + 1], j)
+        u = torch.where(owner >= 0, flat.gather(2, owner.clamp(min=0)), 0.0)
+    return u.unflatten(2, like.shape[1:3]).permute(0, 2, 3, 1)
+
+
+def feedback(trace, n, omega, t, index):
+    """Return G^n(t)."""
+    block, z = trace.blocks[n], trace[f"activations/{n}/pre"]
+    t = t.reshape(trace[f"activations/{n}/out"].shape)
+    a = ACTIVATION[block["activation"]](unpool(t, index, z, trace.rule["unpool"]))
+    return transposed(block, a, omega[0], trace.input(n)) + omega[1]
+
+
+def reconstruction_loss(trace, n, omega, noise):
+    s = trace.input(n) + noise["epsilon"]
+    _, s_next, index = forward(trace.blocks[n], s, *trace.weights("forward", n))
+    return ((s - feedback(trace, n, omega, s_next, index)) ** 2).sum() / trace.batch
+
+
+def difference_loss(trace, n, omega, noise):
+    s, theta = trace.input(n), trace.weights("forward", n)
+    _, s_next, index = forward(trace.blocks[n], s, *theta)
+    _, s_noisy, index_noisy = forward(trace.blocks[n], s + noise["epsilon"], *theta)
+    there = feedback(trace, n, omega, s_next, index)
+    r_epsilon = feedback(trace, n, omega, s_noisy, index_noisy) - there
+    r_eta = feedback(trace, n, omega, s_next + noise["eta"], index) - there
+    return (-2 * noise["epsilon"] * r_epsilon + r_eta**2).sum() / trace.batch
+
+
+def expected_loss(trace, n, omega, noise):
+    """σ²/B Σ (−2 ⟨∂Fᵀ, ∂G⟩ + ‖∂G‖²), the Jacobians of the whole batch, diagonal in the samples."""
+    s, theta = trace.input(n), trace.weights("forward", n)
+    _, s_next, index = forward(trace.blocks[n], s, *theta)
+    df = torch.autograd.functional.jacobian(lambda x: forward(trace.blocks[n], x, *theta)[1], s)
+    dg = torch.autograd.functional.jacobian(
+        lambda t: feedback(trace, n, omega, t, index), s_next.detach(), create_graph=True
+    )
+    df, dg = df.reshape(s_next.numel(), s.numel()), dg.reshape(s.numel(), s_next.numel())
+    return sigma(trace, n - 1) ** 2 / trace.batch * (-2 * (df.T * dg).sum() + (dg**2).sum())
+
+
+def direct_loss(trace, n, omega, noise):
+    s = trace.passed(n + 1)
+    logits = s + noise["epsilon"]
+    for m in range(n + 1, len(trace.blocks)):
+        logits = forward(trace.blocks[m], logits, *trace.weights("forward", m))[1]
+    residual = (logits - trace.passed(len(trace.blocks))) @ omega[0] - noise["epsilon"].flatten(1)
+    return (residual**2).mean() / sigma(trace, n) ** 2
+
+
+def sigma(trace, position):
+    value = trace.rule["feedback"]["sigma"]
+    return value[position] if isinstance(value, list) else value
+
+
+def optimised(optimizer, parameter, gradients, extra=lambda w: 0.0):
+    """Return a parameter after one step per gradient; `extra` is what a regulariser adds to the gradient."""
+    w, v, u = parameter.clone(), torch.zeros_like(parameter), torch.zeros_like(parameter)
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient + extra(w) + optimizer["weight_decay"] * w
+        if optimizer["name"] == "sgd":
+            v = optimizer["momentum"] * v + g
+            w = w - optimizer["lr"] * v
+            continue
+        b1, b2, epsilon = optimizer["beta1"], optimizer["beta2"], optimizer["epsilon"]
+        v, u = b1 * v + (1 - b1) * g, b2 * u + (1 - b2) * g**2
+        c1, c2 = 1 - b1**t, (1 - b2**t) ** 0.5
+        if optimizer["epsilon_form"] == "pytorch":
+            w = w - optimizer["lr"] * (v / c1) / (u.sqrt() / c2 + epsilon)
+        else:
+            w = w - optimizer["lr"] * c2 / c1 * v / (u.sqrt() + epsilon)
+    return w
+
+
+def orthogonality(trace, weight):
+    """Return the regulariser's gradient by autograd, where the weight's matrix is square."""
+    strength = trace.config["optimizer"]["orthogonality"]
+    matrix = weight.reshape(-1, weight.shape[-1]).clone().requires_grad_()
+    if weight.ndim == 1 or matrix.shape[0] != matrix.shape[1] or not strength:
+        return 0.0
+    excess = matrix @ matrix.T - torch.eye(len(matrix), dtype=matrix.dtype)
+    return torch.autograd.grad(strength * (excess**2).sum(), matrix)[0].reshape(weight.shape)
+
+
+def output_gradient(trace):
+    """Return ∂L/∂logits by the config's reduction."""
+    logits = trace.passed(len(trace.blocks)).clone().requires_grad_()
+    loss = functional.cross_entropy(logits, trace["input/y"], reduction=trace.config["loss"]["reduction"])
+    assert trace.attrs["activations"]["loss"] == pytest.approx(loss.item(), rel=TOLERANCE)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def local_gradients(trace, n, ds):
+    """Return the gradients of Σ ds ⊙ (what s^{n+1} passes on), ds constant, of block n's own weight and bias."""
+    weight, bias = (parameter.clone().requires_grad_() for parameter in trace.weights("forward", n))
+    _, s, _ = forward(trace.blocks[n], trace.input(n), weight, bias)
+    wanted = trace.passed(n + 1)
+    return torch.autograd.grad((s[..., : wanted.shape[-1]] * ds.reshape(wanted.shape)).sum(), (weight, bias))
+
+
+def carried(trace, n, ds, carrier):
+    """Return ds of block n's input: through pool and activation by autograd, then by the adjoint of `carrier`."""
+    block, z = trace.blocks[n], trace[f"activations/{n}/pre"].clone().requires_grad_()
+    s, _ = pooled(block, ACTIVATION[block["activation"]](z))
+    units = trace.passed(n + 1).shape[-1]
+    dz = torch.autograd.grad((s[..., :units] * ds.reshape(s[..., :units].shape)).sum(), z)[0]
+    return transposed(block, dz, carrier, trace.input(n)).detach()
+
+
+def chained(trace, carriers):
+    """Return the updates of BP's recursion with these carriers in place of W."""
+    ds, found = output_gradient(trace), []
+    for n in reversed(range(len(trace.blocks))):
+        found.append(local_gradients(trace, n, ds))
+        ds = carried(trace, n, ds, carriers[n]) if n > 0 else None
+    return found[::-1]
+
+
+def gait_inverse(trace, n, rows):
+    """Return rows · W⁻¹ added back to the places that the patches came from, of the block's input's shape."""
+    block, (weight, _) = trace.blocks[n], trace.weights("forward", n)
+    matrix = weight.reshape(-1, weight.shape[-1])
+    patches = torch.linalg.solve(matrix.T, rows.reshape(-1, len(matrix)).T).T
+    one_hot = torch.eye(len(matrix), dtype=matrix.dtype).reshape(weight.shape)
+    return transposed(block, patches.reshape(trace[f"activations/{n}/pre"].shape), one_hot, trace.input(n)).detach()
+
+
+def gait_gamma(trace, n, delta):
+    rule, size = trace.rule, trace[f"activations/{n}/out"][0].numel()
+    if not rule["normalise"]:
+        return torch.full((trace.batch,), rule["gamma"], dtype=delta.dtype)
+    norm = delta.flatten(1).norm(dim=1) ** (2 if rule["norm"] == "l2_squared" else 1)
+    return rule["eta"] * (size**0.5 if rule["scale_by_sqrt_dim"] else 1) / norm
+
+
+def slopes(trace, n):
+    """Return D = f'(z) of all units of block n, which has no pool."""
+    z = trace[f"activations/{n}/pre"].clone().requires_grad_()
+    return torch.autograd.grad(ACTIVATION[trace.blocks[n]["activation"]](z).sum(), z)[0]
+
+
+def per_sample(values, like):
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def gait_targets(trace):
+    """Yield δ of what every block passes on, and m, from the last block to the first."""
+    e = output_gradient(trace)
+    t, m = trace.passed(len(trace.blocks)) - e / 2, torch.ones(trace.batch, dtype=e.dtype)
+    for n in reversed(range(len(trace.blocks))):
+        block, a, s = trace.blocks[n], trace.passed(n + 1), trace[f"activations/{n}/out"]
+        delta = (t - a) if trace.rule["form"] == "literal" else e.reshape(a.shape) / (-2 * per_sample(m, a))
+        yield delta, m
+        if n == 0:
+            return
+        gamma, d = gait_gamma(trace, n, delta), slopes(trace, n)
+        padded = torch.zeros_like(s)
+        padded[..., : a.shape[-1]] = delta
+        y = s + per_sample(gamma, s) * d**2 * padded
+        ones = torch.ones_like(s)
+        windows = transposed(block, ones, torch.ones_like(trace.weights("forward", n)[0]), trace.input(n))
+        others = (windows / ones.shape[-1] - 1).detach() * trace.input(n) if block["type"] == "conv" else 0.0
+        z = INVERSE[block["activation"]](y) - trace.weights("forward", n)[1]
+        t = (gait_inverse(trace, n, z) - others).reshape(trace.passed(n).shape)
+        padded[..., : a.shape[-1]] = e.reshape(a.shape)
+        e = gait_inverse(trace, n, d * padded)
+        if trace.rule["rescale_updates"]:
+            m = m / gamma
+        else:
+            e = e * per_sample(gamma, e)
+
+
+def learned_targets(trace):
+    """Yield δ of every block by TP's, DTP's or DRL's targets, with the feedback weights after their training."""
+    step, last = trace.rule.get("beta", trace.rule.get("eta")), len(trace.blocks) - 1
+    scale = 1 if trace.rule["name"] == "drl" else trace.batch
+    output = delta = -step * scale * output_gradient(trace)
+    for n in reversed(range(last + 1)):
+        s = trace[f"activations/{n}/out"]
+        if trace.rule["name"] == "drl" and n < last:
+            delta = output @ trace[f"weights_after/feedback/{n}/weight"]
+        yield delta.reshape(s.shape), None
+        if trace.rule["name"] == "drl" or n == 0:
+            continue
+        omega = trace.weights("feedback", n, "weights_after")
+        _, _, index = forward(trace.blocks[n], trace.input(n), *trace.weights("forward", n))
+        t = feedback(trace, n, omega, s + delta.reshape(s.shape), index)
+        minus = trace.input(n) if trace.rule["name"] == "tp" else feedback(trace, n, omega, s, index)
+        delta = (t - minus).detach()
+
+
+def updates_by_targets(trace):
+    """Return the gradients of the local losses, whose targets are in the file."""
+    found = []
+    for n, block in enumerate(trace.blocks):
+        delta = trace[f"targets/{n}/delta"][..., : trace.passed(n + 1).shape[-1]]
+        rule = trace.rule
+        if rule["name"] == "gait-prop":
+            ds = -2 * per_sample(trace[f"targets/{n}/scale"], delta) * delta
+        elif rule["name"] == "drl":
+            ds = -2 * delta / (delta.numel() if block["type"] == "conv" else trace.batch)
+        else:
+            ds = -delta / trace.batch / (rule["beta"] if rule["divide_by_beta"] else 1)
+        found.append(local_gradients(trace, n, ds))
+    return found
+
+
+def updates_of(trace):
+    last, forwards = len(trace.blocks) - 1, [trace.weights("forward", n)[0] for n in range(len(trace.blocks))]
+    if trace.rule["name"] == "bp":
+        return chained(trace, forwards)
+    if trace.rule["name"] == "fa":
+        return chained(trace, [None] + [trace[f"weights/feedback/{n}/weight"] for n in range(1, last + 1)])
+    if trace.rule["name"] == "dfa":
+        e = output_gradient(trace)
+        directs = [e @ trace[f"weights/feedback/{n}/weight"] for n in range(last)]
+        return [local_gradients(trace, n, ds) for n, ds in enumerate([*directs, e])]
+    return updates_by_targets(trace)
+
+
+def check_activations(trace):
+    for n, block in enumerate(trace.blocks):
+        z, s, _ = forward(block, trace.input(n), *trace.weights("forward", n))
+        check(trace[f"activations/{n}/pre"], z)
+        check(trace[f"activations/{n}/out"], s)
+
+
+LOSSES = {"tp": reconstruction_loss, "dtp": reconstruction_loss, "ldrl": difference_loss,
+          "ldrl-parallel": difference_loss, "drl": direct_loss}  # fmt: skip
+
+
+def check_feedback_training(trace):
+    """Follow ω from before to after the step; return how many gradients were checked."""
+    rule, checked = trace.rule, 0
+    loss_of = expected_loss if rule.get("expected") else LOSSES.get(rule["name"])
+    names = sorted({int(name.split("/")[2]) for name in trace.arrays if name.startswith("weights/feedback/")})
+    for n in names:
+        start, count = trace.weights("feedback", n), 0
+        parts = ("gradient", "gradient_bias") if rule["name"] in ("tp", "dtp") else ("gradient",)
+        gradients = {part: [] for part in parts}
+        while f"feedback_training/{n}/{count}/gradient" in trace.arrays:
+            omega = [None if p is None else p.clone().requires_grad_() for p in present(trace, start, gradients)]
+            group = f"feedback_training/{n}/{count}"
+            noise = {name: trace[f"{group}/{name}"] for name in ("epsilon", "eta") if f"{group}/{name}" in trace.arrays}
+            loss = loss_of(trace, n, omega, noise)
+            check(trace[f"{group}/loss"], loss)
+            wanted = torch.autograd.grad(loss, omega[: len(parts)])
+            for part, gradient in zip(parts, wanted, strict=True):
+                check(trace[f"{group}/{part}"], gradient)
+                gradients[part].append(trace[f"{group}/{part}"])
+            count += 1
+        checked += count
+        for part, after in zip(("weight", "bias"), present(trace, start, gradients), strict=True):
+            if after is not None:
+                check(trace[f"weights_after/feedback/{n}/{part}"], after)
+    return checked
+
+
+def present(trace, start, gradients):
+    """Return weight and bias of G after these gradients; `samples` gradients make one step of ldrl-parallel."""
+    samples, result = trace.rule.get("samples", 1), []
+    for part, parameter in zip(("gradient", "gradient_bias"), start, strict=True):
+        found = gradients.get(part, [])
+        steps = [sum(found[i : i + samples]) / samples for i in range(0, len(found) - samples + 1, samples)]
+        result.append(optimised(trace.rule["feedback"]["optimizer"], parameter, steps) if steps else parameter)
+    return result
+
+
+def check_targets(trace):
+    found = {"gait-prop": gait_targets}.get(trace.rule["name"], learned_targets)(trace)
+    for n, (delta, m) in zip(reversed(range(len(trace.blocks))), found, strict=True):
+        out, units = trace[f"activations/{n}/out"], delta.shape[-1]
+        check(trace[f"targets/{n}/delta"][..., :units], delta)
+        assert not trace[f"targets/{n}/delta"][..., units:].any()
+        check(trace[f"targets/{n}/target"], out + trace[f"targets/{n}/delta"])
+        assert (m is not None) == (f"targets/{n}/scale" in trace.arrays)
+        if m is not None:
+            check(trace[f"targets/{n}/scale"], m)
+
+
+def check_updates(trace):
+    exact = chained(trace, [trace.weights("forward", n)[0] for n in range(len(trace.blocks))])
+    for n, (mine, reference) in enumerate(zip(updates_of(trace), exact, strict=True)):
+        for i, part in enumerate(("weight", "bias")):
+            check(trace[f"updates/forward/{n}/{part}"], mine[i])
+            check(trace[f"bp/{n}/{part}"], reference[i])
+            before = trace[f"weights/forward/{n}/{part}"]
+            after = optimised(trace.config["optimizer"], before, [mine[i]], lambda w: orthogonality(trace, w))
+            check(trace[f"weights_after/forward/{n}/{part}"], after)
+        a, b, attrs = mine[0].flatten(), reference[0].flatten(), trace.attrs[f"updates/forward/{n}"]
+        cosine = float(a @ b / a.norm() / b.norm())
+        assert np.cos(np.radians(attrs["angle_deg"])) == pytest.approx(cosine, abs=TOLERANCE)
+        assert attrs["distance"] == pytest.approx(float((a - b).norm() / b.norm()), rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("rule", "layers"), CASES)
+def test_every_number_of_a_step_can_be_recomputed_from_the_file_alone(dataset, tmp_path, rule, layers):
+    assert traced(tmp_path / "t.h5", build(config(dataset, rule, layers))) == ""
+    trace = Trace(tmp_path / "t.h5")
+    check_activations(trace)
+    iterations = 3 * trace.rule.get("samples", 1) * (len(layers) - 1) if "feedback" in rule else 0
+    assert check_feedback_training(trace) == iterations
+    assert any(name.startswith("targets/") for name in trace.arrays) == (rule["name"] not in ("bp", "fa", "dfa"))
+    if "targets" in trace.attrs:
+        check_targets(trace)
+    check_updates(trace)
