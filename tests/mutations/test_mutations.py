@@ -342,7 +342,6 @@ MUTATIONS = [
         "rules/tp.py",
         "rules/test_target_propagation.py",
         ("passed.logits + output_difference", "passed.logits - output_difference"),
-        ("t - passed.s[n + 1], workspace", "t, workspace"),
     ),
     *_in(
         "rules/ldrl.py",
