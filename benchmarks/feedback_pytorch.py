@@ -275,6 +275,8 @@ def main() -> None:
             connection.send(True)
             took, memory[side] = connection.recv()
             seconds[side].append(took)
+    for connection in connections.values():
+        connection.send(False)
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     ratio = medians["arraytp"] / medians["torch"]
     print(f"{arguments.rule} {arguments.network}, batch {batch}, {arguments.threads} threads")
