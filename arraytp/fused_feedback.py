@@ -30,12 +30,22 @@ from arraytp.feedback import input_difference
 from arraytp.fused import product
 from arraytp.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_difference, activation_forward
-from arraytp.ops.conv import as_matrix, can_split, split_matrix
+from arraytp.ops.conv import as_matrix
 from arraytp.ops.noise import CHUNK, gaussian
-from arraytp.ops.patches import Window, add_row_patches, add_stacked_rows, col2im, im2col, row_patches, stack_rows
+from arraytp.ops.patches import Window, add_stacked_rows
 from arraytp.ops.pool import max_pool_forward, max_unpool, max_unpool_scatter, overlaps, window_corners
 from arraytp.options import Unpool
 from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
+from arraytp.slice_products import (
+    carry,
+    is_split,
+    matmul,
+    patch_rows,
+    product_matrix,
+    scatter_back,
+    stack,
+    take_patches,
+)
 
 # An iteration's noises: that of the block's input, that of its output.
 EPSILON, ETA = 0, 1
@@ -114,8 +124,8 @@ def freeze(
     matrix = as_matrix(network.weights[n])
 
     def samples(part: slice, scratch: Buffers) -> None:
-        rows = _rows(block, s[part], scratch)
-        _matmul(rows, matrix, z[part].reshape(len(rows), -1))
+        rows = patch_rows(block, s[part], scratch)
+        matmul(rows, matrix, z[part].reshape(len(rows), -1))
         _input(block, out[part].copy(), None if index is None else index[part], unpool, a[part], scratch)
 
     workspace.run([partial(samples, part) for part in slices(len(x), _group(block, len(x), x.itemsize, workspace))])
@@ -152,16 +162,16 @@ def _ldrl_broad(
 ) -> tuple[Array, Array]:
     """Every lane sums up −ε ⋆ d1 + (ω ∘ d2) ⋆ d2 over its samples."""
     block, xp = frozen.block, array_module(omega)
-    theta, carrier = _matrix(block, frozen.theta), _matrix(block, omega)
+    theta, carrier = product_matrix(block, frozen.theta), product_matrix(block, omega)
 
     def part_of_lane(part: slice, total: Array, already: int, scratch: Buffers) -> Array:
-        patches = _patches(block, epsilon[part], scratch)
+        patches = take_patches(block, epsilon[part], scratch)
         d1 = _noisy_input(frozen, patches, theta, part, scratch)
         xp.subtract(frozen.a[part], d1, out=d1)
-        _add_product(patches.T, _stacked(block, d1, scratch), total, already, scratch)
-        stacked = _stacked(block, _d2(frozen, eta, part, scratch), scratch)
-        r = _carried(block, stacked, carrier, scratch)
-        _add_product(_patches(block, r, scratch).T, stacked, total, 1, scratch)
+        _add_product(patches.T, stack(block, d1, scratch), total, already, scratch)
+        stacked = stack(block, _d2(frozen, eta, part, scratch), scratch)
+        r = carry(block, stacked, carrier, scratch)
+        _add_product(take_patches(block, r, scratch).T, stacked, total, 1, scratch)
         return _sum_of_squares(r)
 
     return _summed_lanes(frozen, omega, part_of_lane, ahead, workspace)
@@ -180,7 +190,8 @@ def _summed_lanes(
     """
     block, batch = frozen.block, len(frozen.s)
     lanes = _lanes(omega, batch, workspace)
-    shape = _matrix(block, omega).T.shape if _is_split(block) else as_matrix(omega).shape
+    k, channels, outputs = omega.shape[0], omega.shape[-2], omega.shape[-1]
+    shape = (k * channels, k * outputs) if is_split(block) else as_matrix(omega).shape
     totals = workspace.array("lane sums", (len(lanes), *shape), omega.dtype)
     squares = workspace.array("squares", (len(lanes),), omega.dtype)
     group = _group(block, batch, omega.itemsize, workspace)
@@ -193,8 +204,7 @@ def _summed_lanes(
     workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
     gradient = workspace.array("gradient", omega.shape, omega.dtype)
     total = totals.sum(axis=0)
-    if _is_split(block):
-        k, _, channels, outputs = omega.shape
+    if is_split(block):
         total = total.reshape(k, channels, k, outputs).transpose(2, 0, 1, 3)[::-1]
     array_module(omega).multiply(total.reshape(omega.shape), omega.dtype.type(2 / batch), out=gradient)
     return gradient, squares
@@ -215,19 +225,19 @@ def _ldrl_heavy(
     def samples(number: int, scratch: Buffers) -> None:
         part = parts[number]
         rows = slice(part.start * positions, part.stop * positions)
-        _rows(block, epsilon[part], scratch, patches[0, rows])
+        patch_rows(block, epsilon[part], scratch, patches[0, rows])
         z = scratch.array("z", frozen.z[part].shape, omega.dtype)
-        _matmul(patches[0, rows], as_matrix(frozen.theta), z.reshape(len(patches[0, rows]), -1))
+        matmul(patches[0, rows], as_matrix(frozen.theta), z.reshape(len(patches[0, rows]), -1))
         z += frozen.z[part]
         d1 = _inputs_of(frozen, z, scratch)
         xp.subtract(frozen.a[part], d1, out=both[0, rows].reshape(d1.shape))
         both[1, rows] = _d2(frozen, eta, part, scratch).reshape(-1, matrix.shape[1])
         if block.window is None:
             r = patches[1, rows]
-            _matmul(both[1, rows], matrix.T, r)
+            matmul(both[1, rows], matrix.T, r)
         else:
-            r = _scatter(block, both[1, rows], matrix, scratch)
-            _rows(block, r, scratch, patches[1, rows])
+            r = scatter_back(block, both[1, rows], matrix, scratch)
+            patch_rows(block, r, scratch, patches[1, rows])
         squares[number] = _sum_of_squares(r)
 
     workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
@@ -236,7 +246,7 @@ def _ldrl_heavy(
     left, right = patches.reshape(-1, len(matrix)), both.reshape(-1, matrix.shape[1])
 
     def weight_rows(part: slice, scratch: Buffers) -> None:
-        _matmul(left[:, part].T, right, as_matrix(gradient)[part])
+        matmul(left[:, part].T, right, as_matrix(gradient)[part])
 
     workspace.run([partial(weight_rows, part) for part in even_slices(len(matrix), _tiles(matrix))])
     return gradient, squares
@@ -252,17 +262,17 @@ def reconstruction_gradient(
     block, batch = frozen.block, len(frozen.s)
     epsilon, _ = _noise(frozen, k, workspace, output=False)
     ahead = _noise_tasks(frozen, k + 1, workspace, output=False)
-    theta, carrier = _matrix(block, frozen.theta), _matrix(block, omega)
+    theta, carrier = product_matrix(block, frozen.theta), product_matrix(block, omega)
     biases = workspace.array("bias sums", (batch, len(bias)), omega.dtype)
 
     def part_of_lane(part: slice, total: Array, already: int, scratch: Buffers) -> Array:
-        a = _noisy_input(frozen, _patches(block, epsilon[part], scratch), theta, part, scratch)
-        stacked = _stacked(block, a, scratch)
-        r = _carried(block, stacked, carrier, scratch).reshape(epsilon[part].shape)
+        a = _noisy_input(frozen, take_patches(block, epsilon[part], scratch), theta, part, scratch)
+        stacked = stack(block, a, scratch)
+        r = carry(block, stacked, carrier, scratch).reshape(epsilon[part].shape)
         r += bias
         r -= frozen.s[part]
         r -= epsilon[part]
-        _add_product(_patches(block, r, scratch).T, stacked, total, already, scratch)
+        _add_product(take_patches(block, r, scratch).T, stacked, total, already, scratch)
         r.reshape(len(r), -1, len(bias)).sum(axis=1, out=biases[part])
         return _sum_of_squares(r)
 
@@ -340,27 +350,30 @@ def _affine(
         workspace.run([partial(inputs, slice(0, batch), a)])
         product(a, omega.T, out, workspace)
         return out.reshape(like.shape)
-    carrier = _matrix(block, omega)
+    carrier = product_matrix(block, omega)
 
     def samples(part: slice, scratch: Buffers) -> None:
         a = scratch.array("a", (part.stop - part.start, *block.pre_shape), like.dtype)
         inputs(part, a, scratch)
-        out[part] = _carried(block, _stacked(block, a, scratch), carrier, scratch).reshape(out[part].shape)
+        out[part] = carry(block, stack(block, a, scratch), carrier, scratch).reshape(out[part].shape)
 
     workspace.run([partial(samples, part) for part in slices(batch, _group(block, batch, like.itemsize, workspace))])
     return out.reshape(like.shape)
 
 
 def _noisy_input(frozen: Frozen, patches: Array, theta: Array, part: slice, scratch: Buffers) -> Array:
-    """Return a(F(s + ε)) of some samples, of shape (samples, *pre_shape), given `_patches` of ε and `_matrix` of θ."""
+    """Return a(F(s + ε)) of some samples, of shape (samples, *pre_shape).
+
+    Given are `take_patches` of ε and `product_matrix` of θ.
+    """
     z = scratch.array("z", frozen.z[part].shape, frozen.z.dtype)
-    if _is_split(frozen.block):
+    if is_split(frozen.block):
         stacked = scratch.array("stacked", (len(patches), len(theta)), z.dtype)
-        _matmul(patches, theta.T, stacked)
+        matmul(patches, theta.T, stacked)
         z[...] = frozen.z[part]
         add_stacked_rows(stacked.reshape(len(z), frozen.window.height, z.shape[2], -1), frozen.window, z)
     else:
-        _matmul(patches, theta, z.reshape(len(patches), -1))
+        matmul(patches, theta, z.reshape(len(patches), -1))
         z += frozen.z[part]
     return _inputs_of(frozen, z, scratch)
 
@@ -420,78 +433,6 @@ def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Bu
     max_unpool_scatter(t, index, block.pool, corner, scratch.array("position", t.shape, np.intp), out)
 
 
-def _is_split(block: Block) -> bool:
-    """Tell whether a convolution's kernel is summed over rows and columns apart; not those of the heavy way."""
-    return block.window is not None and can_split(block.window)
-
-
-def _matrix(block: Block, weight: Array) -> Array:
-    """Return the matrix that `_patches` and `_stacked` go with."""
-    return split_matrix(weight) if _is_split(block) else as_matrix(weight)
-
-
-def _patches(block: Block, x: Array, scratch: Buffers) -> Array:
-    """Return the patches of some samples as rows: of each row of pixels where the kernel is split."""
-    window = block.window
-    if window is None or not _is_split(block):
-        return _rows(block, x, scratch)
-    shape = (len(x), window.height, window.out_width, window.kernel * x.shape[-1])
-    wide = scratch.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
-    return row_patches(x, window, scratch.array("patches", shape, x.dtype), wide).reshape(-1, shape[-1])
-
-
-def _stacked(block: Block, d: Array, scratch: Buffers) -> Array:
-    """Return d, of shape (samples, *pre_shape), as rows, stacked where the kernel is split."""
-    window = block.window
-    if window is None or not _is_split(block):
-        return d.reshape(-1, d.shape[-1])
-    shape = (len(d), window.height, window.out_width, window.kernel * d.shape[-1])
-    tall = scratch.filled(("tall", window), (len(d), window.height + window.kernel - 1, *d.shape[2:]), d.dtype, 0.0)
-    return stack_rows(d, window, scratch.array("stacked", shape, d.dtype), tall).reshape(-1, shape[-1])
-
-
-def _carried(block: Block, stacked: Array, matrix: Array, scratch: Buffers) -> Array:
-    """Return ω ∘ d of some samples, given `_stacked` of d and `_matrix` of ω."""
-    window = block.window
-    if window is None:
-        r = scratch.array("r", (len(stacked), len(matrix)), stacked.dtype)
-        _matmul(stacked, matrix.T, r)
-        return r
-    if not _is_split(block):
-        return _scatter(block, stacked, matrix, scratch)
-    shape = (-1, window.height, window.out_width, matrix.shape[1])
-    patches = scratch.array("patches", (len(stacked), matrix.shape[1]), stacked.dtype)
-    _matmul(stacked, matrix, patches)
-    samples = len(stacked) // (window.height * window.out_width)
-    r = scratch.array("r", (samples, *block.in_shape), stacked.dtype)
-    return add_row_patches(patches.reshape(shape), window, r)
-
-
-def _rows(block: Block, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
-    """Return the patch matrix of some samples, or their rows as they are for a dense block."""
-    window = block.window
-    if window is None:
-        if out is None:
-            return x.reshape(len(x), -1)
-        out[...] = x.reshape(len(x), -1)
-        return out
-    shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
-    out = scratch.array("patches", shape, x.dtype) if out is None else out.reshape(shape)
-    bordered = scratch.filled((window, "zero"), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
-    return im2col(x, window, out, bordered).reshape(-1, shape[-1])
-
-
-def _scatter(block: Block, a: Array, matrix: Array, scratch: Buffers) -> Array:
-    """Return ω ∘ a of some samples of a convolution by col2im, of shape (samples, *in_shape)."""
-    assert block.window is not None
-    rows = a.reshape(-1, a.shape[-1])
-    dpatches = scratch.array("dpatches", (len(rows), len(matrix)), a.dtype)
-    _matmul(rows, matrix.T, dpatches)
-    samples = len(rows) // math.prod(block.pre_shape[:-1])
-    bordered = scratch.array("scattered", (samples, *block.window.bordered, block.in_shape[-1]), a.dtype)
-    return col2im(dpatches.reshape(samples, *block.pre_shape[:-1], -1), block.window, bordered)
-
-
 def _noise(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> tuple[Array, Array]:
     """Return ε and η of iteration k, drawn ahead or now; they stay until that of k + 2 is drawn."""
     if k not in frozen.noise:
@@ -526,10 +467,10 @@ def _draw(out: Array, sigma: float, first: int, key: tuple[int, ...], scratch: B
 def _add_product(a: Array, b: Array, total: Array, already: int, scratch: Buffers) -> None:
     """Write the matrix product a b to `total`, or add it to what there is `already`."""
     if not already:
-        _matmul(a, b, total)
+        matmul(a, b, total)
         return
     share = scratch.array("share", total.shape, total.dtype)
-    _matmul(a, b, share)
+    matmul(a, b, share)
     total += share
 
 
@@ -549,7 +490,7 @@ def _group(block: Block, batch: int, itemsize: int, workspace: Workspace) -> int
     if window is None:
         return batch
     widest = window.kernel**2 * block.in_shape[-1]
-    if _is_split(block):
+    if is_split(block):
         widest = window.kernel * (block.in_shape[-1] + block.pre_shape[-1])
     patch_bytes = math.prod(block.pre_shape[:-1]) * widest * itemsize
     limit = HOST_GROUP_BYTES if workspace.backend.on_host else DEVICE_GROUP_BYTES
@@ -559,7 +500,3 @@ def _group(block: Block, batch: int, itemsize: int, workspace: Workspace) -> int
 def _sum_of_squares(r: Array) -> Array:
     flat = r.reshape(-1)
     return array_module(r).dot(flat, flat)
-
-
-def _matmul(a: Array, b: Array, out: Array) -> None:
-    array_module(a, b, out).matmul(a, b, out=out)
