@@ -375,6 +375,8 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     if config.study is not None and not hasattr(RULES[config.rule.name], "train_feedback"):
         trained = ", ".join(name for name, rule in RULES.items() if hasattr(rule, "train_feedback"))
         raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
+    if config.study is not None and len(blocks) < 2:
+        raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
 
 

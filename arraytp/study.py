@@ -132,10 +132,11 @@ def _measure_updates(experiment: Experiment, table: CsvTable, step: int) -> None
 
 
 def _measure_feedback(experiment: Experiment, table: CsvTable, step: int) -> None:
+    """Add the rows of a round; the error of diverged feedback names the table's folder, which has variant and seed."""
     for pair, (_, omega, _) in zip(experiment.compare_feedback(), experiment.feedback_pairs(), strict=True):
         if not bool(array_module(omega).isfinite(omega).all()):
             raise NonFiniteError(
-                f"feedback of block {pair.block} diverged within {step} iterations; a smaller "
+                f"{table.path.parent}: feedback of block {pair.block} diverged within {step} iterations; a smaller "
                 "rule.feedback.optimizer.lr may help"
             )
         table.append(step, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)

@@ -222,7 +222,7 @@ class Run:
             return
         for (n, *_), loss in zip(self.experiment.feedback_pairs(), self.experiment.feedback_losses, strict=False):
             if loss is not None and not math.isfinite(loss):
-                self._fail(f"at step {self.position.step}", self._feedback_of(n))
+                self._fail(f"at step {self.position.step}", self._feedback_of(n) if self._finite_logits() else None)
 
     def _collect(self, score: Score, progress: Progress) -> None:
         """Take a step's score; look at it now on the CPU, every so many steps on a device."""
@@ -303,18 +303,21 @@ class Run:
         self.position.seconds += now - self._clock
         self._clock = now
 
+    def _finite_logits(self) -> bool:
+        passed = self.experiment.passed
+        return passed is not None and bool(array_module(passed.logits).isfinite(passed.logits).all())
+
     def _feedback_of(self, n: int) -> str:
         return f"feedback weights of block {n} ({self.experiment.network.blocks[n].label})"
 
     def _fail(self, when: str, culprit: str | None = None) -> None:
         """Raise NonFiniteError that says when and in which block the numbers left the finite ones."""
-        remedy = "optimizer.lr" if culprit is None else "rule.feedback.optimizer.lr"
+        remedy = f"a smaller {'rule.feedback.' if culprit else ''}optimizer.lr may help"
+        if not self.position.step and culprit is None:
+            remedy = "see data.normalize and network.init"
         checkpoint = self.folder / "checkpoint.h5"
         saved = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-        raise NonFiniteError(
-            f"{self.label}: not finite {when}: {culprit or self._culprit()}; {saved}; "
-            + (f"a smaller {remedy} may help" if self.position.step else "see data.normalize and network.init")
-        )
+        raise NonFiniteError(f"{self.label}: not finite {when}: {culprit or self._culprit()}; {saved}; {remedy}")
 
     def _culprit(self) -> str:
         """Name what is not finite, the first in the order of the forward pass.

@@ -132,7 +132,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
     Raises
     ------
     UserError
-        Not a result folder, or a file is damaged; the message names the file and the line.
+        Not a result folder, that of a study, or a file is damaged; the message names the file and the line.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -140,13 +140,19 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
     if not (path / "config.yml").is_file():
         raise UserError(f"{path} is not a result folder: it holds no config.yml")
     text = _text(path / "config.yml")
+    config = _read_config(path / "config.yml", text)
+    if "study" in config:
+        raise UserError(
+            f"{path}: holds a study, not a training run; its table is study.md and its figures are in figures/, there "
+            "or beside the variants"
+        )
     summary = _read_summary(path / "summary.json")
     unfinished = summary is None
     result = Result(
         path=path,
         label=label or path.resolve().name,
         config_text=text,
-        config=_read_config(path / "config.yml", text),
+        config=config,
         metrics=_read_csv(path / "metrics.csv", METRICS, ("epoch",), unfinished),
         angles=_read_csv(path / "angles.csv", ANGLES, ("step", "block"), unfinished),
         feedback=_read_csv(path / "feedback.csv", FEEDBACK, ("step", "block"), unfinished),

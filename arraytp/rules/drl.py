@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from arraytp.backend import Array, Backend
 from arraytp.feedback import check_feedback, iterations_and_noise, step_feedback
 from arraytp.fused import backward, forward, product
@@ -127,7 +129,8 @@ def iteration(q: Array, moved: Array, epsilon: Array, sigma: float, workspace: W
     gradient = workspace.array("drl gradient", q.shape, q.dtype)
     product(moved, q, residual, workspace)
     residual -= noise
-    scale = noise.dtype.type(1 / (sigma**2 * noise.size))
+    # In NumPy's floats: Python's would stop at a σ² beyond their range instead of giving what is not finite.
+    scale = noise.dtype.type(1 / (np.float64(sigma) ** 2 * noise.size))
     product(moved.T, residual, gradient, workspace)
     gradient *= 2 * scale
     return gradient, (residual * residual).sum() * scale

@@ -107,3 +107,19 @@ def test_diverging_feedback_is_named(arraytp, study):
     assert outcome.status == 1
     assert "feedback of block" in outcome.err
     assert "rule.feedback.optimizer.lr" in outcome.err
+
+
+def test_a_network_without_feedback_is_refused(arraytp, place):
+    alone = "network={blocks: [{type: dense, units: 3}]}"
+    (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: ldrl}\n")
+    outcome = arraytp("run", "study.yml", "--set", alone)
+    assert outcome.status == 2
+    assert "study: the network has one block, dense1, and no feedback" in outcome.err
+
+
+def test_report_leaves_studies_alone(arraytp, study):
+    assert arraytp("run", "study.yml", "--quiet").status == 0
+    outcome = arraytp("report", str(study))
+    assert outcome.status == 2
+    assert "holds a study, not a training run; its table is study.md" in outcome.err
+    assert not (study / "comparison.png").exists()

@@ -361,7 +361,7 @@ MUTATIONS = [
         "rules/drl.py",
         "rules/test_drl.py feedback/test_modules.py",
         ("gradient *= 2 * scale", "gradient *= scale"),
-        ("sigma**2 * noise.size", "sigma * noise.size"),
+        ("np.float64(sigma) ** 2 * noise.size", "np.float64(sigma) * noise.size"),
         ("residual -= noise", "residual += noise"),
         ("- passed.logits\n", "\n"),
         ('if block.kind == "conv" else 1)', 'if block.kind == "dense" else 1)'),
