@@ -1,10 +1,10 @@
 """Batches of a split: order, augmentation and normalisation as functions of seed, epoch and position only."""
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from arraytp.backend import NUMPY, Array, Backend, Upload, copy_stream
 from arraytp.data import augment, prepare
 from arraytp.data.background import BUFFERS, worked_ahead
 from arraytp.data.dataset import Dataset
-from arraytp.data.order import memory_order, pool_plan
+from arraytp.data.order import Rows, memory_order, pool_plan
 from arraytp.data.pool import Pool
 from arraytp.data.shards import Images, Labels
 from arraytp.errors import UserError
@@ -24,22 +24,42 @@ _Span = tuple[int, int]
 _MOST_THREADS = 2
 
 
-class _Rows(NamedTuple):
-    """Room for a batch as the files have it: images (b, H, W, C) uint8, labels (b,) int64."""
+class _Source(Protocol):
+    """Where an epoch's images lie: in rows of `images` (R, H, W, C) uint8 and `labels` (R,) int64."""
+
+    @property
+    def images(self) -> Images: ...
+    @property
+    def labels(self) -> Labels: ...
+
+    def claim(self, start: int, stop: int) -> Rows:
+        """Return the rows of some positions, which then stay as they are; called in the order of positions."""
+
+    def release(self, rows: Rows) -> None:
+        """Give claimed rows back; called by any thread."""
+
+
+class _Memory(NamedTuple):
+    """A split in memory, and the row at each position."""
 
     images: Images
     labels: Labels
+    order: Rows
 
-    def first(self, count: int) -> "_Rows":
-        return _Rows(self.images[:count], self.labels[:count])
+    def claim(self, start: int, stop: int) -> Rows:
+        return self.order[start:stop]
+
+    def release(self, rows: Rows) -> None:
+        pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class _HostBuffer:
-    """Room for a batch and what becomes of it, and the workspace of one thread."""
+    """Room for a batch, the rows it comes from, and the workspace of one thread."""
 
-    rows: _Rows
-    out: npt.NDArray[Any]
+    rows: Rows
+    images: npt.NDArray[Any]
+    labels: Labels
     augmenter: prepare.Augmenter
 
 
@@ -48,10 +68,6 @@ class _DeviceBuffer(NamedTuple):
 
     images: Upload
     labels: Upload
-
-
-Take = Callable[[_Span, _Rows], None]
-"""Writes the images and labels of positions (from, to) of an epoch; streamed, called in their order."""
 
 
 class Loader:
@@ -152,58 +168,68 @@ class Loader:
             raise ValueError(f"batch {start} of an epoch with {self.steps_per_epoch}")
         starts = range(start * self.batch_size, self.count, self.batch_size)
         spans = [self._part(first, min(first + self.batch_size, self.count)) for first in starts]
-        take = self._taker(epoch, start * self.batch_size)
+        source = self._source(epoch, start * self.batch_size)
         draws = augment.draw(self._seed, epoch, self.count, self._flip, self._padding) if self._augments else None
         batches = self._host_batches if self._backend.on_host else self._device_batches
-        return batches(spans, take, draws)
+        return batches(spans, source, draws)
 
-    def _host_batches(self, spans: list[_Span], take: Take, draws: augment.Draws | None) -> Batches:
-        shape = self.dataset.shape
-        normalise = prepare.normaliser(self._scale, self._shift, shape, self.dtype)
-        step = prepare.slice_images(shape)
+    def _host_batches(self, spans: list[_Span], source: _Source, draws: augment.Draws | None) -> Batches:
+        shape, size = self.dataset.shape, self._most_images()
+        normalise = prepare.normaliser(self._scale, self._shift, self.dtype)
+        step = prepare.slice_images(shape, augmented=self._augments)
 
         def fill(span: _Span, buffer: _HostBuffer) -> None:
-            if self.streamed:
-                take(span, buffer.rows)
+            buffer.rows = source.claim(*span)
 
         def work(span: _Span, buffer: _HostBuffer) -> tuple[Array, Array]:
             first, last = span
+            images, labels = buffer.images[: last - first], buffer.labels[: last - first]
+            np.take(source.labels, buffer.rows, out=labels, mode="clip")
             for low in range(first, last, step):
                 part = slice(low - first, min(low + step, last) - first)
-                rows = _Rows(buffer.rows.images[part], buffer.rows.labels[part])
-                if not self.streamed:
-                    # In memory, threads take rows at the same time, and into few places, which stay in the cache.
-                    rows = _Rows(buffer.rows.images[: len(rows.labels)], rows.labels)
-                    take((low, low + len(rows.labels)), rows)
-                images = rows.images
-                if draws is not None:
-                    images = buffer.augmenter(images, draws.part(first + part.start, first + part.stop))
-                normalise(images, buffer.out[part])
-            return buffer.out[: last - first], buffer.rows.labels[: last - first]
+                rows, room = buffer.rows[part], buffer.augmenter.images
+                if draws is None:
+                    taken = prepare.gather(source.images, rows, room)
+                else:
+                    np.take(source.images, rows, axis=0, out=room[: len(rows)], mode="clip")
+                    taken = buffer.augmenter(draws.part(low, low + len(rows)))
+                normalise(taken, images[part])
+            source.release(buffer.rows)
+            return images, labels
 
         buffers = [
-            _HostBuffer(rows, np.empty(rows.images.shape, self.dtype), prepare.augmenter(shape, self._padding))
-            for rows in self._rows()
+            _HostBuffer(
+                rows=np.empty(0, np.int64),
+                images=np.empty((size, *shape), self.dtype),
+                labels=np.empty(size, np.int64),
+                augmenter=prepare.augmenter(shape, self._padding),
+            )
+            for _ in range(BUFFERS)
         ]
         return worked_ahead(spans, fill, work, buffers, self._threads)
 
-    def _device_batches(self, spans: list[_Span], take: Take, draws: augment.Draws | None) -> Batches:
+    def _device_batches(self, spans: list[_Span], source: _Source, draws: augment.Draws | None) -> Batches:
         to_device, stream = self._backend.asarray, copy_stream(self._backend)
+        size = self._most_images()
         scale, shift = (to_device(values.astype(self.dtype)) for values in (self._scale, self._shift))
 
         def fill(span: _Span, buffer: _DeviceBuffer) -> None:
             for upload in buffer:
                 upload.await_room()
-            take(span, _Rows(*(upload.host for upload in buffer)))
+            rows = source.claim(*span)
+            np.take(source.images, rows, axis=0, out=buffer.images.host[: len(rows)], mode="clip")
+            np.take(source.labels, rows, out=buffer.labels.host[: len(rows)], mode="clip")
+            source.release(rows)
 
         def work(span: _Span, buffer: _DeviceBuffer) -> tuple[_Span, _DeviceBuffer]:
             for upload in buffer:
                 upload.send(span[1] - span[0])
             return span, buffer
 
+        shapes = ((size, *self.dataset.shape), np.dtype(np.uint8)), ((size,), np.dtype(np.int64))
         buffers = [
-            _DeviceBuffer(*(Upload(self._backend, stream, part.shape, part.dtype) for part in rows))
-            for rows in self._rows()
+            _DeviceBuffer(*(Upload(self._backend, stream, shape, dtype) for shape, dtype in shapes))
+            for _ in range(BUFFERS)
         ]
         with closing(worked_ahead(spans, fill, work, buffers, self._threads)) as prepared:
             for (first, last), buffer in prepared:
@@ -217,27 +243,17 @@ class Loader:
                     upload.release()
                 yield batch
 
-    def _rows(self) -> list[_Rows]:
-        size = -(-min(self.batch_size, self.count) // self._share[1])
-        shape = (size, *self.dataset.shape)
-        return [_Rows(np.empty(shape, np.uint8), np.empty(size, np.int64)) for _ in range(BUFFERS)]
+    def _most_images(self) -> int:
+        """Return how many images this reader's part of a batch has at most."""
+        return -(-min(self.batch_size, self.count) // self._share[1])
 
-    def _taker(self, epoch: int, position: int) -> Take:
-        """Return what takes an epoch's images from a position on."""
+    def _source(self, epoch: int, position: int) -> _Source:
+        """Return where an epoch's images come from, from a position on."""
         if self._memory is None:
             plan = pool_plan(self._chunks, self._pool_images, self._seed, epoch, shuffle=self._shuffle)
-            pool = Pool(self.dataset, self.split, plan, position)
-            return lambda span, out: pool.take(span[0], *out.first(span[1] - span[0]))
-        all_images, all_labels = self._memory
-        order = memory_order(self.count, self._seed, epoch, shuffle=self._shuffle)
-
-        def take(span: _Span, out: _Rows) -> None:
-            rows = order[slice(*span)]
-            # The rows are in range; with any other mode NumPy copies into a buffer first.
-            np.take(all_images, rows, axis=0, out=out.images[: len(rows)], mode="clip")
-            np.take(all_labels, rows, out=out.labels[: len(rows)], mode="clip")
-
-        return take
+            # Each thread holds its part of a batch, and the parts of other readers are passed over.
+            return Pool(self.dataset, self.split, plan, position, held=(1 + self._threads) * self.batch_size)
+        return _Memory(*self._memory, memory_order(self.count, self._seed, epoch, shuffle=self._shuffle))
 
     def _part(self, first: int, last: int) -> _Span:
         """Return this reader's part of a batch."""

@@ -1,14 +1,19 @@
 """The shuffle pool of a streamed epoch: images wait here between their chunk's reading and their turn."""
 
+import threading
+
 import numpy as np
 
 from arraytp.data.dataset import Dataset
-from arraytp.data.order import PoolPlan, pool_content
+from arraytp.data.order import PoolPlan, Rows, pool_content
 from arraytp.data.shards import Images, Labels
 
 
 class Pool:
     """A streamed epoch from a position on; it reads ahead no more than the plan says.
+
+    An image that leaves its place stays where it lies, in a row of `images` (R, H, W, C) and `labels` (R,), until that
+    row is released: so threads can use it there, while the next chunk comes into rows that are free.
 
     Parameters
     ----------
@@ -17,6 +22,8 @@ class Pool:
     plan : PoolPlan
     position : int
         The first image that will be taken.
+    held : int
+        At most so many images have left and are not released.
 
     Raises
     ------
@@ -24,27 +31,43 @@ class Pool:
         A chunk that is needed at once is damaged.
     """
 
-    def __init__(self, dataset: Dataset, split: str, plan: PoolPlan, position: int) -> None:
+    def __init__(self, dataset: Dataset, split: str, plan: PoolPlan, position: int, held: int) -> None:
         longest = int(np.diff(plan.arrived).max())
-        self._dataset, self._split, self._plan = dataset, split, plan
-        self._images = np.empty((plan.capacity, *dataset.shape), np.uint8)
-        self._labels = np.empty(plan.capacity, np.int64)
+        self._dataset, self._split, self._plan, self._position = dataset, split, plan, position
+        self.images = np.empty((plan.capacity + held, *dataset.shape), np.uint8)
+        self.labels = np.empty(plan.capacity + held, np.int64)
+        self._row_of_place = np.arange(plan.capacity)
+        self._freeing = threading.Lock()
         self._chunk_images = np.empty((longest, *dataset.shape), np.uint8)
         self._chunk_labels = np.empty(longest, np.int64)
         arrivals, self._next = pool_content(plan, position)
+        spare = np.arange(plan.capacity, plan.capacity + held)
+        self._free = np.concatenate((np.flatnonzero(arrivals < 0), spare))
         self._restore(arrivals)
 
-    def take(self, start: int, images: Images, labels: Labels) -> None:
-        """Write the images and labels of the positions from `start` on; later calls are for later positions."""
-        plan, done = self._plan, 0
-        while done < len(images):
-            while self._due() <= start + done:
+    def claim(self, start: int, stop: int) -> Rows:
+        """Return the rows of the images at some positions; later calls are for later positions.
+
+        Images at positions that are left out are gone.
+        """
+        self.release(self._leave(start))
+        return self._leave(stop)
+
+    def release(self, rows: Rows) -> None:
+        """Give rows back that are not needed any more; any thread may."""
+        with self._freeing:
+            self._free = np.concatenate((self._free, rows))
+
+    def _leave(self, stop: int) -> Rows:
+        """Let all images before a position leave, and chunks come in as they are due; return the images' rows."""
+        left = [self._free[:0]]
+        while self._position < stop:
+            while self._due() <= self._position:
                 self._let_in()
-            end = min(len(images), self._due() - start)
-            places = plan.places[start + done : start + end]
-            np.take(self._images, places, axis=0, out=images[done:end], mode="clip")
-            np.take(self._labels, places, out=labels[done:end], mode="clip")
-            done = end
+            end = min(stop, self._due())
+            left.append(self._row_of_place[self._plan.places[self._position : end]])
+            self._position = end
+        return np.concatenate(left)
 
     def _due(self) -> int:
         """Return the position before which the next chunk must come in; behind the epoch when all have."""
@@ -58,15 +81,17 @@ class Pool:
         return images, labels
 
     def _let_in(self) -> None:
-        """Put the next chunk where as many images have left."""
+        """Give the places of as many images as have left to the next chunk."""
         images, labels = self._read(self._next)
         due = self._plan.due(self._next)
-        places = self._plan.places[due - len(images) : due]
-        self._images[places] = images
-        self._labels[places] = labels
+        with self._freeing:
+            rows, self._free = np.split(self._free, [len(images)])
+        self.images[rows] = images
+        self.labels[rows] = labels
+        self._row_of_place[self._plan.places[due - len(images) : due]] = rows
         self._next += 1
 
-    def _restore(self, arrivals: np.ndarray) -> None:
+    def _restore(self, arrivals: Rows) -> None:
         """Fill the pool with given arrivals, each chunk read once."""
         places = np.flatnonzero(arrivals >= 0)
         chunks = np.searchsorted(self._plan.arrived, arrivals[places], side="right") - 1
@@ -74,5 +99,5 @@ class Pool:
             here = places[chunks == chunk]
             rows = arrivals[here] - self._plan.arrived[chunk]
             images, labels = self._read(int(chunk))
-            self._images[here] = images[rows]
-            self._labels[here] = labels[rows]
+            self.images[here] = images[rows]
+            self.labels[here] = labels[rows]

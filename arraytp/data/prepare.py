@@ -12,40 +12,66 @@ from arraytp.data.augment import Draws
 from arraytp.data.shards import Images
 
 Floats = npt.NDArray[np.floating]
-_SLICE_BYTES = 3 * 2**18
+Rows = npt.NDArray[np.int64]
+_SLICE_BYTES = 2**18
+# Augmenting takes more calls.
+_AUGMENTED_SLICE_BYTES = 3 * 2**18
+_PATTERN_PIXELS = 1792
+_PART_VALUES = 96 * _PATTERN_PIXELS
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Scale and shift for one image, either spread over its H·W·C values or, where all channels agree, one number."""
+    """Scale and shift for the pixels of any number of images.
+
+    `scale` and `shift` are those of the channels over and over: long enough for NumPy's inner loop, short enough to
+    stay in the first cache. Where all channels agree they are one number. A `shift` of None is 0.
+    """
 
     scale: Floats
-    shift: Floats
+    shift: Floats | None
 
     def __call__(self, images: Images, out: Floats) -> None:
-        """Write images·scale + shift, images (n, H, W, C) uint8, into `out` of the same shape."""
-        flat = out.reshape(len(out), -1)
-        np.copyto(flat, images.reshape(flat.shape))
-        np.multiply(flat, self.scale, out=flat)
-        if self.shift.any():
-            np.add(flat, self.shift, out=flat)
+        """Write images·scale + shift, images (n, H, W, C) uint8, into `out` of the same shape, both C-contiguous."""
+        values, results = images.reshape(-1), out.reshape(-1)
+        length = _PART_VALUES - _PART_VALUES % len(self.scale)
+        # Each of the three passes over a part finds it in the second cache.
+        for start in range(0, results.size, length):
+            self._normalise_part(values[start : start + length], results[start : start + length])
+
+    def _normalise_part(self, values: Images, out: Floats) -> None:
+        np.copyto(out, values)
+        whole = out.size - out.size % len(self.scale)
+        for results in (out[:whole].reshape(-1, len(self.scale)), out[whole:]):
+            width = results.shape[-1]
+            np.multiply(results, self.scale[:width], out=results)
+            if self.shift is not None:
+                np.add(results, self.shift[:width], out=results)
 
 
-def normaliser(
-    scale: npt.NDArray[np.float64], shift: npt.NDArray[np.float64], shape: tuple[int, int, int], dtype: npt.DTypeLike
-) -> Normaliser:
-    """Prepare to normalise images of a shape (H, W, C); `scale` and `shift` (C,) as `augment.scale_and_shift` gives."""
-    pixels = shape[0] * shape[1]
-    if (scale == scale[0]).all() and (shift == shift[0]).all():
-        return Normaliser(scale[0].astype(dtype), shift[0].astype(dtype))
-    return Normaliser(np.tile(scale, pixels).astype(dtype), np.tile(shift, pixels).astype(dtype))
+def normaliser(scale: npt.NDArray[np.float64], shift: npt.NDArray[np.float64], dtype: npt.DTypeLike) -> Normaliser:
+    """Prepare to normalise images of C channels; `scale` and `shift` (C,) as `augment.scale_and_shift` gives."""
+    alike = (scale == scale[0]).all() and (shift == shift[0]).all()
+    spread_scale, spread_shift = (
+        values[:1].astype(dtype) if alike else np.tile(values, _PATTERN_PIXELS).astype(dtype)
+        for values in (scale, shift)
+    )
+    return Normaliser(spread_scale, spread_shift if shift.any() else None)
+
+
+def gather(images: Images, rows: Rows, room: Images) -> Images:
+    """Return images[rows]: a view of them where it is one, else gathered into `room`."""
+    if len(rows) == 1:
+        return images[rows[0], None]
+    # The rows are in range; with any other mode NumPy copies into a buffer first.
+    return np.take(images, rows, axis=0, out=room[: len(rows)], mode="clip")
 
 
 @dataclass(frozen=True)
 class Augmenter:
     """Flip and crop of at most `slice_images` images at a time.
 
-    `images` (n, H, W, C) is a workspace with room for `padding` pixels before and behind it. Two views show it
+    `images` (n, H, W, C) takes them, in a room with `padding` pixels before and behind. Two views show it
     otherwise: `pixels` (n, H, W), each of C bytes, and `windows`, whose element i is the W·C bytes from byte i of the
     room on, so that cropping is one gather of whole image rows. Where a row is moved beyond its image's edge, the
     gather brings pixels of another row, which are then overwritten by the edge's. `cropped` takes the result.
@@ -57,15 +83,12 @@ class Augmenter:
     windows: npt.NDArray[np.void]
     cropped: Images
 
-    def __call__(self, images: Images, draws: Draws) -> Images:
-        """Return images (n, H, W, C) uint8 flipped and cropped; they are used as workspace, too."""
-        flipped = np.flatnonzero(draws.flips)
+    def __call__(self, draws: Draws) -> Images:
+        """Return the first images of `images`, as many as are drawn for, flipped and cropped; they are overwritten."""
+        count, height, width, channels = len(draws.flips), *self.images.shape[1:]
+        _mirror(self.images, np.flatnonzero(draws.flips))
         if not self.padding:
-            _mirror(images, flipped, images)
-            return images
-        count, height, width, channels = images.shape
-        np.copyto(self.images[:count], images)
-        _mirror(images, flipped, self.images)
+            return self.images[:count]
         y = np.clip(np.arange(height) + (draws.rows - self.padding)[:, None], 0, height - 1)
         lines = np.arange(count)[:, None] * height + y
         starts = (lines * width + draws.columns[:, None]) * channels
@@ -88,19 +111,19 @@ class Augmenter:
                 cropped[which, :, columns] = self.pixels[which[:, None], y[which], edge][:, :, None]
 
 
-def _mirror(images: Images, which: npt.NDArray[np.intp], out: Images) -> None:
-    """Write the mirrored images into `out`, which may be `images`; channel by channel, as pixels are short to copy."""
+def _mirror(images: Images, which: npt.NDArray[np.intp]) -> None:
+    """Mirror some of the images in place; channel by channel, as pixels are short to copy."""
     taken = images[which]
     mirrored = np.empty_like(taken)
     for channel in range(images.shape[3]):
         mirrored[..., channel] = taken[:, :, ::-1, channel]
-    out[which] = mirrored
+    images[which] = mirrored
 
 
 def augmenter(shape: tuple[int, int, int], padding: int) -> Augmenter:
     """Make the workspaces for images of a shape (H, W, C)."""
     height, width, channels = shape
-    count = slice_images(shape)
+    count = slice_images(shape, augmented=True)
     margin = padding * channels
     room = np.zeros(count * height * width * channels + 2 * margin, np.uint8)
     images = room[margin : room.size - margin].reshape(count, *shape)
@@ -110,6 +133,6 @@ def augmenter(shape: tuple[int, int, int], padding: int) -> Augmenter:
     return Augmenter(padding, images, pixels, windows, np.empty((count, *shape), np.uint8))
 
 
-def slice_images(shape: tuple[int, int, int]) -> int:
+def slice_images(shape: tuple[int, int, int], *, augmented: bool) -> int:
     """Return how many images of a shape (H, W, C) are worked on at a time."""
-    return max(1, _SLICE_BYTES // int(np.prod(shape)))
+    return max(1, (_AUGMENTED_SLICE_BYTES if augmented else _SLICE_BYTES) // int(np.prod(shape)))
