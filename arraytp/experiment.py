@@ -372,11 +372,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     check = getattr(RULES[config.rule.name], "check", None)
     notes = () if check is None else tuple(check(config.rule, blocks, config.dtype, config.loss.reduction))
     _check_lists(config, blocks)
-    if config.study is not None and not hasattr(RULES[config.rule.name], "train_feedback"):
-        trained = ", ".join(name for name, rule in RULES.items() if hasattr(rule, "train_feedback"))
-        raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
-    if config.study is not None and len(blocks) < 2:
-        raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
+    _check_study(config, blocks, counts["train"])
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
 
 
@@ -428,6 +424,22 @@ def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:
                 f"optimizer.{key}: {len(values)} values {list(values)}; needs one number, or a list of {len(blocks)}, "
                 f"one per block: {', '.join(block.label for block in blocks)}"
             )
+
+
+def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None:
+    """Refuse a study of nothing, or on a batch larger than the train split."""
+    if config.study is None:
+        return
+    if not hasattr(RULES[config.rule.name], "train_feedback"):
+        trained = ", ".join(name for name, rule in RULES.items() if hasattr(rule, "train_feedback"))
+        raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
+    if len(blocks) < 2:
+        raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
+    if config.train.batch_size > images:
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size}, but the train split of {config.data.dataset} has {images} "
+            f"images, and a study takes one batch; at most {images}"
+        )
 
 
 def _aligned(omega: Array, theta: Array | None) -> tuple[float, float]:

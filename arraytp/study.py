@@ -19,10 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from arraytp import __version__
 from arraytp.backend import array_module
 from arraytp.config import Study
-from arraytp.errors import Interrupted, NonFiniteError
+from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, Plan, build_planned
 from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
 from arraytp.optim import at_block
@@ -54,6 +56,8 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
         When a stop was requested; the seeds done so far stay.
     NonFiniteError
         If feedback weights diverge.
+    UserError
+        If the summary of a seed that is done is damaged.
     """
     study = planned.config.study
     if study is None:
@@ -61,12 +65,14 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
     seeds = []
     for n in range(study.seeds):
         place = folder / f"seed-{n}"
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place}: is a file, but a seed's results need a folder; delete it")
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
             found = _seed(replace(planned, config=replace(planned.config, seed=planned.config.seed + n)), study, place,
                           f"{label} seed {n + 1}/{study.seeds}", stop, quiet)  # fmt: skip
             _write_json(place / "summary.json", found)
-        seeds.append(json.loads((place / "summary.json").read_text(encoding="utf-8")))
+        seeds.append(_read_seed(place / "summary.json", len(planned.blocks)))
     config, plan = planned.config, planned
     summary = {
         "name": config.name,
@@ -140,6 +146,21 @@ def _measure_feedback(experiment: Experiment, table: CsvTable, step: int) -> Non
                 "rule.feedback.optimizer.lr may help"
             )
         table.append(step, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)
+
+
+def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
+    """Read the summary of a seed that is done; refuse one that is damaged."""
+    try:
+        seed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(seed, dict) or not seed.keys() >= {"update_angle_deg", "seconds"}:
+            raise ValueError("no object with update_angle_deg and seconds")
+        shape = np.array(seed["update_angle_deg"], np.float64).shape
+        if shape != (blocks,):
+            raise ValueError(f"update_angle_deg has the shape {shape}, not ({blocks},)")
+        seed["seconds"] = float(seed["seconds"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
+    return seed
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

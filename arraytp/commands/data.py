@@ -96,7 +96,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 )
 @click.pass_context
 def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
-    r"""Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST.
+    """Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST.
 
     \b
     mnist, fashion-mnist, kmnist  SRC: folder with the four IDX files, gzipped or not
@@ -104,7 +104,7 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     imagenet                      SRC: folder of official archives, or folder or tar archive with train/WNID/ and val/
     imagenet32                    SRC: folder with train_data_batch_1 to _10 and val_data
     folder                        SRC: folder or tar archive of images SPLIT/CLASS/*.jpg, jpeg, png, webp
-    """
+    """  # noqa: D301 - click's mark for lines that stay as they are is the backspace itself
     _refuse_foreign_options(context, source)
     given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
     skipped = _pack(source, src, dst, devkit, given)

@@ -42,8 +42,11 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds the results of all epochs and steps of this config."""
-        written = all((self.folder / name).exists() for name in ("config.yml", "summary.json"))
+        """Whether the folder holds the results of all epochs and steps, or all seeds, of this config."""
+        study = self.plan.config.study
+        seeds = range(study.seeds if study is not None else 0)
+        names = ("config.yml", "summary.json", *(f"seed-{n}/summary.json" for n in seeds))
+        written = all((self.folder / name).exists() for name in names)
         return written and _stored(self.folder) == self.plan.config
 
 

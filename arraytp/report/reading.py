@@ -153,9 +153,9 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         label=label or path.resolve().name,
         config_text=text,
         config=config,
-        metrics=_read_csv(path / "metrics.csv", METRICS, ("epoch",), unfinished),
-        angles=_read_csv(path / "angles.csv", ANGLES, ("step", "block"), unfinished),
-        feedback=_read_csv(path / "feedback.csv", FEEDBACK, ("step", "block"), unfinished),
+        metrics=read_csv(path / "metrics.csv", METRICS, ("epoch",), unfinished),
+        angles=read_csv(path / "angles.csv", ANGLES, ("step", "block"), unfinished),
+        feedback=read_csv(path / "feedback.csv", FEEDBACK, ("step", "block"), unfinished),
         summary=summary,
     )
     highest = max(result.angles["block"], default=-1)
@@ -211,8 +211,17 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     return summary
 
 
-def _read_csv(path: Path, expected: str, key: Sequence[str], unfinished: bool) -> Columns:
-    """Read the expected columns; `key` are whole numbers ≥ 0, the first never decreasing, together never repeated."""
+def read_csv(path: Path, expected: str, key: Sequence[str], unfinished: bool) -> Columns:
+    """Read the expected columns of a table; those of a missing file are empty.
+
+    `key` are columns of whole numbers ≥ 0, the first never decreasing, together never repeated. While `unfinished`, a
+    last line without its end is left out.
+
+    Raises
+    ------
+    UserError
+        Names the file and the line.
+    """
     columns = expected.split(",")
     if not path.is_file():
         return {name: np.empty(0) for name in columns}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from arraytp.errors import UserError
 from arraytp.report.figures import new_figure, save_figure, write_bytes
+from arraytp.report.reading import FEEDBACK, Columns, read_csv
 from arraytp.report.style import RC, shades
 
 Floats = NDArray[np.float64]
@@ -66,27 +67,58 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
 
 
 def read_study(folder: Path) -> StudyResult:
-    """Read a study's folder."""
+    """Read a study's folder; an error names the damaged file."""
+    summary, updates = _read_summary(folder / "summary.json")
+    tables = _read_tables([folder / f"seed-{n}" / "feedback.csv" for n in range(len(updates))])
+    blocks = np.unique(tables[0]["block"]).astype(int).tolist()
+    angle, distance = (
+        np.stack([table[name].reshape(-1, len(blocks)) for table in tables]) for name in ("angle_deg", "distance")
+    )
+    return StudyResult(
+        label=folder.name,
+        blocks=summary["blocks"],
+        updates=updates,
+        iterations=tables[0]["step"][:: len(blocks)],
+        angle=angle,
+        distance=distance,
+        feedback_blocks=blocks,
+        seconds=summary["seconds"],
+    )
+
+
+def _read_summary(path: Path) -> tuple[dict[str, Any], Floats]:
+    """Return a study's summary and its angles of updates (seeds, N)."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        tables = [
-            np.atleast_2d(np.loadtxt(folder / f"seed-{n}" / "feedback.csv", delimiter=",", skiprows=1))
-            for n in range(len(summary["seeds"]))
-        ]
-        blocks = [int(block) for block in np.unique(tables[0][:, 2])]
-        shaped = np.stack([table.reshape(-1, len(blocks), 6) for table in tables])
-        return StudyResult(
-            folder.name,
-            list(summary["blocks"]),
-            np.array([seed["update_angle_deg"] for seed in summary["seeds"]], dtype=np.float64),
-            shaped[0, :, 0, 0],
-            shaped[..., 4],
-            shaped[..., 5],
-            blocks,
-            float(summary["seconds"]),
-        )
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict) or not summary.keys() >= {"blocks", "seeds", "seconds"}:
+            raise ValueError("no object with blocks, seeds and seconds")
+        updates = np.array([seed["update_angle_deg"] for seed in summary["seeds"]], dtype=np.float64)
+        if updates.ndim != 2 or updates.shape[1] != len(summary["blocks"]):
+            raise ValueError(f"update_angle_deg has the shape {updates.shape}, blocks is {summary['blocks']}")
+        summary["seconds"] = float(summary["seconds"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder}: is not the folder of a finished study ({error})") from error
+        raise UserError(f"{path}: is damaged: {error}; delete it, and --resume writes it anew") from error
+    return summary, updates
+
+
+def _read_tables(paths: list[Path]) -> list[Columns]:
+    """Return the tables of all seeds, which have the same steps and blocks."""
+    tables = []
+    for path in paths:
+        remedy = f"delete {path.parent}, and --resume does the seed again"
+        try:
+            tables.append(read_csv(path, FEEDBACK, ("step", "block"), unfinished=False))
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
+        rows, first = len(tables[-1]["step"]), len(tables[0]["step"])
+        if not rows:
+            raise UserError(f"{path}: is missing or has no rows; {remedy}")
+        if any(not np.array_equal(tables[-1][key], tables[0][key]) for key in ("step", "block")):
+            raise UserError(
+                f"{path}: {rows} rows, not those of {paths[0]}, which has {first}; delete the damaged one's folder, "
+                "and --resume does the seed again"
+            )
+    return tables
 
 
 def study_table(studies: Sequence[StudyResult]) -> str:

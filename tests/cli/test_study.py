@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -123,3 +124,58 @@ def test_report_leaves_studies_alone(arraytp, study):
     assert outcome.status == 2
     assert "holds a study, not a training run; its table is study.md" in outcome.err
     assert not (study / "comparison.png").exists()
+
+
+def test_a_batch_larger_than_the_train_split_is_refused_before_anything_is_written(arraytp, study):
+    outcome = arraytp("run", "study.yml", "--set", "train.batch_size=46")
+    assert outcome.status == 2
+    assert "train.batch_size: 46, but the train split of toy has 45 images" in outcome.err
+    assert not study.exists()
+    assert arraytp("run", "study.yml", "--quiet", "--set", "train.batch_size=45").status == 0
+
+
+DAMAGE = [
+    ("seed-1/summary.json", b'{"seed": 0', "is damaged: Expecting"),
+    ("seed-1/summary.json", b"[]", "is damaged: no object with update_angle_deg and seconds"),
+    ("seed-1/summary.json", b'{"update_angle_deg": ["x", 1, 2], "seconds": 1}', "is damaged: could not convert"),
+    ("seed-1/summary.json", b'{"update_angle_deg": [1], "seconds": 1}', "has the shape (1,), not (3,)"),
+    ("seed-1/summary.json", b"\xff", "is damaged: 'utf-8' codec"),
+    ("seed-1/feedback.csv", b"step,epoch\n", "line 1: the header lacks block"),
+    ("seed-1/feedback.csv", b"step,epoch,block,loss,angle_deg,distance\n0,0,1,x,1,1\n", "line 2: loss is 'x'"),
+    ("seed-1/feedback.csv", b"step,epoch,block,loss,angle_deg,distance\n0,0,1,1,1,1\n", "1 rows, not those of"),
+    ("seed-1/feedback.csv", None, "is missing or has no rows"),
+    ("summary.json", b"{}", "is damaged: no object with blocks, seeds and seconds"),
+]
+
+
+def test_a_damaged_file_of_a_study_is_named_and_its_seed_can_be_done_again(arraytp, study, place):
+    (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: drl}\n")
+    command = ("run", "study.yml", "--quiet", "--resume")
+    assert arraytp(*command).status == 0
+    for name, content, message in DAMAGE:
+        damaged, summary = study / name, study / "summary.json"
+        kept = damaged.read_bytes(), summary.read_bytes()
+        summary.unlink()
+        if content is None:
+            damaged.unlink()
+        else:
+            damaged.write_bytes(content)
+        outcome = arraytp(*command)
+        assert outcome.status == 2, name
+        assert len(outcome.err.splitlines()) == 1
+        assert f"results/study/{name}" in outcome.err
+        assert message in outcome.err
+        for path, text in zip((damaged, summary), kept, strict=True):
+            path.write_bytes(text)
+    wanted = (study / "seed-1" / "feedback.csv").read_bytes()
+    shutil.rmtree(study / "seed-1")
+    assert arraytp(*command).status == 0
+    assert (study / "seed-1" / "feedback.csv").read_bytes() == wanted
+
+
+def test_a_file_in_the_place_of_a_seeds_folder_is_named(arraytp, study):
+    (study / "drl").mkdir(parents=True)
+    (study / "drl" / "seed-0").write_text("")
+    outcome = arraytp("run", "study.yml", "--quiet")
+    assert outcome.status == 2
+    assert "drl/seed-0: is a file" in outcome.err

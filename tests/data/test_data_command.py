@@ -67,3 +67,12 @@ def test_mistakes_exit_with_2_and_leave_nothing(tmp_path, monkeypatch, capsys, a
     assert message in printed.err
     assert "Traceback" not in printed.err
     assert list(Path().iterdir()) == []
+
+
+def test_the_help_of_pack_shows_a_line_for_each_source(capsys):
+    assert main(["data", "pack", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "\b" not in text
+    assert "\\b" not in text
+    lines = [line.split("  ")[1] for line in text.splitlines() if "SRC:" in line]
+    assert lines == ["mnist, fashion-mnist, kmnist", "cifar10, cifar100", "imagenet", "imagenet32", "folder"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arraytp.errors import UserError
-from arraytp.report.reading import METRICS, _read_csv, read_result, read_results
+from arraytp.report.reading import METRICS, read_csv, read_result, read_results
 
 Make = Callable[..., Path]
 
@@ -30,7 +30,7 @@ def test_floats_written_in_full_come_back_the_same(tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("csv") / "metrics.csv"
     lines = [",".join([str(epoch), *map(repr, row)]) for epoch, row in enumerate(rows)]
     path.write_text("\n".join([METRICS, *lines]) + "\n")
-    table = _read_csv(path, METRICS, ("epoch",), unfinished=False)
+    table = read_csv(path, METRICS, ("epoch",), unfinished=False)
     read = np.stack([table[name] for name in METRICS.split(",")[1:]], axis=1)
     np.testing.assert_array_equal(read, np.array(rows).reshape(-1, 8))
 
