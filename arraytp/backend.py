@@ -36,6 +36,20 @@ def device_linalg(array: Array) -> Any:
     return importlib.import_module(array_module(array).__name__ + "x.scipy.linalg")
 
 
+def draw_normal(out: Array, sequence: np.random.SeedSequence) -> None:
+    """Fill an array of a device with numbers from N(0, 1), drawn there, without waiting for it.
+
+    Parameters
+    ----------
+    out : array of float32 or float64, C-contiguous
+    sequence : numpy.random.SeedSequence
+        All that the numbers depend on, besides the array's size and dtype and the version of the array module. CuPy
+        takes 32 bits of it.
+    """
+    random = array_module(out).random
+    random.Generator(random.Philox4x3210(sequence)).standard_normal(dtype=out.dtype, out=out)
+
+
 @dataclass(frozen=True)
 class Backend:
     """An array module and the few things that differ between host and device.

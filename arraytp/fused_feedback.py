@@ -454,7 +454,7 @@ def _noise_tasks(frozen: Frozen, k: int, workspace: Workspace, output: bool = Tr
         arrays.append(array)
         tasks += [
             partial(_draw, array[part], frozen.sigma, part.start, (*frozen.key, k, kind))
-            for part in slices(len(array), CHUNK)
+            for part in slices(len(array), CHUNK if workspace.backend.on_host else len(array))
         ]
     frozen.noise[k] = arrays[0], arrays[-1]
     return tasks

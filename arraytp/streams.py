@@ -6,7 +6,20 @@ _PURPOSES = {"init": 0, "feedback": 1, "noise": 2, "shuffle": 3, "augment": 4}
 
 
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """Return the random stream of a purpose and a key.
+    """Return the host's random stream of a purpose and a key.
+
+    Parameters are those of `sequence`.
+
+    Returns
+    -------
+    numpy.random.Generator
+        The same generator state for the same arguments, on every machine and backend.
+    """
+    return np.random.Generator(np.random.PCG64DXSM(sequence(seed, purpose, *key)))
+
+
+def sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
+    """Return what the streams of a purpose and a key are seeded by, on the host and on devices.
 
     Parameters
     ----------
@@ -19,8 +32,6 @@ def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
 
     Returns
     -------
-    numpy.random.Generator
-        The same generator state for the same arguments, on every machine and backend.
+    numpy.random.SeedSequence
     """
-    sequence = np.random.SeedSequence(entropy=seed, spawn_key=(_PURPOSES[purpose], *key))
-    return np.random.Generator(np.random.PCG64DXSM(sequence))
+    return np.random.SeedSequence(entropy=seed, spawn_key=(_PURPOSES[purpose], *key))

@@ -30,10 +30,11 @@ def omega_of(block, seed=0):
     return weight, 0.3 * generator.standard_normal(block.in_shape[-1])
 
 
-def noises(block, count, n, k):
-    """Return ε and η of block n's iteration k, of which each has its own stream."""
+def noises(place, block, count, n, k):
+    """Return ε and η of block n's iteration k, of which each has its own stream, as the place draws them."""
     shapes = (count, *block.in_shape), (count, *block.out_shape)
-    return [gaussian(np.empty(shape), SIGMA, 0, *KEY, n, k, kind) for kind, shape in enumerate(shapes)]
+    empty = [place.backend.xp.empty(shape) for shape in shapes]
+    return [place.get(gaussian(out, SIGMA, 0, *KEY, n, k, kind)) for kind, out in enumerate(empty)]
 
 
 def check_blocks(place, blocks, count, unpool, seed=0, threads=2):
@@ -52,7 +53,7 @@ def check_blocks(place, blocks, count, unpool, seed=0, threads=2):
         carried = [place.put(part) for part in omega]
         frozen = freeze(there, passed, n, unpool, SIGMA, KEY, 3, workspace)
         for k in range(3):
-            epsilon, eta = noises(block, count, n, k)
+            epsilon, eta = noises(place, block, count, n, k)
             gradient, loss = ldrl_gradient(frozen, carried[0], k, workspace)
             wanted, wanted_loss = ldrl.iteration(block, theta, omega, s, epsilon, eta, unpool)
             close(place.get(gradient), wanted, ROUNDING)
@@ -62,7 +63,7 @@ def check_blocks(place, blocks, count, unpool, seed=0, threads=2):
                 assert float(loss) == pytest.approx(wanted_loss, rel=1e-10, abs=1e-12 * np.abs(wanted).sum())
         frozen = freeze(there, passed, n, unpool, SIGMA, KEY, 3, workspace)
         for k in range(3):
-            epsilon, _ = noises(block, count, n, k)
+            epsilon, _ = noises(place, block, count, n, k)
             *found, loss = reconstruction_gradient(frozen, *carried, k, workspace)
             *wanted, wanted_loss = dtp.iteration(block, theta, omega, s, epsilon, unpool)
             for mine, exact in zip(found, wanted, strict=True):

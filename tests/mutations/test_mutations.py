@@ -306,6 +306,8 @@ MUTATIONS = [
         ('stream(seed, "noise", *key,', 'stream(seed, "noise",'),
         ("    out *= out.dtype.type(sigma)\n", ""),
         ("if first % CHUNK:", "if False:"),
+        ('sequence(seed, "noise", *key, first // CHUNK)', 'sequence(seed, "noise", *key)'),
+        ('sequence(seed, "noise", *key, first // CHUNK)', 'sequence(seed, "noise", first // CHUNK)'),
     ),
     *_in(
         "feedback.py",

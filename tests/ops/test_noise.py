@@ -1,9 +1,10 @@
-"""Noise is a function of its key: not of the order of calls, of how a batch is cut, or of the place."""
+"""Noise is a function of its key, not of the order of calls; on the host nor of how a batch is cut."""
 
 import itertools
 
 import numpy as np
 import pytest
+import strict_device
 
 from arraytp.backend import NUMPY
 from arraytp.ops.noise import CHUNK, gaussian
@@ -16,10 +17,19 @@ def drawn(shape=SHAPE, first=0, sigma=1.0, key=(7, 1, 2, 3), dtype="float64", ba
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_numbers_are_the_same_on_every_place(place, dtype):
+def test_the_numbers_of_a_key_are_always_the_same(place, dtype):
     found = drawn(dtype=dtype, sigma=0.3, backend=place.backend)
-    np.testing.assert_array_equal(found, drawn(dtype=dtype, sigma=0.3))
+    drawn(dtype=dtype, key=(7, 1, 2, 4), backend=place.backend)
+    np.testing.assert_array_equal(found, drawn(dtype=dtype, sigma=0.3, backend=place.backend))
     assert found.dtype == dtype
+
+
+def test_a_device_draws_without_the_host():
+    """An upload of noise in every iteration would make the device wait for the host."""
+    out = strict_device.empty(SHAPE)
+    before = strict_device.reads.total(), strict_device.writes.total()
+    gaussian(out, 0.3, 0, 7, 1, 2, 3)
+    assert (strict_device.reads.total(), strict_device.writes.total()) == before
 
 
 @pytest.mark.parametrize("cuts", [[1], [3, 1, 2], [2, 0]])
@@ -37,17 +47,18 @@ def test_a_part_that_starts_within_a_chunk_is_refused():
         drawn(first=5)
 
 
-def test_every_part_of_the_key_and_every_chunk_has_numbers_of_its_own():
+def test_every_part_of_the_key_and_every_chunk_has_numbers_of_its_own(place):
     keys = [(7, 1, 2, 3), (8, 1, 2, 3), (7, 0, 2, 3), (7, 1, 3, 3), (7, 1, 2, 0), (7, 1, 2)]
-    chunks = [part for key in keys for part in np.split(drawn((2 * CHUNK, 8), key=key), 2)]
+    firsts = [(key, first) for key in keys for first in (0, CHUNK)]
+    chunks = [drawn((CHUNK, 8), first, key=key, backend=place.backend) for key, first in firsts]
     for i, a in enumerate(chunks):
         for b in chunks[:i]:
             assert not np.intersect1d(a, b).size
 
 
-def test_the_numbers_are_normal():
+def test_the_numbers_are_normal(place):
     """A million numbers: moments within five of their standard errors."""
-    x, sigma = drawn((1000, 1000), sigma=0.2), 0.2
+    x, sigma = drawn((1000, 1000), sigma=0.2, backend=place.backend), 0.2
     z, error = x / sigma, 1e-3
     assert abs(z.mean()) < 5 * error
     assert abs((z**2).mean() - 1) < 5 * error * np.sqrt(2)

@@ -76,7 +76,7 @@ def test_feedback_by_hand(place):
         m, u, s = np.zeros_like(q), np.zeros_like(q), passed.s[n + 1]
         for t in range(2 * iterations[n]):
             step, k = divmod(t, iterations[n])
-            epsilon = gaussian(np.empty(s.shape), sigma[n], 0, 3, step, n, k, 0)
+            epsilon = place.get(gaussian(place.backend.xp.empty(s.shape), sigma[n], 0, 3, step, n, k, 0))
             change = logits_from(network, n + 1, s + epsilon) - passed.logits
             residual = change @ q - epsilon.reshape(6, -1)
             loss = np.square(residual).mean() / sigma[n] ** 2

@@ -78,7 +78,7 @@ def state_of(experiment):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_device_trains_as_the_host_does(device, dataset, rule, optimizer):
+def test_a_device_trains_as_the_host_does(device, dataset, noise_of_the_host, rule, optimizer):
     """Augmentation included; double precision, where the two orders of summation differ by 1e-12 after four steps."""
     there, here = (build(config(dataset, rule, optimizer), backend) for backend in (device.backend, None))
     np.testing.assert_allclose(train(there, 4), train(here, 4), rtol=1e-9)
@@ -104,6 +104,19 @@ def test_a_step_on_a_device_reads_nothing_back(dataset, rule):
         before = strict_device.reads.total()
         experiment.step(*next(batches))
         assert strict_device.reads.total() == before
+
+
+@pytest.mark.parametrize("rule", LEARNED)
+def test_feedback_is_trained_on_a_device_without_the_host(dataset, rule):
+    """Nothing goes to the device or back, from the first iteration on: noise is drawn there."""
+    experiment = build(config(dataset, rule), Backend("strict", strict_device))
+    with closing(experiment.train_loader.batches(0)) as batches:
+        experiment.run_forward(*next(batches))
+        before = strict_device.reads + strict_device.writes
+        omega = strict_device.asnumpy(experiment.feedback_pairs()[0][1])
+        experiment.train_feedback()
+        assert strict_device.reads + strict_device.writes - before == {"asnumpy": 1}
+    assert (strict_device.asnumpy(experiment.feedback_pairs()[0][1]) != omega).all()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -13,6 +13,7 @@ integer), so that reading it shows; views made by `as_strided` cannot be written
 to the device.
 
 `reads` counts what makes the host wait for the device: `asnumpy`, `item`, `float(x)`, `bool(x)`, masks as an index.
+`writes` counts what the host copies to it: `asarray` of anything but a device array, `set`.
 """
 
 import operator
@@ -27,7 +28,7 @@ __version__ = np.__version__
 bool_, uint8, int32, int64, float32, float64 = np.bool_, np.uint8, np.int32, np.int64, np.float32, np.float64
 inf, nan, pi, newaxis = np.inf, np.nan, np.pi, None
 
-reads = Counter()
+reads, writes = Counter(), Counter()
 _SCALARS = (bool, int, float, np.generic)
 
 
@@ -264,6 +265,7 @@ def asarray(a, dtype=None):
     """Copy from the host, or return a device array as it is unless its dtype changes."""
     if isinstance(a, ndarray):
         return a if dtype is None or a.dtype == np.dtype(dtype) else a.astype(dtype)
+    writes["asarray"] += 1
     return ndarray(np.array(a, dtype=dtype, order="C"))
 
 
@@ -372,6 +374,40 @@ linalg = SimpleNamespace(norm=_norm)
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 
+# Random numbers: other ones than the host's, from 32 bits of the seed as in CuPy.
+
+
+class Philox4x3210:
+    """A bit generator, seeded by an integer or a `numpy.random.SeedSequence`."""
+
+    def __init__(self, seed):
+        if not isinstance(seed, int | np.random.SeedSequence):
+            raise TypeError(f"a seed must be an int or a SeedSequence, not {type(seed).__name__}")
+        seeds = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+        self._host = np.random.Philox(int(seeds.generate_state(1, np.uint32)[0]))
+
+
+class Generator:
+    """Draws from a bit generator of the double."""
+
+    def __init__(self, bit_generator):
+        self._host = np.random.Generator(bit_generator._host)
+
+    def standard_normal(self, size=None, dtype=float, out=None):
+        if out is None:
+            return ndarray(np.asarray(self._host.standard_normal(size, dtype)))
+        host = _operand(out, scalars=False)
+        if host.dtype != np.dtype(dtype):
+            raise TypeError(f"out is {host.dtype}, not {np.dtype(dtype)}")
+        if not host.flags.c_contiguous:
+            raise ValueError("out is not contiguous")
+        self._host.standard_normal(size, dtype, host)
+        return out
+
+
+random = SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210)
+
+
 # What a Backend asks of a device.
 
 
@@ -418,6 +454,7 @@ def _set(self, arr, stream=None):
     """Copy from the host, now or, on a stream, later; the host's array must be pinned for that."""
     if not isinstance(arr, np.ndarray) or arr.shape != self.shape or arr.dtype != self.dtype:
         raise TypeError("set takes a host array of the same shape and dtype")
+    writes["set"] += 1
     if stream is None:
         self._host[...] = arr
     elif not any(np.shares_memory(arr, place) for place in pinned):
