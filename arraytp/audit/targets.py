@@ -80,7 +80,7 @@ def updates(setting: Setting) -> Iterator[Check]:
             gradient_error(lambda w, value=value, bias=bias: value(w, bias), weight, dweight, generator),  # type: ignore[misc]
             gradient_error(lambda b, value=value, weight=weight: value(weight, b), bias, dbias, generator, 1),  # type: ignore[misc]
         )
-        source = "methods.md, 4" if name == "drl" else "Eq. 6"
+        source = "DRL, update" if name == "drl" else "Eq. 6"
         yield checked(f"{block.label}: update as the local loss's gradient", source, rule.updates, error, DIFFERENCES)
 
 

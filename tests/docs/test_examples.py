@@ -76,7 +76,7 @@ def test_the_example_on_results_reads_each_run(folder, capsys):
     settings = [word for setting in small for word in ("--set", setting)]
     assert main(["run", "runs/quickstart-gait-prop.yml", "--out", "results/quickstart", "--quiet", *settings]) == 0
     lines = run("docs/results-format.md", capsys).splitlines()
-    assert [line.split()[0] for line in lines] == ["bp", "gp", "fa"]
+    assert [line.split()[0] for line in lines] == ["bp", "fa", "gp"]
     assert (folder / "results" / "quickstart" / "comparison.png").is_file()
 
 
