@@ -33,7 +33,7 @@ COMMANDS = re.findall(
     alpha arccos begin beta cdot cdots circ cos cr dagger delta Delta dfrac dim dots end epsilon eta exp
     forall frac gamma hat in lambda langle lceil ldots left leftarrow lfloor lim log lVert mathbb
     mathcal mathrm max min mu odot omega operatorname overline partial pi prod qquad quad rangle rceil
-    rfloor right rm rVert sigma sim sqrt star sum tag text tfrac theta tilde times to top triangleq
+    rfloor right rVert sigma sim sqrt star sum tag text tfrac theta tilde times to top triangleq
     varepsilon
     """,
 )
