@@ -1,4 +1,4 @@
-"""The networks of the papers by name (methods.md, section 5)."""
+"""The networks of the papers by name (docs/math/notation.md)."""
 
 from collections.abc import Sequence
 from dataclasses import replace

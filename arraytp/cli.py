@@ -15,6 +15,7 @@ from arraytp.errors import Interrupted, NonFiniteError, UserError
 COMMANDS = {
     "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
     "trace": ("arraytp.commands.trace", "Write down every number of one training step."),
+    "audit": ("arraytp.commands.audit", "Check the math of a config: gradients, adjoints, theorems, bits."),
     "bench": ("arraytp.commands.bench", "Time the steps of a config, part by part."),
     "report": ("arraytp.commands.report", "Compare result folders in tables and figures."),
     "data": ("arraytp.commands.data", "Fetch, pack, check and describe data sets."),

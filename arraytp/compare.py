@@ -1,4 +1,4 @@
-"""Angle and relative distance between two updates (methods.md, section 1)."""
+"""Angle and relative distance between two updates (docs/math/notation.md)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How weights are drawn (methods.md, section 1). Numbers are float64, from named random streams."""
+"""How weights are drawn (docs/math/notation.md). Numbers are float64, from named random streams."""
 
 import math
 

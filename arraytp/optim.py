@@ -1,4 +1,4 @@
-"""SGD, Adam and learning-rate schedules, in place on the parameters (methods.md, section 1).
+"""SGD, Adam and learning-rate schedules, in place on the parameters (docs/math/notation.md).
 
 g gradient, θ parameter, v velocity, m and u first and second moment, t the number of the step from 1.
 """

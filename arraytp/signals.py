@@ -1,8 +1,12 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request that the training loop answers between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP: as a request that the training loop answers between two steps, or as an exception."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from arraytp.errors import Interrupted
 
 
 class StopRequest:
@@ -46,3 +50,24 @@ class StopRequest:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former = {}
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While entered, SIGTERM and SIGHUP raise `Interrupted`, as Ctrl-C raises KeyboardInterrupt.
+
+    So whatever is being written is removed on the way out. A signal that the process was told to ignore stays ignored.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
+
+    former: dict[int, Any] = {}
+    for wanted in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(wanted) is not signal.SIG_IGN:
+            former[wanted] = signal.signal(wanted, stop)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -141,7 +141,7 @@ def torch_step(rule: str, network: str, batch: int, threads: int) -> Any:
 
 
 def _torch_drl_step(torch: Any, functional: Any, blocks: Any, x: Any, y: Any, sgd: Any, setting: Any) -> Any:
-    """Direct linear feedback from the logits to every hidden layer; targets and losses as in methods.md."""
+    """Direct linear feedback from the logits to every hidden layer; targets and losses as in docs/math/dtp.md."""
     eta = 0.02
     with torch.no_grad():
         shapes, s = [], x

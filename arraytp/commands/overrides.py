@@ -6,21 +6,22 @@ from typing import Any
 import click
 
 Function = Callable[..., Any]
-OPTIONS = (
-    click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config."),
-    click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config."),
-    click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable."),
-)
+BACKEND = click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config.")
+DTYPE = click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config.")
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable.")
 
 
 def overriding(function: Function) -> Function:
-    """Add the options to a command, which takes `backend`, `dtype` and `overrides`."""
-    for option in reversed(OPTIONS):
-        function = option(function)
-    return function
+    """Add all of the options to a command, which takes `backend`, `dtype` and `overrides`."""
+    return BACKEND(DTYPE(SET(function)))
 
 
-def settings(overrides: Sequence[str], backend: str | None, dtype: str | None) -> list[str]:
+def overriding_but_dtype(function: Function) -> Function:
+    """Add the options to a command that chooses the number format itself; it takes `backend` and `overrides`."""
+    return BACKEND(SET(function))
+
+
+def settings(overrides: Sequence[str], backend: str | None, dtype: str | None = None) -> list[str]:
     """Return what the options say as `load_config` takes it."""
     found = [*overrides]
     found += [f"backend={backend}"] if backend else []

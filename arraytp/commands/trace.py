@@ -11,6 +11,7 @@ from arraytp.commands.overrides import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.experiment import Experiment, build
+from arraytp.signals import ended_by_signals
 from arraytp.trace import check_replaceable, read_batch, read_weights, write_trace
 
 
@@ -45,7 +46,7 @@ def command(
     if weights is not None:
         read_weights(weights, experiment)
     images, labels = read_batch(batch, experiment) if batch is not None else _first_batch(experiment)
-    with warnings.catch_warnings():
+    with ended_by_signals(), warnings.catch_warnings():
         # What is not finite is named below.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:

@@ -1,4 +1,4 @@
-"""Element-wise activations s = f(z) and their derivatives D = f'(z) (methods.md, section 1).
+"""Element-wise activations s = f(z) and their derivatives D = f'(z) (docs/math/notation.md).
 
 Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things rest on it: max-pooling
 commutes with f, and f' can be read off s instead of z, so that z need not be kept.

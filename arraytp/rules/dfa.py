@@ -7,7 +7,7 @@
         dW^n = (s^n)ᵀ dz^n,  db^n = Σ dz^n
     the output block as in BP
 
-Source: Nøkland (2016); methods.md, section 1.
+Source: Nøkland (2016).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Feedback alignment (FA): BP with fixed random matrices in place of the transposed weights (methods.md, section 1).
+"""Feedback alignment (FA): BP with fixed random matrices in place of the transposed weights.
 
     ds^N = ∂L/∂s^N
     for n = N−1 … 0:

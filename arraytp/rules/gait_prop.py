@@ -40,7 +40,7 @@ from arraytp.rules.protocol import State, Target, Updates
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Defaults are the authors' (methods.md, section 2); `normalise: false` is vanilla GP."""
+    """Defaults are the authors' (docs/math/differences.md); `normalise: false` is vanilla GP."""
 
     name: Literal["gait-prop"] = "gait-prop"
     form: Literal["literal", "difference"] = "literal"

@@ -1,4 +1,4 @@
-"""L-DRL in parallel: all blocks at once, each gradient averaged over several noise samples (methods.md, section 4).
+"""L-DRL in parallel: all blocks at once, each gradient averaged over several noise samples (docs/math/ldrl.md).
 
 On every batch, for all n at once: ω^n takes one step with the mean over `samples` noises of L-DRL's gradient. The rest
 is as in `arraytp.rules.ldrl`.

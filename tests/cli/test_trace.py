@@ -229,14 +229,3 @@ def test_numbers_that_are_not_finite_are_written_and_named(arraytp, weights):
     assert outcome.status == 1
     assert "t.h5: weights/forward/1/bias is the first array with NaN or infinity in it" in outcome.err
     assert np.isnan(arrays("t.h5")[0]["bp/0/weight"]).all()
-
-
-def test_the_example_of_the_page_recomputes_an_update(arraytp, monkeypatch, tmp_path, capsys):
-    config = ROOT / "runs" / "quickstart.yml"
-    settings = ("--set", "train.batch_size=8", "--dtype", "float64")
-    assert arraytp("trace", config, "--variant", "fa", "--out", "trace.h5", *settings).status == 0
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trace.md").read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(example, "trace.md", "exec"), {})
-    deviation, angle = map(float, capsys.readouterr().out.split())
-    assert deviation < 1e-12
-    assert 45 < angle < 135

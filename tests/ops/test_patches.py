@@ -143,7 +143,7 @@ def test_row_operations_on_used_buffers_give_the_same(place, case):
 def test_same_padding_gives_ceil_windows_and_puts_the_smaller_half_first(size, kernel, stride):
     before, after = same_border(size, kernel, stride)
     wanted = -(-size // stride)
-    # The definition of methods.md, section 2.
+    # The definition of docs/math/gait-prop.md.
     assert before + after == max((wanted - 1) * stride + kernel - size, 0)
     assert after - before in (0, 1)
     window = make_window(size, size + 1, kernel, stride, "same")

@@ -336,7 +336,7 @@ TABLE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "normalise", "form", "dtype", "least", "greatest"), TABLE)
 def test_the_table_of_precisions(name, normalise, form, dtype, least, greatest):
-    """methods.md, section 3: the vanilla literal form is lost with six hidden layers, γ⁶ = 1e-18; batch 64."""
+    """docs/math/gait-prop.md: the vanilla literal form is lost with six hidden layers, γ⁶ = 1e-18; batch 64."""
     angle = first_angle(name, 64, dtype, Options(normalise=normalise, form=form))
     assert least <= angle <= greatest
 

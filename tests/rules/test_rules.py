@@ -1,4 +1,4 @@
-"""BP, FA and DFA against loops written from methods.md, against each other, and by hand."""
+"""BP, FA and DFA against loops written from docs/math/feedback-alignment.md, against each other, and by hand."""
 
 import naive
 import numpy as np

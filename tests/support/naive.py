@@ -1,4 +1,4 @@
-"""Loop twins: the definitions of methods.md one number at a time, in Python floats. Nothing of arraytp computes here.
+"""Loop twins: the definitions of docs/math one number at a time, in Python floats. Nothing of arraytp computes here.
 
 A window is read through its fields only (kernel, stride, borders, size). `fields` enumerates what it covers.
 """
@@ -207,7 +207,7 @@ def forward(blocks, weights, biases, x):
 
 
 def updates(rule, blocks, weights, biases, feedback, x, dlogits):
-    """Return (dW, db) of every block by a rule of methods.md, section 1.
+    """Return (dW, db) of every block by a rule of docs/math/feedback-alignment.md.
 
     `feedback[n]`: FA: B^n in place of W^n on the way from block n down to block n−1; DFA: B^n from the logits to the
     output of block n. BP needs none.

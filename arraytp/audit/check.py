@@ -1,0 +1,86 @@
+"""One line of an audit: what was checked, by which equation, how far off it is and how far off it may be."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arraytp.backend import Array, array_module
+
+Floats = NDArray[np.float64]
+
+# What rounding in float64 leaves of sums of this size, with room; finite differences lose half of the digits and more.
+ROUNDING = 1e-11
+DIFFERENCES = 1e-6
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measured error against its tolerance.
+
+    Parameters
+    ----------
+    what : str
+        What was checked; begins with the block's label where it is about one.
+    source : str
+        Equation, theorem or definition.
+    function : str
+        Dotted name of the function that was exercised.
+    error : float
+        Relative unless `what` says otherwise. For information rows: the number itself.
+    tolerance : float or None
+        None: for information, neither passed nor failed.
+    """
+
+    what: str
+    source: str
+    function: str
+    error: float
+    tolerance: float | None = None
+
+    @property
+    def verdict(self) -> Literal["pass", "fail", "info"]:
+        """Whether the error is within the tolerance; NaN is not."""
+        if self.tolerance is None:
+            return "info"
+        return "pass" if self.error <= self.tolerance else "fail"
+
+
+def checked(what: str, source: str, function: Any, error: float, tolerance: float | None = None) -> Check:
+    """Return a line about a function, by the name that it can be imported by."""
+    return Check(what, source, f"{function.__module__}.{function.__qualname__}", float(error), tolerance)
+
+
+def host(array: Array) -> Floats:
+    """Return an array of either backend as one of the host."""
+    xp = array_module(array)
+    found: Floats = np.asarray(array if xp is np else xp.asnumpy(array))
+    return found
+
+
+def apart(actual: Array, wanted: Array) -> float:
+    """Return the largest difference of two arrays over the largest number wanted.
+
+    Infinite for arrays of different shapes; NaN where one of them is not finite.
+    """
+    a, b = host(actual), host(wanted)
+    if a.shape != b.shape:
+        return math.inf
+    if not a.size:
+        return 0.0
+    with np.errstate(all="ignore"):
+        difference, scale = float(np.max(np.abs(a - b))), float(np.max(np.abs(b)))
+    return difference if scale == 0 else difference / scale
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Tell whether two arrays are the same, bit for bit."""
+    u, v = host(a), host(b)
+    return u.shape == v.shape and u.dtype == v.dtype and np.ascontiguousarray(u).tobytes() == v.tobytes()
+
+
+def inner(a: Array, b: Array) -> float:
+    """Return the sum of the products of all elements."""
+    return float(np.vdot(host(a), host(b)))

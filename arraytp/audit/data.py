@@ -1,0 +1,142 @@
+"""The data set's shards, the order of an epoch, and augmentation and normalisation pixel by pixel."""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+
+from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host
+from arraytp.audit.setting import Setting
+from arraytp.config import Config, Normalize
+from arraytp.data import augment, order
+from arraytp.data.dataset import Dataset
+from arraytp.data.loader import Loader
+from arraytp.data.order import PoolPlan
+from arraytp.errors import UserError
+
+# What is read to verify checksums, and at most how many places in it.
+MOST_BYTES, PLACES = 1 << 28, 64
+
+
+def shards(dataset: Dataset) -> Iterator[Check]:
+    """Check every range of rows against its checksum; of large sets ranges spread over all shards."""
+    image_bytes = int(np.prod(dataset.shape))
+    share = MOST_BYTES // len(dataset.counts)
+    for split, count in dataset.counts.items():
+        try:
+            chunks = dataset.chunks(split)
+        except UserError as error:
+            yield checked(f"{split}: {error}", "checksums", Dataset.chunks, 1, 0.0)
+            continue
+        size = image_bytes * max(stop - start for start, stop in chunks)
+        number = len(chunks) if count * image_bytes <= share else max(1, min(PLACES, share // size))
+        chosen = [chunks[i * len(chunks) // number] for i in range(number)]
+        damage = []
+        for start, stop in chosen:
+            try:
+                dataset.read(split, start, stop)
+            except UserError as error:
+                damage.append(str(error))
+        rows = sum(stop - start for start, stop in chosen)
+        what = damage[0] if damage else f"damaged ranges in {rows} of {count} rows"
+        yield checked(f"{split}: {what}", "checksums", Dataset.read, len(damage), 0.0)
+
+
+def batches(setting: Setting) -> Iterator[Check]:
+    """Check training's first batches and a test batch against pixels read from the shards."""
+    yield from _loader(setting, setting.experiment.train_loader, training=True)
+    yield from _loader(setting, setting.experiment.test_loader, training=False)
+
+
+def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]:
+    config, dataset, split = setting.config, setting.experiment.plan.dataset, loader.split
+    rows = _rows(config, dataset, loader, training)
+    with closing(loader.batches(0)) as found:
+        images, labels = (host(array).copy() for array in next(found))
+    count = len(labels)
+    read = [dataset.read(split, int(row), int(row) + 1) for row in rows[:count]]
+    raw, wanted_labels = (np.concatenate(parts) for parts in zip(*read, strict=True))
+    error = apart(labels, wanted_labels)
+    yield checked(f"{split}: labels of the first batch", "order of the epoch", Loader.batches, error, 0.0)
+    if training:
+        ordered = np.sort(rows)
+        error = float((ordered != np.arange(loader.count)).sum())
+        yield checked(
+            f"{split}: rows that an epoch takes not once", "order of the epoch", order.memory_order, error, 0.0
+        )
+    pixels = raw.astype(np.float64)
+    if training and (config.data.flip or config.data.crop_padding):
+        draws = augment.draw(config.seed, 0, loader.count, config.data.flip, config.data.crop_padding)
+        yield from _draws(config, draws)
+        part = draws.part(0, count)
+        pixels = np.stack([
+            _augmented(image, bool(flip), int(row), int(column), config.data.crop_padding)
+            for image, flip, row, column in zip(pixels, *part, strict=True)
+        ])  # fmt: skip
+        yield from _device_forms(setting, raw, part, pixels)
+    mean, std = _statistics(config, dataset)
+    wanted = (pixels / 255 - mean) / std
+    yield checked(f"{split}: pixels of the first batch", "(x/255 − mean)/std", Loader.batches, apart(images, wanted),
+                  ROUNDING)  # fmt: skip
+
+
+def _rows(config: Config, dataset: Dataset, loader: Loader, training: bool) -> np.ndarray:
+    """Return the row of every position of the epoch."""
+    if not loader.streamed:
+        return order.memory_order(loader.count, config.seed, 0, shuffle=training)
+    plan = order.pool_plan(dataset.chunks(loader.split), config.data.pool_images, config.seed, 0, shuffle=training)
+    return _streamed(plan)
+
+
+def _streamed(plan: PoolPlan) -> np.ndarray:
+    """Return the row of every position by letting images leave the pool one by one."""
+    arrivals, content = plan.arrival_rows(), list(range(plan.capacity))
+    rows = np.empty(len(arrivals), np.int64)
+    for position, place in enumerate(plan.places.tolist()):
+        rows[position] = arrivals[content[place]]
+        content[place] = min(plan.capacity + position, len(arrivals) - 1)
+    return rows
+
+
+def _augmented(image: Floats, flip: bool, row: int, column: int, padding: int) -> Floats:
+    """Return one image flipped, then cropped out of itself within replicated edges."""
+    height, width, _ = image.shape
+    flipped = image[:, ::-1] if flip else image
+    edged = np.pad(flipped, ((padding, padding), (padding, padding), (0, 0)), mode="edge")
+    return edged[row : row + height, column : column + width]
+
+
+def _draws(config: Config, draws: augment.Draws) -> Iterator[Check]:
+    """Check the share of flips and the spread of corners."""
+    count, padding, flip = len(draws.flips), config.data.crop_padding, config.data.flip
+    bound = 6 / count**0.5
+    yield checked("share of images flipped, less the probability", "data.flip", augment.draw,
+                  abs(float(draws.flips.mean()) - flip), bound)  # fmt: skip
+    corners = np.stack([draws.rows, draws.columns])
+    outside = float(((corners < 0) | (corners > 2 * padding)).sum())
+    yield checked("corners of crops outside 0 … 2·padding", "data.crop_padding", augment.draw, outside, 0.0)
+    if padding:
+        error = abs(float(corners.mean()) / padding - 1)
+        yield checked("mean corner over the padding, less 1", "data.crop_padding", augment.draw, error, bound)
+
+
+def _device_forms(setting: Setting, raw: np.ndarray, part: augment.Draws, wanted: Floats) -> Iterator[Check]:
+    """Check the definitions that a device computes by."""
+    put = setting.put
+    flipped = augment.flip_images(put(raw), put(part.flips))
+    padding = setting.config.data.crop_padding
+    found = augment.crop_images(flipped, put(part.rows), put(part.columns), padding) if padding else flipped
+    yield checked("flip and crop, pixel by pixel", "edge-padded crop", augment.crop_images, apart(found, wanted), 0.0)
+
+
+def _statistics(config: Config, dataset: Dataset) -> tuple[Floats, Floats]:
+    """Return mean and standard deviation per channel by the config."""
+    chosen, channels = config.data.normalize, dataset.shape[2]
+    if isinstance(chosen, Normalize):
+        return np.array(chosen.mean), np.array(chosen.std)
+    if chosen == "dataset":
+        return np.array(dataset.mean), np.array(dataset.std)
+    return np.zeros(channels), np.ones(channels)
+
+
+CHECKS = (batches,)

@@ -1,0 +1,90 @@
+"""Central finite differences along random directions, and adjoint identities: two evaluations, whatever the size.
+
+⟨v, ∇L⟩ is held against the difference quotient of L along a random v. D(h) = (L(θ + h v) − L(θ − h v)) / 2h is off by
+order h², (16 D(h/4) − D(h)) / 15 by order h⁴. The step is made smaller until two such estimates agree: where a unit
+crosses the kink of its activation between the points, or another element becomes the maximum of a pool's window, they
+do not, and steps become small enough that none does. Then rounding decides how small the error can be: the estimate
+taken is the one that moved least.
+
+A typical ⟨v, ∇L⟩ is ‖v‖‖∇L‖/√n. The error is relative to that or to ⟨v, ∇L⟩ itself, whichever is larger: a direction
+that happens to be orthogonal to the gradient proves as much as any other.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from arraytp.audit.check import host, inner
+from arraytp.backend import Array, array_module
+
+FIRST_STEP, SMALLEST_STEP, SHRINK = 3e-4, 1e-9, 4
+# Two estimates that differ by less are not improved upon.
+GOAL = 3e-8
+DIRECTIONS = 2
+
+
+def derivative(function: Callable[[float], float], scale: float) -> float:
+    """Return f'(0) of a function of one number; `scale` is the size that errors are relative to."""
+    best, smallest_gap, h = math.nan, math.inf, FIRST_STEP
+    quotient, estimate = _quotient(function, h), math.nan
+    while h > SMALLEST_STEP and not smallest_gap <= GOAL * scale:
+        h /= SHRINK
+        finer = _quotient(function, h)
+        refined = (SHRINK**2 * finer - quotient) / (SHRINK**2 - 1)
+        if abs(refined - estimate) < smallest_gap:
+            best, smallest_gap = refined, abs(refined - estimate)
+        quotient, estimate = finer, refined
+    return best
+
+
+def _quotient(function: Callable[[float], float], h: float) -> float:
+    return (function(h) - function(-h)) / (2 * h)
+
+
+def gradient_error(
+    function: Callable[[Array], float],
+    at: Array,
+    gradient: Array,
+    generator: np.random.Generator,
+    directions: int = DIRECTIONS,
+) -> float:
+    """Return the largest relative error of a gradient along random directions.
+
+    Parameters
+    ----------
+    function : callable
+        From an array like `at` to a number.
+    at, gradient : arrays of one shape, float64
+    generator : Generator
+        Draws the directions, each as long as `at`.
+    directions : int
+    """
+    if at.shape != gradient.shape:
+        return math.inf
+    xp, worst = array_module(at), 0.0
+    length, slope = _norm(at), _norm(gradient)
+    for _ in range(directions):
+        drawn = generator.standard_normal(at.shape)
+        v = xp.asarray(drawn * ((length or math.sqrt(at.size)) / np.linalg.norm(drawn)))
+        exact = inner(v, gradient)
+        scale = max(abs(exact), _norm(v) * slope / math.sqrt(at.size))
+        found = derivative(lambda h, v=v: function(at + h * v), scale)  # type: ignore[misc]
+        # A gradient of 0 has no size to be relative to.
+        error = abs(found - exact) / scale if scale > 0 else abs(found)
+        worst = error if not error <= worst else worst
+    return worst
+
+
+def adjoint_error(forward: Callable[[Array], Array], adjoint: Callable[[Array], Array], x: Array, u: Array) -> float:
+    """Return how far ⟨A x, u⟩ is from ⟨x, Aᵀ u⟩, relative to the size that such products have."""
+    image, back = forward(x), adjoint(u)
+    if image.shape != u.shape or back.shape != x.shape:
+        return math.inf
+    there, here = inner(image, u), inner(x, back)
+    scale = max(_norm(image) * _norm(u) / math.sqrt(u.size), abs(there))
+    return abs(there - here) / scale if scale > 0 else abs(here)
+
+
+def _norm(array: Array) -> float:
+    return float(np.linalg.norm(host(array)))

@@ -1,0 +1,85 @@
+"""The families of checks in their order, and the run through all of them."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+from arraytp.audit import (
+    alignment,
+    data,
+    device,
+    feedback,
+    gait_prop,
+    gradients,
+    ops,
+    optimisers,
+    state,
+    targets,
+    theorems,
+)
+from arraytp.audit.check import Check
+from arraytp.audit.setting import Setting, prepare
+from arraytp.errors import Interrupted, UserError
+from arraytp.experiment import Plan, build_planned
+
+Function = Callable[[Setting], Iterator[Check]]
+FAMILIES: dict[str, tuple[Function, ...]] = {
+    "operations": ops.CHECKS,
+    "gradients": gradients.CHECKS,
+    "feedback alignment": alignment.CHECKS,
+    "GAIT-prop": gait_prop.CHECKS,
+    "feedback training": feedback.CHECKS,
+    "targets": targets.CHECKS,
+    "theorems": theorems.CHECKS,
+    "optimiser": optimisers.CHECKS,
+    "run": state.CHECKS,
+    "device": device.CHECKS,
+    "batches": data.CHECKS,
+}
+
+
+def audit(planned: Plan) -> Iterator[tuple[str, Check]]:
+    """Check everything about a config that can be checked; yields family and line, as they come.
+
+    Parameters
+    ----------
+    planned : Plan
+        Of the config as it is; it is audited in float64 and on a small batch.
+
+    Raises
+    ------
+    NonFiniteError
+        If the network's output on its first batch is not finite.
+    """
+    damaged = False
+    for line in _guarded("shards", lambda: data.shards(planned.dataset)):
+        damaged = damaged or line.verdict == "fail"
+        yield "shards", line
+    try:
+        setting = prepare(planned)
+    except UserError as error:
+        if not damaged:
+            raise
+        yield "batches", Check(str(error), "the first batch", _name(build_planned), float("nan"), 0.0)
+        return
+    for family, functions in FAMILIES.items():
+        for function in functions:
+            for line in _guarded(family, lambda function=function: function(setting)):  # type: ignore[misc]
+                yield family, line
+
+
+def _guarded(family: str, lines: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+    """Yield lines; what cannot be computed is a line that failed, not the end of the audit."""
+    try:
+        with warnings.catch_warnings():
+            # What overflows or is divided by 0 shows in the error.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield from lines()
+    except Interrupted:
+        raise
+    except Exception as error:
+        what = " ".join(f"{family}: cannot be computed: {type(error).__name__}: {error}".split())
+        yield Check(what, "", "arraytp.audit.families.audit", float("nan"), 0.0)
+
+
+def _name(function: Callable[..., object]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,254 @@
+"""Every operation of the network: against its definition, against finite differences, and against its adjoint."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from arraytp.architectures import layers_of
+from arraytp.audit import reference
+from arraytp.audit.check import DIFFERENCES as FINITE
+from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner
+from arraytp.audit.differences import adjoint_error, gradient_error
+from arraytp.audit.setting import Setting
+from arraytp.backend import Array
+from arraytp.network import Block
+from arraytp.ops import activations, conv, dense, noise, patches, pool
+from arraytp.options import Conv, Unpool
+
+# Of the batch: operations treat samples alike.
+SAMPLES = 2
+# ELU's and tanh's inverses lose the digits that saturation has taken.
+INVERSE = 1e-9
+
+
+def affine(setting: Setting) -> Iterator[Check]:
+    """Check the affine map of every block: its definition, its gradients, its border."""
+    layers = layers_of(setting.config.network, len(setting.experiment.plan.dataset.classes))
+    for n, block in enumerate(setting.network.blocks):
+        if block.window is None:
+            yield from _dense(setting, n, block)
+        else:
+            layer = layers[n]
+            assert isinstance(layer, Conv)
+            yield checked(
+                f"{block.label}: border and size", "window", patches.make_window, _window_error(block, layer), 0.0
+            )
+            yield from _conv(setting, n, block)
+
+
+def _arguments(setting: Setting, n: int, block: Block) -> tuple[Array, Array, Array, Array]:
+    """Return x, W, b and a cotangent of z."""
+    x = setting.passed.x[n][:SAMPLES].reshape(-1, *block.in_shape)
+    u = setting.normal((len(x), *block.pre_shape), 1, n)
+    return x, setting.network.weights[n], setting.network.biases[n], u
+
+
+def _dense(setting: Setting, n: int, block: Block) -> Iterator[Check]:
+    x, weight, bias, u = _arguments(setting, n, block)
+    label, generator = block.label, setting.generator(2, n)
+    wanted = reference.affine(block, host(weight), host(bias), host(x))
+    error = apart(dense.dense_forward(x, weight, bias), wanted)
+    yield checked(f"{label}: affine map", "z = xW + b", dense.dense_forward, error, ROUNDING)
+    dweight, dbias = dense.dense_backward_weight(u, x)
+    dx = dense.dense_backward_input(u, weight)
+    for name, source, at, gradient, function, f in (
+        ("weight", "dW = xᵀ dz", weight, dweight, dense.dense_backward_weight, lambda w: _dense_at(u, x, w, bias)),
+        ("bias", "db = Σ dz", bias, dbias, dense.dense_backward_weight, lambda b: _dense_at(u, x, weight, b)),
+        ("input", "dx = dz Wᵀ", x, dx, dense.dense_backward_input, lambda v: _dense_at(u, v, weight, bias)),
+    ):
+        error = gradient_error(f, at, gradient, generator)
+        yield checked(f"{label}: gradient of the {name}", source, function, error, FINITE)
+
+
+def _dense_at(u: Array, x: Array, weight: Array, bias: Array) -> float:
+    return inner(u, dense.dense_forward(x, weight, bias))
+
+
+def _conv(setting: Setting, n: int, block: Block) -> Iterator[Check]:
+    x, weight, bias, u = _arguments(setting, n, block)
+    window, label, generator = block.window, block.label, setting.generator(2, n)
+    assert window is not None
+    z, rows = conv.conv_forward(x, weight, bias, window)
+    wanted = reference.conv(host(x), host(weight), host(bias), window)
+    yield checked(f"{label}: im2col against a direct sum", "z = patches W + b", conv.conv_forward, apart(z, wanted),
+                  ROUNDING)  # fmt: skip
+    dweight, dbias = conv.conv_backward_weight(u, rows)
+    dweight, dx = dweight.reshape(weight.shape), conv.conv_backward_input(u, weight, window)
+    for name, source, at, gradient, function, f in (
+        ("kernel", "dW = patchesᵀ dz", weight, dweight, conv.conv_backward_weight,
+         lambda w: inner(u, conv.conv_forward(x, w, bias, window)[0])),
+        ("bias", "db = Σ dz", bias, dbias, conv.conv_backward_weight,
+         lambda b: inner(u, conv.conv_forward(x, weight, b, window)[0])),
+        ("input", "dx = col2im(dz Wᵀ)", x, dx, conv.conv_backward_input,
+         lambda v: inner(u, conv.conv_forward(v, weight, bias, window)[0])),
+    ):  # fmt: skip
+        error = gradient_error(f, at, gradient, generator)
+        yield checked(f"{label}: gradient of the {name}", source, function, error, FINITE)
+    yield from _adjoints(setting, n, block, x)
+
+
+def _adjoints(setting: Setting, n: int, block: Block, x: Array) -> Iterator[Check]:
+    window, label = block.window, block.label
+    assert window is not None
+
+    def line(what: str, error: float) -> Check:
+        function = {"im2col": patches.col2im, "row patches": patches.add_row_patches}.get(
+            what, patches.add_stacked_rows
+        )
+        return checked(f"{label}: adjoint of {what}", "⟨Ax, u⟩ = ⟨x, Aᵀu⟩", function, error, ROUNDING)
+
+    shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
+    u = setting.normal(shape, 3, n)
+    yield line("im2col", adjoint_error(lambda v: patches.im2col(v, window), lambda w: patches.col2im(w, window), x, u))
+    covered = reference.conv_input_gradient(
+        np.ones((1, *shape[1:3], 1)), np.ones((window.kernel, window.kernel, 1, 1)), window
+    )
+    error = apart(patches.coverage(window, x), covered)
+    yield checked(f"{label}: windows over each pixel", "n_x", patches.coverage, error, ROUNDING)
+    if not conv.can_split(window):
+        return
+    shape = (len(x), window.height, window.out_width, window.kernel * x.shape[-1])
+    u = setting.normal(shape, 4, n)
+    error = adjoint_error(lambda v: patches.row_patches(v, window), lambda w: patches.add_row_patches(w, window), x, u)
+    yield line("row patches", error)
+    dz = setting.normal((len(x), *block.pre_shape), 5, n)
+    u = setting.normal((*shape[:3], window.kernel * dz.shape[-1]), 6, n)
+    zeros = setting.put(np.zeros(dz.shape))
+    error = adjoint_error(
+        lambda v: patches.stack_rows(v, window),
+        lambda w: patches.add_stacked_rows(w, window, zeros.copy()),
+        dz,
+        u,
+    )
+    yield line("stacked rows", error)
+
+
+def _window_error(block: Block, layer: Conv) -> float:
+    """Return how many numbers of a window are not what the layer's options say."""
+    window = block.window
+    assert window is not None
+    wrong = 0
+    axes = ((window.height, window.top, window.bottom, window.out_height, block.pre_shape[0]),
+            (window.width, window.left, window.right, window.out_width, block.pre_shape[1]))  # fmt: skip
+    for size, before, after, outputs, planned in axes:
+        if layer.padding == "same":
+            outputs_wanted = math.ceil(size / layer.stride)
+            total = max((outputs_wanted - 1) * layer.stride + layer.kernel - size, 0)
+            wanted = total // 2, total - total // 2, outputs_wanted
+        else:
+            outputs_wanted = (size + 2 * layer.padding - layer.kernel) // layer.stride + 1
+            wanted = layer.padding, layer.padding, outputs_wanted
+        wrong += sum(a != b for a, b in zip((before, after, outputs), wanted, strict=True)) + (planned != wanted[2])
+    return wrong + ((window.kernel, window.stride) != (layer.kernel, layer.stride))
+
+
+def activation(setting: Setting) -> Iterator[Check]:
+    """Check every activation of the network: its values, derivative, inverse and differences."""
+    zs, _, _ = reference.forward(setting.on_host(), host(setting.images)[:SAMPLES])
+    for name in dict.fromkeys(block.activation for block in setting.network.blocks):
+        z = np.concatenate([z.ravel() for z, block in zip(zs, setting.network.blocks, strict=True)
+                            if block.activation == name])[: 1 << 16]  # fmt: skip
+        s = activations.activation_forward(setting.put(z.copy()), name)
+        yield checked(f"{name}: values", "s = f(z)", activations.activation_forward,
+                      apart(s, reference.activation(z, name)), ROUNDING)  # fmt: skip
+        yield checked(f"{name}: derivative, element by element", "D = f'(z)", activations.activation_derivative,
+                      _derivative_error(setting, z, name), FINITE)  # fmt: skip
+        u = setting.normal(z.shape, 7)
+        yield checked(f"{name}: adjoint", "dz = D ⊙ ds", activations.activation_backward,
+                      apart(activations.activation_backward(u, s, name), host(u) * reference.slope(z, name)),
+                      ROUNDING)  # fmt: skip
+        delta = host(setting.normal(z.shape, 8))
+        values = reference.activation(z + delta, name) - reference.activation(z, name)
+        yield checked(f"{name}: difference of two values", "f(z + δ) − f(z)", activations.activation_difference,
+                      apart(activations.activation_difference(setting.put(z), setting.put(delta), name), values),
+                      ROUNDING)  # fmt: skip
+        if name != "relu":
+            # Where f is almost flat, a digit lost in s is many lost in z.
+            clear = reference.slope(z, name) > 1e-3
+            back = activations.activation_inverse(s, name)
+            yield checked(f"{name}: inverse", "f⁻¹(f(z)) = z", activations.activation_inverse,
+                          apart(host(back)[clear], z[clear]), INVERSE)  # fmt: skip
+
+
+def _derivative_error(setting: Setting, z: Floats, name: str) -> float:
+    """Return the largest error of f' against central differences, at values that lie apart from the kink at 0."""
+    h = 1e-5
+    z = z[np.abs(z) > 2 * h]
+    s = activations.activation_forward(setting.put(z.copy()), name)
+    found = activations.activation_derivative(s, name)
+    d = np.ones_like(z) if found is None else host(found)
+    above, below = (host(activations.activation_forward(setting.put(z + step), name)) for step in (h, -h))
+    return apart(d, (above - below) / (2 * h))
+
+
+def pooling(setting: Setting) -> Iterator[Check]:
+    """Check max-pooling and unpooling of every block that pools, window by window."""
+    zs, _, _ = reference.forward(setting.on_host(), host(setting.images)[:SAMPLES])
+    modes: tuple[Unpool, ...] = (setting.options.unpool,) if hasattr(setting.options, "unpool") else ("accumulate",)
+    for n, block in enumerate(setting.network.blocks):
+        window = block.pool
+        if window is None:
+            continue
+        s = reference.activation(zs[n], block.activation)
+        wanted, places = reference.max_pool(s, window)
+        out, index = pool.max_pool_forward(setting.put(s), window)
+        error = max(apart(out, wanted), apart(index, places))
+        yield checked(f"{block.label}: maxima, window by window", "max-pool", pool.max_pool_forward, error, 0.0)
+        u = setting.normal(wanted.shape, 9, n)
+        error = apart(pool.max_pool_backward(u, index, window), reference.unpool(host(u), places, window, "accumulate"))
+        yield checked(f"{block.label}: gradients to the maxima", "adjoint of max-pool", pool.max_pool_backward,
+                      error, ROUNDING)  # fmt: skip
+        error = gradient_error(
+            lambda v, u=u, window=window: inner(u, pool.max_pool_forward(v, window)[0]),  # type: ignore[misc]
+            setting.put(s), pool.max_pool_backward(u, index, window), setting.generator(10, n),
+        )  # fmt: skip
+        yield checked(f"{block.label}: gradient of the pool's input", "adjoint of max-pool", pool.max_pool_backward,
+                      error, FINITE)  # fmt: skip
+        for mode in modes:
+            error = apart(pool.max_unpool(u, index, window, mode), reference.unpool(host(u), places, window, mode))
+            yield checked(f"{block.label}: unpooling, {mode}", "max-unpool", pool.max_unpool, error, ROUNDING)
+        if setting.experiment.plan.backend.on_host:
+            yield from _scattered(block, u, index)
+
+
+def _scattered(block: Block, u: Array, index: Array) -> Iterator[Check]:
+    """Check the host's fast forms of the two adjoints."""
+    window = block.pool
+    assert window is not None
+    corner = pool.window_corners(len(u), window, u.shape[-1])
+    position = np.empty(u.shape, np.intp)
+    out = np.empty((len(u), *block.pre_shape))
+    for function, mode in ((pool.max_pool_scatter, "accumulate"), (pool.max_unpool_scatter, "overwrite")):
+        function(u, index, window, corner, position, out)
+        error = apart(out, reference.unpool(host(u), index, window, mode))
+        yield checked(f"{block.label}: {mode}, scattered", "the same", function, error, ROUNDING)
+
+
+def gaussian_noise(setting: Setting) -> Iterator[Check]:
+    """Check noise of feedback training: its spread, its independence of how a batch is cut, its keys."""
+    if not hasattr(setting.options, "feedback"):
+        return
+    seed, shape, sigma = setting.config.seed, (4 * noise.CHUNK, 512), 0.3
+    empty = setting.put(np.zeros(shape))
+    whole = host(noise.gaussian(empty.copy(), sigma, 0, seed, 1, 2, 3, 0))
+    parts = [
+        host(noise.gaussian(empty[first : first + noise.CHUNK].copy(), sigma, first, seed, 1, 2, 3, 0))
+        for first in range(0, len(whole), noise.CHUNK)
+    ]
+    bound = 5 / math.sqrt(2 * whole.size)
+    yield checked("noise: standard deviation", "N(0, σ²)", noise.gaussian, abs(whole.std() / sigma - 1), bound)
+    yield checked("noise: mean over σ", "N(0, σ²)", noise.gaussian, abs(whole.mean()) / sigma, 2 * bound)
+    yield checked("noise: the whole batch and its parts", "same bits", noise.gaussian,
+                  float(np.abs(whole - np.concatenate(parts)).max()), 0.0)  # fmt: skip
+    keys = (seed + 1, 1, 2, 3, 0), (seed, 0, 2, 3, 0), (seed, 1, 1, 3, 0), (seed, 1, 2, 2, 0), (seed, 1, 2, 3, 1)
+    others = [host(noise.gaussian(empty.copy(), sigma, 0, *key)) for key in keys]
+    chunks = [(whole[: noise.CHUNK], part) for part in parts[1:]]
+    worst = max(
+        abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1])) for a, b in [*((whole, o) for o in others), *chunks]
+    )
+    yield checked("noise: correlation between keys and chunks", "streams of their own", noise.gaussian, worst,
+                  6 / math.sqrt(parts[0].size))  # fmt: skip
+
+
+CHECKS = (affine, activation, pooling, gaussian_noise)

@@ -1,0 +1,188 @@
+"""Theorems 4.2 and 4.3 of the DTP paper as numbers, and how well the Jacobians of F and G match.
+
+4.2: the mean of the L-DRL gradient over σ² goes to its closed form as one over the root of the number of samples.
+4.3: with ω = θ the updates over β go to a limit, linearly in β. It is that of the product of the ∂G, and BP's where
+f' is the same at s as at z and unpooling overwrites nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from arraytp import feedback
+from arraytp.audit import reference
+from arraytp.audit.check import Check, Floats, apart, checked, host
+from arraytp.audit.feedback import SUMS
+from arraytp.audit.setting import Setting
+from arraytp.compare import angle_degrees
+from arraytp.fused_feedback import freeze, ldrl_gradient
+from arraytp.network import Block, block_flops
+from arraytp.ops.pool import overlaps
+from arraytp.rules import bp
+
+MODULES = ("tp", "dtp", "ldrl", "ldrl-parallel")
+# Below the gaps between the elements of max-pools' windows, above what rounding leaves of differences.
+SIGMA = 1e-10
+MOST_NOISES, LEAST_NOISES, FLOPS = 512, 64, 1e10
+EXPONENT = 0.15
+BETAS = (1e-2, 1e-3, 1e-4, 1e-5)
+TINY_BETA = 1e-8
+CURVED = ("elu", "tanh")
+
+
+def _overlap(setting: Setting, n: int) -> tuple[Floats, Floats, Floats, int]:
+    """Return N, M and P = Σ D_F² by definition, of shape (k, k, 1, O) or (1, out), and how many samples."""
+    block = setting.network.blocks[n]
+    x, weight, bias = host(setting.passed.x[n]), host(setting.network.weights[n]), host(setting.network.biases[n])
+    z, s, index = reference.block_forward(block, weight, bias, x)
+    f = reference.slope(z, block.activation)
+    u, count, kept = s, np.ones_like(z), np.ones_like(z)
+    if block.pool is not None and index is not None:
+        u = reference.unpool(s, index, block.pool, setting.options.unpool)
+        # How many windows have their maximum here, and how many of their values are kept by unpooling.
+        count = reference.unpool(np.ones_like(s), index, block.pool, "accumulate")
+        kept = count if setting.options.unpool == "accumulate" else np.minimum(count, 1)
+    g = reference.slope(u, block.activation)
+    n_sum, m_sum, p_sum = (_per_tap(block, values) for values in (f * g * kept, g * g * kept, f * f * count))
+    return n_sum, m_sum, p_sum, len(x)
+
+
+def _per_tap(block: Block, values: Floats) -> Floats:
+    """Return sums over samples and over those positions whose tap lies inside the image."""
+    window, outputs = block.window, values.shape[-1]
+    if window is None:
+        return np.asarray(values.sum(axis=0))[None]
+    inside = reference.bordered(np.ones((1, window.height, window.width, 1)), window, 0.0)[0, :, :, 0]
+    found = np.empty((window.kernel, window.kernel, 1, outputs))
+    for i, j, rows, columns in reference.taps(window):
+        found[i, j, 0] = np.einsum("bpqo,pq->o", values, inside[rows, columns])
+    return found
+
+
+def jacobian_matching(setting: Setting) -> Iterator[Check]:
+    """Check ‖∂G − ∂Fᵀ‖/‖∂F‖ of every block, now and at the ω that minimises it."""
+    if setting.config.rule.name not in MODULES:
+        return
+    for n, block in enumerate(setting.network.blocks[1:], start=1):
+        if block.activation == "relu":
+            continue
+        overlap, m_overlap, p_overlap, batch = _overlap(setting, n)
+        found = feedback.jacobian_overlap(
+            block, setting.passed.s[n + 1], setting.passed.index[n], setting.options.unpool
+        )
+        error = max(apart(found[0], overlap), apart(found[1], m_overlap))
+        yield checked(
+            f"{block.label}: ⟨∂Fᵀ, ∂G⟩ and ‖∂G‖² by definition", "N, M", feedback.jacobian_overlap, error, SUMS
+        )
+        theta = host(setting.network.weights[n])
+        omega = host(setting.experiment.rule_state[f"feedback/{n}/weight"])
+        optimum = theta * np.divide(overlap, m_overlap, out=np.zeros_like(overlap), where=m_overlap > 0)
+        for when, weight in (("now", omega), ("at the optimum θ N/M", optimum)):
+            squares = (weight * (weight * m_overlap - 2 * theta * overlap) + theta**2 * p_overlap).sum()
+            residual = math.sqrt(max(squares, 0.0) / (theta**2 * p_overlap).sum())
+            yield checked(f"{block.label}: JMC ‖∂G − ∂Fᵀ‖/‖∂F‖ {when}", "JMC", feedback.jacobian_overlap, residual)
+        put = setting.put
+        gradient = feedback.expected_gradient(block, put(theta), put(optimum), found, batch)
+        start = feedback.expected_gradient(block, put(theta), put(omega), found, batch)
+        wanted = 2 / batch * (omega * m_overlap - theta * overlap)
+        error = max(apart(start, wanted), float(np.abs(host(gradient)).max() / np.abs(wanted).max()))
+        yield checked(f"{block.label}: expected gradient, 0 at the optimum", "2/B (ωM − θN)",
+                      feedback.expected_gradient, error, SUMS)  # fmt: skip
+
+
+def theorem_4_2(setting: Setting) -> Iterator[Check]:
+    """Check the exponent with which the mean of the fast path's gradients goes to the closed form."""
+    if setting.config.rule.name not in ("ldrl", "ldrl-parallel"):
+        return
+    for n, block in enumerate(setting.network.blocks[1:], start=1):
+        if block.activation == "relu":
+            continue
+        overlap, m_overlap, _, batch = _overlap(setting, n)
+        theta = host(setting.network.weights[n])
+        omega = setting.experiment.rule_state[f"feedback/{n}/weight"]
+        limit = 2 / batch * (host(omega) * m_overlap - theta * overlap)
+        affordable = int(FLOPS / (4 * block_flops(block) * batch))
+        most = 2 ** int(math.log2(min(MOST_NOISES, max(LEAST_NOISES, affordable))))
+        counts = [most // 64, most // 16, most // 4, most]
+        key, mode = (setting.config.seed, 0), setting.options.unpool
+        frozen = freeze(setting.network, setting.passed, n, mode, SIGMA, key, most, setting.workspace)
+        total, errors = np.zeros_like(limit), []
+        for k in range(most):
+            gradient, _ = ldrl_gradient(frozen, omega, k, setting.workspace)
+            total += host(gradient) / SIGMA**2
+            if k + 1 in counts:
+                errors.append(float(np.linalg.norm(total / (k + 1) - limit)))
+        exponent = float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
+        yield checked(f"{block.label}: error over samples ~ n^{exponent:.3f}, −½ wanted", "Theorem 4.2", ldrl_gradient,
+                      abs(exponent + 0.5), EXPONENT)  # fmt: skip
+        yield checked(f"{block.label}: error after {most * batch} samples", "Theorem 4.2", ldrl_gradient,
+                      errors[-1] / float(np.linalg.norm(limit)))  # fmt: skip
+
+
+def theorem_4_3(setting: Setting) -> Iterator[Check]:
+    """Check updates over β with ω = θ for small β: their limit, its distance to BP, and how they get there."""
+    blocks = setting.network.blocks
+    if setting.config.rule.name not in MODULES[1:] or any(block.activation == "relu" for block in blocks[1:]):
+        return
+    rule, limit = setting.experiment.rule, _limit(setting)
+    exact = [host(w).copy() for w, _ in bp.updates(bp.Options(), {}, setting.network, setting.passed, setting.dlogits,
+                                                  setting.workspace)]  # fmt: skip
+    small = _over_beta(setting, TINY_BETA)
+    for block, a, b in zip(blocks, small, limit, strict=True):
+        yield checked(f"{block.label}: updates over β at β = {TINY_BETA:g}", "Theorem 4.3: Π ∂G", rule.updates,
+                      apart(a, b), LIMIT)  # fmt: skip
+    matched = all(block.activation in ("linear", "leaky-relu") for block in blocks[1:])
+    overwritten = setting.options.unpool == "overwrite" and any(b.pool is not None and overlaps(b.pool) for b in blocks)
+    for n, block in enumerate(blocks):
+        if matched and not overwritten:
+            yield checked(f"{block.label}: with ω = θ the limit is BP's update", "Theorem 4.3", rule.updates,
+                          apart(limit[n], exact[n]), SUMS)  # fmt: skip
+        else:
+            yield checked(f"{block.label}: angle of the limit to BP, degrees", "Theorem 4.3", rule.updates,
+                          angle_degrees(limit[n], exact[n]))  # fmt: skip
+    if not any(block.activation in CURVED for block in blocks[1:]):
+        return
+    found = [zip(_over_beta(setting, beta), limit, strict=True) for beta in BETAS]
+    errors = np.array([[np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs] for pairs in found])
+    for block, each in zip(blocks, errors.T, strict=True):
+        # Blocks with nothing curved above them are at their limit for every β.
+        if each[0] > 1e3 * LIMIT:
+            exponent = float(np.polyfit(np.log(BETAS), np.log(each), 1)[0])
+            what = f"{block.label}: distance to the limit ~ β^{exponent:.3f}, 1 wanted"
+            yield checked(what, "Theorem 4.3", rule.updates, abs(exponent - 1), EXPONENT)
+
+
+# β = 1e-8 moves curved activations by as much, relative to their targets.
+LIMIT = 1e-6
+
+
+def _over_beta(setting: Setting, beta: float) -> list[Floats]:
+    """Return the weight updates over β, with ω = θ."""
+    options = replace(setting.options, beta=beta, divide_by_beta=True)
+    state = setting.state()
+    for n in range(1, len(setting.network)):
+        state[f"feedback/{n}/weight"] = setting.network.weights[n]
+    arguments = options, state, setting.network, setting.passed, setting.dlogits, setting.workspace
+    return [host(w).copy() for w, _ in setting.experiment.rule.updates(*arguments)]
+
+
+def _limit(setting: Setting) -> list[Floats]:
+    """Return the limit of the weight updates over β for small β: δ^n = ω ∘ (f'(u) ⊙ unpool(δ^{n+1})), u = unpool(s)."""
+    there, mode = setting.on_host(), setting.options.unpool
+    zs, s, indices = reference.forward(there, host(setting.images))
+    delta, found = -len(setting.labels) * host(setting.dlogits), []
+    for n in reversed(range(len(there))):
+        block, weight = there.blocks[n], there.weights[n]
+        delta = delta.reshape(s[n + 1].shape)
+        dweight, _, _ = reference.block_backward(block, -delta / len(delta), zs[n], indices[n], s[n], weight)
+        found.append(dweight)
+        u, moved = s[n + 1], delta
+        if block.pool is not None:
+            u, moved = (reference.unpool(t, indices[n], block.pool, mode) for t in (u, moved))  # type: ignore[arg-type]
+        delta = reference.carry(block, weight, reference.slope(u, block.activation) * moved)
+    return found[::-1]
+
+
+CHECKS = (jacobian_matching, theorem_4_2, theorem_4_3)

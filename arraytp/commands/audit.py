@@ -1,0 +1,171 @@
+"""`arraytp audit`: everything that can be checked about a config's network, data and rule, in a table."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from arraytp.audit import Check, audit
+from arraytp.commands.overrides import overriding_but_dtype, settings
+from arraytp.config import Config, load_config, load_one
+from arraytp.errors import UserError
+from arraytp.experiment import Plan, plan
+from arraytp.metrics import write_file
+from arraytp.signals import ended_by_signals
+
+HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")
+Line = tuple[str, Check]
+
+
+@click.command(short_help="Check the math of a config: gradients, adjoints, theorems, bits.")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the table here, too.")
+@click.option("--variant", metavar="NAME", help="Audit this variant only, for a config that has some.")
+@overriding_but_dtype
+def command(
+    config: Path, json_path: Path | None, variant: str | None, backend: str | None, overrides: tuple[str, ...]
+) -> int:
+    """Check everything that can be checked about the network, data and rule of CONFIG, every variant in turn.
+
+    Prints what is checked, by which equation, the function, its error and the tolerance. In float64 and on a small
+    batch, whatever the config says of them. Exit status 1 if a check fails; docs/audit.md explains the lines.
+    """
+    if json_path is not None:
+        _check_writable(json_path)
+    plans = _plans(config, settings(overrides, backend), variant)
+    found = {}
+    with ended_by_signals():
+        for name, planned in plans.items():
+            started = time.monotonic()
+            lines = _audited(name, planned)
+            seconds = time.monotonic() - started
+            found[name] = _record(planned, lines, seconds)
+            click.echo(_table(name, planned.config, lines, seconds))
+        if json_path is not None:
+            _write(json_path, found)
+    return int(any(record["failed"] for record in found.values()))
+
+
+def _check_writable(path: Path) -> None:
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a folder; give a file, for example {path / 'audit.json'}")
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    try:
+        write_file(path, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror or error}") from error
+
+
+def _plans(path: Path, overrides: list[str], variant: str | None) -> dict[str, Plan]:
+    """Check every variant that is to be audited before any is."""
+    configs = {variant: load_one(path, overrides, variant)} if variant else load_config(path, overrides).variants
+    plans = {}
+    for name, config in configs.items():
+        try:
+            plans[name or config.name] = plan(config)
+        except UserError as error:
+            raise UserError(f"{path}{f' (variant {name})' if name else ''}: {error}") from error
+    return plans
+
+
+def _audited(name: str, planned: Plan) -> list[Line]:
+    """Return all lines; on a terminal, tell meanwhile where the audit is."""
+    lines: list[Line] = []
+    with _shown(name) as show:
+        for family, check in audit(planned):
+            lines.append((family, check))
+            show(family, lines)
+    return lines
+
+
+@contextmanager
+def _shown(name: str) -> Iterator[Any]:
+    console = Console(stderr=True, highlight=False)
+    if not (console.is_interactive and sys.stderr.isatty()):
+        yield lambda *_: None
+        return
+    with console.status(f"{name}: auditing") as status:
+
+        def show(family: str, lines: Sequence[Line]) -> None:
+            failed = sum(check.verdict == "fail" for _, check in lines)
+            status.update(f"{name}: {family}, {len(lines)} lines{f', {failed} failed' if failed else ''}")
+
+        yield show
+
+
+def _counts(lines: Sequence[Line]) -> dict[str, int]:
+    verdicts = [check.verdict for _, check in lines]
+    return {
+        "passed": verdicts.count("pass"),
+        "failed": verdicts.count("fail"),
+        "information": verdicts.count("info"),
+    }
+
+
+def _record(planned: Plan, lines: Sequence[Line], seconds: float) -> dict[str, Any]:
+    config = planned.config
+    return {
+        "name": config.name,
+        "rule": config.rule.name,
+        "network": config.network.name,
+        "dataset": planned.dataset.name,
+        "backend": config.backend,
+        "seconds": seconds,
+        **_counts(lines),
+        "checks": [
+            {
+                "family": family,
+                "what": check.what,
+                "source": check.source,
+                "function": check.function,
+                "error": check.error if math.isfinite(check.error) else None,
+                "tolerance": check.tolerance,
+                "verdict": check.verdict,
+            }
+            for family, check in lines
+        ],
+    }
+
+
+def _table(name: str, config: Config, lines: Sequence[Line], seconds: float) -> str:
+    """Return the lines of one variant, family by family."""
+    rows = [(family, _cells(check)) for family, check in lines]
+    widths = [max(len(cells[i]) for cells in [HEADERS, *(cells for _, cells in rows)]) for i in range(len(HEADERS))]
+    shown = [f"{name}: rule {config.rule.name}, {config.backend}, float64", _joined(HEADERS, widths)]
+    former = ""
+    for family, cells in rows:
+        if family != former:
+            shown += [f"─ {family} ".ljust(sum(widths) + 2 * len(widths) - 2, "─")]
+            former = family
+        shown.append(_joined(cells, widths))
+    counts = _counts(lines)
+    shown += [
+        f"{name}: {counts['passed']} passed, {counts['failed']} failed, {counts['information']} for information; "
+        f"{seconds:.0f} s",
+        "",
+    ]
+    return "\n".join(shown)
+
+
+def _cells(check: Check) -> tuple[str, ...]:
+    tolerance = "" if check.tolerance is None else f"{check.tolerance:.1e}" if check.tolerance else "0"
+    error = f"{check.error:.4g}" if check.verdict == "info" else f"{check.error:.1e}" if check.error else "0"
+    verdict = "FAIL" if check.verdict == "fail" else check.verdict
+    return check.what, check.source, check.function, error, tolerance, verdict
+
+
+def _joined(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(cells[3:5], widths[3:5], strict=True)]
+    return "  ".join([*left, *right, cells[5]]).rstrip()

@@ -1,0 +1,89 @@
+"""The Python examples of README and docs run as printed, and README's links lead to files.
+
+Those of docs/tutorial.md need what its commands make before them: .ci/tutorial runs both.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from arraytp.cli import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+PAGES = {
+    str(page.relative_to(ROOT)): blocks(page.read_text(encoding="utf-8"), "python")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if page.name != "tutorial.md"
+}
+EXAMPLES = {page: examples for page, examples in PAGES.items() if examples}
+
+
+def run(page: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a page's examples, one after the other, in one namespace; return what they print."""
+    namespace: dict[str, object] = {}
+    capsys.readouterr()
+    for number, example in enumerate(EXAMPLES[page]):
+        exec(compile(example, f"{page}, example {number}", "exec"), namespace)
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return an empty folder to work in, that has runs/ as a clone has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(ROOT / "runs")
+    return tmp_path
+
+
+def test_readmes_example_prints_a_loss_and_an_angle_per_block(folder, capsys):
+    printed = run("README.md", capsys)
+    loss, angles = float(printed.split()[0]), re.findall(r"\[(.*?)\]", printed)[0].split(",")
+    assert 0.5 < loss < 3
+    assert len(angles) == 4
+    assert float(angles[-1]) == 0
+
+
+def test_the_example_on_traces_recomputes_an_update(folder, capsys):
+    command, *_ = blocks((ROOT / "docs" / "trace.md").read_text(encoding="utf-8"), "sh")
+    name, *words = shlex.split(command)
+    assert name == "arraytp"
+    assert main([*words, "--set", "train.batch_size=8", "--dtype", "float64"]) == 0
+    deviation, angle = map(float, run("docs/trace.md", capsys).split())
+    assert deviation < 1e-12
+    assert 45 < angle < 135
+
+
+def test_the_example_on_configs_builds_them(folder, capsys):
+    assert run("docs/config.md", capsys) == ""
+
+
+def test_the_example_on_results_reads_each_run(folder, capsys):
+    small = [
+        "network={square: true, blocks: [{type: dense, units: 10}, {type: dense, units: 10}]}",
+        "train.steps=2",
+        "train.batch_size=8",
+        "compare.every=1",
+    ]
+    settings = [word for setting in small for word in ("--set", setting)]
+    assert main(["run", "runs/quickstart-gait-prop.yml", "--out", "results/quickstart", "--quiet", *settings]) == 0
+    lines = run("docs/results-format.md", capsys).splitlines()
+    assert [line.split()[0] for line in lines] == ["bp", "fa", "gp"]
+    assert (folder / "results" / "quickstart" / "comparison.png").is_file()
+
+
+def test_no_page_has_examples_that_nothing_runs():
+    assert set(EXAMPLES) == {"README.md", "docs/config.md", "docs/results-format.md", "docs/trace.md"}
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_a_link_leads_to_a_file(link):
+    assert (ROOT / link).is_file()
