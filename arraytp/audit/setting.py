@@ -158,7 +158,8 @@ def _check_finite(experiment: Experiment, images: Array, workspace: Workspace) -
     passed = forward(experiment.network, images, workspace)
     labels = ["input", *(f"output of {block.label}" for block in experiment.network.blocks)]
     for label, s in zip(labels, passed.s, strict=True):
-        if not np.isfinite(host(s)).all():
+        # Sums of squares shall be finite, too.
+        if not np.isfinite(np.square(host(s)).sum()):
             raise NonFiniteError(
                 f"{experiment.config.name}: not finite on the first batch: {label}; see data.normalize and network.init"
             )

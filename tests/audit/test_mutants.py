@@ -25,13 +25,13 @@ CONFIGS = {
     "fa": ("quickstart", "fa", (CONV,)),
     "dfa": ("quickstart", "dfa", (CONV,)),
     "ldrl": ("quickstart", "ldrl", (CONV, *SGD)),
-    "accumulate": ("quickstart", "ldrl", (CONV, "rule.unpool=accumulate", "rule.divide_by_beta=true")),
-    "dtp": ("quickstart", "ldrl", (CONV, "rule.name=dtp", "rule.feedback={iterations: 2}")),
-    "tp": ("quickstart", "ldrl", (CONV, "rule.name=tp", "rule.feedback={iterations: 2}")),
-    "parallel": ("quickstart", "ldrl", (CONV, "rule.name=ldrl-parallel", "rule.samples=3")),
-    "expected": ("quickstart", "ldrl", (CONV, "rule.expected=true")),
+    "accumulate": ("quickstart", "ldrl", (CONV, "rule={name: ldrl, unpool: accumulate, divide_by_beta: true}")),
+    "dtp": ("quickstart", "ldrl", (CONV, "rule={name: dtp, feedback: {iterations: 2}}")),
+    "tp": ("quickstart", "ldrl", (CONV, "rule={name: tp, feedback: {iterations: 2}}")),
+    "parallel": ("quickstart", "ldrl", (CONV, "rule={name: ldrl-parallel, samples: 3, feedback: {iterations: 2}}")),
+    "expected": ("quickstart", "ldrl", (CONV, "rule={name: ldrl, expected: true}")),
     "drl": ("quickstart", "ldrl", (CONV, "rule={name: drl}")),
-    "gp": ("quickstart-gait-prop", "gp", (SQUARE, "rule.form=literal")),
+    "gp": ("quickstart-gait-prop", "gp", (SQUARE, "rule={name: gait-prop, form: literal}")),
 }
 
 
