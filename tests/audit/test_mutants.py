@@ -15,14 +15,15 @@ CONV = (
 SQUARE = (
     "network.blocks=[{type: conv, channels: 2, kernel: 9, stride: 4, padding: same, activation: leaky-relu}, "
     "{type: conv, channels: 3, kernel: 3, stride: 2, padding: same, activation: leaky-relu}, "
-    "{type: dense, units: 12, activation: leaky-relu}, {type: dense, units: 10}]"
+    "{type: dense, units: 30, activation: leaky-relu}, {type: dense, units: 10}]"
 )
 AUGMENTED = ("data.flip=0.5", "data.crop_padding=2")
 SGD = ("optimizer={name: sgd, lr: 0.1, momentum: 0.9, weight_decay: 1e-3}", "schedule={name: cosine}")
 # Shipped configs, their networks made small: config, variant, settings.
 CONFIGS = {
-    "bp": ("quickstart", "bp", (CONV, *AUGMENTED)),
+    "bp": ("quickstart", "bp", (CONV, *AUGMENTED, "train.batch_size=512")),
     "fa": ("quickstart", "fa", (CONV,)),
+    "orthogonal": ("quickstart-gait-prop", "fa", (SQUARE,)),
     "dfa": ("quickstart", "dfa", (CONV,)),
     "ldrl": ("quickstart", "ldrl", (CONV, *SGD)),
     "accumulate": ("quickstart", "ldrl", (CONV, "rule={name: ldrl, unpool: accumulate, divide_by_beta: true}")),
@@ -116,8 +117,8 @@ MUTANTS = [
         "fa",
         "rules/fa.py",
         ('state[f"feedback/{n}/weight"] if n > 0', "network.weights[n] if n > 0"),
-        ('seed, "feedback", n)', 'seed, "init", n)'),
     ),
+    *_on("orthogonal", "rules/fa.py", ('seed, "feedback", n)', 'seed, "init", n)')),
     *_on("dfa", "rules/dfa.py", ("product(dlogits, state", "product(-dlogits, state"), ("if n == last:", "if n == 0:")),
     *_on(
         "bp",
