@@ -13,7 +13,8 @@ attrs: format="arraytp-trace", version=1, config, rule, dtype, backend, seed
 Everything is written as it comes, so that memory holds one step's buffers and no more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -206,12 +207,27 @@ def read_weights(path: Path, experiment: Experiment) -> None:
     Raises
     ------
     UserError
-        If the file cannot be read, or an array is missing, of another shape or dtype; names it and what is needed.
+        If the file cannot be read, an array is missing, of another shape or dtype, or there are more blocks; names it
+        and what is needed.
     """
     named = _weights(experiment)
+    _refuse_more_blocks(path, experiment)
     found = {name: _read(path, f"weights/{name}", array.shape, str(array.dtype)) for name, array in named.items()}
     for name, array in named.items():
         array[...] = experiment.plan.backend.asarray(found[name])
+
+
+def _refuse_more_blocks(path: Path, experiment: Experiment) -> None:
+    """Refuse weights of a longer network, whose first blocks alone would be another network."""
+    blocks = experiment.network.blocks
+    with _readable(path) as file:
+        for group in ("weights/forward", "weights/feedback"):
+            for n in sorted(file.get(group, {}), key=lambda name: (len(name), name)):
+                if n.isdecimal() and int(n) >= len(blocks):
+                    raise UserError(
+                        f"{path}: has {group}/{n}, but this config's network has the {len(blocks)} blocks 0 to "
+                        f"{len(blocks) - 1}; give weights of the same network"
+                    )
 
 
 def read_batch(path: Path, experiment: Experiment) -> tuple[Array, Array]:
@@ -240,17 +256,24 @@ def read_batch(path: Path, experiment: Experiment) -> tuple[Array, Array]:
 
 def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> np.ndarray[Any, Any]:
     """Return one array of a file, refusing it unless it is of the dtype and, if given, of the shape."""
-    try:
-        with h5py.File(path, "r") as file:
-            item = file.get(name)
-            array = np.asarray(item[()]) if isinstance(item, h5py.Dataset) else None
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file") from error
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as HDF5: {error}") from error
+    with _readable(path) as file:
+        item = file.get(name)
+        array = np.asarray(item[()]) if isinstance(item, h5py.Dataset) else None
     wanted = dtype + ("" if shape is None else f"{list(shape)}")
     if array is None:
         raise UserError(f"{path}: has no array {name}, needed as {wanted}")
     if array.dtype != dtype or shape not in (None, array.shape):
         raise UserError(f"{path}: {name} is {array.dtype}{list(array.shape)}; this config needs {wanted}")
     return array
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[h5py.File]:
+    """Open a file to read from; what HDF5 cannot read in it is the user's to know."""
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as HDF5: {error}") from error

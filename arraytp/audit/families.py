@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from arraytp.audit import (
     alignment,
@@ -55,7 +56,8 @@ def audit(planned: Plan) -> Iterator[tuple[str, Check]]:
         damaged = damaged or line.verdict == "fail"
         yield "shards", line
     try:
-        setting = prepare(planned)
+        with _without_warnings():
+            setting = prepare(planned)
     except UserError as error:
         if not damaged:
             raise
@@ -70,15 +72,21 @@ def audit(planned: Plan) -> Iterator[tuple[str, Check]]:
 def _guarded(family: str, lines: Callable[[], Iterable[Check]]) -> Iterator[Check]:
     """Yield lines; what cannot be computed is a line that failed, not the end of the audit."""
     try:
-        with warnings.catch_warnings():
-            # What overflows or is divided by 0 shows in the error.
-            warnings.simplefilter("ignore", RuntimeWarning)
+        with _without_warnings():
             yield from lines()
     except Interrupted:
         raise
     except Exception as error:
         what = " ".join(f"{family}: cannot be computed: {type(error).__name__}: {error}".split())
         yield Check(what, "", "arraytp.audit.families.audit", float("nan"), 0.0)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Let what overflows or is divided by 0 pass: it shows in the error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def _name(function: Callable[..., object]) -> str:

@@ -108,6 +108,10 @@ def _losses(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
     room = max(1.0, FINE_NOISE / sigma * 1e3) if setting.config.rule.name == "drl" else 1.0
     generator, slopes, values, paths = setting.generator(30, n), 0.0, 0.0, 0.0
     for one in seen:
+        if plain is not fast:
+            paths = max(paths, _path_error(setting, one))
+    # The loss is the same function of ω in every iteration.
+    for one in (seen[0], seen[-1]):
         loss = find(setting, one)
         value = loss(one.weight, one.bias)
         values = max(values, abs(float(one.arrays["loss"]) - value) / max(abs(value), 1e-300))
@@ -116,8 +120,6 @@ def _losses(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
         if "gradient_bias" in one.arrays and one.bias is not None:
             slopes = max(slopes, gradient_error(partial(loss, one.weight), one.bias, one.arrays["gradient_bias"],
                                                 generator, 1))  # fmt: skip
-        if plain is not fast:
-            paths = max(paths, _path_error(setting, one))
     yield checked(f"{block.label}: gradient of the feedback loss", source, fast, slopes, DIFFERENCES * room)
     yield checked(f"{block.label}: feedback loss", source, fast, values, SUMS * room)
     if plain is not fast:

@@ -23,6 +23,7 @@ from arraytp.rules.protocol import Updates
 PASS = 1e-9
 # Samples of the batch whose loss is differentiated: each unit more is one more that may cross a kink.
 FEW = 4
+COPIES_FLOPS = 2e10
 
 
 def cross_entropy(setting: Setting) -> Iterator[Check]:
@@ -174,6 +175,24 @@ def _direction(parameter: Array, generator: np.random.Generator) -> Array:
     return array_module(parameter).asarray(drawn * (size / np.linalg.norm(drawn)))
 
 
+def copies(setting: Setting) -> Iterator[Check]:
+    """Check a batch of the run's size, copies of the small one and cut into more slices: so many times the updates."""
+    batch = len(setting.images)
+    affordable = int(COPIES_FLOPS / (3 * sum(map(network.block_flops, setting.network.blocks))))
+    times = max(2, min(setting.batch_size, affordable) // batch)
+    xp, workspace = array_module(setting.images), Workspace(setting.workspace.backend)
+    images, dlogits = (xp.concatenate([array] * times) for array in (setting.images, setting.dlogits))
+    passed = fused.forward(setting.network, images, workspace)
+    error = apart(passed.logits, xp.concatenate([setting.passed.logits] * times))
+    yield checked(f"logits of {times} copies of the batch", "a function of each sample", fused.forward, error, PASS)
+    many = bp.updates(bp.Options(), {}, setting.network, passed, dlogits, workspace)
+    once = bp.updates(bp.Options(), {}, setting.network, setting.passed, setting.dlogits, setting.workspace)
+    error = max(
+        apart(a, times * b) for pair, one in zip(many, once, strict=True) for a, b in zip(pair, one, strict=True)
+    )
+    yield checked(f"updates of {times} copies of the batch", "sums over samples", bp.updates, error, PASS)
+
+
 def threads(setting: Setting) -> Iterator[Check]:
     """Check the passes on one thread and on three."""
     if not setting.experiment.plan.backend.on_host:
@@ -188,4 +207,4 @@ def threads(setting: Setting) -> Iterator[Check]:
     yield checked("one thread and three", "same bits", bp.updates, error, 0.0)
 
 
-CHECKS = (cross_entropy, initial, passes, backpropagation, threads)
+CHECKS = (cross_entropy, initial, passes, backpropagation, copies, threads)

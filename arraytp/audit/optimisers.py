@@ -17,13 +17,13 @@ from arraytp.optim import at_block
 from arraytp.options import Cosine
 from arraytp.parallel import Workspace
 
-STEPS = 3
+STEPS = 2
 # Of the sums of a few steps, each the difference of numbers a million times larger.
 SUMS = 1e-8
 
 
 def steps(setting: Setting) -> Iterator[Check]:
-    """Check three steps with random gradients, weight decay and regulariser included."""
+    """Check two steps with random gradients, weight decay and regulariser included."""
     options, there = setting.config.optimizer, drift(setting)
     theta = [array.copy() for array in parameters(there)]
     start = [host(array).copy() for array in theta]

@@ -53,6 +53,8 @@ class Setting:
     passed, dlogits : ForwardPass, array
         Of `network` on `images`.
     workspace : Workspace
+    batch_size : int
+        Of the config as it is.
     """
 
     experiment: Experiment
@@ -63,6 +65,7 @@ class Setting:
     passed: ForwardPass
     dlogits: Array
     workspace: Workspace
+    batch_size: int
 
     @property
     def config(self) -> Config:
@@ -151,14 +154,16 @@ def prepare(planned: Plan) -> Setting:
     passed = forward(network, images, workspace)
     _, cache = cross_entropy_forward(passed.logits, labels, config.loss.reduction)
     dlogits = cross_entropy_backward(cache, config.loss.reduction)
-    return Setting(experiment, raw, labels, images, network, passed, dlogits, workspace)
+    batch_size = planned.config.train.batch_size
+    return Setting(experiment, raw, labels, images, network, passed, dlogits, workspace, batch_size)
 
 
 def _check_finite(experiment: Experiment, images: Array, workspace: Workspace) -> None:
     passed = forward(experiment.network, images, workspace)
     labels = ["input", *(f"output of {block.label}" for block in experiment.network.blocks)]
     for label, s in zip(labels, passed.s, strict=True):
-        if not np.isfinite(host(s)).all():
+        # Sums of squares shall be finite, too.
+        if not np.isfinite(np.square(host(s)).sum()):
             raise NonFiniteError(
                 f"{experiment.config.name}: not finite on the first batch: {label}; see data.normalize and network.init"
             )

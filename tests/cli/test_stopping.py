@@ -84,6 +84,21 @@ def test_a_signal_saves_and_says_how_to_go_on(arraytp, place, numbers, number, s
     assert numbers(folder) == numbers(place / "whole")
 
 
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["int", "term", "hup"],
+)
+def test_a_signal_leaves_nothing_of_a_trace(place, number, status):
+    iterations = "rule={name: ldrl, feedback: {iterations: 100000}}"
+    with process("trace", "toy.yml", "--out", "t.h5", "--set", iterations) as running:
+        when((place / "t.h5.partial").exists, running)
+        running.send_signal(number)
+        out, err = running.communicate(timeout=30)
+    assert (running.returncode, out, len(err.strip().splitlines())) == (status, "", 1)
+    assert not list(place.glob("t.h5*"))
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     """`nohup` has SIGHUP ignored, so that a run outlives its terminal."""
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -195,6 +195,18 @@ def test_weights_that_do_not_fit_are_named_with_both_shapes(refused, weights):
     assert refused(*start[:-1], "toy.yml").startswith("toy.yml: cannot be read as HDF5")
 
 
+def test_weights_of_more_blocks_are_refused(refused, weights):
+    """The first blocks of a longer network alone would be another network."""
+    changed(weights, "weights/forward/2/bias", np.zeros(3, "float32"))
+    with h5py.File(weights, "r+") as file:
+        file["weights/forward/10/weight"] = np.zeros((3, 3), "float32")
+        file["weights/forward/3/weight"] = np.zeros((3, 3), "float32")
+    assert refused("trace", "toy.yml", "--out", "t.h5", "--weights", "w.h5") == (
+        "w.h5: has weights/forward/3, but this config's network has the 3 blocks 0 to 2; give weights of the same "
+        "network"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [

@@ -3,24 +3,13 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-class Mutation(NamedTuple):
-    """A mistake: `old` occurs once in arraytp/`file` and becomes `new`; one of `tests` must fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
+from mistakes import ROOT, Mutation, made, name_of, occurrences, package
 
 
 def _in(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutation]:
+    """Return mutations of a file, one of whose `tests` must fail."""
     return [Mutation(file, old, new, tuple(tests.split())) for old, new in changes]
 
 
@@ -389,37 +378,27 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def _name(mutation: Mutation) -> str:
-    return f"{mutation.file}: {mutation.old.strip()} -> {mutation.new.strip()}"
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=_name)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=name_of)
 def test_each_mutation_changes_one_place(mutation):
     """When the code changes, its mutations have to follow."""
-    assert (ROOT / "arraytp" / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
-    assert all((ROOT / "tests" / test).exists() for test in mutation.tests)
+    assert occurrences(mutation) == 1
+    assert all((ROOT / "tests" / test).exists() for test in mutation.by)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mutated")
-    for part in ("arraytp", "tests"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "mutations"))
+    folder = package(tmp_path_factory.mktemp("mutated"))
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "mutations"))
     shutil.copy(ROOT / "setup.cfg", folder)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=_name)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=name_of)
 def test_each_mutation_is_noticed(copy, mutation):
-    file = copy / "arraytp" / mutation.file
-    whole = file.read_text(encoding="utf-8")
-    file.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")
-    try:
-        tests = [f"tests/{test}" for test in mutation.tests]
+    with made(copy, mutation):
+        tests = [f"tests/{test}" for test in mutation.by]
         command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         found = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-    finally:
-        file.write_text(whole, encoding="utf-8")
     # 1: a test failed; anything else (collection errors, none failed) proves nothing.
     assert found.returncode == 1, found.stdout[-2000:]

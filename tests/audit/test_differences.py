@@ -1,0 +1,72 @@
+"""The audit's own instruments: finite differences near kinks, adjoint identities, references against loops."""
+
+import naive
+import numpy as np
+import pytest
+from samples import rng
+
+from arraytp.audit import reference
+from arraytp.audit.check import apart
+from arraytp.audit.differences import adjoint_error, derivative, gradient_error
+from arraytp.ops.patches import make_window
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
+def test_a_kink_nearby_does_not_spoil_a_derivative(distance):
+    found = derivative(lambda h: 3 * h + np.sin(h) + max(0.0, h - distance), 1.0)
+    assert found == pytest.approx(4, abs=1e-7)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.5, 2.0, 1 + 1e-4])
+def test_a_wrong_gradient_is_off_by_as_much(factor):
+    x = rng(1).standard_normal((3, 4))
+    right = gradient_error(lambda v: float(np.sum(np.tanh(v))), x, 1 - np.tanh(x) ** 2, rng(2))
+    wrong = gradient_error(lambda v: float(np.sum(np.tanh(v))), x, factor * (1 - np.tanh(x) ** 2), rng(2))
+    assert right < 1e-7
+    assert wrong > 0.1 * abs(factor - 1)
+
+
+def test_one_wrong_entry_of_a_gradient_shows():
+    x = rng(1).standard_normal(10000)
+    gradient = 2 * x
+    gradient[77] *= -1
+    assert gradient_error(lambda v: float(v @ v), x, gradient, rng(2)) > 1e-4
+
+
+def test_a_gradient_that_is_not_a_number_fails():
+    assert not gradient_error(lambda v: float(v @ v), np.ones(3), np.full(3, np.nan), rng(2)) < 1
+
+
+def test_a_transposed_matrix_is_no_adjoint():
+    a, x, u = rng(1).standard_normal((4, 4)), rng(2).standard_normal(4), rng(3).standard_normal(4)
+    assert adjoint_error(lambda v: a @ v, lambda w: a.T @ w, x, u) < 1e-14
+    assert adjoint_error(lambda v: a @ v, lambda w: a @ w, x, u) > 0.01
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, "same"), (2, 3, 0), (5, 4, "same")])
+def test_the_references_are_what_loops_compute(kernel, stride, padding):
+    window = make_window(7, 6, kernel, stride, padding)
+    x, weight, bias = (
+        rng(1).standard_normal((2, 7, 6, 2)),
+        rng(2).standard_normal((kernel, kernel, 2, 3)),
+        rng(3).random(3),
+    )
+    z = naive.conv(x, weight, bias, window)
+    assert apart(reference.conv(x, weight, bias, window), z) < 1e-14
+    dz = rng(4).standard_normal(z.shape)
+    assert apart(reference.conv_weight_gradient(dz, x, window), naive.conv_weight_gradient(dz, x, window)) < 1e-14
+    assert (
+        apart(reference.conv_input_gradient(dz, weight, window), naive.conv_input_gradient(dz, weight, window)) < 1e-14
+    )
+
+
+@pytest.mark.parametrize("mode", ["overwrite", "accumulate"])
+def test_the_references_of_pooling_are_what_loops_compute(mode):
+    window = make_window(7, 6, 3, 2, 1)
+    s = rng(1).standard_normal((2, 7, 6, 2))
+    out, index = naive.max_pool(s, window)
+    found, places = reference.max_pool(s, window)
+    np.testing.assert_array_equal(found, out)
+    np.testing.assert_array_equal(places, index)
+    t = rng(2).standard_normal(out.shape)
+    np.testing.assert_allclose(reference.unpool(t, index, window, mode), naive.max_unpool(t, index, window, mode))

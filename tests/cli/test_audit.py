@@ -1,0 +1,139 @@
+"""`arraytp audit`: what it prints and writes, its exit status, and what is refused."""
+
+import importlib
+import json
+import re
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arraytp.audit import audit
+from arraytp.config import load_one
+from arraytp.experiment import plan
+
+LDRL = ("--set", "rule={name: ldrl, feedback: {iterations: 2, sigma: 0.3}}")
+SQUARE = ("--set", "network={square: true, init: orthogonal, blocks: [{type: dense, units: 6, activation: leaky-relu}, "
+          "{type: dense, units: 3}]}", "--set", "rule={name: gait-prop}")  # fmt: skip
+RULES = {
+    "bp": ("--set", "rule={name: bp}"),
+    "fa": ("--set", "data.flip=0.5", "--set", "data.crop_padding=1"),
+    "dfa": ("--set", "rule={name: dfa}"),
+    "gait-prop": (*SQUARE, "--set", "optimizer={name: adam, lr: 0.01, orthogonality: 2.0}"),
+    "tp": ("--set", "rule={name: tp}"),
+    "dtp": ("--set", "rule={name: dtp}"),
+    "ldrl": (*LDRL, "--set", "rule.unpool=accumulate"),
+    "ldrl-parallel": ("--set", "rule={name: ldrl-parallel}"),
+    "drl": ("--set", "rule={name: drl}", "--set", "schedule={name: cosine}"),
+}
+
+
+def found(name):
+    """Return what a dotted name stands for."""
+    parts = name.split(".")
+    for stop in range(len(parts), 0, -1):
+        try:
+            return reduce(getattr, parts[stop:], importlib.import_module(".".join(parts[:stop])))
+        except ModuleNotFoundError:
+            continue
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_passes_and_names_functions_that_exist(arraytp, rule):
+    outcome = arraytp("audit", "toy.yml", "--json", "a.json", *RULES[rule])
+    assert (outcome.status, outcome.err) == (0, ""), outcome.out
+    (record,) = json.loads(Path("a.json").read_text()).values()
+    assert (record["rule"], record["failed"]) == (rule, 0)
+    assert record["passed"] > 50
+    checks = record["checks"]
+    assert record["passed"] + record["information"] == len(checks)
+    assert all(callable(found(name)) for name in {check["function"] for check in checks})
+    assert all(check["what"] and check["source"] for check in checks)
+    assert {check["verdict"] for check in checks} == {"pass", "info"}
+    assert all((check["tolerance"] is None) == (check["verdict"] == "info") for check in checks)
+    lines = outcome.out.splitlines()
+    assert all(any(line.startswith(check["what"]) for line in lines) for check in checks)
+    assert re.fullmatch(rf"toy: {record['passed']} passed, 0 failed, \d+ for information; \d+ s", lines[-2])
+
+
+def test_every_variant_is_audited_unless_one_is_chosen(arraytp):
+    outcome = arraytp("audit", "variants.yml", "--json", "a.json")
+    assert outcome.status == 0
+    assert list(json.loads(Path("a.json").read_text())) == ["bp", "dfa"]
+    outcome = arraytp("audit", "variants.yml", "--json", "a.json", "--variant", "dfa")
+    assert outcome.status == 0
+    assert list(json.loads(Path("a.json").read_text())) == ["dfa"]
+
+
+def test_a_check_that_fails_is_marked_and_the_status_is_1(arraytp, monkeypatch):
+    monkeypatch.setattr("arraytp.audit.optimisers.SUMS", -1.0)
+    outcome = arraytp("audit", "toy.yml", "--json", "a.json")
+    (record,) = json.loads(Path("a.json").read_text()).values()
+    assert (outcome.status, outcome.err) == (1, "")
+    failed = [check for check in record["checks"] if check["verdict"] == "fail"]
+    assert record["failed"] == len(failed) > 0
+    assert {check["function"] for check in failed} == {"arraytp.optim.apply_updates"}
+    assert sum(line.endswith("FAIL") for line in outcome.out.splitlines()) == len(failed)
+
+
+def test_what_cannot_be_computed_is_a_check_that_failed(arraytp, monkeypatch):
+    monkeypatch.setattr("arraytp.optim.init_optimizer", lambda *_: None)
+    outcome = arraytp("audit", "toy.yml", "--json", "a.json")
+    (record,) = json.loads(Path("a.json").read_text()).values()
+    assert (outcome.status, outcome.err) == (1, "")
+    (failed,) = [check for check in record["checks"] if check["verdict"] == "fail"]
+    assert failed["what"].startswith("optimiser: cannot be computed: AttributeError: ")
+    assert failed["error"] is None
+
+
+def test_wrong_input_is_one_line(refused, place):
+    Path("folder").mkdir()
+    for arguments, error in (
+        (("nowhere.yml",), "nowhere.yml"),
+        (("toy.yml", "--variant", "x"), "toy.yml: has no variant 'x'; it has no variants"),
+        (("variants.yml", "--variant", "x"), "variants.yml: has no variant 'x'; its variants are bp, dfa"),
+        (("toy.yml", "--json", "missing/a.json"), "--json missing/a.json: there is no folder missing"),
+        (("toy.yml", "--json", "folder"), "--json folder: is a folder; give a file, for example folder/audit.json"),
+        (("toy.yml", "--set", "data.dataset=none"), "toy.yml: data.dataset: data set 'none': no such folder"),
+        (("toy.yml", "--dtype", "float32"), "No such option"),
+    ):
+        assert error in refused("audit", *arguments)
+
+
+def test_an_input_that_is_not_finite_is_one_line(refused):
+    std = "data.normalize={mean: [0.0], std: [1e-308]}"
+    error = refused("audit", "toy.yml", "--set", std, status=1)
+    assert error == "toy: not finite on the first batch: input; see data.normalize and network.init"
+
+
+def test_a_huge_learning_rate_is_no_error_of_the_math(arraytp):
+    outcome = arraytp("audit", "toy.yml", "--set", "optimizer.lr=1e30")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+def test_a_damaged_shard_is_a_check_that_failed(arraytp, place):
+    shard = place / "toy" / "train-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1
+    shard.write_bytes(content)
+    outcome = arraytp("audit", "toy.yml")
+    assert (outcome.status, outcome.err) == (1, "")
+    failed = [line for line in outcome.out.splitlines() if line.endswith("FAIL")]
+    assert failed
+    assert all("toy/train-00001.h5" in line and "rows" in line for line in failed)
+
+
+@pytest.mark.parametrize("rule", ["fa", "ldrl", "drl"])
+def test_a_device_is_held_against_the_host(device, place, rule):
+    words = [word for word in RULES[rule] if word != "--set"]
+    checks = list(audit(plan(load_one("toy.yml", words), device.backend)))
+    assert [check for _, check in checks if check.verdict == "fail"] == []
+    assert sum(family == "device" for family, _ in checks) >= 6
+
+
+def test_streamed_data_is_audited_too(arraytp):
+    outcome = arraytp("audit", "toy.yml", "--set", "data.in_memory_mb=0", "--set", "data.pool_images=16")
+    assert (outcome.status, outcome.err) == (0, ""), outcome.out
+    assert np.any([line.startswith("train: pixels of the first batch") for line in outcome.out.splitlines()])
