@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import close, rng, well_conditioned
 
-from arraytp.ops.solve import condition, factor, right_solve, unit_rows
+from arraytp.ops.solve import condition, factor, inverse_rows, right_solve
 
 
 @given(order=st.integers(1, 30), rows=st.integers(1, 9), number=st.sampled_from([1, 1e2, 1e4]), seed=st.integers(0, 99))
@@ -30,8 +30,8 @@ def test_solving_with_an_orthogonal_matrix_is_multiplying_with_its_transpose(pla
 def test_solving_for_rows_of_the_identity_gives_rows_of_the_inverse(place):
     w = well_conditioned(12, 10, 0)
     factors = factor(place.put(w))
-    for count in (1, 5, 12):
-        close(place.get(right_solve(factors, unit_rows(factors, count))), np.linalg.inv(w)[:count], 1e-12)
+    for rows in (slice(0, 1), slice(0, 12), slice(3, 5)):
+        close(place.get(inverse_rows(factors, rows)), np.linalg.inv(w)[rows], 1e-12)
 
 
 LOPSIDED = np.eye(20)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from samples import close, rng
 
-from arraytp.optim import add_orthogonality, apply_updates, init_optimizer
+from arraytp.optim import apply_updates, init_optimizer
 from arraytp.options import SGD, Adam
+from arraytp.orthogonality import add_orthogonality
 from arraytp.parallel import Workspace
 
 
