@@ -21,6 +21,7 @@ MODULES = [
     "arraytp.feedback",
     "arraytp.fused_feedback",
     "arraytp.inverse",
+    "arraytp.orthogonality",
     "arraytp.optim",
     "arraytp.compare",
     "arraytp.initialise",
