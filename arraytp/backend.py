@@ -32,7 +32,10 @@ def array_module(*arrays: Array) -> Any:
 
 
 def device_linalg(array: Array) -> Any:
-    """Return the module with `lu_factor` and `lu_solve` for an array of a device: for CuPy, cupyx.scipy.linalg."""
+    """Return the module with `lu_factor`, `lu_solve` and `solve_triangular` for an array of a device.
+
+    For CuPy it is cupyx.scipy.linalg.
+    """
     return importlib.import_module(array_module(array).__name__ + "x.scipy.linalg")
 
 

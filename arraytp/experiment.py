@@ -31,7 +31,7 @@ from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learnin
 from arraytp.options import Adam
 from arraytp.parallel import Workspace
 from arraytp.rules import RULES, RuleOptions, bp, dtp
-from arraytp.rules.protocol import Observe, State, Target, Updates
+from arraytp.rules.protocol import Excess, Observe, State, Target, Updates
 
 TEST_SPLITS = ("test", "val")
 # In image sides; a wider border leaves crops of nothing but edge pixels, and fits no memory in the end.
@@ -119,6 +119,8 @@ class Experiment:
         On how many batches feedback was trained; noise is keyed by it.
     passed, dlogits, updates : ForwardPass, array, Updates; None before the first step
         Of the last step: forward pass, ∂L/∂logits and what the rule made of them; valid until the next step or score.
+    excess : Excess
+        WWᵀ − I of the weights that `updates` belong to, computed with them; empty for rules that invert no weights.
     feedback_losses : list of arrays of shape (), or None for no iterations
         Of the last step, per block with feedback; empty for rules without trained feedback.
     proposed : bool
@@ -137,6 +139,7 @@ class Experiment:
     passed: ForwardPass | None = None
     dlogits: Array | None = None
     updates: Updates | None = None
+    excess: Excess = field(default_factory=dict)
     feedback_losses: list[Array | None] = field(default_factory=list)
     proposed: bool = False
 
@@ -212,12 +215,15 @@ class Experiment:
 
     def propose_updates(self) -> None:
         """Compute the rule's updates for the batch of the last forward pass into `updates`."""
+        if hasattr(self.rule, "excess"):
+            self.excess = self.rule.excess(self.network, self.workspace)
         self.updates = self._updates(self.config.rule)
         self.proposed = True
 
     def _updates(self, options: RuleOptions) -> Updates:
+        shared = {"excess": self.excess} if self.excess else {}
         found: Updates = self.rule.updates(
-            options, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
+            options, self.rule_state, self.network, self.passed, self.dlogits, self.workspace, **shared
         )
         return found
 
@@ -284,7 +290,7 @@ class Experiment:
         ]
 
     def apply(self, epoch: int = 0) -> None:
-        """Let the optimiser apply the proposed updates, once.
+        """Let the optimiser apply the proposed updates, once, to the θ that they were proposed for.
 
         Raises
         ------
@@ -303,6 +309,7 @@ class Experiment:
             parameters(self.network),
             [array for pair in self.updates for array in pair],
             self.workspace,
+            self.excess,
         )
 
     def evaluate(self) -> Iterator[Score]:

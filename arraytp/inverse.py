@@ -1,10 +1,12 @@
 """Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), in slices shared by threads.
 
-`arraytp.network.block_inverse` is the plain form. W is factorised once per step and block. Where fewer rows are to be
-carried through W⁻¹ than it has rows of interest, they are solved for; else those rows of W⁻¹ are formed and multiplied.
+`arraytp.network.block_inverse` is the plain form. W is factorised once per step and block: near an orthogonal matrix by
+Cholesky, W⁻¹ = Wᵀ(WWᵀ)⁻¹, else by LU. Where fewer rows are to be carried through W⁻¹ than it has rows of interest, they
+are solved for; else those rows of W⁻¹ are formed and multiplied.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -15,11 +17,25 @@ from arraytp.fused import backward
 from arraytp.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_backward, activation_inverse, activation_range
 from arraytp.ops.conv import as_matrix
+from arraytp.ops.excess import excess_norm
 from arraytp.ops.patches import col2im, coverage
-from arraytp.ops.solve import Factors, condition, factor, right_solve, unit_rows
+from arraytp.ops.solve import (
+    NEAR_ORTHOGONAL,
+    Cholesky,
+    Factors,
+    cholesky,
+    condition,
+    factor,
+    inverse_rows,
+    right_solve,
+    symmetric_solve,
+)
+from arraytp.orthogonality import excess_of
 from arraytp.parallel import Buffers, Workspace, even_slices
 
 SLICES = 4
+# Measured: 64 rows a slice take a sixth longer.
+SOLVE_ROWS = 128
 INVERTIBLE = ("linear", "leaky-relu", "elu", "tanh")
 
 
@@ -71,22 +87,39 @@ def check_range(block: Block, n: int, y: Array) -> None:
             )
 
 
-def factor_blocks(network: Network, workspace: Workspace) -> dict[int, Factors]:
+def factor_blocks(
+    network: Network, workspace: Workspace, excess: Mapping[int, Array] | None = None
+) -> dict[int, Factors]:
     """Factorise the weight matrix of every block but the first, one task a block.
+
+    Parameters
+    ----------
+    network : Network
+    workspace : Workspace
+        Holds the result until the next call.
+    excess : mapping of int to array, optional
+        WWᵀ − I of these blocks, where the caller has it; `arraytp.orthogonality.excess_of`.
 
     Raises
     ------
     IllConditionedError
         If a condition number is beyond what the dtype can carry, 1 / machine epsilon; names the block and the number.
     """
+    inner = range(1, len(network))
+    if excess is None:
+        excess = excess_of({n: network.weights[n] for n in inner}, workspace)
+    triangles = {n: workspace.array(("triangle", n), e.shape, e.dtype) for n, e in excess.items()}
     found: dict[int, tuple[Factors, float]] = {}
 
     def task(n: int, scratch: Buffers) -> None:
-        factors = factor(as_matrix(network.weights[n]))
-        found[n] = factors, condition(factors)
+        w = as_matrix(network.weights[n])
+        if excess_norm(excess[n]) <= NEAR_ORTHOGONAL:
+            found[n] = cholesky(w, excess[n], triangles[n]), 1
+        else:
+            factors = factor(w)
+            found[n] = factors, condition(factors)
 
-    largest_first = sorted(range(1, len(network)), key=lambda n: network.weights[n].size, reverse=True)
-    workspace.run([partial(task, n) for n in largest_first])
+    workspace.run([partial(task, n) for n in sorted(inner, key=lambda n: network.weights[n].size, reverse=True)])
     for n in sorted(found):
         dtype, estimate = network.weights[n].dtype, found[n][1]
         if estimate > 1 / np.finfo(dtype).eps:
@@ -122,8 +155,8 @@ def inverse(
     array of x's shape
     """
     out = workspace.array((key, "x"), x.shape, x.dtype)
-    order = len(factors.lu)
-    matrix = None if y.size // order <= order else inverse_rows(factors, order, workspace)
+    order = len(factors.matrix)
+    matrix = None if y.size // order <= order else first_rows(factors, order, workspace)
     others = _other_windows(block, x, workspace)
 
     def samples(part: slice, scratch: Buffers) -> None:
@@ -148,32 +181,46 @@ def backward_through_inverse(
     """
     s, x, units = passed.s[n + 1], passed.x[n], block.passed_shape[-1]
     if block.window is not None or len(x) >= units:
-        rows = inverse_rows(factors, units, workspace)
+        rows = first_rows(factors, units, workspace)
         carrier = array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
         dweight, dbias, dx = backward(block, ds, s, None, x, carrier, workspace, key)
+        return dweight, dbias, dx
+    if isinstance(factors, Cholesky):
+        weight = factors.matrix.reshape(block.weight_shape)
+        dweight, dbias, dx = backward(block, ds, s, None, x, weight, workspace, key)
+        assert dx is not None
+        _solve_rows(lambda rows: symmetric_solve(factors, rows), dx.reshape(len(x), -1), workspace)
         return dweight, dbias, dx
     dweight, dbias, _ = backward(block, ds, s, None, x, None, workspace, key)
     dz = workspace.array((key, "solved"), s.shape, s.dtype)
     dz[:, units:] = 0
     activation_backward(ds.reshape(len(x), units), s[:, :units], block.activation, out=dz[:, :units])
-    _solve_rows(factors, dz, workspace)
+    _solve_rows(lambda rows: right_solve(factors, rows), dz, workspace)
     return dweight, dbias, dz.reshape(x.shape)
 
 
-def inverse_rows(factors: Factors, count: int, workspace: Workspace) -> Array:
+def first_rows(factors: Factors, count: int, workspace: Workspace) -> Array:
     """Return the first `count` rows of W⁻¹, of shape (count, n): what `count` units of the output say of the input."""
-    rows = unit_rows(factors, count)
-    _solve_rows(factors, rows, workspace)
+    rows = workspace.array("inverse rows", (count, len(factors.matrix)), factors.matrix.dtype)
+
+    def task(part: slice, scratch: Buffers) -> None:
+        rows[part] = inverse_rows(factors, part)
+
+    workspace.run([partial(task, part) for part in _row_slices(count, workspace)])
     return rows
 
 
-def _solve_rows(factors: Factors, rows: Array, workspace: Workspace) -> None:
-    """Replace the rows y by x with x W = y."""
+def _solve_rows(solve: Callable[[Array], Array], rows: Array, workspace: Workspace) -> None:
+    """Replace the rows by what `solve` makes of them."""
 
     def task(part: slice, scratch: Buffers) -> None:
-        rows[part] = right_solve(factors, rows[part])
+        rows[part] = solve(rows[part])
 
-    workspace.run([partial(task, part) for part in even_slices(len(rows), SLICES if workspace.backend.on_host else 1)])
+    workspace.run([partial(task, part) for part in _row_slices(len(rows), workspace)])
+
+
+def _row_slices(count: int, workspace: Workspace) -> list[slice]:
+    return even_slices(count, max(2, count // SOLVE_ROWS) if workspace.backend.on_host else 1)
 
 
 def _other_windows(block: Block, x: Array, workspace: Workspace) -> Array:

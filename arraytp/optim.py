@@ -4,18 +4,17 @@ g gradient, θ parameter, v velocity, m and u first and second moment, t the num
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from arraytp import options
 from arraytp.backend import Array, array_module
-from arraytp.ops.conv import as_matrix
-from arraytp.parallel import Buffers, Workspace, even_slices, slices
+from arraytp.orthogonality import add_orthogonality
+from arraytp.parallel import Buffers, Workspace, slices
 
 # Measured: shorter stretches stay in a core's cache, but then threads wait for the interpreter between operations.
 HOST_ELEMENTS = 1 << 19
-ORTHOGONALITY_PARTS = 8
 
 OptimizerOptions = options.SGD | options.Adam
 ScheduleOptions = options.Constant | options.Cosine
@@ -51,6 +50,7 @@ def apply_updates(
     parameters: Sequence[Array],
     gradients: Sequence[Array],
     workspace: Workspace,
+    excess: Mapping[int, Array] | None = None,
 ) -> None:
     """Do one step of SGD or Adam on every parameter, in place.
 
@@ -59,7 +59,7 @@ def apply_updates(
     Parameters
     ----------
     optimizer : SGD or Adam options
-        Weight decay is coupled L2, g ← g + wd·θ, biases too. Orthogonality is `add_orthogonality`.
+        Weight decay is coupled L2, g ← g + wd·θ, biases too. Orthogonality is `arraytp.orthogonality`'s.
     lr : float or sequence of float
         Learning rate of this step, one for all blocks or one per block.
     state : OptimizerState
@@ -67,6 +67,8 @@ def apply_updates(
     parameters, gradients : sequences of arrays of the same shapes and dtype
         Gradients are left as they are.
     workspace : Workspace
+    excess : mapping of int to array, optional
+        WWᵀ − I of these parameters' blocks, by position, where the rule has it; `arraytp.orthogonality.excess_of`.
 
     Raises
     ------
@@ -81,7 +83,7 @@ def apply_updates(
             )
     state.step += 1
     if optimizer.orthogonality:
-        gradients = add_orthogonality(optimizer.orthogonality, parameters, gradients, workspace)
+        gradients = add_orthogonality(optimizer.orthogonality, parameters, gradients, workspace, excess)
     tasks = []
     for p, (theta, gradient, moments) in enumerate(zip(parameters, gradients, state.moments, strict=True)):
         settings, rate = of_block(optimizer, p // 2), at_block(lr, p // 2)
@@ -103,56 +105,6 @@ def of_block(optimizer: OptimizerOptions, position: int) -> OptimizerOptions:
     if isinstance(optimizer, options.Adam) and isinstance(optimizer.epsilon, tuple):
         return replace(optimizer, epsilon=optimizer.epsilon[position])
     return optimizer
-
-
-def add_orthogonality(
-    strength: float, parameters: Sequence[Array], gradients: Sequence[Array], workspace: Workspace
-) -> list[Array]:
-    """Return g + λ·4(WWᵀ − I)W, the gradient of λ‖WWᵀ − I‖², where a parameter's matrix W is square (GP paper).
-
-    Two matrix products a parameter, the first by half since WWᵀ is symmetric. λ stands beside g as it is: the authors'
-    values go with the loss summed over the batch.
-
-    Parameters
-    ----------
-    strength : float
-        λ.
-    parameters, gradients : sequences of arrays of the same shapes and dtype
-        Left as they are; kernels are (k·k·C, O) matrices.
-    workspace : Workspace
-        Holds the result until the next call.
-    """
-    result, first, second = list(gradients), [], []
-    for p, theta in enumerate(parameters):
-        w = as_matrix(theta) if theta.ndim > 1 else theta
-        if w.ndim == 1 or w.shape[0] != w.shape[1]:
-            continue
-        product = workspace.array(("orthogonality", p), w.shape, w.dtype)
-        result[p] = workspace.array(("orthogonality sum", p), theta.shape, w.dtype)
-        total, g = as_matrix(result[p]), as_matrix(gradients[p])
-        parts = even_slices(len(w), ORTHOGONALITY_PARTS if workspace.backend.on_host else 1)
-        # The rows with most columns left of the diagonal first.
-        first += [partial(_excess_rows, w, product, part) for part in reversed(parts)]
-        second += [partial(_orthogonality_rows, 4 * strength, product, w, g, total, part) for part in parts]
-    workspace.run(first)
-    workspace.run(second)
-    return result
-
-
-def _excess_rows(w: Array, product: Array, rows: slice, scratch: Buffers) -> None:
-    """Write WWᵀ − I up to the diagonal in these rows, and what mirrors it."""
-    xp, order = array_module(w), len(w)
-    xp.matmul(w[rows], w[: rows.stop].T, out=product[rows, : rows.stop])
-    product.reshape(-1)[rows.start * (order + 1) : (rows.stop - 1) * (order + 1) + 1 : order + 1] -= 1
-    product[: rows.start, rows] = product[rows, : rows.start].T
-
-
-def _orthogonality_rows(
-    factor: float, product: Array, w: Array, g: Array, total: Array, rows: slice, scratch: Buffers
-) -> None:
-    array_module(w).matmul(product[rows], w, out=total[rows])
-    total[rows] *= w.dtype.type(factor)
-    total[rows] += g[rows]
 
 
 def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array], scratch: Buffers) -> None:

@@ -56,8 +56,11 @@ def arraytp_step(side: str, batch: int, threads: int) -> Any:
     def step() -> float:
         passed = forward(network, x, workspace)
         loss, cache = cross_entropy_forward(passed.logits, y, "sum")
-        updates = rule.updates(settings, {}, network, passed, cross_entropy_backward(cache, "sum"), workspace)
-        apply_updates(adam, LR, state, parameters(network), [a for pair in updates for a in pair], workspace)
+        shared = {"excess": rule.excess(network, workspace)} if form else {}
+        dlogits = cross_entropy_backward(cache, "sum")
+        updates = rule.updates(settings, {}, network, passed, dlogits, workspace, **shared)
+        gradients = [array for pair in updates for array in pair]
+        apply_updates(adam, LR, state, parameters(network), gradients, workspace, **shared)
         return float(loss)
 
     return step

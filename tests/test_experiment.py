@@ -353,3 +353,26 @@ def test_a_parameter_that_the_optimiser_could_not_write_to_is_refused(batch, spo
     made.network.weights[-1] = spoil(made.network.weights[-1])
     with pytest.raises(ValueError, match="C-contiguous"):
         made.apply()
+
+
+def test_weights_replaced_between_steps_are_those_that_rule_and_regulariser_see(batch):
+    """WWᵀ of the step before would give other updates and another pull."""
+    hidden = [{"type": "dense", "units": 24, "activation": "leaky-relu"}] * 2
+    network = {"blocks": [*hidden, {"type": "dense", "units": 10}], "square": True, "init": "orthogonal"}
+    optimizer = {"name": "sgd", "lr": 1e-3, "orthogonality": 10.0}
+    config = small(network=network, rule={"name": "gait-prop", "form": "difference"}, optimizer=optimizer)
+    one, images, labels = batch(config)
+    other, _, _ = batch(config)
+    one.step(images, labels)
+    generator = np.random.default_rng(0)
+    for n, weight in enumerate(other.network.weights):
+        weight[...] = weight + generator.standard_normal(weight.shape) * 1e-2
+        if n == 1:
+            one.network.weights[n] = weight.copy()
+        else:
+            one.network.weights[n][...] = weight
+        one.network.biases[n][...] = other.network.biases[n]
+    for made in (one, other):
+        made.step(images, labels)
+    for mine, wanted in zip(one.network.weights, other.network.weights, strict=True):
+        np.testing.assert_array_equal(mine, wanted)

@@ -22,6 +22,8 @@ from arraytp.rules.protocol import Updates
 
 # How far W is moved before it is taken back to its nearest orthogonal matrix, in its own size.
 DRIFT = 0.05
+# As far as this W is inverted by LU factors, not by the Cholesky factor of WWᵀ.
+FAR = 0.3
 WAY = (0.0, 0.5, 1.0)
 # A nudge of this size, relative to the activations, hardly crosses a kink; smaller ones are tried if it does.
 ETAS = (1e-7, 1e-8, 1e-9)
@@ -35,16 +37,16 @@ ORTHOGONAL = 1e-8
 
 
 def inverses(setting: Setting) -> Iterator[Check]:
-    """Check solving with W and the inverse of every block, as W is and drifted."""
+    """Check solving with W and the inverse of every block, as W is, drifted, and far off, where it has LU factors."""
     if setting.config.rule.name != "gait-prop":
         return
-    drifted = drift(setting)
-    for n, block in enumerate(setting.network.blocks[1:], start=1):
-        for when, there in (("", setting.network), (", W drifted", drifted)):
+    for when, there in (("", setting.network), (", W drifted", drift(setting)), (", W far off", drift(setting, FAR))):
+        factorised = inverse.factor_blocks(there, setting.workspace)
+        for n, block in enumerate(setting.network.blocks[1:], start=1):
             weight, bias, x = there.weights[n], there.biases[n], setting.passed.x[n]
-            factors = solve.factor(as_matrix(weight))
-            number = solve.condition(factors)
-            rows = setting.normal((3, len(factors.lu)), 50, n)
+            factors = factorised[n]
+            number = solve.condition(solve.factor(as_matrix(weight)))
+            rows = setting.normal((3, len(factors.matrix)), 50, n)
             error = apart(solve.right_solve(factors, rows) @ as_matrix(weight), rows)
             yield checked(
                 f"{block.label}: solving x W = y{when}", "x W = y", solve.right_solve, error, INVERSE * number
@@ -102,15 +104,15 @@ def forms(setting: Setting) -> Iterator[Check]:
     """Check the difference form against its definition and the literal form against the difference form."""
     if setting.config.rule.name != "gait-prop":
         return
-    there = drift(setting)
-    passed, dlogits, workspace = _pass(setting, there)
     difference = replace(setting.options, form="difference", rescale_updates=True)
-    found = _copied(gait_prop.updates(difference, {}, there, passed, dlogits, workspace))
-    wanted = _by_definition(hosted(there), host(setting.images), host(dlogits))
-    for block, a, b in zip(there.blocks, found, wanted, strict=True):
-        error = max(apart(a[0], b[0]), apart(a[1], b[1]))
-        yield checked(f"{block.label}: difference form by definition, W drifted", "e = (D e) W⁻¹", gait_prop.updates,
-                      error, INVERSE * 10)  # fmt: skip
+    for when, there in (("far off", drift(setting, FAR)), ("drifted", drift(setting))):
+        passed, dlogits, workspace = _pass(setting, there)
+        found = _copied(gait_prop.updates(difference, {}, there, passed, dlogits, workspace))
+        wanted = _by_definition(hosted(there), host(setting.images), host(dlogits))
+        for block, a, b in zip(there.blocks, found, wanted, strict=True):
+            error = max(apart(a[0], b[0]), apart(a[1], b[1]))
+            yield checked(f"{block.label}: difference form by definition, W {when}", "e = (D e) W⁻¹", gait_prop.updates,
+                          error, INVERSE * 10)  # fmt: skip
     for eta in ETAS:
         options = replace(setting.options, form="literal", normalise=True, eta=eta, norm="l2", rescale_updates=True)
         targets = gait_prop.targets(options, {}, there, passed, dlogits, workspace)
@@ -170,13 +172,13 @@ def to_orthogonal(setting: Setting) -> Iterator[Check]:
                       "W⁻¹ = Wᵀ", gait_prop.updates, worst, ORTHOGONAL if share == 1 else None)  # fmt: skip
 
 
-def drift(setting: Setting) -> Network:
-    """Return the network with every square W moved by a random matrix of 5 % of its size."""
+def drift(setting: Setting, share: float = DRIFT) -> Network:
+    """Return the network with every square W moved by a random matrix of a share of its size."""
     weights = list(setting.network.weights)
     for n, block in enumerate(setting.network.blocks):
         if n > 0 and block.is_square:
             noise, w = setting.generator(51, n).standard_normal(weights[n].shape), host(weights[n])
-            weights[n] = setting.put(w + DRIFT * noise * (np.linalg.norm(w) / np.linalg.norm(noise)))
+            weights[n] = setting.put(w + share * noise * (np.linalg.norm(w) / np.linalg.norm(noise)))
     return Network(setting.network.blocks, weights, setting.network.biases)
 
 

@@ -15,6 +15,7 @@ from arraytp.experiment import parameters
 from arraytp.ops.conv import as_matrix
 from arraytp.optim import at_block
 from arraytp.options import Cosine
+from arraytp.orthogonality import add_orthogonality
 from arraytp.parallel import Workspace
 
 STEPS = 2
@@ -73,7 +74,7 @@ def orthogonality(setting: Setting) -> Iterator[Check]:
     there = drift(setting)
     theta = parameters(there)
     zeros = [setting.put(np.zeros(array.shape)) for array in theta]
-    found = optim.add_orthogonality(strength, theta, zeros, Workspace(setting.workspace.backend))
+    found = add_orthogonality(strength, theta, zeros, Workspace(setting.workspace.backend))
     for n, block in enumerate(there.blocks):
         if not block.is_square:
             continue
@@ -85,7 +86,7 @@ def orthogonality(setting: Setting) -> Iterator[Check]:
             return strength * inner(excess, excess)
 
         error = gradient_error(penalty, there.weights[n], found[2 * n], setting.generator(61, n), 1)
-        yield checked(f"{block.label}: gradient of the regulariser", "4λ(WWᵀ − I)W", optim.add_orthogonality, error,
+        yield checked(f"{block.label}: gradient of the regulariser", "4λ(WWᵀ − I)W", add_orthogonality, error,
                       DIFFERENCES)  # fmt: skip
 
 

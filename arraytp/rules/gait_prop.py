@@ -34,8 +34,9 @@ from arraytp.inverse import backward_through_inverse, check_invertible, check_ra
 from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops
 from arraytp.ops.activations import activation_derivative
 from arraytp.options import STRICT, Positive
+from arraytp.orthogonality import excess_of
 from arraytp.parallel import Workspace
-from arraytp.rules.protocol import State, Target, Updates
+from arraytp.rules.protocol import Excess, State, Target, Updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,23 @@ def init_state(options: Options, network: Network, seed: int, backend: Backend) 
     return {}
 
 
+def excess(network: Network, workspace: Workspace) -> Excess:
+    """Return E = WWᵀ − I of every block but the first, by its position: what inverses and the regulariser share."""
+    return excess_of({n: network.weights[n] for n in range(1, len(network))}, workspace)
+
+
 def updates(
-    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+    options: Options,
+    state: State,
+    network: Network,
+    passed: ForwardPass,
+    dlogits: Array,
+    workspace: Workspace,
+    excess: Excess | None = None,
 ) -> Updates:
     """Return GP's updates of every block; parameters and result as in `arraytp.rules.bp.updates`.
+
+    `excess` is that of the network's weights, where the caller has it.
 
     Raises
     ------
@@ -87,9 +101,9 @@ def updates(
         If the literal form nudges an ELU or tanh unit out of its range, or the unit is saturated.
     """
     if options.form == "difference":
-        return [update for _, update in _difference(options, network, passed, dlogits, workspace)][::-1]
+        return [update for _, update in _difference(options, network, passed, dlogits, workspace, excess)][::-1]
     number, result = dlogits.dtype.type, []
-    found = literal_targets(options, network, passed, dlogits, workspace)
+    found = literal_targets(options, network, passed, dlogits, workspace, excess)
     for n, target in zip(reversed(range(len(network))), found, strict=True):
         e = number(-2) * per_sample(target.m, target.delta) * target.delta
         block, s, x = network.blocks[n], passed.s[n + 1], passed.x[n]
@@ -98,21 +112,32 @@ def updates(
 
 
 def targets(
-    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+    options: Options,
+    state: State,
+    network: Network,
+    passed: ForwardPass,
+    dlogits: Array,
+    workspace: Workspace,
+    excess: Excess | None = None,
 ) -> Iterator[Target]:
     """Return the targets of every block, from the last to the first, by `options.form`; the update is 2 m D (a − t).
 
     Parameters and errors as in `updates`.
     """
     form = literal_targets if options.form == "literal" else difference_targets
-    return form(options, network, passed, dlogits, workspace)
+    return form(options, network, passed, dlogits, workspace, excess)
 
 
 def literal_targets(
-    options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+    options: Options,
+    network: Network,
+    passed: ForwardPass,
+    dlogits: Array,
+    workspace: Workspace,
+    excess: Excess | None = None,
 ) -> Iterator[Target]:
     """Yield t, δ = t − a and m of what every block passes on, from the last block to the first (Algorithm 1)."""
-    factors = factor_blocks(network, workspace)
+    factors = factor_blocks(network, workspace, excess)
     number = dlogits.dtype.type
     t = passed.logits - number(0.5) * dlogits
     m = array_module(t).ones(len(t), dtype=t.dtype)
@@ -133,10 +158,15 @@ def literal_targets(
 
 
 def _difference(
-    options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+    options: Options,
+    network: Network,
+    passed: ForwardPass,
+    dlogits: Array,
+    workspace: Workspace,
+    excess: Excess | None = None,
 ) -> Iterator[tuple[Array, tuple[Array, Array]]]:
     """Yield e and the update of every block, from the last to the first."""
-    factors = factor_blocks(network, workspace)
+    factors = factor_blocks(network, workspace, excess)
     e = dlogits
     for n in reversed(range(1, len(network))):
         block, key = network.blocks[n], ("gait-prop", n)
@@ -178,11 +208,16 @@ def nudged(block: Block, s: Array, t: Array, gamma: Array) -> Array:
 
 
 def difference_targets(
-    options: Options, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
+    options: Options,
+    network: Network,
+    passed: ForwardPass,
+    dlogits: Array,
+    workspace: Workspace,
+    excess: Excess | None = None,
 ) -> Iterator[Target]:
     """Yield δ and m of what every block passes on, from the last block to the first, by the difference form."""
     m = array_module(dlogits).ones(len(dlogits), dtype=dlogits.dtype)
-    found = _difference(options, network, passed, dlogits, workspace)
+    found = _difference(options, network, passed, dlogits, workspace, excess)
     for n, (e, _) in zip(reversed(range(len(network))), found, strict=True):
         delta = e.reshape(passed.x[n + 1].shape) / (e.dtype.type(-2) * per_sample(m, passed.x[n + 1]))
         yield Target(delta, m=m)

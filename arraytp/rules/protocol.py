@@ -24,6 +24,11 @@ One that gives its blocks targets has
     targets         (parameters of `updates`) → iterator of Target, from the last block to the first; what `updates`
                     is made of
 
+One that inverts square weight matrices has
+
+    excess          (network, workspace) → Excess, WWᵀ − I of the blocks that it inverts; `updates` and `targets` take
+                    it as their last argument, and the optimiser's orthogonality regulariser takes it from there
+
 A rule returns updates and never applies them to θ. `State` is a flat map of names to arrays, so that a checkpoint can
 hold that of any rule; its names are paths such as "feedback/2/weight".
 """
@@ -34,6 +39,8 @@ from dataclasses import dataclass
 from arraytp.backend import Array
 
 State = dict[str, Array]
+Excess = Mapping[int, Array]
+"""By the position of the block, as `arraytp.orthogonality.excess_of` computes it."""
 Updates = list[tuple[Array, Array]]
 """Per block, gradient-like arrays of the shapes of weight and bias: plain SGD does `parameter -= lr * update`."""
 Observe = Callable[[int, int, Mapping[str, Array]], None]

@@ -140,10 +140,10 @@ MUTANTS = [
     *_on(
         "gp",
         "optim.py",
-        ("4 * strength", "2 * strength"),
-        (": order + 1] -= 1", ": order + 1] += 1"),
         ("rate = lr * correction2 / correction1", "rate = lr / correction1"),
     ),
+    *_on("gp", "orthogonality.py", ("4 * strength", "2 * strength")),
+    *_on("gp", "ops/excess.py", (": n + 1] -= 1", ": n + 1] += 1")),
     *_on(
         "gp",
         "rules/gait_prop.py",
@@ -161,7 +161,8 @@ MUTANTS = [
         ("coverage(window, x) - x.dtype.type(1)", "coverage(window, x)"),
         ("dz[:, units:] = 0", "dz[:, units:] = 1"),
     ),
-    *_on("gp", "ops/solve.py", ("[:: order + 1] = 1", "[:: order + 1] = 2"), ("return x.T\n", "return -x.T\n")),
+    *_on("gp", "ops/solve.py", ("[rows.start :: order + 1] = 1", "[rows.start :: order + 1] = 2"),
+         ("return x.T\n", "return -x.T\n"), ("y @ factors.matrix.T)", "y @ factors.matrix)")),
     *_on("gp", "ops/activations.py", ("s.dtype.type(1 / LEAKY_SLOPE)", "s.dtype.type(2 / LEAKY_SLOPE)"),
          ("LEAKY_SLOPE = 0.1", "LEAKY_SLOPE = 0.01")),
     *_on(
@@ -240,7 +241,7 @@ MUTANTS = [
         "bp",
         "data/prepare.py",
         ("taken[:, :, ::-1, channel]", "taken[:, ::-1, :, channel]"),
-        ("np.add(flat, self.shift, out=flat)", "np.subtract(flat, self.shift, out=flat)"),
+        ("np.add(results, self.shift[", "np.subtract(results, self.shift["),
         ("(np.flatnonzero(moved == -step), 0,", "(np.flatnonzero(moved == -step), 1,"),
     ),
     *_on("bp", "data/order.py", (".permutation(count) if shuffle", ".integers(0, count, count) if shuffle")),

@@ -21,6 +21,7 @@ MODULES = [
     "arraytp.fused_feedback",
     "arraytp.inverse",
     "arraytp.optim",
+    "arraytp.orthogonality",
     "arraytp.compare",
     "arraytp.initialise",
 ]
@@ -31,7 +32,7 @@ COMMANDS = re.findall(
     r"\w+",
     """
     alpha arccos begin beta cdot cdots circ cos cr dagger delta Delta dfrac dim dots end epsilon eta exp
-    forall frac gamma hat in lambda langle lceil ldots left leftarrow lfloor lim log lVert mathbb
+    forall frac gamma hat in lambda langle lceil ldots le left leftarrow lfloor lim log lVert mathbb
     mathcal mathrm max min mu odot omega operatorname overline partial pi prod qquad quad rangle rceil
     rfloor right rVert sigma sim sqrt star sum tag text tfrac theta tilde times to top triangleq
     varepsilon

@@ -12,8 +12,9 @@ from arraytp.architectures import plan_network, square
 from arraytp.errors import IllConditionedError, UserError
 from arraytp.inverse import check_invertible, factor_blocks, inverse
 from arraytp.network import Network, block_forward, block_inverse, plan_blocks
-from arraytp.ops.solve import factor
+from arraytp.ops.solve import LU, NEAR_ORTHOGONAL, Cholesky, factor, right_solve
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
+from arraytp.orthogonality import excess_of
 from arraytp.parallel import Workspace
 
 # The issue's bound; measured: at most 4e-12.
@@ -91,6 +92,40 @@ def test_two_overlapping_windows_by_hand():
     x[0, 0, 1, 0] = 2
     found = block_inverse(block, np.eye(4).reshape(2, 2, 1, 4), np.zeros(4), s, x)
     np.testing.assert_array_equal(found[0, :, :, 0], [[1, 3, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("share", "kind"), [(0, Cholesky), (0.99, Cholesky), (1.01, LU), (50, LU)])
+def test_weights_near_orthogonal_ones_have_cholesky_factors_and_others_lu(place, share, kind, dtype):
+    """On both sides of the limit, the solutions are NumPy's."""
+    blocks = fitting_blocks([Dense(units=9), Dense(units=9)], (9,))
+    left, right = (np.linalg.qr(rng(i).standard_normal((9, 9)))[0] for i in (0, 1))
+    w = (left * np.sqrt(1 + np.append(share * NEAR_ORTHOGONAL, np.zeros(8))) @ right).astype(dtype)
+    network = Network(blocks, [place.put(np.eye(9, dtype=dtype)), place.put(w)], [place.put(np.zeros(9, dtype))] * 2)
+    workspace = Workspace(place.backend, 2)
+    factors = factor_blocks(network, workspace)[1]
+    assert isinstance(factors, kind)
+    y = rng(2).standard_normal((3, 9)).astype(dtype)
+    found = place.get(right_solve(factors, place.put(y)))
+    close(found, np.linalg.solve(w.T.astype("float64"), y.T).T, 2e-6 if dtype == "float32" else 1e-13)
+    given = factor_blocks(network, workspace, excess_of({1: network.weights[1]}, workspace))[1]
+    np.testing.assert_array_equal(place.get(right_solve(given, place.put(y))), found)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_round_trip_through_the_factors_of_a_network(place, near):
+    """More samples than units and fewer, by either kind of factors; `check_round_trip` has LU alone."""
+    block = square_block(Dense(units=2, activation="leaky-relu"), (24,))
+    w = well_conditioned(24, 1.2 if near else 20, 1) * (1.1 if near else 1)
+    network = Network((block, block), [place.put(w)] * 2, [place.put(rng(2).standard_normal(24))] * 2)
+    workspace = Workspace(place.backend, 2)
+    factors = factor_blocks(network, workspace)[1]
+    assert isinstance(factors, Cholesky if near else LU)
+    for count in (3, 40):
+        x = rng(3).standard_normal((count, 24))
+        _, s, _ = block_forward(block, w, rng(2).standard_normal(24), x)
+        found = inverse(block, factors, network.biases[1], place.put(s), place.put(x), workspace, 0)
+        close(place.get(found), x, ROUND_TRIP)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", "8.4e\\+06"), ("float64", "4.5e\\+15")])

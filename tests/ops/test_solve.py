@@ -1,12 +1,16 @@
 """Solving with square matrices: against products, NumPy's condition number, and on every place."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import close, rng, well_conditioned
 
-from arraytp.ops.solve import condition, factor, right_solve, unit_rows
+from arraytp.backend import NUMPY
+from arraytp.ops.excess import excess_rows
+from arraytp.ops.solve import NEAR_ORTHOGONAL, cholesky, condition, factor, inverse_rows, right_solve
 
 
 @given(order=st.integers(1, 30), rows=st.integers(1, 9), number=st.sampled_from([1, 1e2, 1e4]), seed=st.integers(0, 99))
@@ -30,8 +34,8 @@ def test_solving_with_an_orthogonal_matrix_is_multiplying_with_its_transpose(pla
 def test_solving_for_rows_of_the_identity_gives_rows_of_the_inverse(place):
     w = well_conditioned(12, 10, 0)
     factors = factor(place.put(w))
-    for count in (1, 5, 12):
-        close(place.get(right_solve(factors, unit_rows(factors, count))), np.linalg.inv(w)[:count], 1e-12)
+    for rows in (slice(0, 1), slice(0, 12), slice(3, 5)):
+        close(place.get(inverse_rows(factors, rows)), np.linalg.inv(w)[rows], 1e-12)
 
 
 LOPSIDED = np.eye(20)
@@ -62,3 +66,45 @@ def test_a_matrix_that_is_not_finite_has_no_condition_number(place):
     w[1, 1] = np.nan
     with np.errstate(all="ignore"):
         assert np.isnan(condition(factor(place.put(w))))
+
+
+def near_orthogonal(order, norm, seed=0, lopsided=False):
+    """Return W with ‖WWᵀ − I‖ of this norm: in all directions alike, or all of it in one that W shrinks."""
+    left, right = (np.linalg.qr(rng(seed, 4, i).standard_normal((order, order)))[0] for i in (0, 1))
+    excess = rng(seed, 5).choice([-1.0, 1], order) * norm / order**0.5
+    if lopsided:
+        excess = np.append(-norm, np.zeros(order - 1))
+    return np.ascontiguousarray(left * np.sqrt(1 + excess) @ right)
+
+
+def cholesky_of(place, w):
+    xp, there = place.backend.xp, place.put(w)
+    excess = xp.zeros(w.shape, dtype=w.dtype)
+    excess_rows(there, slice(0, len(w)), excess)
+    return cholesky(there, excess, xp.empty(w.shape, dtype=w.dtype))
+
+
+@pytest.mark.parametrize("order", [1, 2, 50])
+@pytest.mark.parametrize("norm", [0, 0.3, NEAR_ORTHOGONAL])
+def test_a_cholesky_factor_solves_as_lu_and_numpy_do(place, order, norm):
+    w, y = near_orthogonal(order, norm), rng(6).standard_normal((4, order))
+    factors = cholesky_of(place, w)
+    found = place.get(right_solve(factors, place.put(y)))
+    close(found, np.linalg.solve(w.T, y.T).T, 1e-13)
+    close(found, place.get(right_solve(factor(place.put(w)), place.put(y))), 1e-13)
+    close(place.get(inverse_rows(factors, slice(0, order))), np.linalg.inv(w), 1e-13)
+    np.testing.assert_array_equal(place.get(factors.matrix), w)
+
+
+@pytest.mark.parametrize("norm", [0, 0.05, 0.3, NEAR_ORTHOGONAL])
+@pytest.mark.parametrize("lopsided", [False, True])
+def test_up_to_the_limit_a_cholesky_factor_loses_no_digit_of_a_float32(norm, lopsided):
+    """Measured at order 300: 3e-7 for every norm, for rows of no direction and for those that W⁻¹ blows up most."""
+    place = SimpleNamespace(put=np.array, backend=NUMPY)
+    w = near_orthogonal(300, norm, lopsided=lopsided).astype("float32")
+    weak = np.linalg.svd(w.astype("float64"))[2][-1:]
+    for y in (rng(7).standard_normal((5, 300)), weak):
+        exact = np.linalg.solve(w.T.astype("float64"), y.astype("float32").T.astype("float64")).T
+        found = right_solve(cholesky_of(place, w), y.astype("float32"))
+        assert found.dtype == np.float32
+        assert np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)

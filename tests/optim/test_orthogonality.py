@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from samples import close, rng
 
-from arraytp.optim import add_orthogonality, apply_updates, init_optimizer
+from arraytp.optim import apply_updates, init_optimizer
 from arraytp.options import SGD, Adam
+from arraytp.orthogonality import add_orthogonality, excess_of
 from arraytp.parallel import Workspace
 
 
@@ -63,7 +64,22 @@ def test_an_optimiser_steps_along_gradient_and_regulariser(optimizer):
     close(found[0], found[1], 1e-12)
 
 
+def test_an_excess_that_is_given_is_used(place):
+    """By the block's position, for its weight; the others' is computed."""
+    w, g = rng(3).standard_normal((2, 7, 7))
+    parameters, gradients = ([place.put(a) for a in arrays] for arrays in ((w, g[0], 2 * w, g[1]), (g, g[0], g, g[1])))
+    workspace = Workspace(place.backend, 2)
+    found, shared = (
+        [place.get(a) for a in add_orthogonality(0.5, parameters, gradients, workspace, excess)]
+        for excess in (None, excess_of({1: place.put(w)}, workspace))
+    )
+    np.testing.assert_array_equal(shared[0], found[0])
+    close(shared[2], g + 2 * (w @ w.T - np.eye(7)) @ (2 * w), 1e-12)
+
+
 def test_the_number_of_threads_changes_no_bit():
+    """Of more than one part."""
     place = SimpleNamespace(put=np.array, get=np.array, backend=Workspace().backend)
-    w, g = rng(0).standard_normal((2, 70, 70)).astype("float32")
+    w, g = (rng(0).standard_normal((2, 700, 700)) / 26).astype("float32")
+    close(added(place, 1.0, [w], [g], 1)[0], g + 4 * (w @ w.T - np.eye(700, dtype="float32")) @ w, 1e-5)
     assert added(place, 1.0, [w], [g], 1)[0].tobytes() == added(place, 1.0, [w], [g], 3)[0].tobytes()

@@ -370,7 +370,11 @@ def _as_strided(x, shape=None, strides=None):
     return ndarray(np.lib.stride_tricks.as_strided(_operand(x, scalars=False), shape, strides, writeable=False))
 
 
-linalg = SimpleNamespace(norm=_norm)
+def _cholesky(a):
+    return _wrap(np.linalg.cholesky(_operand(a, scalars=False)))
+
+
+linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky)
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 

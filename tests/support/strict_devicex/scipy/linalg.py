@@ -1,4 +1,4 @@
-"""What `cupyx.scipy.linalg` is to CuPy: LU factors and solves of the strict device double."""
+"""What `cupyx.scipy.linalg` is to CuPy: factors and solves of the strict device double."""
 
 import warnings
 
@@ -18,3 +18,8 @@ def lu_solve(lu_and_piv, b, trans=0, overwrite_b=False, check_finite=True):
     lu, pivots = (device._operand(array, scalars=False) for array in lu_and_piv)
     getrs = scipy.linalg.get_lapack_funcs("getrs", (lu,))
     return device._wrap(getrs(lu, pivots, device._operand(b, scalars=False), trans=trans)[0])
+
+
+def solve_triangular(a, b, trans=0, lower=False, unit_diagonal=False, overwrite_b=False, check_finite=True):
+    a, b = (device._operand(array, scalars=False) for array in (a, b))
+    return device._wrap(scipy.linalg.solve_triangular(a, b, trans, lower, unit_diagonal, check_finite=check_finite))
