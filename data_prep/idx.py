@@ -59,6 +59,8 @@ def read_idx(path: Path, dimensions: int) -> tuple[npt.NDArray[np.uint8], str]:
         The file is not such a file, is damaged, too short or too long.
     """
     content = _content(path)
+    if not content:
+        raise UserError(f"{path}: is empty; fetch it again")
     header = 4 + 4 * dimensions
     magic = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
     if content[:4] != magic:
@@ -94,8 +96,10 @@ def find_file(folder: Path, split: str, kind: str) -> Path:
     Raises
     ------
     UserError
-        None is there; the message names the one expected.
+        The folder or the file is not there; the message names the one expected.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it should hold the four official files")
     dimensions = _DIMENSIONS[kind]
     names = [f"{_PREFIXES[split]}-{kind}{dot}idx{dimensions}-ubyte{end}" for end in ("", ".gz") for dot in ("-", ".")]
     for name in names:

@@ -183,7 +183,7 @@ def check_size(path: Path, entry: ShardEntry) -> None:
     except OSError as error:
         raise UserError(f"{path}: shard cannot be read: {error.strerror}") from error
     if size != entry.bytes:
-        what = "truncated" if size < entry.bytes else "not the shard that was packed"
+        what = "truncated" if size < entry.bytes else "not the one that was packed"
         raise UserError(f"{path}: shard is {what}: {size} bytes, expected {entry.bytes} (rows 0 to {entry.count - 1})")
 
 

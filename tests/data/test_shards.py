@@ -226,7 +226,7 @@ def test_a_shard_deleted_after_it_was_opened_is_named(copy):
 def test_a_shard_that_became_longer_is_noticed(copy):
     with (copy / "test-00000.h5").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"test-00000.h5: shard is not the shard that was packed"):
+    with pytest.raises(UserError, match=r"test-00000.h5: shard is not the one that was packed"):
         open_dataset(copy)
 
 

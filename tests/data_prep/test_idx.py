@@ -120,7 +120,7 @@ TRAIN_IMAGES, TRAIN_LABELS = NAMES[:2]
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (changed(TRAIN_IMAGES, lambda c: b""), "starts with 0x, expected the IDX magic 0x00000803"),
+        (changed(TRAIN_IMAGES, lambda c: b""), "is empty; fetch it again"),
         (changed(TRAIN_IMAGES, lambda c: b"\x00\x00\x0d\x03" + c[4:]), "starts with 0x00000d03"),
         (changed(TRAIN_IMAGES, lambda c: official()[TRAIN_LABELS]), "starts with 0x00000801, expected"),
         (changed(TRAIN_LABELS, lambda c: official()[TRAIN_IMAGES]), "expected the IDX magic 0x00000801"),
