@@ -8,7 +8,7 @@ import numpy as np
 
 from arraytp import fused, initialise, network
 from arraytp.audit import reference
-from arraytp.audit.check import DIFFERENCES, ROUNDING, Check, apart, checked, host, inner
+from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, apart, checked, host, inner
 from arraytp.audit.differences import DIRECTIONS, derivative, gradient_error
 from arraytp.audit.ops import SAMPLES
 from arraytp.audit.setting import Setting
@@ -108,7 +108,7 @@ def _block_gradients(setting: Setting, n: int, u: Array, found: tuple[Array, Arr
         apart(found[2][:few], dx),
     )
     yield checked(f"{block.label}: gradients of the block", "dz = D ⊙ unpool(ds)", network.block_backward, error,
-                  DIFFERENCES)  # fmt: skip
+                  KINKED)  # fmt: skip
 
 
 def backpropagation(setting: Setting) -> Iterator[Check]:
@@ -127,9 +127,9 @@ def backpropagation(setting: Setting) -> Iterator[Check]:
             gradient_error(lambda b, n=n, run=run, weight=weight: run({n: (weight, b)}), bias, updates[n][1],  # type: ignore[misc]
                            setting.generator(24, n), 1),
         )  # fmt: skip
-        yield checked(f"{block.label}: ∂L/∂W and ∂L/∂b", "BP", bp.updates, error, DIFFERENCES)
+        yield checked(f"{block.label}: ∂L/∂W and ∂L/∂b", "BP", bp.updates, error, KINKED)
     yield checked("all parameters: ∂L/∂θ in random directions", "BP", bp.updates,
-                  _whole_error(setting, passed, updates), DIFFERENCES)  # fmt: skip
+                  _whole_error(setting, passed, updates), KINKED)  # fmt: skip
     found = bp.updates(bp.Options(), {}, there, setting.passed, setting.dlogits, setting.workspace)
     wanted = reference.backward(setting.on_host(), setting.on_host().weights, host(setting.images),
                                 host(setting.dlogits))  # fmt: skip
