@@ -22,7 +22,7 @@ from arraytp.rules.protocol import Updates
 # The passes sum in another order than the references, layer after layer.
 PASS = 1e-9
 # Samples of the batch whose loss is differentiated: each unit more is one more that may cross a kink.
-FEW = 4
+FEW = 2
 COPIES_FLOPS = 2e10
 
 
@@ -140,13 +140,14 @@ def backpropagation(setting: Setting) -> Iterator[Check]:
 
 
 def _loss_from(setting: Setting, passed: ForwardPass, first: int, changed: dict[int, tuple[Array, Array]]) -> float:
-    """Return the loss with some blocks' parameters changed, run on from the first of those."""
+    """Return what the loss gains when some blocks' parameters change, run on from the first of those."""
     there = setting.network
     pairs = [changed.get(n, (there.weights[n], there.biases[n])) for n in range(first, len(there))]
     rest = Network(there.blocks[first:], [w for w, _ in pairs], [b for _, b in pairs])
     x = passed.x[first]
     logits = fused.forward(rest, x, setting.workspace, "audit").logits
-    return reference.cross_entropy(host(logits), host(setting.labels[: len(x)]), setting.config.loss.reduction)
+    base, labels = host(passed.logits), host(setting.labels[: len(x)])
+    return reference.cross_entropy_change(host(logits), base, labels, setting.config.loss.reduction)
 
 
 def _whole_error(setting: Setting, passed: ForwardPass, updates: Updates) -> float:
