@@ -14,6 +14,8 @@ Floats = NDArray[np.float64]
 # What rounding in float64 leaves of sums of this size, with room; finite differences lose half of the digits and more.
 ROUNDING = 1e-11
 DIFFERENCES = 1e-6
+# Of functions with so many kinks that steps have to be small.
+KINKED = 1e-5
 
 
 @dataclass(frozen=True)

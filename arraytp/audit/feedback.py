@@ -4,6 +4,7 @@ The rule trains its feedback on two batches, as a run does, and is watched: what
 against the loss written out on arrays, its finite differences, and the optimiser's closed form.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -50,10 +51,16 @@ def training(setting: Setting) -> Iterator[Check]:
     for n in dict.fromkeys(one.n for one in seen):
         mine = [one for one in seen if one.n == n]
         yield from _noise(setting, mine)
-        if getattr(setting.options, "expected", False):
+        if getattr(setting.options, "expected", False) or (hasattr(setting.options, "unpool") and _ties(setting, n)):
             continue
         yield from _losses(setting, mine)
     yield from _steps(setting, seen, state)
+
+
+def _ties(setting: Setting, n: int) -> bool:
+    """Tell whether a pool's maxima are a matter of choice: ReLU's zeros tie, and unpooling shows which was taken."""
+    block = setting.network.blocks[n]
+    return block.pool is not None and block.activation == "relu"
 
 
 def watch(setting: Setting, state: State) -> list[Seen]:
@@ -80,8 +87,9 @@ def _position(setting: Setting, n: int) -> int:
 
 
 def _noise(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
-    """Check ε and η are the noise of their keys, the whole batch drawn at once."""
+    """Check that ε and η are the noise of their keys, the whole batch drawn at once, and that no key comes twice."""
     n, label = seen[0].n, setting.network.blocks[seen[0].n].label
+    noises = len(seen) // STEPS
     sigma, worst, drawn = at_block(setting.options.feedback.sigma, _position(setting, n)), 0.0, 0
     for one in seen:
         for which, name in enumerate(("epsilon", "eta")):
@@ -90,6 +98,8 @@ def _noise(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
                 key = (setting.config.seed, one.step, n, one.k, which)
                 wanted = gaussian(np.empty_like(array), sigma, 0, *key)
                 worst, drawn = max(worst, float(np.abs(array - wanted).max())), drawn + 1
+    if drawn and [(one.step, one.k) for one in seen] != [(step, k) for step in range(STEPS) for k in range(noises)]:
+        worst = math.inf
     if drawn:
         yield checked(f"{label}: noise by its keys", "ε, η ~ N(0, σ²)", gaussian, worst, 0.0)
 

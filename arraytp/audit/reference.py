@@ -190,6 +190,18 @@ def cross_entropy(logits: Floats, labels: Index, reduction: str) -> float:
     return total if reduction == "sum" else total / len(labels)
 
 
+def cross_entropy_change(logits: Floats, base: Floats, labels: Index, reduction: str) -> float:
+    """Return how much larger `cross_entropy` is than at the logits `base`, to rounding of the change's own size.
+
+    log Σ exp(z) − log Σ exp(z0) = log(1 + Σ p0 (exp(z − z0) − 1)).
+    """
+    p = np.exp(base - base.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    change = logits - base
+    total = float(np.sum(np.log1p((p * np.expm1(change)).sum(axis=1)) - change[np.arange(len(labels)), labels]))
+    return total if reduction == "sum" else total / len(labels)
+
+
 def sgd(options: SGD, lr: float, theta: Floats, g: Floats, moments: list[Floats]) -> Floats:
     """Return θ after a step: v ← μ v + g, θ ← θ − lr v; `moments` [v] is changed."""
     v = options.momentum * (moments[0] if moments else 0) + g

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from arraytp.audit import reference
-from arraytp.audit.check import DIFFERENCES, Check, Floats, apart, checked, host, inner
+from arraytp.audit.check import KINKED, Check, Floats, apart, checked, host, inner
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.feedback import SUMS, feedback_input
 from arraytp.audit.setting import Setting
@@ -41,7 +41,9 @@ def _defined(setting: Setting) -> list[Floats]:
     """Return t − s from the last block to the first, by definition."""
     there, options, name = setting.on_host(), setting.options, str(setting.config.rule.name)
     state = {key: host(array) for key, array in setting.experiment.rule_state.items()}
-    _, s, indices = reference.forward(there, host(setting.images))
+    _, s, _ = reference.forward(there, host(setting.images))
+    # Of several maxima that tie, as ReLU's zeros do, the fast pass may take another.
+    indices = [None if index is None else host(index) for index in setting.passed.index]
     # ∂L/∂s^N of the mean loss; β takes every sample's own.
     dlogits = host(setting.dlogits)
     last = len(there) - 1
@@ -81,7 +83,7 @@ def updates(setting: Setting) -> Iterator[Check]:
             gradient_error(lambda b, value=value, weight=weight: value(weight, b), bias, dbias, generator, 1),  # type: ignore[misc]
         )
         source = "DRL, update" if name == "drl" else "Eq. 6"
-        yield checked(f"{block.label}: update as the local loss's gradient", source, rule.updates, error, DIFFERENCES)
+        yield checked(f"{block.label}: update as the local loss's gradient", source, rule.updates, error, KINKED)
 
 
 def _local_loss(setting: Setting, n: int, t: Array, weight: Array, bias: Array) -> float:

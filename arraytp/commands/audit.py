@@ -44,7 +44,10 @@ def command(
     with ended_by_signals():
         for name, planned in plans.items():
             started = time.monotonic()
-            lines = _audited(name, planned)
+            try:
+                lines = _audited(name, planned)
+            except MemoryError as error:
+                raise UserError(f"{config}: not enough memory: {error}") from error
             seconds = time.monotonic() - started
             found[name] = _record(planned, lines, seconds)
             click.echo(_table(name, planned.config, lines, seconds))

@@ -60,6 +60,14 @@ def test_the_references_are_what_loops_compute(kernel, stride, padding):
     )
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_change_of_the_loss_is_that_of_its_values(reduction):
+    base, labels = rng(1).standard_normal((3, 4)), np.array([0, 3, 2])
+    moved = base + rng(2).standard_normal(base.shape)
+    values = [reference.cross_entropy(logits, labels, reduction) for logits in (moved, base)]
+    assert reference.cross_entropy_change(moved, base, labels, reduction) == pytest.approx(values[0] - values[1])
+
+
 @pytest.mark.parametrize("mode", ["overwrite", "accumulate"])
 def test_the_references_of_pooling_are_what_loops_compute(mode):
     window = make_window(7, 6, 3, 2, 1)

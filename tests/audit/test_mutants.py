@@ -27,7 +27,11 @@ CONFIGS = {
     "dfa": ("quickstart", "dfa", (CONV,)),
     "ldrl": ("quickstart", "ldrl", (CONV, *SGD)),
     "accumulate": ("quickstart", "ldrl", (CONV, "rule={name: ldrl, unpool: accumulate, divide_by_beta: true}")),
-    "dtp": ("quickstart", "ldrl", (CONV, "rule={name: dtp, feedback: {iterations: 2}}")),
+    "dtp": (
+        "quickstart",
+        "ldrl",
+        (CONV, "rule={name: dtp, feedback: {iterations: 2, optimizer: {name: adam, lr: 1e-3}}}"),
+    ),
     "tp": ("quickstart", "ldrl", (CONV, "rule={name: tp, feedback: {iterations: 2}}")),
     "parallel": ("quickstart", "ldrl", (CONV, "rule={name: ldrl-parallel, samples: 3, feedback: {iterations: 2}}")),
     "expected": ("quickstart", "ldrl", (CONV, "rule={name: ldrl, expected: true}")),
