@@ -14,7 +14,7 @@ from arraytp.fused import forward
 from arraytp.network import Network, make_network, plan_blocks
 from arraytp.options import Conv, Dense, NetworkOptions
 from arraytp.parallel import Workspace
-from arraytp.rules import bp, gait_prop
+from arraytp.rules import bp, fa, gait_prop
 from arraytp.rules.gait_prop import Options, crossings, difference_targets
 
 LAYERS = {
@@ -112,6 +112,31 @@ def test_the_two_forms_agree_with_any_weights(name, activation):
         close(mine[0], other[0], 3e-5)
         close(mine[1], other[1], 3e-5)
     assert angle_degrees(difference[0][0], exact[0][0]) > 5
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("number", [1.2, 5.0])
+def test_the_difference_form_is_bp_with_the_inverse_in_place_of_the_transpose(place, name, number):
+    """Feedback alignment does that with W⁻¹ᵀ, from NumPy, as its fixed matrices; weights near orthogonal ones and not.
+
+    Their singular values run from 1.1 down to 1.1 / 1.2, or from 2 to 2 / 5.
+    """
+    network = skewed(square_blocks(name), number=number)
+    if number < 2:
+        network.weights[1:] = [w * 0.55 for w in network.weights[1:]]
+    x, dlogits = error_of(network)
+    feedback = {}
+    for n, w in enumerate(network.weights[1:], start=1):
+        inverse = np.linalg.inv(w.reshape(-1, w.shape[-1]))
+        feedback[f"feedback/{n}/weight"] = np.ascontiguousarray(inverse.T).reshape(w.shape)
+    workspace = Workspace(threads=2)
+    wanted = fa.updates(fa.Options(), feedback, network, forward(network, x, workspace), dlogits, workspace)
+    there = moved(network, place.put)
+    options = Options(form="difference")
+    found = updates_of(gait_prop, options, there, place.put(x), place.put(dlogits), place.backend)
+    for mine, exact in zip(found, wanted, strict=True):
+        close(place.get(mine[0]), exact[0], 1e-12)
+        close(place.get(mine[1]), exact[1], 1e-12)
 
 
 OPTIONS = [
