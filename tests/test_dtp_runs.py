@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from arraytp import experiment
-from arraytp.config import load_one
+from arraytp.config import load_config, load_one
 from arraytp.data.writer import Description, writing
 
 FOLDER = Path(__file__).parents[1] / "runs" / "dtp"
-# The figures' configs are studies.
-RUNS = sorted(path for path in FOLDER.glob("*.yml") if not path.stem.startswith("figure"))
+# The figures' configs are studies, the comparison on the embedded images is of no row of a table.
+EMBEDDED = FOLDER / "fashion-mnist-10k.yml"
+RUNS = sorted(path for path in FOLDER.glob("*.yml") if not path.stem.startswith("figure") and path != EMBEDDED)
 SHAPES = {"mnist": ((28, 28, 1), 10), "fashion": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10),
           "imagenet32": ((32, 32, 3), 1000)}  # fmt: skip
 
@@ -88,3 +89,16 @@ def test_cifar10s_ldrl_is_the_authors_code():
     assert feedback.sigma == (0.4164, 0.3826, 0.1395)
     assert feedback.iterations == (41, 51, 24)
     assert feedback.optimizer.lr == (7.188e-4, 1.251e-4, 3.541e-2)
+
+
+def test_the_rules_compared_on_the_embedded_images_differ_in_rule_and_learning_rate_only():
+    variants = load_config(EMBEDDED).variants
+    assert {name: config.rule.name for name, config in variants.items()} == {
+        name: name for name in ("bp", "ldrl", "dtp", "tp", "drl")
+    }
+    shared = {replace(config, rule=variants["bp"].rule, optimizer=replace(config.optimizer, lr=1.0))
+              for config in variants.values()}  # fmt: skip
+    assert len(shared) == 1
+    learned = [config.rule for name, config in variants.items() if name != "bp"]
+    assert len({(rule.feedback.iterations, rule.feedback_init) for rule in learned}) == 1
+    assert all(experiment.plan(config).notes == () for config in variants.values())
