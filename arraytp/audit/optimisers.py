@@ -103,7 +103,7 @@ def schedule(setting: Setting) -> Iterator[Check]:
             if isinstance(options, Cosine):
                 wanted = options.eta_min + (lr - options.eta_min) * math.cos(math.pi * epoch / (2 * options.t_max)) ** 2
             worst = max(worst, abs(at_block(found, n) - wanted) / max(abs(wanted), options_floor(lr)))
-    yield checked(f"learning rates, {options.name}", "cosine", optim.learning_rate, worst, ROUNDING)
+    yield checked(f"learning rates, {options.name}", f"schedule {options.name}", optim.learning_rate, worst, ROUNDING)
 
 
 def options_floor(lr: float) -> float:
