@@ -77,6 +77,11 @@ def apart(actual: Array, wanted: Array) -> float:
     return difference if scale == 0 else difference / scale
 
 
+def worst(*errors: float) -> float:
+    """Return the largest error, NaN if one is NaN: Python's `max` lets it go unless it comes first; 0 for none."""
+    return float(np.max(errors)) if errors else 0.0
+
+
 def same_bits(a: Array, b: Array) -> bool:
     """Tell whether two arrays are the same, bit for bit."""
     u, v = host(a), host(b)

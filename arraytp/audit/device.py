@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from arraytp.audit.check import Check, apart, checked, host
+from arraytp.audit.check import Check, apart, checked, host, worst
 from arraytp.audit.setting import Setting
 from arraytp.backend import NUMPY
 from arraytp.experiment import Experiment, build_planned
@@ -27,7 +27,7 @@ def against_host(setting: Setting) -> Iterator[Check]:
     for n, block in enumerate(setting.network.blocks):
         error = apart(there.passed.s[n + 1], here.passed.s[n + 1])
         yield checked(f"{block.label}: activations on the host", "the same", Experiment.run_forward, error, TOLERANCE)
-        error = max(apart(a, b) for a, b in zip(there.updates[n], here.updates[n], strict=True))
+        error = worst(*(apart(a, b) for a, b in zip(there.updates[n], here.updates[n], strict=True)))
         yield checked(
             f"{block.label}: updates on the host", "the same", setting.experiment.rule.updates, error, TOLERANCE
         )

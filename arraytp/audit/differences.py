@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arraytp.audit.check import host, inner
+from arraytp.audit.check import host, inner, worst
 from arraytp.backend import Array, array_module
 
 FIRST_STEP, SMALLEST_STEP, SHRINK = 3e-4, 1e-9, 4
@@ -62,18 +62,16 @@ def gradient_error(
     """
     if at.shape != gradient.shape:
         return math.inf
-    xp, worst = array_module(at), 0.0
+    xp, largest = array_module(at), 0.0
     length, slope = _norm(at), _norm(gradient)
     for _ in range(directions):
         drawn = generator.standard_normal(at.shape)
         v = xp.asarray(drawn * ((length or math.sqrt(at.size)) / np.linalg.norm(drawn)))
         exact = inner(v, gradient)
-        scale = max(abs(exact), _norm(v) * slope / math.sqrt(at.size))
+        scale = worst(abs(exact), _norm(v) * slope / math.sqrt(at.size))
         found = derivative(lambda h, v=v: function(at + h * v), scale)  # type: ignore[misc]
-        # A gradient of 0 has no size to be relative to.
-        error = abs(found - exact) / scale if scale > 0 else abs(found)
-        worst = error if not error <= worst else worst
-    return worst
+        largest = worst(largest, relative(found - exact, scale))
+    return largest
 
 
 def adjoint_error(forward: Callable[[Array], Array], adjoint: Callable[[Array], Array], x: Array, u: Array) -> float:
@@ -82,8 +80,12 @@ def adjoint_error(forward: Callable[[Array], Array], adjoint: Callable[[Array], 
     if image.shape != u.shape or back.shape != x.shape:
         return math.inf
     there, here = inner(image, u), inner(x, back)
-    scale = max(_norm(image) * _norm(u) / math.sqrt(u.size), abs(there))
-    return abs(there - here) / scale if scale > 0 else abs(here)
+    return relative(there - here, worst(_norm(image) * _norm(u) / math.sqrt(u.size), abs(there)))
+
+
+def relative(difference: float, scale: float) -> float:
+    """Return the size of a difference relative to a scale; as it is where that is 0."""
+    return abs(difference) if scale == 0 else abs(difference) / scale
 
 
 def _norm(array: Array) -> float:

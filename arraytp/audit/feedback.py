@@ -14,7 +14,7 @@ import numpy as np
 
 from arraytp import feedback, fused_feedback
 from arraytp.audit import reference
-from arraytp.audit.check import DIFFERENCES, Check, Floats, apart, checked, host
+from arraytp.audit.check import DIFFERENCES, Check, Floats, apart, checked, host, worst
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
@@ -90,18 +90,18 @@ def _noise(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
     """Check that ε and η are the noise of their keys, the whole batch drawn at once, and that no key comes twice."""
     n, label = seen[0].n, setting.network.blocks[seen[0].n].label
     noises = len(seen) // STEPS
-    sigma, worst, drawn = at_block(setting.options.feedback.sigma, _position(setting, n)), 0.0, 0
+    sigma, largest, drawn = at_block(setting.options.feedback.sigma, _position(setting, n)), 0.0, 0
     for one in seen:
         for which, name in enumerate(("epsilon", "eta")):
             if name in one.arrays:
                 array = one.arrays[name]
                 key = (setting.config.seed, one.step, n, one.k, which)
                 wanted = gaussian(np.empty_like(array), sigma, 0, *key)
-                worst, drawn = max(worst, float(np.abs(array - wanted).max())), drawn + 1
+                largest, drawn = worst(largest, float(np.abs(array - wanted).max())), drawn + 1
     if drawn and [(one.step, one.k) for one in seen] != [(step, k) for step in range(STEPS) for k in range(noises)]:
-        worst = math.inf
+        largest = math.inf
     if drawn:
-        yield checked(f"{label}: noise by its keys", "ε, η ~ N(0, σ²)", gaussian, worst, 0.0)
+        yield checked(f"{label}: noise by its keys", "ε, η ~ N(0, σ²)", gaussian, largest, 0.0)
 
 
 def _losses(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
@@ -119,16 +119,16 @@ def _losses(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
     generator, slopes, values, paths = setting.generator(30, n), 0.0, 0.0, 0.0
     for one in seen:
         if plain is not fast:
-            paths = max(paths, _path_error(setting, one))
+            paths = worst(paths, _path_error(setting, one))
     # The loss is the same function of ω in every iteration.
     for one in (seen[0], seen[-1]):
         loss = find(setting, one)
         value = loss(one.weight, one.bias)
-        values = max(values, abs(float(one.arrays["loss"]) - value) / max(abs(value), 1e-300))
-        slopes = max(slopes, gradient_error(partial(_of_weight, loss, one.bias), one.weight, one.arrays["gradient"],
+        values = worst(values, abs(float(one.arrays["loss"]) - value) / max(abs(value), 1e-300))
+        slopes = worst(slopes, gradient_error(partial(_of_weight, loss, one.bias), one.weight, one.arrays["gradient"],
                                             generator, 1))  # fmt: skip
         if "gradient_bias" in one.arrays and one.bias is not None:
-            slopes = max(slopes, gradient_error(partial(loss, one.weight), one.bias, one.arrays["gradient_bias"],
+            slopes = worst(slopes, gradient_error(partial(loss, one.weight), one.bias, one.arrays["gradient_bias"],
                                                 generator, 1))  # fmt: skip
     yield checked(f"{block.label}: gradient of the feedback loss", source, fast, slopes, DIFFERENCES * room)
     yield checked(f"{block.label}: feedback loss", source, fast, values, SUMS * room)
@@ -214,7 +214,7 @@ def _path_error(setting: Setting, one: Seen) -> float:
     else:
         found = dtp.iteration(block, (put(theta), put(bias)), omega, put(s), epsilon, unpool)  # type: ignore[assignment]
         wanted = one.arrays["gradient"], one.arrays["gradient_bias"], one.arrays["loss"]
-    return max(apart(a, b) for a, b in zip(found, wanted, strict=True))
+    return worst(*(apart(a, b) for a, b in zip(found, wanted, strict=True)))
 
 
 def _steps(setting: Setting, seen: list[Seen], state: State) -> Iterator[Check]:
@@ -222,7 +222,7 @@ def _steps(setting: Setting, seen: list[Seen], state: State) -> Iterator[Check]:
     noises = getattr(setting.options, "samples", 1)
     optimizer = setting.options.feedback.optimizer
     for n in dict.fromkeys(one.n for one in seen):
-        mine, position, worst = [one for one in seen if one.n == n], _position(setting, n), 0.0
+        mine, position, largest = [one for one in seen if one.n == n], _position(setting, n), 0.0
         lr, moments = at_block(optimizer.lr, position), {"weight": [], "bias": []}  # type: ignore[var-annotated]
         groups = [mine[start : start + noises] for start in range(0, len(mine), noises)]
         for t, group in enumerate(groups, start=1):
@@ -235,10 +235,10 @@ def _steps(setting: Setting, seen: list[Seen], state: State) -> Iterator[Check]:
                 after = host(state[f"feedback/{n}/{part}"]) if later is None else getattr(later, part)
                 wanted = reference.optimiser_step(optimizer, lr, position, t, before, gradient, moments[part])
                 # Of the step, not of the weight that it moves a little.
-                worst = max(worst, apart(after - before, wanted - before))
+                largest = worst(largest, apart(after - before, wanted - before))
         label = setting.network.blocks[n].label
         yield checked(f"{label}: steps of the feedback optimiser", type(optimizer).__name__, feedback.step_feedback,
-                      worst, STEP_ROUNDING)  # fmt: skip
+                      largest, STEP_ROUNDING)  # fmt: skip
 
 
 # A step is what is left of two weights that may be a million times larger.

@@ -7,7 +7,7 @@ import numpy as np
 
 from arraytp import inverse, network
 from arraytp.audit import reference
-from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host
+from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, worst
 from arraytp.audit.setting import Setting, hosted
 from arraytp.backend import Array
 from arraytp.compare import angle_degrees, relative_distance
@@ -110,7 +110,7 @@ def forms(setting: Setting) -> Iterator[Check]:
         found = _copied(gait_prop.updates(difference, {}, there, passed, dlogits, workspace))
         wanted = _by_definition(hosted(there), host(setting.images), host(dlogits))
         for block, a, b in zip(there.blocks, found, wanted, strict=True):
-            error = max(apart(a[0], b[0]), apart(a[1], b[1]))
+            error = worst(apart(a[0], b[0]), apart(a[1], b[1]))
             yield checked(f"{block.label}: difference form by definition, W {when}", "e = (D e) W⁻¹", gait_prop.updates,
                           error, INVERSE * 10)  # fmt: skip
     for eta in ETAS:
@@ -166,10 +166,10 @@ def to_orthogonal(setting: Setting) -> Iterator[Check]:
         passed, dlogits, workspace = _pass(setting, there)
         found = _copied(gait_prop.updates(options, {}, there, passed, dlogits, workspace))
         exact = bp.updates(bp.Options(), {}, there, passed, dlogits, workspace)
-        worst = max(relative_distance(a[0], b[0]) for a, b in zip(found, exact, strict=True))
-        angle = max(angle_degrees(a[0], b[0]) for a, b in zip(found, exact, strict=True))
+        error = worst(*(relative_distance(a[0], b[0]) for a, b in zip(found, exact, strict=True)))
+        angle = worst(*(angle_degrees(a[0], b[0]) for a, b in zip(found, exact, strict=True)))
         yield checked(f"W drifted by {DRIFT:.0%}, {share:.0%} of the way to its polar factor: {angle:.3g}° to BP",
-                      "W⁻¹ = Wᵀ", gait_prop.updates, worst, ORTHOGONAL if share == 1 else None)  # fmt: skip
+                      "W⁻¹ = Wᵀ", gait_prop.updates, error, ORTHOGONAL if share == 1 else None)  # fmt: skip
 
 
 def drift(setting: Setting, share: float = DRIFT) -> Network:

@@ -8,8 +8,8 @@ import numpy as np
 
 from arraytp import fused, initialise, network
 from arraytp.audit import reference
-from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, apart, checked, host, inner
-from arraytp.audit.differences import DIRECTIONS, derivative, gradient_error
+from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, apart, checked, host, inner, worst
+from arraytp.audit.differences import DIRECTIONS, derivative, gradient_error, relative
 from arraytp.audit.ops import SAMPLES
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array, array_module
@@ -75,17 +75,17 @@ def passes(setting: Setting) -> Iterator[Check]:
         weight, bias, x = setting.network.weights[n], setting.network.biases[n], setting.passed.x[n]
         z, out, index = network.block_forward(block, weight, bias, x)
         yield checked(f"{block.label}: the plain pass", "s = pool(f(xW + b))", network.block_forward,
-                      max(apart(z, zs[n]), apart(out, s[n + 1])), PASS)  # fmt: skip
+                      worst(apart(z, zs[n]), apart(out, s[n + 1])), PASS)  # fmt: skip
         error = apart(setting.passed.s[n + 1], s[n + 1])
         if block.pool is not None and block.activation != "relu":
-            error = max(error, apart(setting.passed.index[n], indices[n]))
+            error = worst(error, apart(setting.passed.index[n], indices[n]))
         yield checked(f"{block.label}: the fast pass", "the same", fused.forward, error, PASS)
         u = setting.normal((len(x), *block.passed_shape), 21, n)
         dweight, dbias, dx = network.block_backward(block, u, z, index, x, weight)
         yield from _block_gradients(setting, n, u, (dweight, dbias, dx))
         fast = fused.backward(block, u, setting.passed.s[n + 1], setting.passed.index[n], x, weight, setting.workspace,
                               "audit")  # fmt: skip
-        error = max(apart(a, b) for a, b in zip(fast, (dweight, dbias, dx), strict=True))
+        error = worst(*(apart(a, b) for a, b in zip(fast, (dweight, dbias, dx), strict=True)))
         yield checked(f"{block.label}: the fast gradients", "the same", fused.backward, error, PASS)
 
 
@@ -101,7 +101,7 @@ def _block_gradients(setting: Setting, n: int, u: Array, found: tuple[Array, Arr
     z, _, index = network.block_forward(block, weight, bias, x)
     dweight, dbias, dx = network.block_backward(block, u[:few], z, index, x, weight)
     generator = setting.generator(22, n)
-    error = max(
+    error = worst(
         gradient_error(lambda w: value(w, bias, x), weight, dweight, generator, 1),
         gradient_error(lambda b: value(weight, b, x), bias, dbias, generator, 1),
         gradient_error(lambda v: value(weight, bias, v), x, dx, generator, 1),
@@ -121,7 +121,7 @@ def backpropagation(setting: Setting) -> Iterator[Check]:
         bp.Options(), {}, there, passed, dlogits, setting.workspace)]  # fmt: skip
     for n, block in enumerate(there.blocks):
         run, (weight, bias) = partial(_loss_from, setting, passed, n), (there.weights[n], there.biases[n])
-        error = max(
+        error = worst(
             gradient_error(lambda w, n=n, run=run, bias=bias: run({n: (w, bias)}), weight, updates[n][0],  # type: ignore[misc]
                            setting.generator(23, n)),
             gradient_error(lambda b, n=n, run=run, weight=weight: run({n: (weight, b)}), bias, updates[n][1],  # type: ignore[misc]
@@ -133,8 +133,8 @@ def backpropagation(setting: Setting) -> Iterator[Check]:
     found = bp.updates(bp.Options(), {}, there, setting.passed, setting.dlogits, setting.workspace)
     wanted = reference.backward(setting.on_host(), setting.on_host().weights, host(setting.images),
                                 host(setting.dlogits))  # fmt: skip
-    error = max(
-        apart(a, b) for mine, exact in zip(found, wanted, strict=True) for a, b in zip(mine, exact, strict=True)
+    error = worst(
+        *(apart(a, b) for mine, exact in zip(found, wanted, strict=True) for a, b in zip(mine, exact, strict=True))
     )
     yield checked("all parameters: BP by definition", "dz = D ⊙ ds, ds = dz Wᵀ", bp.updates, error, PASS)
 
@@ -152,22 +152,21 @@ def _loss_from(setting: Setting, passed: ForwardPass, first: int, changed: dict[
 
 def _whole_error(setting: Setting, passed: ForwardPass, updates: Updates) -> float:
     """Return the error of ∂L/∂θ along directions that move every parameter by a share of its size."""
-    generator, worst = setting.generator(25), 0.0
+    generator, largest = setting.generator(25), 0.0
     theta = list(zip(setting.network.weights, setting.network.biases, strict=True))
     for _ in range(DIRECTIONS):
         v = [tuple(_direction(p, generator) for p in pair) for pair in theta]
         pairs = [(d, g) for ds, gs in zip(v, updates, strict=True) for d, g in zip(ds, gs, strict=True)]
         exact = sum(inner(d, g) for d, g in pairs)
         typical = math.sqrt(sum(inner(d, d) * inner(g, g) / d.size for d, g in pairs))
-        scale = max(abs(exact), typical)
+        scale = worst(abs(exact), typical)
 
         def moved(h: float, v: list[tuple[Array, ...]] = v) -> float:
             changed = {n: (w + h * v[n][0], b + h * v[n][1]) for n, (w, b) in enumerate(theta)}
             return _loss_from(setting, passed, 0, changed)
 
-        error = abs(derivative(moved, scale) - exact) / scale
-        worst = error if not error <= worst else worst
-    return worst
+        largest = worst(largest, relative(derivative(moved, scale) - exact, scale))
+    return largest
 
 
 def _direction(parameter: Array, generator: np.random.Generator) -> Array:
@@ -188,8 +187,8 @@ def copies(setting: Setting) -> Iterator[Check]:
     yield checked(f"logits of {times} copies of the batch", "a function of each sample", fused.forward, error, PASS)
     many = bp.updates(bp.Options(), {}, setting.network, passed, dlogits, workspace)
     once = bp.updates(bp.Options(), {}, setting.network, setting.passed, setting.dlogits, setting.workspace)
-    error = max(
-        apart(a, times * b) for pair, one in zip(many, once, strict=True) for a, b in zip(pair, one, strict=True)
+    error = worst(
+        *(apart(a, times * b) for pair, one in zip(many, once, strict=True) for a, b in zip(pair, one, strict=True))
     )
     yield checked(f"updates of {times} copies of the batch", "sums over samples", bp.updates, error, PASS)
 
@@ -204,7 +203,7 @@ def threads(setting: Setting) -> Iterator[Check]:
         passed = fused.forward(setting.network, setting.images, workspace)
         updates = bp.updates(bp.Options(), {}, setting.network, passed, setting.dlogits, workspace)
         found.append([passed.logits, *(array for pair in updates for array in pair)])
-    error = max(float(np.abs(a - b).max()) for a, b in zip(*found, strict=True))
+    error = worst(*(float(np.abs(a - b).max()) for a, b in zip(*found, strict=True)))
     yield checked("one thread and three", "same bits", bp.updates, error, 0.0)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from arraytp.architectures import layers_of
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES as FINITE
-from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner
+from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner, worst
 from arraytp.audit.differences import adjoint_error, gradient_error
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
@@ -194,7 +194,7 @@ def pooling(setting: Setting) -> Iterator[Check]:
         s = reference.activation(zs[n], block.activation)
         wanted, places = reference.max_pool(s, window)
         out, index = pool.max_pool_forward(setting.put(s), window)
-        error = max(apart(out, wanted), apart(index, places))
+        error = worst(apart(out, wanted), apart(index, places))
         yield checked(f"{block.label}: maxima, window by window", "max-pool", pool.max_pool_forward, error, 0.0)
         u = setting.normal(wanted.shape, 9, n)
         error = apart(pool.max_pool_backward(u, index, window), reference.unpool(host(u), places, window, "accumulate"))
@@ -253,10 +253,9 @@ def gaussian_noise(setting: Setting) -> Iterator[Check]:
     keys = (seed + 1, 1, 2, 3, 0), (seed, 0, 2, 3, 0), (seed, 1, 1, 3, 0), (seed, 1, 2, 2, 0), (seed, 1, 2, 3, 1)
     others = [host(noise.gaussian(empty.copy(), sigma, 0, *key)) for key in keys]
     chunks = [(whole[: noise.CHUNK], part) for part in parts[1:]]
-    worst = max(
-        abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1])) for a, b in [*((whole, o) for o in others), *chunks]
-    )
-    yield checked("noise: correlation between keys and chunks", "streams of their own", noise.gaussian, worst,
+    pairs = [*((whole, other) for other in others), *chunks]
+    largest = worst(*(abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1])) for a, b in pairs))
+    yield checked("noise: correlation between keys and chunks", "streams of their own", noise.gaussian, largest,
                   6 / math.sqrt(parts[0].size))  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from arraytp import optim
 from arraytp.audit import reference
-from arraytp.audit.check import DIFFERENCES, ROUNDING, Check, Floats, apart, checked, host, inner
+from arraytp.audit.check import DIFFERENCES, ROUNDING, Check, Floats, apart, checked, host, inner, worst
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.gait_prop import drift
 from arraytp.audit.setting import Setting
@@ -40,7 +40,7 @@ def steps(setting: Setting) -> Iterator[Check]:
             lr = at_block(options.lr, p // 2)
             wanted[p] = reference.optimiser_step(options, lr, p // 2, t, wanted[p], total, moments[p])
     for n, block in enumerate(there.blocks):
-        error = max(apart(host(theta[p]) - start[p], wanted[p] - start[p]) for p in (2 * n, 2 * n + 1))
+        error = worst(*(apart(host(theta[p]) - start[p], wanted[p] - start[p]) for p in (2 * n, 2 * n + 1)))
         yield checked(f"{block.label}: {STEPS} steps of {options.name}", _formula(setting), optim.apply_updates, error,
                       SUMS)  # fmt: skip
     yield checked("number of steps and moments kept", "t, v | m, u", optim.apply_updates,
@@ -55,7 +55,7 @@ def _formula(setting: Setting) -> str:
 def _moments_error(found: list[tuple[object, ...]], wanted: list[list[Floats]]) -> float:
     """Return how far moments are from the closed forms'; SGD without momentum keeps none."""
     pairs = [(a, b) for mine, other in zip(found, wanted, strict=True) for a, b in zip(mine, other, strict=False)]
-    return max((apart(a, b) for a, b in pairs), default=0.0)
+    return worst(*(apart(a, b) for a, b in pairs))
 
 
 def _regulariser(strength: float, theta: Floats) -> Floats:
@@ -94,7 +94,7 @@ def schedule(setting: Setting) -> Iterator[Check]:
     """Check the learning rate of the first, the middle and the last epochs."""
     options, config = setting.config.schedule, setting.config
     length = options.t_max if isinstance(options, Cosine) else config.train.epochs
-    worst = 0.0
+    largest = 0.0
     for epoch in sorted({0, 1, length // 2, length, length + 5}):
         found = optim.learning_rates(options, config.optimizer.lr, epoch)
         for n in range(len(setting.network)):
@@ -102,8 +102,8 @@ def schedule(setting: Setting) -> Iterator[Check]:
             wanted = lr
             if isinstance(options, Cosine):
                 wanted = options.eta_min + (lr - options.eta_min) * math.cos(math.pi * epoch / (2 * options.t_max)) ** 2
-            worst = max(worst, abs(at_block(found, n) - wanted) / max(abs(wanted), options_floor(lr)))
-    yield checked(f"learning rates, {options.name}", f"schedule {options.name}", optim.learning_rate, worst, ROUNDING)
+            largest = worst(largest, abs(at_block(found, n) - wanted) / max(abs(wanted), options_floor(lr)))
+    yield checked(f"learning rates, {options.name}", f"schedule {options.name}", optim.learning_rate, largest, ROUNDING)
 
 
 def options_floor(lr: float) -> float:

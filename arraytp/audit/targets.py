@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from arraytp.audit import reference
-from arraytp.audit.check import KINKED, Check, Floats, apart, checked, host, inner
+from arraytp.audit.check import KINKED, Check, Floats, apart, checked, host, inner, worst
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.feedback import SUMS, feedback_input
 from arraytp.audit.setting import Setting
@@ -78,7 +78,7 @@ def updates(setting: Setting) -> Iterator[Check]:
         t = setting.passed.s[n + 1] + setting.put(deltas[n].reshape(setting.passed.s[n + 1].shape))
         value = partial(_local_loss, setting, n, t)
         generator = setting.generator(40, n)
-        error = max(
+        error = worst(
             gradient_error(lambda w, value=value, bias=bias: value(w, bias), weight, dweight, generator),  # type: ignore[misc]
             gradient_error(lambda b, value=value, weight=weight: value(weight, b), bias, dbias, generator, 1),  # type: ignore[misc]
         )

@@ -13,7 +13,8 @@ import numpy as np
 
 from arraytp import feedback
 from arraytp.audit import reference
-from arraytp.audit.check import Check, Floats, apart, checked, host
+from arraytp.audit.check import Check, Floats, apart, checked, host, worst
+from arraytp.audit.differences import relative
 from arraytp.audit.feedback import SUMS, watch
 from arraytp.audit.setting import Setting
 from arraytp.compare import angle_degrees
@@ -74,7 +75,7 @@ def jacobian_matching(setting: Setting) -> Iterator[Check]:
         found = feedback.jacobian_overlap(
             block, setting.passed.s[n + 1], setting.passed.index[n], setting.options.unpool
         )
-        error = max(apart(found[0], overlap), apart(found[1], m_overlap))
+        error = worst(apart(found[0], overlap), apart(found[1], m_overlap))
         yield checked(
             f"{block.label}: ⟨∂Fᵀ, ∂G⟩ and ‖∂G‖² by definition", "N, M", feedback.jacobian_overlap, error, SUMS
         )
@@ -89,7 +90,9 @@ def jacobian_matching(setting: Setting) -> Iterator[Check]:
         gradient = feedback.expected_gradient(block, put(theta), put(optimum), found, batch)
         start = feedback.expected_gradient(block, put(theta), put(omega), found, batch)
         wanted = 2 / batch * (omega * m_overlap - theta * overlap)
-        error = max(apart(start, wanted), float(np.abs(host(gradient)).max() / np.abs(wanted).max()))
+        # With ω at the optimum already there is nothing to be relative to but the terms.
+        size = 2 / batch * np.abs(theta * overlap).max()
+        error = worst(*(relative(np.abs(a).max(), size) for a in (host(start) - wanted, host(gradient))))
         yield checked(f"{block.label}: expected gradient, 0 at the optimum", "2/B (ωM − θN)",
                       feedback.expected_gradient, error, SUMS)  # fmt: skip
 
@@ -120,7 +123,7 @@ def theorem_4_2(setting: Setting) -> Iterator[Check]:
         yield checked(f"{block.label}: error over samples ~ n^{exponent:.3f}, −½ wanted", "Theorem 4.2", ldrl_gradient,
                       abs(exponent + 0.5), EXPONENT)  # fmt: skip
         yield checked(f"{block.label}: error after {most * batch} samples", "Theorem 4.2", ldrl_gradient,
-                      errors[-1] / float(np.linalg.norm(limit)))  # fmt: skip
+                      relative(errors[-1], 2 / batch * float(np.linalg.norm(theta * overlap))))  # fmt: skip
 
 
 def theorem_4_3(setting: Setting) -> Iterator[Check]:
@@ -201,7 +204,7 @@ def expected_descent(setting: Setting) -> Iterator[Check]:
         theta, sigma = host(setting.network.weights[n]), at_block(setting.options.feedback.sigma, n - 1)
         gradient = 2 * sigma**2 / batch * (first.weight * m_overlap - theta * overlap)
         loss = sigma**2 / batch * (first.weight * (first.weight * m_overlap - 2 * theta * overlap)).sum()
-        error = max(apart(first.arrays["gradient"], gradient), apart(first.arrays["loss"], np.asarray(loss)))
+        error = worst(apart(first.arrays["gradient"], gradient), apart(first.arrays["loss"], np.asarray(loss)))
         yield checked(f"{setting.network.blocks[n].label}: expected gradient and loss", "σ² times Theorem 4.2's limit",
                       ldrl.expected_step, error, SUMS)  # fmt: skip
 

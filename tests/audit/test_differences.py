@@ -6,7 +6,7 @@ import pytest
 from samples import rng
 
 from arraytp.audit import reference
-from arraytp.audit.check import apart
+from arraytp.audit.check import apart, checked, worst
 from arraytp.audit.differences import adjoint_error, derivative, gradient_error
 from arraytp.ops.patches import make_window
 
@@ -35,6 +35,18 @@ def test_one_wrong_entry_of_a_gradient_shows():
 
 def test_a_gradient_that_is_not_a_number_fails():
     assert not gradient_error(lambda v: float(v @ v), np.ones(3), np.full(3, np.nan), rng(2)) < 1
+
+
+@pytest.mark.parametrize("errors", [(np.nan, 0.0), (0.0, np.nan), (1.0, np.nan, 2.0)])
+def test_an_error_that_is_not_a_number_is_the_worst(errors):
+    """Python's max of 0 and NaN is 0, which would pass."""
+    assert np.isnan(worst(*errors))
+    assert checked("", "", worst, worst(*errors), 1.0).verdict == "fail"
+
+
+def test_nothing_is_relative_to_a_scale_of_nothing():
+    assert gradient_error(lambda v: 0.0, np.ones(3), np.zeros(3), rng(2)) == 0
+    assert gradient_error(lambda v: float(v @ v), np.ones(3), np.zeros(3), rng(2)) > 0.1
 
 
 def test_a_transposed_matrix_is_no_adjoint():
