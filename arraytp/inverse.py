@@ -168,7 +168,8 @@ def inverse(
             out[part] = col2im(patches.reshape(y[part].shape), block.window)
             out[part] -= others * x[part]
 
-    workspace.run([partial(samples, part) for part in even_slices(len(x), SLICES)])
+    parts = _row_slices(len(x), workspace) if block.window is None else even_slices(len(x), SLICES)
+    workspace.run([partial(samples, part) for part in parts])
     return out
 
 

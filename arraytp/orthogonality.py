@@ -13,7 +13,7 @@ from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import add_excess_product, excess_rows
 from arraytp.parallel import Buffers, Task, Workspace, even_slices
 
-# Measured, order 1024: 256 rows or columns a task cost a tenth more, 1024 leave a thread without work at the end.
+# Two tasks for a matrix of order 1024, so that threads end together; measured: 5 % slower than one for E, 2 % for E W.
 PART = 512
 Key = TypeVar("Key", bound=Hashable)
 

@@ -318,9 +318,13 @@ def test_the_literal_form_in_single_precision_is_worth_a_note():
     )
 
 
+@pytest.mark.parametrize("near", [True, False])
 @pytest.mark.parametrize("options", [Options(), Options(form="difference")])
-def test_the_number_of_threads_changes_no_bit(options):
-    network = skewed(square_blocks("overlapping"))
+@pytest.mark.parametrize("name", ["dense", "overlapping"])
+def test_the_number_of_threads_changes_no_bit(name, options, near):
+    """With weights near orthogonal ones, inverted by Cholesky factors, and with others."""
+    blocks = square_blocks(name)
+    network = make_network(blocks, "orthogonal", 0, "float64") if near else skewed(blocks)
     x, dlogits = error_of(network)
     found = []
     for threads in (1, 2, 3):
