@@ -24,7 +24,7 @@ from arraytp.data.loader import Loader
 from arraytp.data.shards import range_checksum
 from arraytp.data.writer import Description, writing
 
-SETS = {"small": ((32, 32, 3), 51_200, 256), "large": ((224, 224, 3), 2_560, 32)}
+SETS = {"small": ((32, 32, 3), 51_200, 256), "large": ((224, 224, 3), 7_680, 32)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTED = {"flip": 0.5, "crop_padding": 4}
 MODES = {"in memory": 2**32, "streamed": 0}
@@ -152,8 +152,9 @@ def steps() -> dict[str, dict[str, float]]:
             step = step_ms(build(config))
             for mode, in_memory in MODES.items():
                 options = {"mean": MEAN, "std": STD, "dtype": config.dtype, **augmentation}
-                job = loading(dataset, config.train.batch_size, None, in_memory_bytes=in_memory, **options)
-                load = load_ms(job, config.train.batch_size)
+                batch = config.train.batch_size
+                job = {mode: loading(dataset, batch, None, in_memory_bytes=in_memory, **options)}
+                load = take_turns(job, rounds=4)[mode]["cpu_us"] * batch / 1e3
                 found[f"{name}, {mode}"] = {"step_cpu_ms": step, "load_cpu_ms": load, "share": load / step}
                 print(
                     f"{name + ', ' + mode:36} ms CPU: step {step:7.1f}, loader {load:6.2f} ({load / step:.2%})",
@@ -172,15 +173,6 @@ def step_ms(experiment: Any) -> float:
         experiment.propose(images, labels)
         experiment.apply()
         found.append(1e3 * (time.process_time() - cpu))
-    return min(found)
-
-
-def load_ms(job: Job, batch: int) -> float:
-    found = []
-    for epoch in range(4):
-        cpu = time.process_time()
-        count = job(epoch)
-        found.append(1e3 * (time.process_time() - cpu) / count * batch)
     return min(found)
 
 

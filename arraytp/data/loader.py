@@ -175,8 +175,8 @@ class Loader:
 
     def _host_batches(self, spans: list[_Span], source: _Source, draws: augment.Draws | None) -> Batches:
         shape, size = self.dataset.shape, self._most_images()
-        normalise = prepare.normaliser(self._scale, self._shift, self.dtype)
-        step = prepare.slice_images(shape, augmented=self._augments)
+        normalise = prepare.normaliser(self._scale, self._shift, shape, self.dtype)
+        step = prepare.slice_images(shape)
 
         def fill(span: _Span, buffer: _HostBuffer) -> None:
             buffer.rows = source.claim(*span)
@@ -189,11 +189,10 @@ class Loader:
                 part = slice(low - first, min(low + step, last) - first)
                 rows, room = buffer.rows[part], buffer.augmenter.images
                 if draws is None:
-                    taken = prepare.gather(source.images, rows, room)
+                    normalise.take(source.images, rows, room, images[part])
                 else:
-                    np.take(source.images, rows, axis=0, out=room[: len(rows)], mode="clip")
-                    taken = buffer.augmenter(draws.part(low, low + len(rows)))
-                normalise(taken, images[part])
+                    prepare.gather(source.images, rows, room)
+                    normalise(buffer.augmenter(draws.part(low, low + len(rows))), images[part])
             source.release(buffer.rows)
             return images, labels
 
@@ -217,7 +216,7 @@ class Loader:
             for upload in buffer:
                 upload.await_room()
             rows = source.claim(*span)
-            np.take(source.images, rows, axis=0, out=buffer.images.host[: len(rows)], mode="clip")
+            prepare.gather(source.images, rows, buffer.images.host)
             np.take(source.labels, rows, out=buffer.labels.host[: len(rows)], mode="clip")
             source.release(rows)
 

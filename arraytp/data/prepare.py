@@ -13,56 +13,60 @@ from arraytp.data.shards import Images
 
 Floats = npt.NDArray[np.floating]
 Rows = npt.NDArray[np.int64]
-_SLICE_BYTES = 2**18
-# Augmenting takes more calls.
-_AUGMENTED_SLICE_BYTES = 3 * 2**18
-_PATTERN_PIXELS = 1792
-_PART_VALUES = 96 * _PATTERN_PIXELS
+_SLICE_BYTES = 3 * 2**18
+_GATHERED_BYTES = 2**16
+_PATTERN_VALUES = 2**14
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Scale and shift for the pixels of any number of images.
+    """Scale and shift for a few rows of an image, or all: as many of its values as stay in the first two caches.
 
-    `scale` and `shift` are those of the channels over and over: long enough for NumPy's inner loop, short enough to
-    stay in the first cache. Where all channels agree they are one number. A `shift` of None is 0.
+    Where all channels agree they are one number. A `shift` of None is 0.
     """
 
+    values: int
     scale: Floats
     shift: Floats | None
 
     def __call__(self, images: Images, out: Floats) -> None:
-        """Write images·scale + shift, images (n, H, W, C) uint8, into `out` of the same shape, both C-contiguous."""
-        values, results = images.reshape(-1), out.reshape(-1)
-        length = _PART_VALUES - _PART_VALUES % len(self.scale)
-        # Each of the three passes over a part finds it in the second cache.
-        for start in range(0, results.size, length):
-            self._normalise_part(values[start : start + length], results[start : start + length])
+        """Write images·scale + shift, images (n, H, W, C) uint8, into `out` of the same shape, C-contiguous."""
+        np.copyto(out, images)
+        self._scale(out)
 
-    def _normalise_part(self, values: Images, out: Floats) -> None:
-        np.copyto(out, values)
-        whole = out.size - out.size % len(self.scale)
-        for results in (out[:whole].reshape(-1, len(self.scale)), out[whole:]):
-            width = results.shape[-1]
-            np.multiply(results, self.scale[:width], out=results)
-            if self.shift is not None:
-                np.add(results, self.shift[:width], out=results)
+    def take(self, images: Images, rows: Rows, room: Images, out: Floats) -> None:
+        """Write images[rows]·scale + shift into `out` (n, H, W, C); small images are gathered in `room` first."""
+        if images[0].nbytes < _GATHERED_BYTES:
+            np.copyto(out, gather(images, rows, room))
+        else:
+            for row, place in zip(rows.tolist(), out, strict=True):
+                place[...] = images[row]
+        self._scale(out)
+
+    def _scale(self, images: Floats) -> None:
+        lines = images.reshape(-1, self.values)
+        np.multiply(lines, self.scale, out=lines)
+        if self.shift is not None:
+            np.add(lines, self.shift, out=lines)
 
 
-def normaliser(scale: npt.NDArray[np.float64], shift: npt.NDArray[np.float64], dtype: npt.DTypeLike) -> Normaliser:
-    """Prepare to normalise images of C channels; `scale` and `shift` (C,) as `augment.scale_and_shift` gives."""
-    alike = (scale == scale[0]).all() and (shift == shift[0]).all()
-    spread_scale, spread_shift = (
-        values[:1].astype(dtype) if alike else np.tile(values, _PATTERN_PIXELS).astype(dtype)
-        for values in (scale, shift)
+def normaliser(
+    scale: npt.NDArray[np.float64], shift: npt.NDArray[np.float64], shape: tuple[int, int, int], dtype: npt.DTypeLike
+) -> Normaliser:
+    """Prepare to normalise images of a shape (H, W, C); `scale` and `shift` (C,) as `augment.scale_and_shift` gives."""
+    height, width, channels = shape
+    rows = max(
+        n for n in range(1, height + 1) if n == 1 or (height % n == 0 and n * width * channels <= _PATTERN_VALUES)
     )
-    return Normaliser(spread_scale, spread_shift if shift.any() else None)
+    if (scale == scale[0]).all() and (shift == shift[0]).all():
+        spread = scale[0].astype(dtype), shift[0].astype(dtype)
+    else:
+        spread = np.tile(scale, rows * width).astype(dtype), np.tile(shift, rows * width).astype(dtype)
+    return Normaliser(rows * width * channels, spread[0], spread[1] if shift.any() else None)
 
 
 def gather(images: Images, rows: Rows, room: Images) -> Images:
-    """Return images[rows]: a view of them where it is one, else gathered into `room`."""
-    if len(rows) == 1:
-        return images[rows[0], None]
+    """Return images[rows], in the first places of `room`."""
     # The rows are in range; with any other mode NumPy copies into a buffer first.
     return np.take(images, rows, axis=0, out=room[: len(rows)], mode="clip")
 
@@ -123,7 +127,7 @@ def _mirror(images: Images, which: npt.NDArray[np.intp]) -> None:
 def augmenter(shape: tuple[int, int, int], padding: int) -> Augmenter:
     """Make the workspaces for images of a shape (H, W, C)."""
     height, width, channels = shape
-    count = slice_images(shape, augmented=True)
+    count = slice_images(shape)
     margin = padding * channels
     room = np.zeros(count * height * width * channels + 2 * margin, np.uint8)
     images = room[margin : room.size - margin].reshape(count, *shape)
@@ -133,6 +137,6 @@ def augmenter(shape: tuple[int, int, int], padding: int) -> Augmenter:
     return Augmenter(padding, images, pixels, windows, np.empty((count, *shape), np.uint8))
 
 
-def slice_images(shape: tuple[int, int, int], *, augmented: bool) -> int:
+def slice_images(shape: tuple[int, int, int]) -> int:
     """Return how many images of a shape (H, W, C) are worked on at a time."""
-    return max(1, (_AUGMENTED_SLICE_BYTES if augmented else _SLICE_BYTES) // int(np.prod(shape)))
+    return max(1, _SLICE_BYTES // int(np.prod(shape)))

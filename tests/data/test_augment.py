@@ -50,7 +50,13 @@ def test_the_crop_equals_numpy_padding_and_slicing():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     ("mean", "std"),
-    [((0.0,), (1.0,)), ((0.5,), (0.5,)), ((0.49, 0.48, 0.45), (0.2, 0.19, 0.6)), ((0.5,) * 3, (0.2,) * 3)],
+    [
+        ((0.0,), (1.0,)),
+        ((0.5,), (0.5,)),
+        ((0.0, 0.48), (0.2, 0.19)),
+        ((0.49, 0.48, 0.45), (0.2, 0.19, 0.6)),
+        ((0.5,) * 3, (0.2,) * 3),
+    ],
 )
 def test_normalisation_is_mean_and_deviation_of_pixels_in_zero_to_one(dtype, mean, std):
     channels = len(mean)
@@ -61,31 +67,34 @@ def test_normalisation_is_mean_and_deviation_of_pixels_in_zero_to_one(dtype, mea
     tolerance = 4 * np.finfo(dtype).eps / min(std)
     readable = augment.normalise(images, scale.astype(dtype), shift.astype(dtype))
     fast = np.empty(images.shape, dtype)
-    prepare.normaliser(scale, shift, dtype)(images, fast)
+    prepare.normaliser(scale, shift, images.shape[1:], dtype)(images, fast)
     for result in (readable, fast):
         assert result.dtype == dtype
         np.testing.assert_allclose(result, expected, rtol=0, atol=tolerance)
     assert np.array_equal(readable, fast)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3])
-def test_images_longer_than_the_parts_and_patterns_are_normalised_to_the_same_bits(channels):
-    images = np.random.default_rng(0).integers(0, 256, (2, 331, 401, channels), dtype=np.uint8)
+@pytest.mark.parametrize("shape", [(224, 224, 3), (331, 40, 2), (6, 9000, 3), (2, 3, 1), (64, 96, 4)])
+def test_images_of_any_size_are_normalised_to_the_same_bits(shape):
+    images = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
     images.flags.writeable = False
-    scale, shift = (np.random.default_rng(n).normal(size=channels).astype(np.float32) for n in (1, 2))
+    scale, shift = np.random.default_rng(1).normal(size=(2, shape[2])).astype(np.float32)
     fast = np.empty(images.shape, np.float32)
-    prepare.normaliser(scale, shift, np.float32)(images, fast)
+    prepare.normaliser(scale, shift, shape, np.float32)(images, fast)
     assert np.array_equal(fast, augment.normalise(images, scale, shift))
 
 
-def test_gathered_rows_are_those_rows_and_one_alone_is_not_copied():
-    images = np.random.default_rng(0).integers(0, 256, (9, 4, 3, 2), dtype=np.uint8)
-    room = np.empty((4, 4, 3, 2), np.uint8)
-    rows = np.array([7, 0, 7])
-    assert np.array_equal(prepare.gather(images, rows, room), images[rows])
-    alone = prepare.gather(images, rows[:1], room)
-    assert np.array_equal(alone, images[7:8])
-    assert np.shares_memory(alone, images)
+@pytest.mark.parametrize("shape", [(5, 4, 3), (224, 160, 3)], ids=["gathered", "where they lie"])
+def test_taken_rows_are_normalised_to_the_same_bits(shape):
+    images = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
+    images.flags.writeable = False
+    scale, shift = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
+    rows = np.array([4, 0, 4])
+    out = np.full((4, *shape), 7, np.float32)
+    room = np.empty((5, *shape), np.uint8)
+    prepare.normaliser(scale, shift, shape, np.float32).take(images, rows, room, out[:3])
+    assert np.array_equal(out[:3], augment.normalise(images[rows], scale, shift))
+    assert (out[3] == 7).all()
 
 
 def test_draws_have_the_stated_probabilities_and_range():
