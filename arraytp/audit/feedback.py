@@ -96,7 +96,7 @@ def _noise(setting: Setting, seen: list[Seen]) -> Iterator[Check]:
             if name in one.arrays:
                 array = one.arrays[name]
                 key = (setting.config.seed, one.step, n, one.k, which)
-                wanted = gaussian(np.empty_like(array), sigma, 0, *key)
+                wanted = host(gaussian(setting.put(np.empty_like(array)), sigma, 0, *key))
                 largest, drawn = worst(largest, float(np.abs(array - wanted).max())), drawn + 1
     if drawn and [(one.step, one.k) for one in seen] != [(step, k) for step in range(STEPS) for k in range(noises)]:
         largest = math.inf

@@ -121,7 +121,7 @@ def test_noise_can_be_left_out_and_drawn_again_from_its_keys(arraytp, place, rul
 
 
 @pytest.mark.parametrize("rule", ["fa", "gait-prop", "dtp", "tp", "ldrl", "ldrl-parallel", "drl"])
-def test_a_device_writes_what_the_host_writes(device, place, rule):
+def test_a_device_writes_what_the_host_writes(device, place, noise_of_the_host, rule):
     more = SQUARE if rule == "gait-prop" else []
     config = load_one("toy.yml", [f"rule.name={rule}", "dtype=float64", *more])
     for name, backend in (("here.h5", None), ("there.h5", device.backend)):
