@@ -152,6 +152,8 @@ def main() -> None:
         for side in SIDES:
             pipes[side].send(arguments.steps)
             seconds[side] += pipes[side].recv()
+    for side in SIDES:
+        pipes[side].send(0)
     medians = {side: 1e3 * statistics.median(found) for side, found in seconds.items()}
     print(f"fc-deep, square, batch {arguments.batch}, {arguments.threads} threads\n")
     print(f"{'side':38} {'median ms':>9} {'min ms':>8} {'/ torch':>8} {'/ own bp':>8}")
