@@ -26,11 +26,12 @@ import numpy as np
 from arraytp.backend import Array, Backend
 from arraytp.compare import angle_degrees, relative_distance
 from arraytp.config import dump_config
-from arraytp.errors import UserError
+from arraytp.errors import Interrupted, UserError
 from arraytp.experiment import Experiment
 from arraytp.fused_feedback import EPSILON, ETA
 from arraytp.metrics import replacing
 from arraytp.network import block_forward, pad_auxiliary
+from arraytp.signals import StopRequest
 
 FORMAT, VERSION = "arraytp-trace", 1
 # The noises of an iteration and the last part of their keys.
@@ -43,10 +44,13 @@ class Sink:
 
     file: h5py.File
     backend: Backend
+    stop: StopRequest
     not_finite: str = field(default="")
 
     def put(self, name: str, array: Array) -> None:
-        """Write an array of the backend, or a number."""
+        """Write an array of the backend, or a number, unless a signal has asked to stop."""
+        if self.stop.requested:
+            raise Interrupted("arraytp: interrupted; no trace is written", self.stop.signal)
         values = self.backend.to_host(self.backend.xp.asarray(array))
         if not self.not_finite and not np.isfinite(values).all():
             self.not_finite = name
@@ -57,7 +61,14 @@ class Sink:
         self.file.require_group(group).attrs.update(attributes)
 
 
-def write_trace(path: Path, experiment: Experiment, images: Array, labels: Array, noise: bool = True) -> str:
+def write_trace(
+    path: Path,
+    experiment: Experiment,
+    images: Array,
+    labels: Array,
+    noise: bool = True,
+    stop: StopRequest | None = None,
+) -> str:
     """Train on one batch and write down every number; a file of that name is replaced when the new one is complete.
 
     Parameters
@@ -69,6 +80,8 @@ def write_trace(path: Path, experiment: Experiment, images: Array, labels: Array
     labels : array of int64 of shape (B,)
     noise : bool
         Whether the noises of feedback training are written, or their keys only.
+    stop : StopRequest, optional
+        Looked at before each array.
 
     Returns
     -------
@@ -81,10 +94,12 @@ def write_trace(path: Path, experiment: Experiment, images: Array, labels: Array
         If the file cannot be written; the former one is still there.
     NonFiniteError
         If the rule cannot go on; nothing is written.
+    Interrupted
+        When a stop was requested; nothing is written.
     """
     # Through a Python file: HDF5's own can take the process with it when the disk is full.
     with replacing(path) as raw, h5py.File(raw, "w") as file:
-        sink = Sink(file, experiment.plan.backend)
+        sink = Sink(file, experiment.plan.backend, stop or StopRequest())
         _step(sink, experiment, images, labels, noise)
     return sink.not_finite
 

@@ -11,7 +11,7 @@ from arraytp.commands.overrides import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.experiment import Experiment, build
-from arraytp.signals import ended_by_signals
+from arraytp.signals import StopRequest
 from arraytp.trace import check_replaceable, read_batch, read_weights, write_trace
 
 
@@ -46,11 +46,11 @@ def command(
     if weights is not None:
         read_weights(weights, experiment)
     images, labels = read_batch(batch, experiment) if batch is not None else _first_batch(experiment)
-    with ended_by_signals(), warnings.catch_warnings():
+    with StopRequest() as stop, warnings.catch_warnings():
         # What is not finite is named below.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
-            not_finite = write_trace(out, experiment, images, labels, noise=not no_noise)
+            not_finite = write_trace(out, experiment, images, labels, noise=not no_noise, stop=stop)
         except MemoryError as error:
             raise UserError(f"{config}: not enough memory: {error}") from error
         except OSError as error:

@@ -245,7 +245,7 @@ MUTANTS = [
         "bp",
         "data/prepare.py",
         ("taken[:, :, ::-1, channel]", "taken[:, ::-1, :, channel]"),
-        ("np.add(results, self.shift[", "np.subtract(results, self.shift["),
+        ("np.add(lines, self.shift,", "np.subtract(lines, self.shift,"),
         ("(np.flatnonzero(moved == -step), 0,", "(np.flatnonzero(moved == -step), 1,"),
     ),
     *_on("bp", "data/order.py", (".permutation(count) if shuffle", ".integers(0, count, count) if shuffle")),

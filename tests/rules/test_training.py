@@ -110,12 +110,13 @@ def test_a_step_on_a_device_reads_nothing_back(dataset, rule):
 def test_feedback_is_trained_on_a_device_without_the_host(dataset, rule):
     """Nothing goes to the device or back, from the first iteration on: noise is drawn there."""
     experiment = build(config(dataset, rule), Backend("strict", strict_device))
+    # The loader's threads send batches ahead, so they must have ended.
     with closing(experiment.train_loader.batches(0)) as batches:
         experiment.run_forward(*next(batches))
-        before = strict_device.reads + strict_device.writes
-        omega = strict_device.asnumpy(experiment.feedback_pairs()[0][1])
-        experiment.train_feedback()
-        assert strict_device.reads + strict_device.writes - before == {"asnumpy": 1}
+    before = strict_device.reads + strict_device.writes
+    omega = strict_device.asnumpy(experiment.feedback_pairs()[0][1])
+    experiment.train_feedback()
+    assert strict_device.reads + strict_device.writes - before == {"asnumpy": 1}
     assert (strict_device.asnumpy(experiment.feedback_pairs()[0][1]) != omega).all()
 
 
