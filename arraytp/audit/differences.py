@@ -4,7 +4,8 @@
 order h², (16 D(h/4) − D(h)) / 15 by order h⁴. The step is made smaller until two such estimates agree: where a unit
 crosses the kink of its activation between the points, or another element becomes the maximum of a pool's window, they
 do not, and steps become small enough that none does. Then rounding decides how small the error can be: the estimate
-taken is the one that moved least.
+taken is the one that moved least, but none counts as surer than the rounding of L over h lets it be, since two that
+are mostly rounding may agree by chance.
 
 A typical ⟨v, ∇L⟩ is ‖v‖‖∇L‖/√n. The error is relative to that or to ⟨v, ∇L⟩ itself, whichever is larger: a direction
 that happens to be orthogonal to the gradient proves as much as any other.
@@ -22,24 +23,28 @@ FIRST_STEP, SMALLEST_STEP, SHRINK = 3e-4, 1e-9, 4
 # Two estimates that differ by less are not improved upon.
 GOAL = 3e-8
 DIRECTIONS = 2
+EPSILON = float(np.finfo(np.float64).eps)
 
 
 def derivative(function: Callable[[float], float], scale: float) -> float:
     """Return f'(0) of a function of one number; `scale` is the size that errors are relative to."""
-    best, smallest_gap, h = math.nan, math.inf, FIRST_STEP
-    quotient, estimate = _quotient(function, h), math.nan
-    while h > SMALLEST_STEP and not smallest_gap <= GOAL * scale:
+    best, least_doubt, h = math.nan, math.inf, FIRST_STEP
+    (quotient, _), estimate = _quotient(function, h), math.nan
+    while h > SMALLEST_STEP and not least_doubt <= GOAL * scale:
         h /= SHRINK
-        finer = _quotient(function, h)
+        finer, rounding = _quotient(function, h)
         refined = (SHRINK**2 * finer - quotient) / (SHRINK**2 - 1)
-        if abs(refined - estimate) < smallest_gap:
-            best, smallest_gap = refined, abs(refined - estimate)
+        doubt = worst(abs(refined - estimate), rounding)
+        if doubt < least_doubt:
+            best, least_doubt = refined, doubt
         quotient, estimate = finer, refined
     return best
 
 
-def _quotient(function: Callable[[float], float], h: float) -> float:
-    return (function(h) - function(-h)) / (2 * h)
+def _quotient(function: Callable[[float], float], h: float) -> tuple[float, float]:
+    """Return the difference quotient and what one rounding of the function's values makes of it."""
+    above, below = function(h), function(-h)
+    return (above - below) / (2 * h), EPSILON * worst(abs(above), abs(below)) / h
 
 
 def gradient_error(

@@ -17,6 +17,13 @@ def test_a_kink_nearby_does_not_spoil_a_derivative(distance):
     assert found == pytest.approx(4, abs=1e-7)
 
 
+def test_estimates_that_are_mostly_rounding_do_not_win_by_agreeing_by_chance():
+    """DRL's loss is about 1 with a slope of 1e-4 at first: at small steps its quotients are multiples of 1e-16/h."""
+    slopes = rng(1).uniform(0.5e-4, 2e-4, 300)
+    found = np.array([derivative(lambda h, slope=slope: 1.003 + slope * h, slope) for slope in slopes])
+    assert np.abs(found / slopes - 1).max() < 1e-6
+
+
 @pytest.mark.parametrize("factor", [-1.0, 0.5, 2.0, 1 + 1e-4])
 def test_a_wrong_gradient_is_off_by_as_much(factor):
     x = rng(1).standard_normal((3, 4))
