@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import statistics
 import tarfile
 import tempfile
@@ -79,6 +80,7 @@ def main() -> None:
             seconds["bare"].append(timed(lambda: bare(files, pool, workers)))
             target = Path(name) / str(number)
             seconds["pack"].append(timed(lambda target=target: pack(source, target, options)))
+            shutil.rmtree(target)
     for side, times in seconds.items():
         print(f"{side}: {len(files) / min(wall for wall, _ in times):6.0f} images/s at best")
     shares = [

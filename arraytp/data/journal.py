@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arraytp.data.manifest import ShardEntry, SplitName
+from arraytp.data.statistics import PixelSums
 
 Skipped = tuple[SplitName, str, str]
 """Split, path and reason of a file that was left out."""
@@ -22,8 +22,8 @@ Skipped = tuple[SplitName, str, str]
 class Finished(BaseModel):
     """A shard that is on the disk.
 
-    `skipped` are the files left out since the shard before, in the order of the source; `pixel_counts` (C, 256) is over
-    all train images up to here, and empty before the first.
+    `skipped` are the files left out since the shard before, in the order of the source; `sums` are over
+    all train images up to here, None before the first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,7 +31,7 @@ class Finished(BaseModel):
     split: SplitName
     entry: ShardEntry
     skipped: list[Skipped]
-    pixel_counts: list[Annotated[list[int], Len(256, 256)]]
+    sums: PixelSums | None
 
 
 class Journal:

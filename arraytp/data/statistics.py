@@ -1,45 +1,60 @@
-"""Mean and standard deviation per channel, exact, from counts of the 256 pixel values."""
+"""Mean and standard deviation per channel, exact: from whole sums of the pixel values and of their squares."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-# Pillow makes a copy of 4 bytes a pixel; so many pixels stay in the cache.
-_SLICE_PIXELS = 2**17
-_RGB = 3
+# Float32 holds every whole number to 2²⁴; the squares of 258 values are less at most.
+_EXACT = 2**24 // 255**2
+# Long enough for NumPy's sums over rows, and 256 KiB of floats stay in the cache.
+_ROW_VALUES = 2**12
+_SLICE_VALUES = 2**16
 
 
-def pixel_counts(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Count the pixel values of images (N, H, W, C): (C, 256) int64.
+class PixelSums(NamedTuple):
+    """`pixels` of each channel, and the sums over them of their `values` (C,) and `squares` (C,)."""
 
-    By Pillow's histogram, which is three times as fast as NumPy's bincount.
+    pixels: int
+    values: tuple[int, ...]
+    squares: tuple[int, ...]
+
+    def plus(self, other: "PixelSums") -> "PixelSums":
+        """Return the sums over both."""
+        values = (a + b for a, b in zip(self.values, other.values, strict=True))
+        squares = (a + b for a, b in zip(self.squares, other.squares, strict=True))
+        return PixelSums(self.pixels + other.pixels, tuple(values), tuple(squares))
+
+
+def pixel_sums(images: npt.NDArray[np.uint8]) -> PixelSums:
+    """Sum the pixel values of images (N, H, W, C).
+
+    By float32 sums of so few rows that they are exact: three times as fast as sums of integers.
     """
-    _, _, width, channels = images.shape
-    pixels = images.reshape(-1, width, channels)
-    step = max(1, _SLICE_PIXELS // width)
-    counts = np.zeros((channels, 256), np.int64)
-    for start in range(0, len(pixels), step):
-        part = pixels[start : start + step]
-        if channels == _RGB:
-            counts += np.array(Image.fromarray(part).histogram()).reshape(counts.shape)
-        else:
-            counts += [Image.fromarray(np.ascontiguousarray(part[..., c])).histogram() for c in range(channels)]
-    return counts
+    count, height, width, channels = images.shape
+    length = width * channels * (height if height * width * channels <= _ROW_VALUES else 1)
+    rows = images.reshape(-1, length)
+    step = max(1, min(_EXACT, _SLICE_VALUES // length))
+    room = np.empty((step, length), np.float32)
+    values, squares = np.zeros((2, length), np.int64)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        floats = room[: len(part)]
+        np.copyto(floats, part)
+        values += floats.sum(axis=0).astype(np.int64)
+        squares += np.einsum("ij,ij->j", floats, floats).astype(np.int64)
+    values, squares = (sums.reshape(-1, channels).sum(axis=0) for sums in (values, squares))
+    return PixelSums(count * height * width, tuple(values.tolist()), tuple(squares.tolist()))
 
 
-def mean_and_std(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
+def mean_and_std(sums: PixelSums) -> tuple[list[float], list[float]]:
     """Return mean and population standard deviation of each channel, pixels in [0, 1].
 
     Sums are exact integers, so neither the order of the images nor their number costs accuracy.
     """
     means, stds = [], []
-    for row in counts:
-        values = [int(count) for count in row]
-        total = sum(values)
-        first = sum(value * count for value, count in enumerate(values))
-        second = sum(value * value * count for value, count in enumerate(values))
-        means.append(first / total / 255)
-        stds.append(math.sqrt(total * second - first * first) / total / 255)
+    for first, second in zip(sums.values, sums.squares, strict=True):
+        means.append(first / sums.pixels / 255)
+        stds.append(math.sqrt(sums.pixels * second - first * first) / sums.pixels / 255)
     return means, stds

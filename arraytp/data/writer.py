@@ -10,10 +10,11 @@ import fcntl
 import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import h5py
 import numpy as np
@@ -22,7 +23,7 @@ from arraytp import __version__
 from arraytp.data.journal import Finished, Journal, Skipped
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, SplitEntry, manifest_text
 from arraytp.data.shards import Images, Labels, damage, replace_durably, write_shard
-from arraytp.data.statistics import mean_and_std, pixel_counts
+from arraytp.data.statistics import PixelSums, mean_and_std, pixel_sums
 from arraytp.errors import UserError
 
 SHARD_BYTES = 2**26
@@ -46,10 +47,21 @@ class Description:
     fingerprint: str = ""
 
 
-class DatasetWriter:
-    """Takes images split by split and writes them as shards; memory holds one shard.
+class _Room(NamedTuple):
+    """Room for a shard: `images` (n, H, W, C) and `labels` (n,)."""
 
-    Use it through `writing`, which finishes or cleans up.
+    images: Images
+    labels: Labels
+
+    @classmethod
+    def of(cls, count: int, shape: tuple[int, int, int]) -> "_Room":
+        return cls(np.empty((count, *shape), np.uint8), np.empty(count, np.int64))
+
+
+class DatasetWriter:
+    """Takes images split by split and writes them as shards; memory holds two.
+
+    A thread writes one shard while the next is being filled. Use it through `writing`, which finishes or cleans up.
     """
 
     def __init__(
@@ -69,11 +81,12 @@ class DatasetWriter:
         for shard in finished:
             self._splits.setdefault(shard.split, []).append(shard.entry)
         self._split = finished[-1].split if finished else ""
-        self._counts = np.array(finished[-1].pixel_counts, np.int64) if finished else np.empty((0, 256), np.int64)
+        self._sums: PixelSums | None = finished[-1].sums if finished else None
         self._noted = len(self.skipped)
-        self._images = np.empty((shard_images, *description.shape), np.uint8)
-        self._labels = np.empty(shard_images, np.int64)
+        self._filling, self._stored = (_Room.of(shard_images, description.shape) for _ in range(2))
         self._filled = 0
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._storing: Future[None] | None = None
 
     def taken(self, split: str) -> int:
         """Return how many of the split's rows an earlier call has done, skipped files included."""
@@ -97,8 +110,8 @@ class DatasetWriter:
         done = 0
         while done < len(images):
             take = min(len(images) - done, self._shard_images - self._filled)
-            self._images[self._filled : self._filled + take] = images[done : done + take]
-            self._labels[self._filled : self._filled + take] = labels[done : done + take]
+            self._filling.images[self._filled : self._filled + take] = images[done : done + take]
+            self._filling.labels[self._filled : self._filled + take] = labels[done : done + take]
             self._filled += take
             done += take
             if self._filled == self._shard_images:
@@ -132,26 +145,33 @@ class DatasetWriter:
             )
 
     def _write_shard(self) -> None:
+        """Hand what is filled to the thread, once it has written the shard before."""
         if not self._filled:
             return
-        entries = self._splits[self._split]
-        path = self.folder / f"{self._split}-{len(entries):05d}.h5"
-        images, labels = self._images[: self._filled], self._labels[: self._filled]
-        if self._split == "train":
-            counts = pixel_counts(images)
-            self._counts = self._counts + counts if len(self._counts) else counts
-        entry = write_shard(path, images, labels, compression=self._compression)
-        self._journal.append(
-            Finished(
-                split=self._split,
-                entry=entry,
-                skipped=self.skipped[self._noted :],
-                pixel_counts=self._counts.tolist(),
-            )
-        )
-        entries.append(entry)
+        self._await_shard()
+        self._filling, self._stored = self._stored, self._filling
+        images, labels = self._stored.images[: self._filled], self._stored.labels[: self._filled]
+        self._storing = self._thread.submit(self._store, self._split, images, labels, self.skipped[self._noted :])
         self._noted = len(self.skipped)
         self._filled = 0
+
+    def _await_shard(self) -> None:
+        if self._storing is not None:
+            self._storing.result()
+
+    def _store(self, split: str, images: Images, labels: Labels, skipped: list[Skipped]) -> None:
+        entries = self._splits[split]
+        path = self.folder / f"{split}-{len(entries):05d}.h5"
+        if split == "train":
+            sums = pixel_sums(images)
+            self._sums = sums if self._sums is None else self._sums.plus(sums)
+        entry = write_shard(path, images, labels, compression=self._compression)
+        self._journal.append(Finished(split=split, entry=entry, skipped=skipped, sums=self._sums))
+        entries.append(entry)
+
+    def close(self) -> None:
+        """Wait for the shard that is being written, whatever becomes of it."""
+        self._thread.shutdown()
 
     def finish(self) -> Manifest:
         """Write what is left, `skipped.csv` if a file was skipped, and `dataset.json`.
@@ -162,12 +182,14 @@ class DatasetWriter:
             There are no train images, or a split is empty.
         """
         self._write_shard()
+        self._await_shard()
         empty = [split for split in ("train", *self._splits) if not self._splits.get(split)]
         if empty:
             raise UserError(f"{self.folder}: no image for split {empty[0]!r}; nothing was packed")
         if self.skipped:
             self._write_skipped()
-        mean, std = mean_and_std(self._counts)
+        assert self._sums is not None
+        mean, std = mean_and_std(self._sums)
         manifest = Manifest(
             name=self.description.name,
             shape=list(self.description.shape),
@@ -244,8 +266,11 @@ def writing(
 def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
     """Yield the writer and finish; after an error that comes back with the same input, remove what was written."""
     try:
-        yield writer
-        writer.finish()
+        try:
+            yield writer
+            writer.finish()
+        finally:
+            writer.close()
     except OSError:
         for path in writer.folder.glob("*.tmp"):
             path.unlink()

@@ -1,11 +1,13 @@
 import contextlib
 import resource
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import arraytp.data.writer as writer_module
 from arraytp.data.dataset import open_dataset
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
@@ -97,14 +99,16 @@ def test_a_full_disk_is_told_and_the_next_pack_goes_on(tmp_path):
     def pack_with_room_for_one():
         with writing(tmp_path / "d", description, shard_images=1) as writer:
             writer.add("train", images[:1], LABELS[:1])
+            while not (tmp_path / "d" / "train-00000.h5").exists():
+                time.sleep(0.001)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-            try:
-                writer.add("train", images[1:], LABELS[1:2])
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            writer.add("train", images[1:], LABELS[1:2])
 
-    with pytest.raises(UserError, match=r"d: cannot be written: File too large; make room and run the same pack"):
-        pack_with_room_for_one()
+    try:
+        with pytest.raises(UserError, match=r"d: cannot be written: File too large; make room and run the same pack"):
+            pack_with_room_for_one()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert set(content(tmp_path / "d")) == {MARKER, "train-00000.h5"}
     with writing(tmp_path / "d", description, shard_images=1) as writer:
         assert writer.taken("train") == 1
@@ -181,3 +185,35 @@ def test_images_and_labels_that_do_not_fit_are_refused(tmp_path, images, labels,
 def test_a_data_set_without_train_images_is_refused(tmp_path, split, count):
     with pytest.raises(UserError, match="no image for split 'train'"), writing(tmp_path, DESCRIPTION) as writer:
         writer.add(split, IMAGES[:count], LABELS[:count])
+
+
+def test_a_shard_that_is_slowly_written_holds_its_own_images(tmp_path, monkeypatch):
+    """The next images come while it is written."""
+    write_shard = writer_module.write_shard
+
+    def slowly(*arguments, **options):
+        time.sleep(0.02)
+        return write_shard(*arguments, **options)
+
+    monkeypatch.setattr(writer_module, "write_shard", slowly)
+    with writing(tmp_path / "d", DESCRIPTION, shard_images=2) as writer:
+        for row in range(9):
+            writer.add("train", NINE[row : row + 1], NINE_LABELS[row : row + 1])
+    dataset = open_dataset(tmp_path / "d")
+    images, labels = dataset.load("train")
+    np.testing.assert_array_equal(images, NINE)
+    np.testing.assert_array_equal(labels, NINE_LABELS)
+    np.testing.assert_allclose(dataset.mean, (NINE / 255).mean(axis=(0, 1, 2)), rtol=1e-14)
+
+
+def test_an_error_of_the_writing_thread_is_the_packs(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise ValueError("no shard")
+
+    monkeypatch.setattr(writer_module, "write_shard", fail)
+    with (
+        pytest.raises(ValueError, match="no shard"),
+        writing(tmp_path / "d", DESCRIPTION, shard_images=2) as writer,
+    ):
+        writer.add("train", NINE, NINE_LABELS)
+    assert content(tmp_path / "d") == {}
