@@ -22,6 +22,7 @@ def worked_ahead(
     work: Callable[[Job, Buffer], Result],
     buffers: Sequence[Buffer],
     threads: int,
+    ended: Callable[[list[Buffer]], None] = lambda free: None,
 ) -> Generator[Result, None, None]:
     """Yield work(job, buffer) for each job in order, computed by threads that are up to two results ahead.
 
@@ -38,6 +39,9 @@ def worked_ahead(
     buffers : sequence of length `BUFFERS`
         Two for the results that are in use, two for those to come.
     threads : int
+    ended : callable
+        Called with the buffers of results that are not valid any more, once no thread works; never where the garbage
+        collector closes the iterator in one of them.
     """
     line = _Line(iter(jobs), fill, work)
     for buffer in buffers:
@@ -62,6 +66,7 @@ def worked_ahead(
         if threading.current_thread() not in helpers:
             for helper in helpers:
                 helper.join()
+            ended([buffer for buffer in buffers if not any(buffer is other for other in held)])
 
 
 @dataclass(frozen=True)

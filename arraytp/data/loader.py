@@ -14,7 +14,7 @@ from arraytp.data import augment, prepare
 from arraytp.data.background import BUFFERS, worked_ahead
 from arraytp.data.dataset import Dataset
 from arraytp.data.order import Rows, memory_order, pool_plan
-from arraytp.data.pool import Pool
+from arraytp.data.pool import Memory, Pool
 from arraytp.data.shards import Images, Labels
 from arraytp.errors import UserError
 
@@ -136,6 +136,9 @@ class Loader:
         self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._chunks = dataset.chunks(split)
         self._memory = None if self.streamed else dataset.load(split)
+        # What epochs that have ended leave to the next: the system takes its time to clear new memory.
+        self._spare_memory: list[Memory] = []
+        self._spare_buffers: list[_HostBuffer] = []
 
     @property
     def count(self) -> int:
@@ -196,16 +199,21 @@ class Loader:
             source.release(buffer.rows)
             return images, labels
 
-        buffers = [
+        def ended(free: list[_HostBuffer]) -> None:
+            self._keep(source)
+            self._spare_buffers[:] = free
+
+        spare, self._spare_buffers = self._spare_buffers, []
+        buffers = spare + [
             _HostBuffer(
                 rows=np.empty(0, np.int64),
                 images=np.empty((size, *shape), self.dtype),
                 labels=np.empty(size, np.int64),
                 augmenter=prepare.augmenter(shape, self._padding),
             )
-            for _ in range(BUFFERS)
+            for _ in range(BUFFERS - len(spare))
         ]
-        return worked_ahead(spans, fill, work, buffers, self._threads)
+        return worked_ahead(spans, fill, work, buffers, self._threads, ended)
 
     def _device_batches(self, spans: list[_Span], source: _Source, draws: augment.Draws | None) -> Batches:
         to_device, stream = self._backend.asarray, copy_stream(self._backend)
@@ -230,7 +238,8 @@ class Loader:
             _DeviceBuffer(*(Upload(self._backend, stream, shape, dtype) for shape, dtype in shapes))
             for _ in range(BUFFERS)
         ]
-        with closing(worked_ahead(spans, fill, work, buffers, self._threads)) as prepared:
+        ahead = worked_ahead(spans, fill, work, buffers, self._threads, lambda _: self._keep(source))
+        with closing(ahead) as prepared:
             for (first, last), buffer in prepared:
                 images, labels = (upload.received(last - first) for upload in buffer)
                 if draws is not None:
@@ -251,8 +260,15 @@ class Loader:
         if self._memory is None:
             plan = pool_plan(self._chunks, self._pool_images, self._seed, epoch, shuffle=self._shuffle)
             # Each thread holds its part of a batch, and the parts of other readers are passed over.
-            return Pool(self.dataset, self.split, plan, position, held=(1 + self._threads) * self.batch_size)
+            held = (1 + self._threads) * self.batch_size
+            memory = self._spare_memory.pop() if self._spare_memory else None
+            return Pool(self.dataset, self.split, plan, position, held, memory)
         return _Memory(*self._memory, memory_order(self.count, self._seed, epoch, shuffle=self._shuffle))
+
+    def _keep(self, source: _Source) -> None:
+        """Keep the memory of a pool whose epoch has ended."""
+        if isinstance(source, Pool):
+            self._spare_memory[:] = [source.memory]
 
     def _part(self, first: int, last: int) -> _Span:
         """Return this reader's part of a batch."""

@@ -1,12 +1,20 @@
 """The shuffle pool of a streamed epoch: images wait here between their chunk's reading and their turn."""
 
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
 from arraytp.data.dataset import Dataset
 from arraytp.data.order import PoolPlan, Rows, pool_content
 from arraytp.data.shards import Images, Labels
+
+
+class Memory(NamedTuple):
+    """The arrays of a pool: `images` (R, H, W, C) uint8 and `labels` (R,) int64."""
+
+    images: Images
+    labels: Labels
 
 
 class Pool:
@@ -24,6 +32,8 @@ class Pool:
         The first image that will be taken.
     held : int
         At most so many images have left and are not released.
+    memory : Memory, optional
+        Of an earlier pool of the split that nobody uses any more; replaced where it is too small.
 
     Raises
     ------
@@ -31,11 +41,15 @@ class Pool:
         A chunk that is needed at once is damaged.
     """
 
-    def __init__(self, dataset: Dataset, split: str, plan: PoolPlan, position: int, held: int) -> None:
+    def __init__(
+        self, dataset: Dataset, split: str, plan: PoolPlan, position: int, held: int, memory: Memory | None = None
+    ) -> None:
         longest = int(np.diff(plan.arrived).max())
         self._dataset, self._split, self._plan, self._position = dataset, split, plan, position
-        self.images = np.empty((plan.capacity + held, *dataset.shape), np.uint8)
-        self.labels = np.empty(plan.capacity + held, np.int64)
+        count = plan.capacity + held
+        if memory is None or len(memory.images) < count:
+            memory = Memory(np.empty((count, *dataset.shape), np.uint8), np.empty(count, np.int64))
+        self.memory = memory
         self._row_of_place = np.arange(plan.capacity)
         self._freeing = threading.Lock()
         self._chunk_images = np.empty((longest, *dataset.shape), np.uint8)
@@ -44,6 +58,16 @@ class Pool:
         spare = np.arange(plan.capacity, plan.capacity + held)
         self._free = np.concatenate((np.flatnonzero(arrivals < 0), spare))
         self._restore(arrivals)
+
+    @property
+    def images(self) -> Images:
+        """The rows' images."""
+        return self.memory.images
+
+    @property
+    def labels(self) -> Labels:
+        """The rows' labels."""
+        return self.memory.labels
 
     def claim(self, start: int, stop: int) -> Rows:
         """Return the rows of the images at some positions; later calls are for later positions.

@@ -207,6 +207,35 @@ def test_batches_go_round_in_four_buffers(tiny):
 
 
 @modes
+def test_an_epoch_works_in_the_memory_of_the_one_before(tiny, in_memory_bytes):
+    def loader():
+        return Loader(tiny, "train", 10, seed=0, shuffle=True, in_memory_bytes=in_memory_bytes, pool_images=600)
+
+    fresh = [copies(loader().batches(epoch)) for epoch in range(2)]
+    used = loader()
+    *_, last = used.batches(0)
+    buffers, pools = list(used._spare_buffers), list(used._spare_memory)
+    assert (len(buffers), len(pools)) == (3, used.streamed)
+    assert equal(copies(used.batches(1)), fresh[1])
+    assert sum(any(buffer is other for other in used._spare_buffers) for buffer in buffers) >= 2
+    assert all(memory.images is before.images for memory, before in zip(used._spare_memory, pools, strict=True))
+    # The last batch of an epoch is its holder's.
+    assert equal([last], fresh[0][-1:])
+
+
+@modes
+def test_two_epochs_at_once_share_no_memory(tiny, in_memory_bytes):
+    def loader():
+        return Loader(tiny, "train", 10, seed=0, shuffle=True, in_memory_bytes=in_memory_bytes, pool_images=600)
+
+    used = loader()
+    list(used.batches(0))
+    found = [(copies([a])[0], copies([b])[0]) for a, b in zip(used.batches(1), used.batches(2), strict=True)]
+    for epoch, batches in enumerate(zip(*found, strict=True), 1):
+        assert equal(batches, copies(loader().batches(epoch)))
+
+
+@modes
 def test_leaving_the_loop_early_leaves_no_thread(tiny, in_memory_bytes):
     loader = Loader(tiny, "train", 10, seed=0, shuffle=True, in_memory_bytes=in_memory_bytes)
     with closing(loader.batches(0)) as batches:
