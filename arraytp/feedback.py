@@ -5,7 +5,7 @@ G^n maps the space of s^{n+1} to that of s^n, for every block but the first:
     max-unpool → activation → transposed affine map with ω^n, plus a bias
 
 ω^n has the shape of the block's weight θ^n; symmetric means ω = θ. a is the input of the affine map: G = ω ∘ a + bias.
-`arraytp.fused_feedback` computes the same in slices.
+`arraytp.fused_modules` computes the same in slices.
 """
 
 from collections.abc import Sequence

@@ -14,8 +14,7 @@ apart (`split_matrix`), in arrays k times as large as an image where patches are
 and convolutions of small maps, first gather the factors of all samples, [−d1; d2] and the patches of [ε; ω ∘ d2]; then
 one product of twice the length gives the gradient, whose rows are shared by the threads.
 
-Slices and lanes depend on shapes alone, so that results do not depend on the threads. All activations have f(0) = 0, so
-that f(unpool(t)) = unpool(f(t)) unless values add up.
+Slices and lanes depend on shapes alone, so that results do not depend on the threads.
 """
 
 import math
@@ -26,14 +25,13 @@ from functools import partial
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.feedback import input_difference
-from arraytp.fused import product
+from arraytp.fused_modules import write_feedback_input
 from arraytp.network import Block, ForwardPass, Network
-from arraytp.ops.activations import activation_difference, activation_forward
+from arraytp.ops.activations import activation_forward
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.noise import CHUNK, gaussian
 from arraytp.ops.patches import Window, add_stacked_rows
-from arraytp.ops.pool import max_pool_forward, max_unpool, max_unpool_scatter, overlaps, window_corners
+from arraytp.ops.pool import max_pool_forward
 from arraytp.options import Unpool
 from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
 from arraytp.slice_products import (
@@ -42,6 +40,7 @@ from arraytp.slice_products import (
     matmul,
     patch_rows,
     product_matrix,
+    sample_group,
     scatter_back,
     stack,
     take_patches,
@@ -49,8 +48,6 @@ from arraytp.slice_products import (
 
 # An iteration's noises: that of the block's input, that of its output.
 EPSILON, ETA = 0, 1
-HOST_GROUP_BYTES = 8 << 20
-DEVICE_GROUP_BYTES = 1 << 29
 LANES = 4
 LANE_BYTES = 4 << 20
 ROW_TILES = 8
@@ -126,9 +123,11 @@ def freeze(
     def samples(part: slice, scratch: Buffers) -> None:
         rows = patch_rows(block, s[part], scratch)
         matmul(rows, matrix, z[part].reshape(len(rows), -1))
-        _input(block, out[part].copy(), None if index is None else index[part], unpool, a[part], scratch)
+        write_feedback_input(block, out[part].copy(), None if index is None else index[part], unpool, a[part], scratch)
 
-    workspace.run([partial(samples, part) for part in slices(len(x), _group(block, len(x), x.itemsize, workspace))])
+    workspace.run(
+        [partial(samples, part) for part in slices(len(x), sample_group(block, len(x), x.itemsize, workspace))]
+    )
     return Frozen(
         block, network.weights[n], network.biases[n], s, out, index, z, a, unpool, sigma, (*key, n), iterations
     )
@@ -194,7 +193,7 @@ def _summed_lanes(
     shape = (k * channels, k * outputs) if is_split(block) else as_matrix(omega).shape
     totals = workspace.array("lane sums", (len(lanes), *shape), omega.dtype)
     squares = workspace.array("squares", (len(lanes),), omega.dtype)
-    group = _group(block, batch, omega.itemsize, workspace)
+    group = sample_group(block, batch, omega.itemsize, workspace)
 
     def lane(number: int, scratch: Buffers) -> None:
         squares[number] = 0
@@ -281,86 +280,6 @@ def reconstruction_gradient(
     return gradient, dbias, squares.sum() / squares.dtype.type(batch)
 
 
-def target_difference(
-    network: Network, passed: ForwardPass, n: int, omega: Array, delta: Array, unpool: Unpool, workspace: Workspace
-) -> Array:
-    """Return δ^n = G^n(s^{n+1} + δ^{n+1}) − G^n(s^{n+1}) = ω ∘ (a(s + δ) − a(s)), of block n's input's shape.
-
-    Parameters
-    ----------
-    network : Network
-    passed : ForwardPass
-    n : int
-        The block, not the first.
-    omega : array of weight_shape
-    delta : array of shape (B, *out_shape)
-        t^{n+1} − s^{n+1}.
-    unpool : {"overwrite", "accumulate"}
-    workspace : Workspace
-        Holds the result until the next call.
-    """
-    block, s, index = network.blocks[n], passed.s[n + 1], passed.index[n]
-    delta = delta.reshape(s.shape)
-
-    def inputs(part: slice, out: Array, scratch: Buffers) -> None:
-        maxima = None if index is None else index[part]
-        if block.pool is not None and unpool == "accumulate" and overlaps(block.pool):
-            out[...] = input_difference(block, s[part], delta[part], maxima, unpool)
-            return
-        moved = activation_difference(s[part], delta[part], block.activation)
-        _unpool(block, moved, maxima, out, scratch)
-
-    return _affine(block, omega, inputs, passed.x[n], n, workspace)
-
-
-def feedback_output(
-    network: Network,
-    passed: ForwardPass,
-    n: int,
-    omega: tuple[Array, Array],
-    t: Array,
-    unpool: Unpool,
-    workspace: Workspace,
-) -> Array:
-    """Return G^n(t), of block n's input's shape; `omega` is weight and bias, the rest as in `target_difference`."""
-    block, index = network.blocks[n], passed.index[n]
-    t = t.reshape(passed.s[n + 1].shape)
-
-    def inputs(part: slice, out: Array, scratch: Buffers) -> None:
-        _input(block, t[part].copy(), None if index is None else index[part], unpool, out, scratch)
-
-    r = _affine(block, omega[0], inputs, passed.x[n], n, workspace)
-    r.reshape(len(t), *block.in_shape)[...] += omega[1]
-    return r
-
-
-def _affine(
-    block: Block,
-    omega: Array,
-    inputs: Callable[[slice, Array, Buffers], None],
-    like: Array,
-    n: int,
-    workspace: Workspace,
-) -> Array:
-    """Return ω ∘ a of the shape of `like`; `inputs` writes a of some samples. Samples are shared by threads."""
-    batch = len(like)
-    out = workspace.array(("carried", n), (batch, *block.in_shape), like.dtype)
-    if block.window is None:
-        a = workspace.array(("inputs", n), (batch, *block.pre_shape), like.dtype)
-        workspace.run([partial(inputs, slice(0, batch), a)])
-        product(a, omega.T, out, workspace)
-        return out.reshape(like.shape)
-    carrier = product_matrix(block, omega)
-
-    def samples(part: slice, scratch: Buffers) -> None:
-        a = scratch.array("a", (part.stop - part.start, *block.pre_shape), like.dtype)
-        inputs(part, a, scratch)
-        out[part] = carry(block, stack(block, a, scratch), carrier, scratch).reshape(out[part].shape)
-
-    workspace.run([partial(samples, part) for part in slices(batch, _group(block, batch, like.itemsize, workspace))])
-    return out.reshape(like.shape)
-
-
 def _noisy_input(frozen: Frozen, patches: Array, theta: Array, part: slice, scratch: Buffers) -> Array:
     """Return a(F(s + ε)) of some samples, of shape (samples, *pre_shape).
 
@@ -393,7 +312,7 @@ def _inputs_of(frozen: Frozen, z: Array, scratch: Buffers) -> Array:
     # As in `arraytp.fused`: bias and activation after the pool, since f does not decrease.
     pooled += frozen.bias
     activation_forward(pooled, block.activation, out=pooled)
-    _input(block, pooled, index, frozen.unpool, z, scratch)
+    write_feedback_input(block, pooled, index, frozen.unpool, z, scratch)
     return z
 
 
@@ -402,35 +321,11 @@ def _d2(frozen: Frozen, eta: Array, part: slice, scratch: Buffers) -> Array:
     moved = scratch.array("moved", frozen.out[part].shape, eta.dtype)
     array_module(eta).add(frozen.out[part], eta[part], out=moved)
     d2 = scratch.array("d2", frozen.z[part].shape, eta.dtype)
-    _input(frozen.block, moved, None if frozen.index is None else frozen.index[part], frozen.unpool, d2, scratch)
+    write_feedback_input(
+        frozen.block, moved, None if frozen.index is None else frozen.index[part], frozen.unpool, d2, scratch
+    )
     d2 -= frozen.a[part]
     return d2
-
-
-def _input(block: Block, t: Array, index: Array | None, unpool: Unpool, out: Array, scratch: Buffers) -> None:
-    """Write a(t) = f(unpool(t)) to `out`; t is overwritten. f comes first where no values add up, for f(0) = 0."""
-    if block.pool is None or index is None:
-        activation_forward(t, block.activation, out=out)
-        return
-    if unpool == "accumulate" and overlaps(block.pool):
-        out[...] = max_unpool(t, index, block.pool, unpool)
-        activation_forward(out, block.activation, out=out)
-        return
-    activation_forward(t, block.activation, out=t)
-    _unpool(block, t, index, out, scratch)
-
-
-def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Buffers) -> None:
-    """Write t where the pool's maxima were to `out`; the last of several values for one pixel stays."""
-    if block.pool is None or index is None:
-        out[...] = t
-        return
-    if array_module(t) is not np:
-        out[...] = max_unpool(t, index, block.pool, "overwrite")
-        return
-    corners = partial(window_corners, len(t), block.pool, t.shape[-1])
-    corner = scratch.cached(("corners", block.pool, t.shape[-1]), len(t), corners)
-    max_unpool_scatter(t, index, block.pool, corner, scratch.array("position", t.shape, np.intp), out)
 
 
 def _noise(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> tuple[Array, Array]:
@@ -482,19 +377,6 @@ def _lanes(omega: Array, batch: int, workspace: Workspace) -> list[slice]:
 
 def _tiles(matrix: Array) -> int:
     return ROW_TILES if matrix.size > TILED_SIZE else 1
-
-
-def _group(block: Block, batch: int, itemsize: int, workspace: Workspace) -> int:
-    """Return how many samples go through a block's products together: as many as patch matrices of some size hold."""
-    window = block.window
-    if window is None:
-        return batch
-    widest = window.kernel**2 * block.in_shape[-1]
-    if is_split(block):
-        widest = window.kernel * (block.in_shape[-1] + block.pre_shape[-1])
-    patch_bytes = math.prod(block.pre_shape[:-1]) * widest * itemsize
-    limit = HOST_GROUP_BYTES if workspace.backend.on_host else DEVICE_GROUP_BYTES
-    return max(1, min(batch, limit // patch_bytes))
 
 
 def _sum_of_squares(r: Array) -> Array:

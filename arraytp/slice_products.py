@@ -14,7 +14,10 @@ from arraytp.backend import Array, array_module
 from arraytp.network import Block
 from arraytp.ops.conv import as_matrix, can_split, split_matrix
 from arraytp.ops.patches import add_row_patches, col2im, im2col, row_patches, stack_rows
-from arraytp.parallel import Buffers
+from arraytp.parallel import Buffers, Workspace
+
+HOST_GROUP_BYTES = 8 << 20
+DEVICE_GROUP_BYTES = 1 << 29
 
 
 def is_split(block: Block) -> bool:
@@ -92,3 +95,16 @@ def scatter_back(block: Block, a: Array, matrix: Array, scratch: Buffers) -> Arr
 def matmul(a: Array, b: Array, out: Array) -> None:
     """Write the matrix product a b to `out`, whose rows may be strided."""
     array_module(a, b, out).matmul(a, b, out=out)
+
+
+def sample_group(block: Block, batch: int, itemsize: int, workspace: Workspace) -> int:
+    """Return how many samples go through a block's products together: as many as patch matrices of some size hold."""
+    window = block.window
+    if window is None:
+        return batch
+    widest = window.kernel**2 * block.in_shape[-1]
+    if is_split(block):
+        widest = window.kernel * (block.in_shape[-1] + block.pre_shape[-1])
+    patch_bytes = math.prod(block.pre_shape[:-1]) * widest * itemsize
+    limit = HOST_GROUP_BYTES if workspace.backend.on_host else DEVICE_GROUP_BYTES
+    return max(1, min(batch, limit // patch_bytes))

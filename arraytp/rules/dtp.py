@@ -29,7 +29,8 @@ from arraytp.feedback import (
     step_feedback,
 )
 from arraytp.fused import backward
-from arraytp.fused_feedback import freeze, reconstruction_gradient, target_difference
+from arraytp.fused_feedback import freeze, reconstruction_gradient
+from arraytp.fused_modules import target_difference
 from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops, block_forward
 from arraytp.options import STRICT, FeedbackTraining, Positive, Unpool
 from arraytp.parallel import Workspace

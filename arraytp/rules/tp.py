@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arraytp.backend import Array
-from arraytp.fused_feedback import feedback_output
+from arraytp.fused_modules import feedback_output
 from arraytp.network import ForwardPass, Network
 from arraytp.parallel import Workspace
 from arraytp.rules import dtp

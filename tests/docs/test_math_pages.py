@@ -19,6 +19,7 @@ MODULES = [
     *(rule.__name__ for rule in RULES.values()),
     "arraytp.feedback",
     "arraytp.fused_feedback",
+    "arraytp.fused_modules",
     "arraytp.inverse",
     "arraytp.optim",
     "arraytp.orthogonality",

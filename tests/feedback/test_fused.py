@@ -8,13 +8,8 @@ from samples import NAMED, batch, chains, close, moved, named_blocks, random_net
 
 from arraytp.feedback import feedback_forward
 from arraytp.fused import forward
-from arraytp.fused_feedback import (
-    feedback_output,
-    freeze,
-    ldrl_gradient,
-    reconstruction_gradient,
-    target_difference,
-)
+from arraytp.fused_feedback import freeze, ldrl_gradient, reconstruction_gradient
+from arraytp.fused_modules import feedback_output, target_difference
 from arraytp.ops.noise import gaussian
 from arraytp.parallel import Workspace
 from arraytp.rules import dtp, ldrl
