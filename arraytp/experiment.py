@@ -17,48 +17,18 @@ from types import ModuleType
 
 import numpy as np
 
-from arraytp.architectures import plan_network
-from arraytp.backend import Array, Backend, array_module, get_backend
+from arraytp.backend import Array, Backend, array_module
 from arraytp.compare import angle_degrees, relative_distance
-from arraytp.config import Config, Normalize
-from arraytp.data.dataset import Dataset, open_dataset
+from arraytp.config import Config
 from arraytp.data.loader import Loader
-from arraytp.errors import UserError
 from arraytp.fused import forward
-from arraytp.network import Block, ForwardPass, Network, make_network, show_shape
+from arraytp.network import ForwardPass, Network, make_network
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
 from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rates
-from arraytp.options import Adam
 from arraytp.parallel import Workspace
+from arraytp.plan import Plan, make_loader, plan
 from arraytp.rules import RULES, RuleOptions, bp, dtp
 from arraytp.rules.protocol import Excess, Observe, State, Target, Updates
-
-TEST_SPLITS = ("test", "val")
-# In image sides; a wider border leaves crops of nothing but edge pixels, and fits no memory in the end.
-MOST_CROP_PADDING = 10
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What can be checked about a config before anything is computed.
-
-    Parameters
-    ----------
-    config : Config
-    backend : Backend
-    dataset : Dataset
-    blocks : tuple of Block
-    test_split : str
-    notes : tuple of str
-        What the rule has to say about the config, one line each.
-    """
-
-    config: Config
-    backend: Backend
-    dataset: Dataset
-    blocks: tuple[Block, ...]
-    test_split: str
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -335,54 +305,6 @@ def compared_options(options: RuleOptions) -> RuleOptions:
     return options
 
 
-def plan(config: Config, backend: Backend | None = None) -> Plan:
-    """Check a config against its data set, network and backend.
-
-    Raises
-    ------
-    UserError
-        If one of them cannot be had or does not fit the others.
-    """
-    try:
-        dataset = open_dataset(config.data.dataset)
-    except UserError as error:
-        raise UserError(f"data.dataset: {error}") from error
-    counts = dataset.counts
-    test_split = next((split for split in TEST_SPLITS if split in counts), None)
-    if "train" not in counts or test_split is None:
-        raise UserError(
-            f"data.dataset {config.data.dataset}: has the splits {', '.join(counts)}; needs train and one of "
-            f"{', '.join(TEST_SPLITS)}"
-        )
-    if isinstance(config.data.normalize, Normalize) and len(config.data.normalize.mean) != dataset.shape[2]:
-        raise UserError(
-            f"data.normalize: {len(config.data.normalize.mean)} values of mean and std, but the images of "
-            f"{dataset.name} need {dataset.shape[2]}, one per channel"
-        )
-    widest = MOST_CROP_PADDING * max(dataset.shape[:2])
-    if config.data.crop_padding > widest:
-        raise UserError(
-            f"data.crop_padding: {config.data.crop_padding} around images of {show_shape(dataset.shape)}; "
-            f"at most {widest}"
-        )
-    if isinstance(config.optimizer, Adam) and not np.asarray(config.optimizer.epsilon, config.dtype).all():
-        raise UserError(
-            f"optimizer.epsilon: {config.optimizer.epsilon} is 0 in {config.dtype}, and Adam divides by it; use at "
-            f"least {np.finfo(config.dtype).tiny:.1e}"
-        )
-    blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
-    if config.optimizer.orthogonality and not any(block.is_square for block in blocks):
-        raise UserError(
-            f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but no weight matrix of this network is "
-            "square; set it to 0, or network.square: true"
-        )
-    check = getattr(RULES[config.rule.name], "check", None)
-    notes = () if check is None else tuple(check(config.rule, blocks, config.dtype, config.loss.reduction))
-    _check_lists(config, blocks)
-    _check_study(config, blocks, counts["train"])
-    return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
-
-
 def build(config: Config, backend: Backend | None = None) -> Experiment:
     """Build an experiment in its initial state.
 
@@ -412,8 +334,8 @@ def build_planned(planned: Plan) -> Experiment:
         rule_state=rule.init_state(config.rule, network, config.seed, backend),
         optimizer_state=init_optimizer(config.optimizer, parameters(network)),
         workspace=Workspace(backend),
-        train_loader=_loader(planned, "train", config.train.batch_size, training=True),
-        test_loader=_loader(planned, planned.test_split, config.train.eval_batch_size, training=False),
+        train_loader=make_loader(planned, "train", config.train.batch_size, training=True),
+        test_loader=make_loader(planned, planned.test_split, config.train.eval_batch_size, training=False),
     )
 
 
@@ -422,62 +344,11 @@ def parameters(network: Network) -> list[Array]:
     return [array for pair in zip(network.weights, network.biases, strict=True) for array in pair]
 
 
-def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:
-    """Refuse lists of the optimiser that have not one value per block."""
-    for key in ("lr", "epsilon"):
-        values = getattr(config.optimizer, key, None)
-        if isinstance(values, tuple) and len(values) != len(blocks):
-            raise UserError(
-                f"optimizer.{key}: {len(values)} values {list(values)}; needs one number, or a list of {len(blocks)}, "
-                f"one per block: {', '.join(block.label for block in blocks)}"
-            )
-
-
-def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None:
-    """Refuse a study of nothing, or on a batch larger than the train split."""
-    if config.study is None:
-        return
-    if not hasattr(RULES[config.rule.name], "train_feedback"):
-        trained = ", ".join(name for name, rule in RULES.items() if hasattr(rule, "train_feedback"))
-        raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
-    if len(blocks) < 2:
-        raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
-    if config.train.batch_size > images:
-        raise UserError(
-            f"train.batch_size: {config.train.batch_size}, but the train split of {config.data.dataset} has {images} "
-            f"images, and a study takes one batch; at most {images}"
-        )
-
-
 def _aligned(omega: Array, theta: Array | None) -> tuple[float, float]:
     """Return angle in degrees and relative distance of a feedback weight to a forward weight."""
     if theta is None:
         return math.nan, math.nan
     return angle_degrees(omega, theta), relative_distance(omega, theta)
-
-
-def _loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loader:
-    data, config, dataset = planned.config.data, planned.config, planned.dataset
-    mean, std = None, None
-    if isinstance(data.normalize, Normalize):
-        mean, std = data.normalize.mean, data.normalize.std
-    elif data.normalize == "dataset":
-        mean, std = dataset.mean, dataset.std
-    return Loader(
-        dataset,
-        split,
-        batch_size,
-        seed=config.seed,
-        shuffle=training,
-        mean=mean,
-        std=std,
-        flip=data.flip if training else 0.0,
-        crop_padding=data.crop_padding if training else 0,
-        dtype=config.dtype,
-        in_memory_bytes=data.in_memory_mb * 2**20,
-        pool_images=data.pool_images,
-        backend=planned.backend,
-    )
 
 
 def _check_labels(labels: Array, classes: int) -> None:

@@ -25,10 +25,11 @@ from arraytp import __version__
 from arraytp.backend import array_module
 from arraytp.config import Study
 from arraytp.errors import Interrupted, NonFiniteError, UserError
-from arraytp.experiment import Experiment, Plan, build_planned
+from arraytp.experiment import Experiment, build_planned
 from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
 from arraytp.optim import at_block
 from arraytp.options import FeedbackTraining
+from arraytp.plan import Plan
 from arraytp.progress import Progress
 from arraytp.signals import StopRequest
 

@@ -19,12 +19,13 @@ from arraytp.audit.check import host
 from arraytp.backend import Array
 from arraytp.config import Config
 from arraytp.errors import NonFiniteError
-from arraytp.experiment import Experiment, Plan, build_planned, parameters
+from arraytp.experiment import Experiment, build_planned, parameters
 from arraytp.fused import forward
 from arraytp.network import ForwardPass, Network, block_flops, make_network
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.optim import init_optimizer
 from arraytp.parallel import Workspace
+from arraytp.plan import Plan
 from arraytp.rules.protocol import State
 
 # Two chunks of noise and several samples a lane where that is cheap.

@@ -16,8 +16,8 @@ from arraytp.audit import Check, audit
 from arraytp.commands.overrides import overriding_but_dtype, settings
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
-from arraytp.experiment import Plan, plan
 from arraytp.metrics import write_file
+from arraytp.plan import Plan, plan
 from arraytp.signals import ended_by_signals
 
 HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")

@@ -16,8 +16,9 @@ import click
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.errors import Interrupted, UserError
-from arraytp.experiment import Plan, build_planned, plan
+from arraytp.experiment import build_planned
 from arraytp.metrics import write_file
+from arraytp.plan import Plan, plan
 from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest

@@ -11,7 +11,7 @@ import pytest
 
 from arraytp.audit import audit
 from arraytp.config import load_one
-from arraytp.experiment import plan
+from arraytp.plan import plan
 
 LDRL = ("--set", "rule={name: ldrl, feedback: {iterations: 2, sigma: 0.3}}")
 SQUARE = ("--set", "network={square: true, init: orthogonal, blocks: [{type: dense, units: 6, activation: leaky-relu}, "

@@ -1,0 +1,142 @@
+"""What can be said about a config before anything is computed: whether it fits its data set, network and backend."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from arraytp.architectures import plan_network
+from arraytp.backend import Backend, get_backend
+from arraytp.config import Config, Normalize
+from arraytp.data.dataset import Dataset, open_dataset
+from arraytp.data.loader import Loader
+from arraytp.errors import UserError
+from arraytp.network import Block, show_shape
+from arraytp.options import Adam
+from arraytp.rules import RULES
+
+TEST_SPLITS = ("test", "val")
+# In image sides; a wider border leaves crops of nothing but edge pixels, and fits no memory in the end.
+MOST_CROP_PADDING = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be checked about a config before anything is computed.
+
+    Parameters
+    ----------
+    config : Config
+    backend : Backend
+    dataset : Dataset
+    blocks : tuple of Block
+    test_split : str
+    notes : tuple of str
+        What the rule has to say about the config, one line each.
+    """
+
+    config: Config
+    backend: Backend
+    dataset: Dataset
+    blocks: tuple[Block, ...]
+    test_split: str
+    notes: tuple[str, ...] = ()
+
+
+def plan(config: Config, backend: Backend | None = None) -> Plan:
+    """Check a config against its data set, network and backend.
+
+    Raises
+    ------
+    UserError
+        If one of them cannot be had or does not fit the others.
+    """
+    try:
+        dataset = open_dataset(config.data.dataset)
+    except UserError as error:
+        raise UserError(f"data.dataset: {error}") from error
+    counts = dataset.counts
+    test_split = next((split for split in TEST_SPLITS if split in counts), None)
+    if "train" not in counts or test_split is None:
+        raise UserError(
+            f"data.dataset {config.data.dataset}: has the splits {', '.join(counts)}; needs train and one of "
+            f"{', '.join(TEST_SPLITS)}"
+        )
+    if isinstance(config.data.normalize, Normalize) and len(config.data.normalize.mean) != dataset.shape[2]:
+        raise UserError(
+            f"data.normalize: {len(config.data.normalize.mean)} values of mean and std, but the images of "
+            f"{dataset.name} need {dataset.shape[2]}, one per channel"
+        )
+    widest = MOST_CROP_PADDING * max(dataset.shape[:2])
+    if config.data.crop_padding > widest:
+        raise UserError(
+            f"data.crop_padding: {config.data.crop_padding} around images of {show_shape(dataset.shape)}; "
+            f"at most {widest}"
+        )
+    if isinstance(config.optimizer, Adam) and not np.asarray(config.optimizer.epsilon, config.dtype).all():
+        raise UserError(
+            f"optimizer.epsilon: {config.optimizer.epsilon} is 0 in {config.dtype}, and Adam divides by it; use at "
+            f"least {np.finfo(config.dtype).tiny:.1e}"
+        )
+    blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
+    if config.optimizer.orthogonality and not any(block.is_square for block in blocks):
+        raise UserError(
+            f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but no weight matrix of this network is "
+            "square; set it to 0, or network.square: true"
+        )
+    check = getattr(RULES[config.rule.name], "check", None)
+    notes = () if check is None else tuple(check(config.rule, blocks, config.dtype, config.loss.reduction))
+    _check_lists(config, blocks)
+    _check_study(config, blocks, counts["train"])
+    return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
+
+
+def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:
+    """Refuse lists of the optimiser that have not one value per block."""
+    for key in ("lr", "epsilon"):
+        values = getattr(config.optimizer, key, None)
+        if isinstance(values, tuple) and len(values) != len(blocks):
+            raise UserError(
+                f"optimizer.{key}: {len(values)} values {list(values)}; needs one number, or a list of {len(blocks)}, "
+                f"one per block: {', '.join(block.label for block in blocks)}"
+            )
+
+
+def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None:
+    """Refuse a study of nothing, or on a batch larger than the train split."""
+    if config.study is None:
+        return
+    if not hasattr(RULES[config.rule.name], "train_feedback"):
+        trained = ", ".join(name for name, rule in RULES.items() if hasattr(rule, "train_feedback"))
+        raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
+    if len(blocks) < 2:
+        raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
+    if config.train.batch_size > images:
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size}, but the train split of {config.data.dataset} has {images} "
+            f"images, and a study takes one batch; at most {images}"
+        )
+
+
+def make_loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loader:
+    """Return the loader of a split; flip and crop are for training only."""
+    data, config, dataset = planned.config.data, planned.config, planned.dataset
+    mean, std = None, None
+    if isinstance(data.normalize, Normalize):
+        mean, std = data.normalize.mean, data.normalize.std
+    elif data.normalize == "dataset":
+        mean, std = dataset.mean, dataset.std
+    return Loader(
+        dataset,
+        split,
+        batch_size,
+        seed=config.seed,
+        shuffle=training,
+        mean=mean,
+        std=std,
+        flip=data.flip if training else 0.0,
+        crop_padding=data.crop_padding if training else 0,
+        dtype=config.dtype,
+        in_memory_bytes=data.in_memory_mb * 2**20,
+        pool_images=data.pool_images,
+        backend=planned.backend,
+    )

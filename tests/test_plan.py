@@ -1,0 +1,54 @@
+"""What a config is held against before anything is computed."""
+
+from pathlib import Path
+
+import pytest
+
+from arraytp.config import load_one, parse_config
+from arraytp.errors import UserError
+from arraytp.plan import plan
+
+QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.yml"
+SMALL_NETWORK = {"blocks": [{"type": "dense", "units": 12, "activation": "tanh"}, {"type": "dense", "units": 10}]}
+
+
+def small(**sections):
+    tree = {
+        "data": {"dataset": "fashion-mnist-10k"},
+        "network": SMALL_NETWORK,
+        "rule": {"name": "fa"},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "train": {"epochs": 1, "batch_size": 32},
+    }
+    return parse_config({**tree, **sections}).variants[""]
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [("float32", 1e-44), ("float64", 1e-50)])
+def test_a_small_epsilon_is_fine_while_it_is_not_zero(dtype, epsilon):
+    config = small(optimizer={"name": "adam", "lr": 0.1, "epsilon": epsilon}, dtype=dtype)
+    assert plan(config).config.optimizer.epsilon == epsilon
+
+
+def test_a_plan_tells_what_will_be_built_without_reading_images():
+    planned = plan(load_one(QUICKSTART, variant="dfa"))
+    assert [block.label for block in planned.blocks] == ["conv1", "conv2", "dense1", "dense2"]
+    assert planned.test_split == "test"
+    assert planned.dataset.counts == {"train": 10000, "test": 2000}
+
+
+def test_normalisation_of_another_number_of_channels_is_refused():
+    data = {"dataset": "fashion-mnist-10k", "normalize": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
+    with pytest.raises(UserError, match=r"data\.normalize: 3 values of mean and std.* need 1, one per channel"):
+        plan(small(data=data))
+
+
+def test_a_network_that_the_rule_cannot_invert_is_refused_before_training():
+    with pytest.raises(UserError, match=r"network block 1 \(dense2\): rule gait-prop .* 12x10 is not square"):
+        plan(small(rule={"name": "gait-prop"}))
+
+
+def test_what_a_rule_has_to_say_about_a_config_is_in_the_plan():
+    square = {**SMALL_NETWORK, "square": True}
+    (note,) = plan(small(rule={"name": "gait-prop"}, network=square)).notes
+    assert "literal in float32" in note
+    assert plan(small(network=square)).notes == ()
