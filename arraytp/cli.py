@@ -11,6 +11,7 @@ import click
 
 from arraytp import __version__
 from arraytp.errors import Interrupted, NonFiniteError, UserError
+from arraytp.signals import sent_again_when_swallowed
 
 COMMANDS = {
     "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raised, which ends the process with a traceback and status 1.
     """
     try:
-        status = _status_of(arguments)
+        with sent_again_when_swallowed():
+            status = _status_of(arguments)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):
         # The reader has left, for example `| head`; click makes a SystemExit of it.

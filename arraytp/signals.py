@@ -1,12 +1,17 @@
 """Ctrl-C, SIGTERM and SIGHUP: as a request that the training loop answers between two steps, or as an exception."""
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from arraytp.errors import Interrupted
+
+_LATER = 0.01
 
 
 class StopRequest:
@@ -71,3 +76,30 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sent_again_when_swallowed() -> Iterator[None]:
+    """While entered, a signal whose exception Python swallows is sent once more.
+
+    Where a signal arrives in a destructor or in the callback of a weak reference, Python prints the exception and goes
+    on.
+    """
+    former = sys.unraisablehook
+
+    def swallowed(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            number = int(signal.SIGINT)
+        elif isinstance(unraisable.exc_value, Interrupted):
+            number = unraisable.exc_value.signal_number
+        else:
+            former(unraisable)
+            return
+        # A little later: now it would arrive in the same place.
+        threading.Timer(_LATER, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = swallowed
+    try:
+        yield
+    finally:
+        sys.unraisablehook = former

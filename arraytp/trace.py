@@ -98,7 +98,7 @@ def write_trace(
         When a stop was requested; nothing is written.
     """
     # Through a Python file: HDF5's own can take the process with it when the disk is full.
-    with replacing(path) as raw, h5py.File(raw, "w") as file:
+    with replacing(path.resolve()) as raw, h5py.File(raw, "w") as file:
         sink = Sink(file, experiment.plan.backend, stop or StopRequest())
         _step(sink, experiment, images, labels, noise)
     return sink.not_finite
@@ -204,7 +204,7 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"--out {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; give a file, for example {path / 'trace.h5'}")
-    if path.exists() and not _is_trace(path):
+    if path.exists() and not (path.is_file() and _is_trace(path)):
         raise UserError(f"--out {path}: exists and is no trace; only traces are overwritten, so give another file")
 
 

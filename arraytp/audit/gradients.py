@@ -32,7 +32,7 @@ def cross_entropy(setting: Setting) -> Iterator[Check]:
     value, cache = loss.cross_entropy_forward(logits, setting.labels, reduction)
     wanted = reference.cross_entropy(host(logits), host(setting.labels), reduction)
     yield checked(f"loss: value, {reduction}", "−Σ log softmax(z)[y]", loss.cross_entropy_forward,
-                  abs(float(value) - wanted) / abs(wanted), ROUNDING)  # fmt: skip
+                  abs(float(value) - wanted) / (abs(wanted) or 1.0), ROUNDING)  # fmt: skip
     error = gradient_error(
         lambda z: reference.cross_entropy(host(z), host(setting.labels), reduction),
         logits, loss.cross_entropy_backward(cache, reduction), setting.generator(20),

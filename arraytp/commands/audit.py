@@ -1,6 +1,5 @@
 """`arraytp audit`: everything that can be checked about a config's network, data and rule, in a table."""
 
-import json
 import math
 import sys
 import time
@@ -13,10 +12,10 @@ import click
 from rich.console import Console
 
 from arraytp.audit import Check, audit
+from arraytp.commands.figures_file import check_replaceable, write_figures
 from arraytp.commands.overrides import overriding_but_dtype, settings
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
-from arraytp.metrics import write_file
 from arraytp.plan import Plan, plan
 from arraytp.signals import ended_by_signals
 
@@ -38,7 +37,7 @@ def command(
     batch, whatever the config says of them. Exit status 1 if a check fails; docs/audit.md explains the lines.
     """
     if json_path is not None:
-        _check_writable(json_path)
+        check_replaceable(json_path, "checks")
     plans = _plans(config, settings(overrides, backend), variant)
     found = {}
     with ended_by_signals():
@@ -52,22 +51,8 @@ def command(
             found[name] = _record(planned, lines, seconds)
             click.echo(_table(name, planned.config, lines, seconds))
         if json_path is not None:
-            _write(json_path, found)
+            write_figures(json_path, found)
     return int(any(record["failed"] for record in found.values()))
-
-
-def _check_writable(path: Path) -> None:
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; give a file, for example {path / 'audit.json'}")
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    try:
-        write_file(path, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _plans(path: Path, overrides: list[str], variant: str | None) -> dict[str, Plan]:

@@ -1,6 +1,5 @@
 """`arraytp bench`: where the time of a training step goes, against what this machine's matrix product could do."""
 
-import json
 import statistics
 import time
 from contextlib import closing
@@ -10,10 +9,10 @@ from typing import Any
 
 import click
 
+from arraytp.commands.figures_file import check_replaceable, write_figures
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, load_config
 from arraytp.data.loader import Batches
-from arraytp.errors import UserError
 from arraytp.experiment import Experiment, build
 from arraytp.feedback import only_block
 from arraytp.fused import product
@@ -37,14 +36,14 @@ def command(
     Prints milliseconds by part, GFLOP/s of the matrix products, the fraction of what one large matrix product reaches
     on this machine, and peak memory.
     """
-    if json_path is not None and not json_path.resolve().parent.is_dir():
-        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}")
+    if json_path is not None:
+        check_replaceable(json_path, "milliseconds")
     figures = {}
     for name, variant in load_config(config, settings(overrides, backend, dtype)).variants.items():
         figures[name or variant.name] = measured = measure(variant, steps)
         click.echo(_table(name or variant.name, measured))
     if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_figures(json_path, figures)
 
 
 def measure(config: Config, steps: int) -> dict[str, Any]:

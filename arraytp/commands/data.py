@@ -34,13 +34,21 @@ def command() -> None:
 
 
 def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    limits = {}
+    limits: dict[str, int] = {}
     for value in values:
         split, _, count = value.partition("=")
         if not split or not count.isdecimal() or int(count) < 1:
             raise click.BadParameter(f"{value!r} is not like train=10000 or test=2000")
+        if split in limits:
+            raise click.BadParameter(f"{value!r} after {split}={limits[split]}: one limit for each split")
         limits[split] = int(count)
     return limits
+
+
+def _parse_name(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not (value.strip() and value.isprintable()):
+        raise click.BadParameter(f"{value!r} is not a name of printable characters")
+    return value
 
 
 def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -57,7 +65,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 @click.argument("source", type=click.Choice(_SOURCES))
 @click.argument("src", type=_FOLDER)
 @click.argument("dst", type=_FOLDER)
-@click.option("--name", help="The data set's name.  [default: SOURCE]")
+@click.option("--name", callback=_parse_name, help="The data set's name.  [default: SOURCE]")
 @click.option(
     "--limit",
     "limits",
@@ -69,7 +77,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 @click.option("--compression", type=click.Choice(["none", "gzip"]), default="none", show_default=True)
 @click.option("--shard-images", type=click.IntRange(min=1), help="Images per shard.  [default: what 64 MiB hold]")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the order of the train images."
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the order of the train images."
 )
 @click.option(
     "--size",
@@ -160,7 +168,7 @@ def fetch(name: str, dst: Path) -> None:
 @command.command(epilog=_DATASET_HELP)
 @click.argument("dataset")
 def check(dataset: str) -> None:
-    """Read every byte of a data set and list all damage, one line each; the exit status is 2 if there is any."""
+    """Read all images and labels of a data set and list all damage, a line each; exit status 2 if there is any."""
     found = find_dataset(dataset)
     problems = list(found.problems())
     for problem in problems:

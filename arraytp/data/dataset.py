@@ -179,5 +179,7 @@ def _folder(name_or_path: str | Path) -> Path:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise UserError(f"data set {folder}: is a file, expected the folder that arraytp data pack made")
     names = ", ".join(embedded_names())
     raise UserError(f"data set {str(name_or_path)!r}: no such folder, and not one that comes with arraytp ({names})")

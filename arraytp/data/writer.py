@@ -243,6 +243,7 @@ def writing(
     shard_images = shard_images or max(1, SHARD_BYTES // int(np.prod(description.shape)))
     versions = {"arraytp": __version__, "hdf5": h5py.version.hdf5_version, "zlib": zlib.ZLIB_RUNTIME_VERSION}
     identity = [asdict(description), compression, shard_images, versions]
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_files(folder)
@@ -252,6 +253,8 @@ def writing(
             _refuse_foreign_files(folder)
             journal = Journal(marker, identity)
             finished = _sound_shards(folder, description, journal.read())
+            if (folder / FILE_NAME).exists() and not finished:
+                raise UserError(_occupied(folder))
             journal.restart(finished)
             _remove_own_files(folder, keep=[shard.entry.file for shard in finished])
             writer = DatasetWriter(
@@ -261,6 +264,9 @@ def writing(
             (folder / _MARKER).unlink()
     except OSError as error:
         raise UserError(_cannot_write(folder, error)) from error
+    finally:
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
@@ -296,11 +302,16 @@ def _cannot_write(folder: Path, error: OSError) -> str:
     return f"{folder}: cannot be written: {reason}; make room and run the same pack again, it goes on where it stopped"
 
 
+def _occupied(folder: Path) -> str:
+    return f"{folder}: already holds a data set; remove it or choose another folder"
+
+
 def _refuse_foreign_files(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
-    if FILE_NAME in names:
-        raise UserError(f"{folder}: already holds a data set; remove it or choose another folder")
     leftovers = _MARKER in names
+    # With the marker still there, the call that wrote the data set was killed at its very end.
+    if FILE_NAME in names and not leftovers:
+        raise UserError(_occupied(folder))
     foreign = [name for name in names if name != _MARKER and not (leftovers and _OWN_FILES.fullmatch(name))]
     if foreign:
         raise UserError(f"{folder}: not empty (it holds {foreign[0]!r}); choose a new or empty folder")

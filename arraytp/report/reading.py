@@ -136,7 +136,8 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a result folder written by `arraytp run`")
+        what = "is a file" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {what}; give a result folder written by `arraytp run`")
     if not (path / "config.yml").is_file():
         raise UserError(f"{path} is not a result folder: it holds no config.yml")
     text = _text(path / "config.yml")

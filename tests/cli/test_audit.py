@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
 
@@ -89,18 +91,52 @@ def test_what_cannot_be_computed_is_a_check_that_failed(arraytp, monkeypatch):
     assert failed["error"] is None
 
 
+def test_one_class_has_no_loss_and_passes(arraytp, pack):
+    pack(Path("one"), classes=1)
+    settings = [
+        "data.dataset=one",
+        "train.batch_size=1",
+        "network={blocks: [{type: dense, units: 1}]}",
+        "rule={name: bp}",
+    ]
+    outcome = arraytp("audit", "toy.yml", *(word for setting in settings for word in ("--set", setting)))
+    assert (outcome.status, outcome.err) == (0, ""), outcome.out
+
+
 def test_wrong_input_is_one_line(refused, place):
     Path("folder").mkdir()
+    Path("other.json").write_text('{"a": {"b": 1}}')
+    before = Path("toy.yml").read_bytes()
     for arguments, error in (
         (("nowhere.yml",), "nowhere.yml"),
         (("toy.yml", "--variant", "x"), "toy.yml: has no variant 'x'; it has no variants"),
         (("variants.yml", "--variant", "x"), "variants.yml: has no variant 'x'; its variants are bp, dfa"),
         (("toy.yml", "--json", "missing/a.json"), "--json missing/a.json: there is no folder missing"),
-        (("toy.yml", "--json", "folder"), "--json folder: is a folder; give a file, for example folder/audit.json"),
+        (("toy.yml", "--json", "folder"), "--json folder: is a folder; give a file, for example folder/figures.json"),
+        (
+            ("toy.yml", "--json", "toy.yml"),
+            "--json toy.yml: exists and is no earlier result of this command; only those",
+        ),
+        (("toy.yml", "--json", "other.json"), "--json other.json: exists and is no earlier result"),
         (("toy.yml", "--set", "data.dataset=none"), "toy.yml: data.dataset: data set 'none': no such folder"),
         (("toy.yml", "--dtype", "float32"), "No such option"),
     ):
         assert error in refused("audit", *arguments)
+    assert Path("toy.yml").read_bytes() == before
+
+
+def test_a_table_goes_through_links_and_into_pipes(arraytp):
+    Path("target.json").write_text("{}")
+    Path("link.json").symlink_to("target.json")
+    os.mkfifo("pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(Path("pipe").read_bytes)
+        for name in ("link.json", "pipe"):
+            assert arraytp("audit", "toy.yml", "--json", name).status == 0
+        content = json.loads(read.result())
+    assert Path("link.json").is_symlink()
+    assert list(json.loads(Path("target.json").read_text())) == list(content)
+    assert not Path("pipe").is_file()
 
 
 def test_an_input_that_is_not_finite_is_one_line(refused):

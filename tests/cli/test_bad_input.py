@@ -43,7 +43,7 @@ SETTINGS = {
     "broken YAML": ("train={epochs: ", ["not valid YAML"]),
     "a variant that is not there": ("variants.bp.seed=1", ["NAME among the variants: none"]),
     "a data set that is not there": ("data.dataset=nowhere", ["'nowhere'", "fashion-mnist-10k"]),
-    "a data set that is a file": ("data.dataset=toy.yml", ["'toy.yml'", "no such folder"]),
+    "a data set that is a file": ("data.dataset=toy.yml", ["data set toy.yml: is a file", "arraytp data pack"]),
     "a data set that is some folder": ("data.dataset=.", ["dataset.json: not found", "arraytp data pack"]),
     "three means for one channel": (
         "data.normalize={mean: [0, 0, 0], std: [1, 1, 1]}",

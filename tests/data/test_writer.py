@@ -124,7 +124,7 @@ def test_an_exception_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyError):
         fail()
-    assert list((tmp_path / "d").iterdir()) == []
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train-00000.h5", "dataset.json.tmp"])
@@ -216,4 +216,14 @@ def test_an_error_of_the_writing_thread_is_the_packs(tmp_path, monkeypatch):
         writing(tmp_path / "d", DESCRIPTION, shard_images=2) as writer,
     ):
         writer.add("train", NINE, NINE_LABELS)
-    assert content(tmp_path / "d") == {}
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_pack_killed_at_its_very_end_is_the_same_packs_to_finish(tmp_path):
+    packed(tmp_path / "e")
+    interrupted(tmp_path / "d", 9)
+    shutil.copy(tmp_path / "e" / "dataset.json", tmp_path / "d")
+    with pytest.raises(UserError, match=r"d: already holds a data set"):
+        packed(tmp_path / "d", replace(DESCRIPTION, name="y"))
+    packed(tmp_path / "d")
+    assert content(tmp_path / "d") == content(tmp_path / "e")

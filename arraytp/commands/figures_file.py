@@ -1,0 +1,59 @@
+"""`--json FILE` of the commands that measure: what they print, for programs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from arraytp.errors import UserError
+from arraytp.metrics import write_file
+
+
+def check_replaceable(path: Path, key: str) -> None:
+    """Refuse a path to which figures cannot be written, or that holds something else.
+
+    Parameters
+    ----------
+    path : Path
+    key : str
+        What every entry of such a file has.
+
+    Raises
+    ------
+    UserError
+        Names the path and what would do.
+    """
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a folder; give a file, for example {path / 'figures.json'}")
+    if path.is_file() and not _holds_figures(path, key):
+        raise UserError(
+            f"--json {path}: exists and is no earlier result of this command; only those are overwritten, so give "
+            "another file"
+        )
+
+
+def _holds_figures(path: Path, key: str) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and all(isinstance(entry, dict) and key in entry for entry in content.values())
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Write figures to a file, whole or not at all; a pipe or device is written to as it is.
+
+    Raises
+    ------
+    UserError
+        The path cannot be written.
+    """
+    content = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+        else:
+            write_file(path.resolve(), content)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror or error}") from error

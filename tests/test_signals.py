@@ -1,0 +1,51 @@
+import signal
+import sys
+import time
+import weakref
+
+import pytest
+
+from arraytp.errors import Interrupted
+from arraytp.signals import ended_by_signals, sent_again_when_swallowed
+
+
+class Object:
+    pass
+
+
+def swallowed(number):
+    """Let a signal arrive in the callback of a weak reference, where its exception goes no further."""
+    thing = Object()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
+    del thing
+    return reference
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)])
+def test_a_swallowed_signal_arrives_all_the_same(number, error, capsys):
+    def work():
+        swallowed(number)
+        time.sleep(10)
+
+    hook = sys.unraisablehook
+    started = time.monotonic()
+    with sent_again_when_swallowed(), ended_by_signals(), pytest.raises(error):
+        work()
+    assert time.monotonic() - started < 5
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_that_python_swallows_are_shown_as_ever(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+
+    def fail(_):
+        raise KeyError
+
+    with sent_again_when_swallowed():
+        thing = Object()
+        reference = weakref.ref(thing, fail)
+        del thing
+    assert reference() is None
+    assert [unraisable.exc_type for unraisable in shown] == [KeyError]
