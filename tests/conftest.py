@@ -3,6 +3,10 @@
 import os
 from dataclasses import dataclass
 
+# Read when NumPy and SciPy load. Where other work wants the cores too, a QR on several threads takes twenty times as
+# long: they wait for each other spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import strict_device
