@@ -262,6 +262,8 @@ class Experiment:
     def apply(self, epoch: int = 0) -> None:
         """Let the optimiser apply the proposed updates, once, to the θ that they were proposed for.
 
+        The optimiser's regulariser is added to `updates` in place.
+
         Raises
         ------
         RuntimeError

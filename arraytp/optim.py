@@ -64,8 +64,8 @@ def apply_updates(
         Learning rate of this step, one for all blocks or one per block.
     state : OptimizerState
         Updated in place.
-    parameters, gradients : sequences of arrays of the same shapes and dtype
-        Gradients are left as they are.
+    parameters, gradients : sequences of arrays of the same shapes and dtype, C-contiguous
+        Gradients are left as they are, but those that the orthogonality regulariser is added to in place.
     workspace : Workspace
     excess : mapping of int to array, optional
         WWᵀ − I of these parameters' blocks, by position, where the rule has it; `arraytp.orthogonality.excess_of`.
@@ -73,17 +73,19 @@ def apply_updates(
     Raises
     ------
     ValueError
-        If a parameter is not C-contiguous or differs from its gradient in shape or dtype; nothing is changed then.
+        If a parameter or gradient is not C-contiguous, or they differ in shape or dtype; nothing is changed then.
     """
     for number, (theta, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        if not theta.flags.c_contiguous or (theta.shape, theta.dtype) != (gradient.shape, gradient.dtype):
+        contiguous = theta.flags.c_contiguous, gradient.flags.c_contiguous
+        if not all(contiguous) or (theta.shape, theta.dtype) != (gradient.shape, gradient.dtype):
             raise ValueError(
-                f"parameter {number}: {theta.dtype}{list(theta.shape)}, C-contiguous: {theta.flags.c_contiguous}; "
-                f"expected a C-contiguous array like its gradient, {gradient.dtype}{list(gradient.shape)}"
+                f"parameter {number}: {theta.dtype}{list(theta.shape)}, C-contiguous: {contiguous[0]}; its gradient: "
+                f"{gradient.dtype}{list(gradient.shape)}, C-contiguous: {contiguous[1]}; expected C-contiguous arrays "
+                "of one shape and dtype"
             )
     state.step += 1
     if optimizer.orthogonality:
-        gradients = add_orthogonality(optimizer.orthogonality, parameters, gradients, workspace, excess)
+        add_orthogonality(optimizer.orthogonality, parameters, gradients, workspace, excess)
     tasks = []
     for p, (theta, gradient, moments) in enumerate(zip(parameters, gradients, state.moments, strict=True)):
         settings, rate = of_block(optimizer, p // 2), at_block(lr, p // 2)

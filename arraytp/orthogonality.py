@@ -48,8 +48,8 @@ def add_orthogonality(
     gradients: Sequence[Array],
     workspace: Workspace,
     excess: Mapping[int, Array] | None = None,
-) -> list[Array]:
-    """Return g + λ·4(WWᵀ − I)W, the gradient of λ‖WWᵀ − I‖², where a parameter's matrix W is square (GP paper).
+) -> None:
+    """Add λ·4(WWᵀ − I)W, the gradient of λ‖WWᵀ − I‖², to that of the loss where a matrix W is square (GP paper).
 
     2n³ operations a matrix of order n besides those of E. λ stands beside g as it is: the authors' values go with the
     loss summed over the batch.
@@ -58,29 +58,23 @@ def add_orthogonality(
     ----------
     strength : float
         λ.
-    parameters, gradients : sequences of arrays of the same shapes and dtype
-        Weight and bias of one block after the other; left as they are.
+    parameters, gradients : sequences of arrays of the same shapes and dtype, C-contiguous
+        Weight and bias of one block after the other. Gradients of square matrices are added to in place, others left.
     workspace : Workspace
-        Holds the result until the next call.
     excess : mapping of int to array, optional
         E of these weights by position of the block; computed where it is missing.
     """
-    result, given = list(gradients), excess or {}
     tasks: list[tuple[int, Task]] = []
     square = {p: theta for p, theta in enumerate(parameters) if theta.ndim > 1 and _is_square(theta)}
-    missing = {("parameter", p): theta for p, theta in square.items() if p // 2 not in given}
-    computed = excess_of(missing, workspace)
+    given = {p: excess[p // 2] for p in square if excess and p // 2 in excess}
+    missing = excess_of({("parameter", p): theta for p, theta in square.items() if p not in given}, workspace)
     for p, theta in square.items():
-        w = as_matrix(theta)
-        result[p] = workspace.array(("orthogonality", p), theta.shape, w.dtype)
-        g, total = as_matrix(gradients[p]), as_matrix(result[p])
-        e = computed[("parameter", p)] if ("parameter", p) in computed else given[p // 2]
+        w, g = as_matrix(theta), as_matrix(gradients[p])
+        e = given[p] if p in given else missing[("parameter", p)]
         for columns in _parts(len(w), workspace):
-            work = len(w) ** 2 * (columns.stop - columns.start)
-            task = partial(_product_task, 4 * strength, e, w, columns, g, total)
-            tasks.append((work, task))
+            task = partial(_product_task, 4 * strength, e, w, columns, g)
+            tasks.append((len(w) ** 2 * (columns.stop - columns.start), task))
     workspace.run(_largest_first(tasks))
-    return result
 
 
 def _is_square(theta: Array) -> bool:
@@ -100,8 +94,5 @@ def _excess_task(w: Array, rows: slice, out: Array, scratch: Buffers) -> None:
     excess_rows(w, rows, out)
 
 
-def _product_task(
-    factor: float, excess: Array, w: Array, columns: slice, g: Array, total: Array, scratch: Buffers
-) -> None:
-    total[:, columns] = g[:, columns]
-    add_excess_product(factor, excess, w, columns, total)
+def _product_task(factor: float, excess: Array, w: Array, columns: slice, g: Array, scratch: Buffers) -> None:
+    add_excess_product(factor, excess, w, columns, g)

@@ -73,8 +73,8 @@ def orthogonality(setting: Setting) -> Iterator[Check]:
         return
     there = drift(setting)
     theta = parameters(there)
-    zeros = [setting.put(np.zeros(array.shape)) for array in theta]
-    found = add_orthogonality(strength, theta, zeros, Workspace(setting.workspace.backend))
+    found = [setting.put(np.zeros(array.shape)) for array in theta]
+    add_orthogonality(strength, theta, found, Workspace(setting.workspace.backend))
     for n, block in enumerate(there.blocks):
         if not block.is_square:
             continue

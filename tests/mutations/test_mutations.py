@@ -202,8 +202,8 @@ MUTATIONS = [
         "optim/test_orthogonality.py",
         ("4 * strength", "2 * strength"),
         ("rows == columns", "rows >= columns"),
-        ("p // 2 not in given", "True"),
-        ("total[:, columns] = g[:, columns]", "total[:, columns] = 0"),
+        ("if excess and p // 2 in excess", "if False"),
+        ("excess[p // 2] for p", "excess[p] for p"),
     ),
     *_in(
         "optim.py",

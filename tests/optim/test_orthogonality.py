@@ -17,13 +17,9 @@ def penalty(w, strength):
 
 
 def added(place, strength, parameters, gradients, threads=2):
-    found = add_orthogonality(
-        strength,
-        [place.put(p) for p in parameters],
-        [place.put(g) for g in gradients],
-        Workspace(place.backend, threads),
-    )
-    return [place.get(array) for array in found]
+    totals = [place.backend.asarray(np.array(g)) for g in gradients]
+    add_orthogonality(strength, [place.put(p) for p in parameters], totals, Workspace(place.backend, threads))
+    return [place.get(array) for array in totals]
 
 
 @pytest.mark.parametrize("order", [1, 3, 8, 21])
@@ -57,24 +53,33 @@ def test_an_optimiser_steps_along_gradient_and_regulariser(optimizer):
     total = g + 3 * 4 * (w @ w.T - np.eye(5)) @ w
     found = []
     for options, gradient in ((optimizer(lr=0.1, orthogonality=3.0), g), (optimizer(lr=0.1), total)):
-        theta, kept = w.copy(), gradient.copy()
-        apply_updates(options, 0.1, init_optimizer(options, [theta]), [theta], [gradient], Workspace(threads=2))
-        np.testing.assert_array_equal(gradient, kept)
+        theta, given = w.copy(), gradient.copy()
+        apply_updates(options, 0.1, init_optimizer(options, [theta]), [theta], [given], Workspace(threads=2))
+        close(given, total, 1e-13)
         found.append(theta)
     close(found[0], found[1], 1e-12)
+
+
+def test_a_gradient_that_cannot_be_added_to_in_place_is_refused():
+    w, g = rng(0).standard_normal((2, 5, 5))
+    options, kept = SGD(lr=0.1, orthogonality=3.0), w.copy()
+    with pytest.raises(ValueError, match=r"parameter 0: .*its gradient: float64\[5, 5\], C-contiguous: False"):
+        apply_updates(options, 0.1, init_optimizer(options, [w]), [w], [g.T], Workspace(threads=2))
+    np.testing.assert_array_equal(w, kept)
 
 
 def test_an_excess_that_is_given_is_used(place):
     """By the block's position, for its weight; the others' is computed."""
     w, g = rng(3).standard_normal((2, 7, 7))
-    parameters, gradients = ([place.put(a) for a in arrays] for arrays in ((w, g[0], 2 * w, g[1]), (g, g[0], g, g[1])))
+    parameters = [place.put(a) for a in (w, g[0], 2 * w, g[1])]
     workspace = Workspace(place.backend, 2)
-    found, shared = (
-        [place.get(a) for a in add_orthogonality(0.5, parameters, gradients, workspace, excess)]
-        for excess in (None, excess_of({1: place.put(w)}, workspace))
-    )
-    np.testing.assert_array_equal(shared[0], found[0])
-    close(shared[2], g + 2 * (w @ w.T - np.eye(7)) @ (2 * w), 1e-12)
+    found = []
+    for excess in (None, excess_of({1: place.put(w)}, workspace)):
+        totals = [place.backend.asarray(a.copy()) for a in (g, g[0], g, g[1])]
+        add_orthogonality(0.5, parameters, totals, workspace, excess)
+        found.append([place.get(a) for a in totals])
+    np.testing.assert_array_equal(found[1][0], found[0][0])
+    close(found[1][2], g + 2 * (w @ w.T - np.eye(7)) @ (2 * w), 1e-12)
 
 
 def test_the_number_of_threads_changes_no_bit():
