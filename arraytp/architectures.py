@@ -98,7 +98,7 @@ def plan_network(network: NetworkOptions, input_shape: Shape, classes: int) -> t
 
 
 def square(layers: Sequence[Layer], blocks: tuple[Block, ...]) -> list[Layer]:
-    """Give every layer but the first the auxiliary units that make its weight matrix square (GP paper, section 2.1).
+    """Give every layer but the first the auxiliary units that make its weight matrix square (GP paper, 2.2.3).
 
     What is passed on stays as it is: a convolution of C channels has k²·C in all.
 

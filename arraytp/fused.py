@@ -4,8 +4,8 @@ What differs from the plain functions, and why the numbers agree:
 
 - A slice of samples goes through patches, GEMM, pool, bias and activation at once; z is never stored whole.
 - Bias and activation come after the pool, on fewer elements: max(f(z + b)) = f(max(z) + b) since f is non-decreasing.
-  Where f maps two different z of a window to one number (saturation, ReLU's zeros), the plain pass picks the first of
-  the tie and this one the larger z; f' is the same at both up to rounding.
+  ReLU's zeros are made equal before (`level`), so that the first of them wins as in the plain pass. Where it is
+  rounding that maps two z of a window to one number, in saturation, this pass takes the larger z.
 - f' is read off s.
 - Patches are built again for the gradient of the weight: cheaper than keeping them (measured: a tenth of the GEMM).
 - The gradients of a stride-1 convolution sum over the kernel's rows and columns apart (`split_matrix`).
@@ -22,7 +22,7 @@ import numpy as np
 
 from arraytp.backend import Array, array_module
 from arraytp.network import Block, ForwardPass, Network
-from arraytp.ops.activations import activation_backward, activation_forward
+from arraytp.ops.activations import activation_backward, activation_forward, level
 from arraytp.ops.conv import as_matrix, can_split, split_matrix
 from arraytp.ops.patches import add_row_patches, col2im, im2col, row_patches, stack_rows
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
@@ -182,6 +182,7 @@ def _conv_forward(
             assert index is not None
             bordered = scratch.filled(block.pool, (len(s), *block.pool.bordered, z.shape[-1]), x.dtype, -np.inf)
             stack = scratch.array("stack", (block.pool.kernel**2, *s.shape), x.dtype)
+            level(z, bias, block.activation)
             max_pool_forward(z, block.pool, s, index[part], bordered, stack)
         s += bias
         activation_forward(s, block.activation, out=s)

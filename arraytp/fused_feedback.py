@@ -309,7 +309,8 @@ def _inputs_of(frozen: Frozen, z: Array, scratch: Buffers) -> Array:
     index = scratch.array("index", pooled.shape, np.uint8)
     stack = scratch.array("stack", (block.pool.kernel**2, *pooled.shape), dtype)
     max_pool_forward(z, block.pool, pooled, index, bordered, stack)
-    # As in `arraytp.fused`: bias and activation after the pool, since f does not decrease.
+    # As in `arraytp.fused`: bias and activation after the pool, since f does not decrease. Which of ReLU's zeros is the
+    # maximum is all one here: what is put there is 0.
     pooled += frozen.bias
     activation_forward(pooled, block.activation, out=pooled)
     write_feedback_input(block, pooled, index, frozen.unpool, z, scratch)

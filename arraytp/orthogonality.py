@@ -1,4 +1,4 @@
-"""Keeping square weight matrices near orthogonal ones (GP paper, section 2.1): E = WWᵀ − I and the regulariser.
+"""Keeping square weight matrices near orthogonal ones (GP paper, 2.1 and 2.3): E = WWᵀ − I and the regulariser.
 
 E is the gradient's larger half and what a rule inverts W through. A step that needs both computes it once: by
 `excess_of`, before the rule, whose updates and the optimiser's step then take it as an argument.

@@ -51,16 +51,9 @@ def training(setting: Setting) -> Iterator[Check]:
     for n in dict.fromkeys(one.n for one in seen):
         mine = [one for one in seen if one.n == n]
         yield from _noise(setting, mine)
-        if getattr(setting.options, "expected", False) or (hasattr(setting.options, "unpool") and _ties(setting, n)):
-            continue
-        yield from _losses(setting, mine)
+        if not getattr(setting.options, "expected", False):
+            yield from _losses(setting, mine)
     yield from _steps(setting, seen, state)
-
-
-def _ties(setting: Setting, n: int) -> bool:
-    """Tell whether a pool's maxima are a matter of choice: ReLU's zeros tie, and unpooling shows which was taken."""
-    block = setting.network.blocks[n]
-    return block.pool is not None and block.activation == "relu"
 
 
 def watch(setting: Setting, state: State) -> list[Seen]:

@@ -77,7 +77,7 @@ def passes(setting: Setting) -> Iterator[Check]:
         yield checked(f"{block.label}: the plain pass", "s = pool(f(xW + b))", network.block_forward,
                       worst(apart(z, zs[n]), apart(out, s[n + 1])), PASS)  # fmt: skip
         error = apart(setting.passed.s[n + 1], s[n + 1])
-        if block.pool is not None and block.activation != "relu":
+        if block.pool is not None:
             error = worst(error, apart(setting.passed.index[n], indices[n]))
         yield checked(f"{block.label}: the fast pass", "the same", fused.forward, error, PASS)
         u = setting.normal((len(x), *block.passed_shape), 21, n)

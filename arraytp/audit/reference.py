@@ -145,7 +145,9 @@ def block_forward(block: Block, weight: Floats, bias: Floats, x: Floats) -> tupl
     s = activation(z, block.activation)
     if block.pool is None:
         return z, s, None
-    return z, *max_pool(s, block.pool)
+    # In a saturated window tanh's and ELU's values are equal by rounding only: their order is that of z.
+    distinct = np.maximum(z, 0) if block.activation == "relu" else z
+    return z, max_pool(s, block.pool)[0], max_pool(distinct, block.pool)[1]
 
 
 def block_backward(

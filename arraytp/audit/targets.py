@@ -41,9 +41,7 @@ def _defined(setting: Setting) -> list[Floats]:
     """Return t − s from the last block to the first, by definition."""
     there, options, name = setting.on_host(), setting.options, str(setting.config.rule.name)
     state = {key: host(array) for key, array in setting.experiment.rule_state.items()}
-    _, s, _ = reference.forward(there, host(setting.images))
-    # Of several maxima that tie, as ReLU's zeros do, the fast pass may take another.
-    indices = [None if index is None else host(index) for index in setting.passed.index]
+    _, s, indices = reference.forward(there, host(setting.images))
     # ∂L/∂s^N of the mean loss; β takes every sample's own.
     dlogits = host(setting.dlogits)
     last = len(there) - 1

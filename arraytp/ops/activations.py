@@ -1,7 +1,7 @@
 """Element-wise activations s = f(z) and their derivatives D = f'(z) (docs/math/notation.md).
 
 Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things rest on it: max-pooling
-commutes with f, and f' can be read off s instead of z, so that z need not be kept.
+commutes with f, once `level` has been at z, and f' can be read off s instead of z, so that z need not be kept.
 """
 
 import math
@@ -42,6 +42,22 @@ def activation_forward(z: Array, name: str, out: Array | None = None) -> Array:
     if name == "elu":
         return _elu(z, out)
     raise ValueError(f"unknown activation {name!r}")
+
+
+def level(z: Array, bias: Array, name: str) -> None:
+    """Make all those z equal, in place, whose f(z + bias) is the same: ReLU's zeros.
+
+    Pooling them finds the first maximum of f(z + bias) then. The other activations increase strictly.
+
+    Parameters
+    ----------
+    z : array of shape (B, H, W, O)
+    bias : array of shape (O,)
+    name : str
+        As in `activation_forward`.
+    """
+    if name == "relu":
+        array_module(z).maximum(z, -bias, out=z)
 
 
 def _elu(z: Array, out: Array | None) -> Array:

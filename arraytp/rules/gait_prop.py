@@ -2,7 +2,7 @@
 
 W^n of every block but the first is square. a_l is what layer l passes on; its auxiliary units have t = a throughout.
 
-**Literal form**, the paper's Algorithm 1:
+**Literal form**, the paper's Algorithm 1 with m, the ½ and √dim of the authors' code (docs/math/differences.md):
 
     t_L = a_L − ½ ∂L/∂a_L,  m = 1
     for l = L … 0:
@@ -180,7 +180,7 @@ def _difference(
 
 
 def perturbation(options: Options, difference: Array, block: Block) -> tuple[Array, Array]:
-    """Return γ of every sample and which samples have a = t (their γ is 1), both (B,).
+    """Return γ of every sample (Equation 5) and which samples have a = t (their γ is 1), both (B,).
 
     `difference` is t − a of what the block passes on, of either sign; auxiliary units count in dim.
     """
@@ -199,7 +199,7 @@ def perturbation(options: Options, difference: Array, block: Block) -> tuple[Arr
 
 
 def nudged(block: Block, s: Array, t: Array, gamma: Array) -> Array:
-    """Return (1 − ε) a + ε t with ε = γ D², and a itself for auxiliary units; shape (B, *out_shape)."""
+    """Return (1 − ε) a + ε t with ε = γ D² (Equation 4), and a for auxiliary units; shape (B, *out_shape)."""
     y, a = s.copy(), s[..., : t.shape[-1]]
     derivative = activation_derivative(a, block.activation)
     epsilon = per_sample(gamma, a) if derivative is None else per_sample(gamma, a) * derivative * derivative

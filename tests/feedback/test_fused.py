@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import NAMED, batch, chains, close, moved, named_blocks, random_network, rng
+from samples import ACTIVATIONS, NAMED, batch, chains, close, moved, named_blocks, random_network, rng
 
+from arraytp.architectures import plan_network
 from arraytp.feedback import feedback_forward
 from arraytp.fused import forward
 from arraytp.fused_feedback import freeze, ldrl_gradient, reconstruction_gradient
 from arraytp.fused_modules import feedback_output, target_difference
 from arraytp.ops.noise import gaussian
+from arraytp.options import NetworkOptions
 from arraytp.parallel import Workspace
 from arraytp.rules import dtp, ldrl
 
@@ -39,10 +41,6 @@ def check_blocks(place, blocks, count, unpool, seed=0, threads=2):
     workspace = Workspace(place.backend, threads)
     passed = forward(there, place.put(x), workspace)
     for n, block in list(enumerate(blocks))[1:]:
-        if block.activation == "relu" and block.pool is not None:
-            # Of a window's zeros the plain pass picks the first, the fast one that of the largest z (arraytp.fused),
-            # and unpooling puts the value there.
-            continue
         s = place.get(passed.x[n]).reshape(count, *block.in_shape)
         theta, omega = (network.weights[n], network.biases[n]), omega_of(block, seed)
         carried = [place.put(part) for part in omega]
@@ -70,6 +68,14 @@ def check_blocks(place, blocks, count, unpool, seed=0, threads=2):
 @pytest.mark.parametrize("name", NAMED)
 def test_named_networks(place, name, unpool):
     check_blocks(place, named_blocks(name), 3, unpool)
+
+
+@pytest.mark.parametrize("unpool", UNPOOL)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_a_named_network(place, activation, unpool):
+    """In windows of ReLU's zeros the first of them has the value."""
+    options = NetworkOptions(name="lenet", activation=activation)
+    check_blocks(place, plan_network(options, *NAMED["lenet"]), 3, unpool)
 
 
 @pytest.mark.parametrize("unpool", UNPOOL)

@@ -91,6 +91,7 @@ MUTATIONS = [
         "fused.py",
         "network/test_fused.py",
         ("        s += bias\n", "        s += 0\n"),
+        ("            level(z, bias, block.activation)\n", ""),
         ("        z += bias[part]\n", "        z += 0\n"),
         ("lane_weight[number] += share", "lane_weight[number] = share"),
         ("lane_bias[number] += dz_bias", "lane_bias[number] = dz_bias"),

@@ -60,9 +60,12 @@ def check_network(place, blocks, count, seed, tolerance=ROUNDING, dtype="float64
         place.put(dlogits),
         Workspace(place.backend, threads),
     )
-    _, s, _ = plain.forward(network, x)
+    _, s, indices = plain.forward(network, x)
     for mine, wanted in zip(passed.s, s, strict=True):
         close(place.get(mine), wanted, tolerance)
+    if dtype == "float64":
+        for mine, wanted in zip(passed.index, indices, strict=True):
+            assert wanted is None or (place.get(mine) == wanted).all()
     for mine, wanted in zip(found, plain.updates(network, carriers, x, dlogits), strict=True):
         close(place.get(mine[0]), wanted[0], tolerance)
         close(place.get(mine[1]), wanted[1], tolerance)
