@@ -133,6 +133,11 @@ def worker(side: str, batch: int, threads: int, pipe: Connection) -> None:
         pipe.send(seconds)
 
 
+def ratio(mine: list[list[float]], reference: list[list[float]]) -> float:
+    """Return the median over the rounds of the ratio of medians: both sides of a pair saw the same machine."""
+    return statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, reference, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -143,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[list[float]]] = {side: [] for side in SIDES}
     for side in SIDES:
         pipes[side], far = context.Pipe()
         context.Process(target=worker, args=(side, arguments.batch, arguments.threads, far), daemon=True).start()
@@ -151,18 +156,17 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for side in SIDES:
             pipes[side].send(arguments.steps)
-            seconds[side] += pipes[side].recv()
+            seconds[side].append(pipes[side].recv())
     for side in SIDES:
         pipes[side].send(0)
-    medians = {side: 1e3 * statistics.median(found) for side, found in seconds.items()}
+    medians = {side: 1e3 * statistics.median(itertools.chain(*rounds)) for side, rounds in seconds.items()}
     print(f"fc-deep, square, batch {arguments.batch}, {arguments.threads} threads\n")
     print(f"{'side':38} {'median ms':>9} {'min ms':>8} {'/ torch':>8} {'/ own bp':>8}")
-    for side, found in seconds.items():
-        reference = medians["torch gp float64"]
-        own = medians["bp float64" if "64" in side else "bp float32"]
+    for side, rounds in seconds.items():
+        own = "bp float64" if "64" in side else "bp float32"
         print(
-            f"{side:38} {medians[side]:9.1f} {1e3 * min(found):8.1f} {medians[side] / reference:8.2f} "
-            f"{medians[side] / own:8.2f}"
+            f"{side:38} {medians[side]:9.1f} {1e3 * min(itertools.chain(*rounds)):8.1f} "
+            f"{ratio(rounds, seconds['torch gp float64']):8.2f} {ratio(rounds, seconds[own]):8.2f}"
         )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
