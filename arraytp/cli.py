@@ -70,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output has left (as if SIGPIPE had ended the process), 1 anything else. An exception that nobody foresaw is
         raised, which ends the process with a traceback and status 1.
     """
+    # Figures are files here: a notebook's setting names a backend that need not be installed.
+    os.environ["MPLBACKEND"] = "agg"
+    # A process that was started with a closed output has none; nor may a result's file take its number.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         with sent_again_when_swallowed():
             status = _status_of(arguments)

@@ -119,10 +119,12 @@ def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 name = folder + entry.name
-                if not entry.is_dir():
+                if entry.is_dir():
+                    if depth > 1:
+                        yield from _walk(root, f"{name}/", depth - 1)
+                # To open a pipe would be to wait for its other end. A link to nothing is told of when it is read.
+                elif entry.is_file() or not os.path.exists(entry.path):
                     yield name
-                elif depth > 1:
-                    yield from _walk(root, f"{name}/", depth - 1)
     except OSError as error:
         raise UserError(f"{root / folder}: cannot be read: {error.strerror}") from error
 

@@ -17,10 +17,9 @@ _SPLIT = re.compile("[a-z][a-z0-9_]*")
 
 
 def image_rows(files: Files) -> Iterable[tuple[int, str]]:
-    """Yield row and name of every image file; names that start with a dot are no images."""
+    """Yield row and name of every image file; hidden files, and those in hidden folders, are no images."""
     for row, name in enumerate(files.names):
-        base = name.rpartition("/")[2]
-        if base.lower().endswith(SUFFIXES) and not base.startswith("."):
+        if name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in PurePosixPath(name).parts):
             yield row, name
 
 

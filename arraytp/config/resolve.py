@@ -18,7 +18,7 @@ from arraytp.errors import UserError
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 # What `arraytp run` writes beside the variants' folders.
-_TAKEN_NAMES = ("comparison.png", "comparison.md", "comparison.csv")
+_TAKEN_NAMES = ("comparison.png", "comparison.md", "comparison.csv", "study.md", "figures")
 _MOST_PROBLEMS = 10
 _NOT_IN_VARIANTS = {
     "name": "has no place in a variant: its name is the key above it",
@@ -108,7 +108,7 @@ def _own(document: Document, name: Any, overrides: Tree) -> Mapping[str, Tree]:
     if len(name) > LONGEST_NAME:
         _refuse(document, path, f"is too long: a variant name has at most {LONGEST_NAME} letters")
     if name in _TAKEN_NAMES:
-        _refuse(document, path, "is not a variant name: the comparison of all variants is written under it")
+        _refuse(document, path, "is not a variant name: what compares all variants is written under it")
     if overrides is None:
         return {}
     if not isinstance(overrides, Mapping):

@@ -1,6 +1,7 @@
 """The command line as a whole: exit statuses, one-line errors, and no import that a command does not need."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -203,6 +204,28 @@ def test_an_output_that_takes_no_more_is_one_line(unbuffered):
         )
     assert done.stderr == "arraytp: error: the output cannot be written: No space left on device\n"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(("words", "status"), [("['--version']", 0), ("['run', 'nowhere.yml']", 2)])
+def test_a_process_may_have_no_output(words, status):
+    code = f"import sys; from arraytp.cli import main; sys.exit(main({words}))"
+    closed = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} >&-"
+    done = subprocess.run(["sh", "-c", closed], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (1 if status else 0)
+
+
+def test_a_notebooks_backend_for_figures_does_not_matter():
+    code = "import sys; from arraytp.cli import main; sys.exit(main(['report', '--help']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MPLBACKEND": "module://nowhere.to_be_found"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unforeseen_error_of_the_system_keeps_its_traceback(probe):

@@ -62,7 +62,8 @@ def pixels():
 
 
 def contents_of(pixels):
-    return {name: encoded(image) for name, image in pixels.items()} | {"classes.txt": b"no image", "train/._a.png": b""}
+    hidden = dict.fromkeys(("train/._a.png", "train/.ipynb_checkpoints/0.png", ".cache/a/0.png"), b"")
+    return {name: encoded(image) for name, image in pixels.items()} | {"classes.txt": b"no image"} | hidden
 
 
 @pytest.mark.parametrize("form", ["folder", "w", "w:gz", "w:xz", "w:bz2"])
@@ -81,6 +82,17 @@ def test_all_images_arrive_with_their_labels_from_a_folder_or_an_archive(tmp_pat
         assert sorted(found) == sorted(expected)
         assert (found == expected) == (split == "test")
     assert not list(tmp_path.glob("d/skipped.csv"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+def test_a_pipe_is_no_file_and_a_link_to_nothing_is_skipped(tmp_path, pixels):
+    """To open the one would be to wait for ever."""
+    src = write_tree(tmp_path / "s", contents_of(pixels))
+    os.mkfifo(src / "train/dog/pipe.png")
+    (src / "train/dog/link.png").symlink_to("nowhere")
+    assert pack(src, tmp_path / "d", PackOptions(max_skipped=1)) == 1
+    assert open_dataset(tmp_path / "d").counts == {"train": 40, "test": 6}
+    assert "train/dog/link.png" in (tmp_path / "d/skipped.csv").read_text()
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, pixels):
