@@ -20,6 +20,8 @@ from arraytp.experiment import build_planned
 from arraytp.metrics import write_file
 from arraytp.plan import Plan, plan
 from arraytp.report import read_results, write_comparison, write_figures, write_study
+from arraytp.report.figures import LAST_FIGURE
+from arraytp.report.studies import LAST_STUDY_FIGURE
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest
 from arraytp.study import run_study
@@ -180,8 +182,8 @@ def _run_all(
 ) -> None:
     for job in jobs:
         if resume and job.finished:
-            if not (job.folder / "figures").exists() and not job.study:
-                write_figures(job.folder)
+            if not (job.folder / "figures" / (LAST_STUDY_FIGURE if job.study else LAST_FIGURE)).exists():
+                _draw(job)
             continue
         with warnings.catch_warnings():
             # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
@@ -215,7 +217,7 @@ def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
     """Do a study; seeds that are done stay as they are."""
     _write_config(job)
     run_study(job.plan, job.folder, job.label, stop, quiet)
-    write_study([job.folder], job.folder)
+    _draw(job)
 
 
 def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
@@ -227,7 +229,15 @@ def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
         _write_config(job)
         run.start()
     run.train(stop)
-    write_figures(job.folder)
+    _draw(job)
+
+
+def _draw(job: Job) -> None:
+    """Write what a finished job's folder has besides its numbers."""
+    if job.study:
+        write_study([job.folder], job.folder)
+    else:
+        write_figures(job.folder)
 
 
 def _write_config(job: Job) -> None:

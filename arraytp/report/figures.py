@@ -9,12 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from arraytp.errors import UserError
+from arraytp.metrics import write_file
 from arraytp.report.angles import common_blocks, differs_from_bp
 from arraytp.report.panels import angle_bars, angle_lines, block_lines, epoch_line, epoch_lines, finish_epochs
 from arraytp.report.reading import Result, read_result
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
 
+LAST_FIGURE = "angles_per_block.png"
+"""Written last: where it is, all of a run's figures are."""
 _TITLE_WIDTH = 76
 
 
@@ -40,9 +43,10 @@ def write_figures(result: Result | Path | str, out: Path | str | None = None) ->
     """
     run = result if isinstance(result, Result) else read_result(result)
     folder = Path(out) if out is not None else run.path / "figures"
-    makers = {"learning_curves.png": learning_curves, "angles_per_block.png": angles_per_block}
+    makers = {"learning_curves.png": learning_curves}
     if differs_from_bp(run):
         makers["angles_over_time.png"] = angles_over_time
+    makers[LAST_FIGURE] = angles_per_block
     with matplotlib.rc_context(RC):
         return [save_figure(make(run), folder / name) for name, make in makers.items()]
 
@@ -150,7 +154,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def write_bytes(content: bytes, path: Path) -> Path:
-    """Write a file and return its path; its folder is made where missing.
+    """Write a file as `arraytp.metrics.write_file` does and return its path; its folder is made where missing.
 
     Raises
     ------
@@ -159,7 +163,7 @@ def write_bytes(content: bytes, path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder with --out") from error
     return path

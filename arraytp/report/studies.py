@@ -17,6 +17,8 @@ from arraytp.report.reading import FEEDBACK, Columns, read_csv
 from arraytp.report.style import RC, shades
 
 Floats = NDArray[np.float64]
+LAST_STUDY_FIGURE = "updates.png"
+"""Written last: where it is, all of a study's files are."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
     table = study_table(studies)
     write_bytes(f"{table}\n".encode(), out / "study.md")
     with matplotlib.rc_context(RC):
-        save_figure(update_figure(studies), out / "figures" / "updates.png")
         if any(np.isfinite(study.angle).any() and len(study.iterations) > 1 for study in studies):
             save_figure(alignment_figure(studies), out / "figures" / "alignment.png")
+        save_figure(update_figure(studies), out / "figures" / LAST_STUDY_FIGURE)
     return table
 
 

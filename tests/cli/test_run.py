@@ -263,6 +263,15 @@ def test_a_run_of_no_epochs_can_be_prolonged(arraytp, place, numbers):
     assert numbers(place / "results/toy") == numbers(place / "whole")
 
 
+def test_resume_draws_what_a_kill_left_undrawn(arraytp, place):
+    arraytp("run", "toy.yml", "--quiet", figures=True)
+    figures = place / "results/toy/figures"
+    (figures / "angles_per_block.png").unlink()
+    (figures / "learning_curves.png").unlink()
+    assert arraytp("run", "toy.yml", "--quiet", "--resume", figures=True).status == 0
+    assert {path.name for path in figures.iterdir()} == FIGURES
+
+
 def test_resume_runs_the_variants_that_are_missing(arraytp, place):
     arraytp("run", "variants.yml", "--quiet", "--set", "variants.bp.train.epochs=2")
     summary = place / "results/variants/bp/summary.json"

@@ -72,6 +72,15 @@ def test_table_and_figures_tell_of_all_variants(arraytp, study):
         assert (study / "figures" / name).stat().st_size > 5000
 
 
+def test_resume_draws_what_a_kill_left_undrawn(arraytp, study):
+    assert arraytp("run", "study.yml", "--quiet").status == 0
+    shutil.rmtree(study / "drl" / "figures")
+    (study / "drl" / "study.md").unlink()
+    assert arraytp("run", "study.yml", "--quiet", "--resume").status == 0
+    assert (study / "drl" / "figures" / "updates.png").stat().st_size > 5000
+    assert (study / "drl" / "study.md").exists()
+
+
 def test_a_resumed_study_does_the_missing_seeds_only_and_gets_the_same(arraytp, study):
     assert arraytp("run", "study.yml", "--quiet").status == 0
     place = study / "ldrl"

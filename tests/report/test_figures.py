@@ -40,7 +40,7 @@ def texts(figure: Figure) -> str:
 def test_the_figures_of_a_run_are_pngs_of_readable_size_in_its_folder(make_result: Make) -> None:
     folder = make_result()
     files = write_figures(folder)
-    names = ["learning_curves.png", "angles_per_block.png", "angles_over_time.png"]
+    names = ["learning_curves.png", "angles_over_time.png", "angles_per_block.png"]
     assert files == [folder / "figures" / name for name in names]
     for file in files:
         width, height = png_size(file)
