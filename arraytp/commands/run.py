@@ -77,7 +77,7 @@ def command(
     """
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
-    if out == "":
+    if out is not None and not out.strip():
         raise UserError("--out is empty; give a folder, or leave it out for results/<config name>")
     overridden = settings(overrides, backend, dtype)
     batches = [_jobs(path, overridden, out, len(configs) > 1) for path in configs]
@@ -127,12 +127,14 @@ def _hold(jobs: Sequence[Job], held: dict[Path, int]) -> None:
 
 def _check_folders(jobs: list[Job], resume: bool, fresh: bool) -> None:
     """Refuse what would overwrite results or mix those of two configs."""
-    folders = [job.folder.resolve() for job in jobs]
+    folders = [os.path.realpath(job.folder) for job in jobs]
     for job in jobs:
-        if folders.count(job.folder.resolve()) > 1:
+        if folders.count(os.path.realpath(job.folder)) > 1:
             raise UserError(f"{job.folder}: two of the configs write their results here; give them different names")
         if job.folder.exists() and not job.folder.is_dir():
             raise UserError(f"{job.folder}: is a file; --out needs a folder")
+        if job.folder.is_symlink() and not job.folder.exists():
+            raise UserError(f"{job.folder}: is a link that leads nowhere; --out needs a folder")
         if fresh or not any((job.folder / name).exists() for name in OWN_FILES):
             continue
         if not resume:

@@ -18,6 +18,8 @@ def _checked_name(name: str) -> str:
     """Refuse what cannot name a result folder."""
     if name.startswith(".") or any(sign in "/\\" or unicodedata.category(sign) == "Cc" for sign in name):
         raise ValueError("must be usable as a folder's name: no slashes or control characters, no dot in front")
+    if not name.strip():
+        raise ValueError("must be usable as a folder's name: more than blanks")
     if len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"must be usable as a folder's name: at most {LONGEST_NAME} bytes long")
     return name

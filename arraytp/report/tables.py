@@ -163,7 +163,7 @@ def _column(cells: Sequence[str]) -> list[list[str]]:
     header, *rows = cells
     name = header in ("run", "rule")
     blocks = [header.rsplit(" ", 1) if " " in header else ["", header]]
-    blocks += [textwrap.wrap(cell, _LONGEST_LABEL) for cell in rows]
+    blocks += [textwrap.wrap(cell, _LONGEST_LABEL) or [cell] for cell in rows]
     width = max(len(line) for block in blocks for line in block)
     return [[line.ljust(width) if name else line.rjust(width) for line in block] for block in blocks]
 

@@ -182,12 +182,15 @@ ARGUMENTS = {
     "a file for a folder": (["toy.yml", "--out", "toy.yml"], ["toy.yml: is a file; --out needs a folder"]),
     "a folder below a file": (["toy.yml", "--out", "toy.yml/x"], ["toy.yml/x: cannot be written: Not a directory"]),
     "no folder at all": (["toy.yml", "--out", ""], ["--out is empty; give a folder"]),
+    "a folder of blanks": (["toy.yml", "--out", " "], ["--out is empty; give a folder"]),
+    "a link to nothing": (["toy.yml", "--out", "sub/link"], ["sub/link: is a link that leads nowhere"]),
 }
 
 
 @pytest.mark.parametrize(("words", "said"), ARGUMENTS.values(), ids=ARGUMENTS)
 def test_a_wrong_argument_is_refused(refused, place, words, said):
     (place / "sub").mkdir()
+    (place / "sub/link").symlink_to("link")
     shutil.copy("toy.yml", "sub/toy.yml")
     message = refused("run", *words)
     assert all(part in message for part in said), message
