@@ -66,13 +66,38 @@ def test_the_file_is_as_documented(build, tmp_path):
     fill(made, 1)
     write_checkpoint(tmp_path / "c.h5", made, RUN)
     with h5py.File(tmp_path / "c.h5") as file:
-        assert (file.attrs["format"], file.attrs["version"]) == ("arraytp-checkpoint", 1)
+        assert (file.attrs["format"], file.attrs["version"]) == (b"arraytp-checkpoint", 1)
         assert set(file) == {"network", "rule", "optimizer", "run"}
         np.testing.assert_array_equal(file["network/1/weight"], made.network.weights[1])
         np.testing.assert_array_equal(file["network/0/bias"], made.network.biases[0])
         np.testing.assert_array_equal(file["rule/feedback/1/weight"], made.rule_state["feedback/1/weight"])
         assert set(file["optimizer"]) == {"0", "1", "2", "3"}
         assert file["optimizer/0/1"].shape == (784, 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(build, tmp_path, seed):
+    """Counts, tables and HDF5's own structures too, not the arrays alone; what changes nothing is padding."""
+    written, read, path = build(seed=0), build(seed=1), tmp_path / "c.h5"
+    fill(written, 1)
+    write_checkpoint(path, written, RUN | {"rows": RUN["rows"] * 50})
+    content, generator = path.read_bytes(), np.random.default_rng(seed)
+    with h5py.File(path) as file:
+        chunk = file["run/state"].id.get_chunk_info(0)
+    places = chunk.byte_offset + generator.integers(chunk.size, size=40), generator.integers(len(content), size=60)
+    for place in np.concatenate(places):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.integers(8)
+        path.write_bytes(damaged)
+        try:
+            run = read_checkpoint(path, read)
+        except UserError as error:
+            assert str(path) in str(error)
+            continue
+        assert run == RUN | {"rows": RUN["rows"] * 50}
+        assert read.optimizer_state.step == written.optimizer_state.step
+        for there, here in zip(arrays(written), arrays(read), strict=True):
+            np.testing.assert_array_equal(there, here)
 
 
 def test_a_checkpoint_of_another_network_changes_nothing(build, tmp_path):
