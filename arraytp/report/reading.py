@@ -164,7 +164,28 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         raise UserError(
             f"{path / 'angles.csv'}: block {highest:.0f}, but summary.json names {len(result.blocks)} blocks"
         )
+    _check_ends(result)
     return result
+
+
+def _check_ends(result: Result) -> None:
+    """Hold the tables' last rows against a finished run's summary: a table cut at a line's end looks whole by itself."""
+    summary, epochs = result.summary or {}, result.metrics["epoch"]
+    if epochs.size and isinstance(summary.get("epochs"), int) and epochs[-1] != summary["epochs"]:
+        raise UserError(
+            f"{result.path / 'metrics.csv'}: ends with epoch {epochs[-1]:.0f}, but summary.json says that the run has "
+            f"{summary['epochs']}; one of the two is not the run's"
+        )
+    compare = result.config.get("compare")
+    every = compare.get("every") if isinstance(compare, dict) else None
+    if not (isinstance(every, int) and every > 0 and isinstance(summary.get("steps"), int) and result.blocks_are_named):
+        return
+    measured = -(-summary["steps"] // every) * len(result.blocks)
+    if result.angles["step"].size not in (0, measured):
+        raise UserError(
+            f"{result.path / 'angles.csv'}: {result.angles['step'].size} rows, but {len(result.blocks)} blocks every "
+            f"{every} of {summary['steps']} steps make {measured}; rows are missing or of another run"
+        )
 
 
 def _text(path: Path) -> str:

@@ -23,15 +23,20 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         rule: str = "fa",
         epochs: int = 2,
         planned: int | None = None,
+        steps: int | None = None,
         blocks: tuple[str, ...] = BLOCKS,
         angles: dict[int, list[float]] | None = None,
         finished: bool = True,
         named: bool = True,
     ) -> Path:
-        """`angles` maps a step to the angle of every block; by default two steps, 10° more in the second."""
+        """`angles` maps a step to the angle of every block; by default two steps, 10° more in the second.
+
+        With `steps` the summary says how long the run was, with angles every 10 steps.
+        """
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = f"name: demo\nseed: 3\nrule:\n  name: {rule}\ntrain:\n  epochs: {planned or epochs}\n"
+        config += "compare:\n  every: 10\n"
         (folder / "config.yml").write_text(config, encoding="utf-8")
         rows: list[list[object]] = [[0, 0.5, 0.1, "nan", "nan", "nan", 2.3, 10.0, 50.0]]
         rows += [
@@ -45,6 +50,7 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         if finished:
             summary = {"name": "demo", "rule": rule, "images_per_second": 12345.6, "peak_memory_mb": 321.0}
             summary |= {"blocks": list(blocks)} if named else {}
+            summary |= {"epochs": epochs, "steps": steps} if steps else {}
             (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return folder
 

@@ -105,6 +105,24 @@ def test_damage_is_reported_with_file_and_line(make_result: Make, file: str, old
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("metrics.csv", "ends with epoch 1, but summary.json says that the run has 2"),
+        ("angles.csv", "7 rows, but 4 blocks every 10 of 20 steps make 8"),
+    ],
+)
+def test_a_table_of_a_finished_run_that_was_cut_at_a_lines_end_is_damage(
+    make_result: Make, file: str, message: str
+) -> None:
+    folder = make_result(steps=20)
+    read_result(folder)
+    lines = (folder / file).read_text().splitlines(keepends=True)
+    (folder / file).write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=f"{file}: {message}"):
+        read_result(folder)
+
+
 def test_an_empty_csv_of_a_finished_run_is_damage(make_result: Make) -> None:
     folder = make_result()
     (folder / "metrics.csv").write_text("")
