@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal that cannot show a character gets a question mark.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         with sent_again_when_swallowed():
             status = _status_of(arguments)
         sys.stdout.flush()

@@ -159,7 +159,7 @@ def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
         if shape != (blocks,):
             raise ValueError(f"update_angle_deg has the shape {shape}, not ({blocks},)")
         seed["seconds"] = float(seed["seconds"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
     return seed
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from arraytp.commands.folders import check_folder, check_folders
 from arraytp.report.figures import write_comparison, write_figures
 from arraytp.report.reading import common_parent, read_results
 from arraytp.report.tables import comparison_table
@@ -15,10 +16,11 @@ _NARROWEST = 60
 
 
 @click.command(name="report")
-@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, callback=check_folders)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    callback=check_folder,
     help="Where figures and tables go; the folder that holds the results when left out.",
 )
 def command(folders: tuple[Path, ...], out: Path | None) -> None:

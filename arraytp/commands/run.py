@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from arraytp.commands.folders import check_folder
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.errors import Interrupted, UserError
@@ -56,7 +57,7 @@ class Job:
 @click.command(short_help="Train as the given configs say and write result folders.")
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG...", type=click.Path(path_type=Path))
 @overriding
-@click.option("--out", metavar="DIR", help="Result folder; default results/<config name>.")
+@click.option("--out", metavar="DIR", callback=check_folder, help="Result folder; default results/<config name>.")
 @click.option("--resume", is_flag=True, help="Go on with runs that were stopped; skip finished ones.")
 @click.option("--fresh", is_flag=True, help="Start over, replacing results that are there.")
 @click.option("--quiet", is_flag=True, help="No progress, only the final table.")
@@ -65,7 +66,7 @@ def command(
     backend: str | None,
     dtype: str | None,
     overrides: tuple[str, ...],
-    out: str | None,
+    out: Path | None,
     resume: bool,
     fresh: bool,
     quiet: bool,
@@ -77,8 +78,6 @@ def command(
     """
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
-    if out is not None and not out.strip():
-        raise UserError("--out is empty; give a folder, or leave it out for results/<config name>")
     overridden = settings(overrides, backend, dtype)
     batches = [_jobs(path, overridden, out, len(configs) > 1) for path in configs]
     jobs = [job for batch in batches for job in batch]
@@ -99,10 +98,10 @@ def command(
     _report(batches)
 
 
-def _jobs(path: Path, overrides: list[str], out: str | None, several: bool) -> list[Job]:
+def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool) -> list[Job]:
     """Check every variant of a config before any of them starts; of several configs, each has a folder in `--out`."""
     file = load_config(path, overrides)
-    folder = Path("results", file.name) if out is None else Path(out, file.name) if several else Path(out)
+    folder = Path("results", file.name) if out is None else out / file.name if several else out
     jobs = []
     for variant, config in file.variants.items():
         try:

@@ -17,6 +17,8 @@ Tree = Any
 
 _CORE = "tag:yaml.org,2002:"
 _MAXIMUM_DEPTH = 50
+# An alias of aliases of aliases is a short text that means more entries than memory holds.
+_MOST_ENTRIES = 100_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ class Document:
 def dotted(path: KeyPath) -> str:
     """Write a key path as `--set` takes it: `network.blocks.0.kernel`."""
     return ".".join(map(str, path))
+
+
+def encodable(text: str) -> bool:
+    """Tell whether text can be written as UTF-8; names of files and arguments need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_document(path: str | Path) -> Document:
@@ -137,6 +148,11 @@ class _Reader:
         return self._place(node.start_mark.line + 1)
 
     def _entry(self, where: Node, node: Node, path: KeyPath) -> Tree:
+        if len(self._places) == _MOST_ENTRIES:
+            raise UserError(
+                f"{self._at(where)}: more than {_MOST_ENTRIES:,} keys and list entries, aliases written out; a config "
+                "has fewer"
+            )
         self._places[path] = self._at(where)
         return self.value(node, path)
 

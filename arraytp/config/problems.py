@@ -22,7 +22,7 @@ from arraytp.config.describe import (
     tag_of,
     words,
 )
-from arraytp.config.document import KeyPath, Tree
+from arraytp.config.document import KeyPath, Tree, encodable
 from arraytp.config.schema import Config
 
 _LARGEST_INTEGER = 2**63 - 1
@@ -57,19 +57,11 @@ def _scalar_fault(value: Tree) -> str | None:
         return f"must be a finite number, got {value}"
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
         return f"is too large: whole numbers go up to {_LARGEST_INTEGER}"
-    if isinstance(value, str) and not value.isprintable() and not _encodable(value):
+    if isinstance(value, str) and not value.isprintable() and not encodable(value):
         return "holds characters that cannot be written as UTF-8"
     if value is None or isinstance(value, bool | int | float | str):
         return None
     return f"must be a number, text, list or map, got {type(value).__name__}"
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def explain(error: ValidationError, tree: Mapping[str, Tree]) -> list[Problem]:

@@ -122,7 +122,7 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not found; a data set is a folder that `arraytp data pack` has finished") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); pack the data set again") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds a {type(document).__name__}, expected a JSON object")

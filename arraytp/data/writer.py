@@ -70,21 +70,21 @@ class DatasetWriter:
         description: Description,
         journal: Journal,
         finished: Sequence[Finished],
+        rooms: tuple[_Room, _Room],
         *,
         compression: bool,
-        shard_images: int,
     ) -> None:
         self.folder, self.description = folder, description
         self.skipped: list[Skipped] = [skipped for shard in finished for skipped in shard.skipped]
-        self._journal, self._compression, self._shard_images = journal, compression, shard_images
+        self._journal, self._compression = journal, compression
         self._splits: dict[str, list[ShardEntry]] = {}
         for shard in finished:
             self._splits.setdefault(shard.split, []).append(shard.entry)
         self._split = finished[-1].split if finished else ""
         self._sums: PixelSums | None = finished[-1].sums if finished else None
         self._noted = len(self.skipped)
-        self._filling, self._stored = (_Room.of(shard_images, description.shape) for _ in range(2))
-        self._filled = 0
+        self._filling, self._stored = rooms
+        self._shard_images, self._filled = len(rooms[0].labels), 0
         self._thread = ThreadPoolExecutor(1, "write")
         self._storing: Future[None] | None = None
 
@@ -238,11 +238,13 @@ def writing(
     Raises
     ------
     UserError
-        The folder holds something else, is being written by another process, or cannot be written.
+        The folder holds something else, is being written by another process, or cannot be written; or memory cannot
+        hold two shards.
     """
     shard_images = shard_images or max(1, SHARD_BYTES // int(np.prod(description.shape)))
     versions = {"arraytp": __version__, "hdf5": h5py.version.hdf5_version, "zlib": zlib.ZLIB_RUNTIME_VERSION}
     identity = [asdict(description), compression, shard_images, versions]
+    rooms = _two_rooms(folder, shard_images, description.shape)
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,9 +259,7 @@ def writing(
                 raise UserError(_occupied(folder))
             journal.restart(finished)
             _remove_own_files(folder, keep=[shard.entry.file for shard in finished])
-            writer = DatasetWriter(
-                folder, description, journal, finished, compression=compression, shard_images=shard_images
-            )
+            writer = DatasetWriter(folder, description, journal, finished, rooms, compression=compression)
             yield from _written(writer)
             (folder / _MARKER).unlink()
     except OSError as error:
@@ -267,6 +267,17 @@ def writing(
     finally:
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _two_rooms(folder: Path, shard_images: int, shape: tuple[int, int, int]) -> tuple[_Room, _Room]:
+    try:
+        return _Room.of(shard_images, shape), _Room.of(shard_images, shape)
+    except (MemoryError, ValueError) as error:
+        height, width, channels = shape
+        raise UserError(
+            f"{folder}: two shards of {shard_images} images of {height}x{width}x{channels} do not fit into memory; use "
+            "a smaller --shard-images"
+        ) from error
 
 
 def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:

@@ -11,6 +11,8 @@ import numpy as np
 
 from arraytp.backend import Array, array_module
 
+MOST_STRIDE = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Window:
@@ -84,8 +86,10 @@ def make_window(height: int, width: int, kernel: int, stride: int, padding: int 
     Raises
     ------
     ValueError
-        If not a single window fits.
+        If not a single window fits, or NumPy cannot step so far.
     """
+    if stride > MOST_STRIDE:
+        raise ValueError(f"stride {stride}; at most {MOST_STRIDE}")
     if padding == "same":
         (top, bottom), (left, right) = same_border(height, kernel, stride), same_border(width, kernel, stride)
     else:

@@ -169,7 +169,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
 
 
 def _check_ends(result: Result) -> None:
-    """Hold the tables' last rows against a finished run's summary: a table cut at a line's end looks whole by itself."""
+    """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
     if epochs.size and isinstance(summary.get("epochs"), int) and epochs[-1] != summary["epochs"]:
         raise UserError(
@@ -222,6 +222,8 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
         summary = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply; the file is damaged") from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: holds a {type(summary).__name__}, not an object with the run's summary")
     blocks = summary.get("blocks", [])

@@ -98,7 +98,7 @@ def _read_summary(path: Path) -> tuple[dict[str, Any], Floats]:
         if updates.ndim != 2 or updates.shape[1] != len(summary["blocks"]):
             raise ValueError(f"update_angle_deg has the shape {updates.shape}, blocks is {summary['blocks']}")
         summary["seconds"] = float(summary["seconds"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume writes it anew") from error
     return summary, updates
 

@@ -183,6 +183,7 @@ ARGUMENTS = {
     "a folder below a file": (["toy.yml", "--out", "toy.yml/x"], ["toy.yml/x: cannot be written: Not a directory"]),
     "no folder at all": (["toy.yml", "--out", ""], ["--out is empty; give a folder"]),
     "a folder of blanks": (["toy.yml", "--out", " "], ["--out is empty; give a folder"]),
+    "a folder whose name is no text": (["toy.yml", "--out", "o\udcff"], ["--out 'o\\udcff': is not UTF-8 text"]),
     "a link to nothing": (["toy.yml", "--out", "sub/link"], ["sub/link: is a link that leads nowhere"]),
 }
 
@@ -202,6 +203,13 @@ TEXTS = {
     "an open bracket": (b"data: {dataset: toy\n", "not valid YAML"),
     "a tab": (b"data:\n\tdataset: toy\n", "bad.yml:2: not valid YAML: a tab where YAML wants spaces"),
     "a key twice": (b"seed: 1\nseed: 2\n", "bad.yml:2: the key seed is given twice"),
+    "a few words that mean millions": (
+        b"".join(
+            b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 9 if c > 97 else [b"1"] * 9))
+            for c in range(97, 106)
+        ),
+        "more than 100,000 keys and list entries, aliases written out",
+    ),
     "a list": (b"- 1\n", "bad.yml: must be a map of keys"),
     "a variant in error": (b"seed: x\nvariants: {a: , b: {seed: 1}}\n", "bad.yml:1: seed must be a whole number"),
 }

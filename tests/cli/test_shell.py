@@ -232,3 +232,10 @@ def test_an_unforeseen_error_of_the_system_keeps_its_traceback(probe):
     probe(raising(OSError(9, "Bad file descriptor")))
     with pytest.raises(OSError, match="Bad file descriptor"):
         cli.main(["probe"])
+
+
+def test_an_output_that_cannot_show_a_character_shows_a_question_mark():
+    code = "import sys; from arraytp.cli import main; sys.exit(main(['report', 'Zürich–小']))"
+    done = python(code, env={**os.environ, "PYTHONIOENCODING": "latin1"}, encoding="latin1")
+    assert done.returncode == 2
+    assert done.stderr == "arraytp: error: Zürich??: no such folder; give a result folder written by `arraytp run`\n"

@@ -116,6 +116,17 @@ def test_a_full_disk_is_told_and_the_next_pack_goes_on(tmp_path):
     assert open_dataset(tmp_path / "d").counts == {"train": 2}
 
 
+def test_shards_beyond_memory_are_refused_and_leave_nothing(tmp_path):
+    with (
+        pytest.raises(
+            UserError, match=r"d: two shards of 4611686018427387904 images of .* use a smaller --shard-images"
+        ),
+        writing(tmp_path / "d", DESCRIPTION, shard_images=2**62),
+    ):
+        pass
+    assert not (tmp_path / "d").exists()
+
+
 def test_an_exception_leaves_nothing(tmp_path):
     def fail():
         with writing(tmp_path / "d", DESCRIPTION, shard_images=2) as writer:

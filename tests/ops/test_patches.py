@@ -174,6 +174,12 @@ def test_a_window_larger_than_the_image_is_refused(size, kernel, padding):
         make_window(size, 9, kernel, 1, padding)
 
 
+def test_a_stride_beyond_any_image_is_one_window_or_refused():
+    assert make_window(4, 5, 2, 2**31 - 1, 0).out_width == 1
+    with pytest.raises(ValueError, match="stride 2147483648; at most 2147483647"):
+        make_window(4, 5, 2, 2**31, 0)
+
+
 def test_the_border_holds_its_value_and_the_image_is_untouched(place):
     x = rng(0).standard_normal((2, 3, 2, 1))
     window = Window(2, 1, 1, 0, 2, 1, 3, 2)

@@ -41,6 +41,28 @@ def test_with_out_nothing_is_written_elsewhere(make_result: Make, tmp_path: Path
     assert str(out) in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", ""], "--out is empty"),
+        (["--out", " "], "--out is empty"),
+        (["--out", "o\udcff"], r"--out 'o\\udcff': is not UTF-8 text"),
+        (["o\udcff"], r"DIR 'o\\udcff': is not UTF-8 text"),
+        ([""], "DIR is empty"),
+    ],
+)
+def test_a_name_that_is_blank_or_no_text_is_refused(make_result: Make, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CliRunner().invoke(command, [str(make_result()), *words], catch_exceptions=False)
+
+
+def test_a_summary_of_brackets_is_damage(make_result: Make) -> None:
+    folder = make_result()
+    (folder / "summary.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"summary\.json: nested too deeply"):
+        CliRunner().invoke(command, [str(folder)], catch_exceptions=False)
+
+
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         CliRunner().invoke(command, [str(tmp_path / "absent")], catch_exceptions=False)
