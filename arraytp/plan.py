@@ -1,6 +1,7 @@
 """What can be said about a config before anything is computed: whether it fits its data set, network and backend."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,6 @@ from arraytp.data.dataset import Dataset, open_dataset
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 from arraytp.network import Block, show_shape
-from arraytp.options import Adam
 from arraytp.rules import RULES
 
 TEST_SPLITS = ("test", "val")
@@ -72,11 +72,8 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"data.crop_padding: {config.data.crop_padding} around images of {show_shape(dataset.shape)}; "
             f"at most {widest}"
         )
-    if isinstance(config.optimizer, Adam) and not np.asarray(config.optimizer.epsilon, config.dtype).all():
-        raise UserError(
-            f"optimizer.epsilon: {config.optimizer.epsilon} is 0 in {config.dtype}, and Adam divides by it; use at "
-            f"least {np.finfo(config.dtype).tiny:.1e}"
-        )
+    for key in ("data", "rule", "optimizer", "schedule"):
+        _check_numbers(asdict(getattr(config, key)), key, config.dtype)
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
     if config.optimizer.orthogonality and not any(block.is_square for block in blocks):
         raise UserError(
@@ -88,6 +85,22 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     _check_lists(config, blocks)
     _check_study(config, blocks, counts["train"])
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
+
+
+def _check_numbers(value: Any, key: str, dtype: str) -> None:
+    """Refuse numbers that are 0 or infinite once they are of the dtype that is computed in."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_numbers(inner, f"{key}.{name}", dtype)
+    elif isinstance(value, tuple):
+        for position, inner in enumerate(value):
+            _check_numbers(inner, f"{key}.{position}", dtype)
+    elif isinstance(value, float) and value:
+        limits = np.finfo(dtype)
+        if abs(value) > float(limits.max):
+            raise UserError(f"{key}: {value:g} is infinite in {dtype}; at most {limits.max:.1e}")
+        if abs(value) < float(limits.smallest_subnormal):
+            raise UserError(f"{key}: {value:g} is 0 in {dtype}; use at least {limits.tiny:.1e}")
 
 
 def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:

@@ -127,6 +127,9 @@ def _refuse_foreign_options(context: click.Context, source: str) -> None:
         given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         if given and source not in sources:
             raise click.UsageError(f"--{name.replace('_', '-')} is for {' and '.join(sources)}, not for {source}")
+    resize = context.get_parameter_source("resize") is not click.core.ParameterSource.DEFAULT
+    if resize and source == "folder" and context.params["size"] is None:
+        raise click.UsageError("--resize says how images get the size of --size; give that, too")
 
 
 def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackOptions) -> int:

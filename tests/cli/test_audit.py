@@ -140,8 +140,8 @@ def test_a_table_goes_through_links_and_into_pipes(arraytp):
 
 
 def test_an_input_that_is_not_finite_is_one_line(refused):
-    std = "data.normalize={mean: [0.0], std: [1e-308]}"
-    error = refused("audit", "toy.yml", "--set", std, status=1)
+    std = "data.normalize={mean: [0.0], std: [1e-310]}"
+    error = refused("audit", "toy.yml", "--set", std, "--set", "dtype=float64", status=1)
     assert error == "toy: not finite on the first batch: input; see data.normalize and network.init"
 
 

@@ -62,6 +62,7 @@ def test_check_lists_all_damage_and_exits_with_2(tiny, tmp_path, capsys):
         (["pack", "mnist", ".", "x", "--seed", "99999999999999999999"], "--seed"),
         (["pack", "mnist", ".", "x", "--shard-images", "0"], "--shard-images"),
         (["pack", "mnist", ".", "x", "--seed", "-1"], "--seed"),
+        (["pack", "folder", ".", "x", "--resize", "stretch"], "--resize says how images get the size of --size"),
         (["pack", "mnist", ".", "x", "--compression", "zip"], "--compression"),
     ],
 )
