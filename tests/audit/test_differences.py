@@ -8,6 +8,7 @@ from samples import rng
 from arraytp.audit import reference
 from arraytp.audit.check import apart, checked, worst
 from arraytp.audit.differences import adjoint_error, derivative, gradient_error
+from arraytp.audit.theorems import GROUPS, shrinking
 from arraytp.ops.patches import make_window
 
 
@@ -49,6 +50,24 @@ def test_an_error_that_is_not_a_number_is_the_worst(errors):
     """Python's max of 0 and NaN is 0, which would pass."""
     assert np.isnan(worst(*errors))
     assert checked("", "", worst, worst(*errors), 1.0).verdict == "fail"
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 10, 1000])
+def test_a_mean_that_closes_in_as_it_should_passes_and_a_bias_is_seen(freedom):
+    """Groups of one; a bias of several standard errors of the mean, which are √(1/64) for each of the entries."""
+    generator = rng(freedom)
+    for bias, most, least in ((0.0, 0, 0), (8.0, 300, 280)):
+        moved, failed = bias * np.sqrt(freedom / GROUPS) * np.eye(1, freedom)[0], 0
+        for _ in range(300):
+            values = generator.standard_normal((GROUPS, freedom)) + moved
+            growth, tolerance = shrinking(list((values**2).sum(axis=1)), float(np.linalg.norm(values.mean(axis=0))))
+            failed += growth > tolerance
+        assert least <= failed <= most
+
+
+def test_a_mean_without_scatter_must_be_the_limit_itself():
+    assert shrinking([0.0] * GROUPS, 0.0)[0] == 0
+    assert shrinking([0.0] * GROUPS, 1e-300)[0] == np.inf
 
 
 def test_nothing_is_relative_to_a_scale_of_nothing():
