@@ -5,19 +5,21 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from arraytp.errors import Interrupted
 
 _LATER = 0.01
+_PATIENCE = 1.0
 
 
 class StopRequest:
     """While entered, the first SIGINT, SIGTERM or SIGHUP only sets `requested`; the second acts as without this.
 
-    A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays ignored.
+    A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays ignored. Where the answer takes
+    more than a second, as a long step does, a line on standard error says what is waited for.
 
     Attributes
     ----------
@@ -28,6 +30,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         self._former: dict[int, Any] = {}
+        self._notice = threading.Timer(_PATIENCE, _tell_what_is_waited_for)
+        self._notice.daemon = True
 
     @property
     def requested(self) -> bool:
@@ -45,16 +49,24 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the signals back."""
+        self._notice.cancel()
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
+        self._notice.start()
 
     def _restore(self) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former = {}
+
+
+def _tell_what_is_waited_for() -> None:
+    # After a hangup there may be nobody to tell.
+    with suppress(OSError):
+        print("arraytp: stopping after this step; a second signal ends at once, without a checkpoint", file=sys.stderr)
 
 
 @contextmanager

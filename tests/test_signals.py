@@ -5,8 +5,22 @@ import weakref
 
 import pytest
 
+from arraytp import signals
 from arraytp.errors import Interrupted
-from arraytp.signals import ended_by_signals, sent_again_when_swallowed
+from arraytp.signals import StopRequest, ended_by_signals, sent_again_when_swallowed
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, ""), (0.2, "stopping after this step; a second signal ends")])
+def test_who_has_to_wait_for_a_step_is_told(monkeypatch, capsys, seconds, said):
+    monkeypatch.setattr(signals, "_PATIENCE", 0.1)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(seconds)
+        assert stop.requested
+    time.sleep(0.2)
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == bool(said)
 
 
 class Object:

@@ -223,13 +223,13 @@ sys.exit(main())
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_as_it_was(arraytp, place, numbers):
-    """No file may grow beyond 10 kB, as on a full disk: the checkpoint of some 60 kB cannot be written."""
+    """No file may grow beyond 5 kB, as on a full disk: the checkpoint of some 12 kB cannot be written."""
     folder = place / "results/toy"
     arraytp("run", "toy.yml", "--quiet")
     before = (folder / "checkpoint.h5").read_bytes()
-    assert len(before) > 20000
+    assert len(before) > 10000
     words = ["run", "toy.yml", "--quiet", "--resume", *epochs(2)]
-    with process("10000", *words, code=FULL_DISK) as full:
+    with process("5000", *words, code=FULL_DISK) as full:
         _, err = full.communicate(timeout=60)
     assert (full.returncode, err) == (2, "arraytp: error: results/toy: cannot be written: File too large\n")
     assert (folder / "checkpoint.h5").read_bytes() == before
