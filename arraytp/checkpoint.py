@@ -12,6 +12,7 @@ All arrays, /run/state too, have checksums (Fletcher-32), and HDF5's own structu
 """
 
 import json
+import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -77,8 +78,11 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
             run: dict[str, Any] = json.loads(bytes(file["run/state"][()]))
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no checkpoint to go on from; --fresh starts over") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: the checkpoint cannot be read: {os.strerror(error.errno or 0)}") from error
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}: the checkpoint is damaged ({text}); --fresh starts over") from error
     for name, array in _arrays(experiment).items():
         array[...] = experiment.plan.backend.asarray(found[name])
     experiment.optimizer_state.step, experiment.feedback_step = step, feedback_step

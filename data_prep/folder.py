@@ -39,7 +39,9 @@ def plan_tree(files: Files, leave: Container[int] = ()) -> Plan:
             continue
         parts = PurePosixPath(name).parts
         if len(parts) != 3 or not _SPLIT.fullmatch(parts[0]) or not parts[1].isprintable():
-            raise UserError(f"{files.root}: {name!r} is not split/class/image, the split in small letters")
+            raise UserError(
+                f"{files.root}: {name!r} is not split/class/image, the split in small letters, such as train/cat/1.jpg"
+            )
         found.setdefault(parts[0], {}).setdefault(parts[1], []).append(row)
     if "train" not in found:
         raise UserError(f"{files.root}: no image train/class/…, found splits: {', '.join(found) or 'none'}")

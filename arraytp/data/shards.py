@@ -203,6 +203,8 @@ def check_size(path: Path, entry: ShardEntry) -> None:
 def _damage_is_the_users_to_know(path: Path, rows: str) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise UserError(f"{path}: shard cannot be read: {os.strerror(error.errno or 0)}") from error
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{path}: shard is damaged, {rows} cannot be read: {text}") from error

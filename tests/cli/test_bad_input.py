@@ -414,6 +414,15 @@ def test_a_bad_checkpoint_is_refused_and_a_fresh_start_works(arraytp, refused, p
     assert arraytp("run", "toy.yml", "--quiet", "--fresh").status == 0
 
 
+def test_a_folder_in_the_checkpoints_place_is_told_without_hdf5s_words(arraytp, refused, place):
+    arraytp("run", "toy.yml", "--quiet")
+    checkpoint = place / "results/toy/checkpoint.h5"
+    checkpoint.unlink()
+    checkpoint.mkdir()
+    message = refused("run", "toy.yml", "--quiet", "--resume", "--set", "train.epochs=2")
+    assert message == "results/toy/checkpoint.h5: the checkpoint cannot be read: Is a directory"
+
+
 # Behind tanh, sums that overflow to ±∞ are finite again, and whether they are NaN depends on the order of summation.
 UNBOUNDED = (
     "network.blocks=[{type: conv, channels: 4, kernel: 3, activation: leaky-relu}, "
