@@ -72,8 +72,14 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"data.crop_padding: {config.data.crop_padding} around images of {show_shape(dataset.shape)}; "
             f"at most {widest}"
         )
-    for key in ("data", "rule", "optimizer", "schedule"):
-        _check_numbers(asdict(getattr(config, key)), key, config.dtype)
+    for key, section in (
+        ("data.normalize", config.data.normalize),
+        ("rule", config.rule),
+        ("optimizer", config.optimizer),
+        ("schedule", config.schedule),
+    ):
+        if not isinstance(section, str):
+            _check_numbers(asdict(section), key, config.dtype)
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
     if config.optimizer.orthogonality and not any(block.is_square for block in blocks):
         raise UserError(

@@ -55,7 +55,9 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
-        self._notice.start()
+        # Started already where two signals come at once; and a process may have no thread left.
+        with suppress(RuntimeError):
+            self._notice.start()
 
     def _restore(self) -> None:
         for number, handler in self._former.items():
@@ -65,8 +67,9 @@ class StopRequest:
 
 def _tell_what_is_waited_for() -> None:
     # After a hangup there may be nobody to tell.
-    with suppress(OSError):
-        print("arraytp: stopping after this step; a second signal ends at once, without a checkpoint", file=sys.stderr)
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print("arraytp: stopping when what is under way is done; a second signal ends at once", file=sys.stderr)
 
 
 @contextmanager

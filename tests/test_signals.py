@@ -1,5 +1,6 @@
 import signal
 import sys
+import threading
 import time
 import weakref
 
@@ -10,7 +11,7 @@ from arraytp.errors import Interrupted
 from arraytp.signals import StopRequest, ended_by_signals, sent_again_when_swallowed
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.0, ""), (0.2, "stopping after this step; a second signal ends")])
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, ""), (0.2, "stopping when what is under way is done")])
 def test_who_has_to_wait_for_a_step_is_told(monkeypatch, capsys, seconds, said):
     monkeypatch.setattr(signals, "_PATIENCE", 0.1)
     with StopRequest() as stop:
@@ -21,6 +22,25 @@ def test_who_has_to_wait_for_a_step_is_told(monkeypatch, capsys, seconds, said):
     told = capsys.readouterr().err
     assert said in told
     assert len(told.splitlines()) == bool(said)
+
+
+def test_two_signals_at_once_are_one_request():
+    """The second may arrive while the first is being received."""
+    stop = StopRequest()
+    with stop:
+        stop._receive(signal.SIGTERM, None)
+        stop._receive(signal.SIGHUP, None)
+    assert stop.signal == signal.SIGHUP
+
+
+def test_a_process_without_threads_stops_all_the_same(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
 
 
 class Object:

@@ -30,10 +30,10 @@ MODULES = ("tp", "dtp", "ldrl", "ldrl-parallel")
 SIGMA = 1e-10
 MOST_NOISES, LEAST_NOISES, FLOPS = 512, 64, 1e10
 GROUPS = 64
-# How often a correct gradient may be found wrong.
+# How often a correct gradient may be found wrong, were the scatter known and the same in all directions.
 CHANCE = 1e-6
-# The groups' scatter is itself found from so many only.
-LEAST_EXCESS = 2.0
+# It is found from so few groups, and where one direction dominates many weak ones a χ² has too short a tail.
+LEAST_EXCESS = 3.0
 EXPONENT = 0.15
 BETAS = (1e-3, 1e-4, 1e-5, 1e-6)
 FAR = 1e-7

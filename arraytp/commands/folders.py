@@ -1,10 +1,9 @@
-"""Result folders named on the command line: their names appear in tables and figures."""
+"""Result folders named on the command line."""
 
 from pathlib import Path
 
 import click
 
-from arraytp.config.document import encodable
 from arraytp.errors import UserError
 
 
@@ -14,15 +13,13 @@ def check_folder(_context: click.Context, parameter: click.Parameter, value: str
     Raises
     ------
     UserError
-        If the name is blank or not text; names the option.
+        If the name is blank; names the option.
     """
     if value is None:
         return None
     name = "DIR" if isinstance(parameter, click.Argument) else parameter.opts[0]
     if not value.strip():
-        raise UserError(f"{name} is empty; give a folder, or leave it out")
-    if not encodable(value):
-        raise UserError(f"{name} {value!r}: is not UTF-8 text, which tables and figures could not show")
+        raise UserError(f"{name} is empty; give a folder{'' if parameter.required else ', or leave it out'}")
     return Path(value)
 
 

@@ -16,6 +16,7 @@ import click
 from arraytp.commands.folders import check_folder
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
+from arraytp.config.document import encodable
 from arraytp.errors import Interrupted, UserError
 from arraytp.experiment import build_planned
 from arraytp.metrics import write_file
@@ -108,7 +109,10 @@ def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool) -> 
             planned = plan(config)
         except UserError as error:
             raise UserError(f"{path}{f' (variant {variant})' if variant else ''}: {error}") from error
-        jobs.append(Job(planned, variant or file.name, folder / variant if variant else folder))
+        place = folder / variant if variant else folder
+        if not encodable(os.path.basename(os.path.realpath(place))):
+            raise UserError(f"{str(place)!r}: the folder's name is no UTF-8 text, so that no figure can show it")
+        jobs.append(Job(planned, variant or file.name, place))
     return jobs
 
 

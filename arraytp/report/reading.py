@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from arraytp.config.document import encodable
 from arraytp.errors import UserError
 
 Columns = dict[str, NDArray[np.float64]]
@@ -140,6 +141,9 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         raise UserError(f"{path}: {what}; give a result folder written by `arraytp run`")
     if not (path / "config.yml").is_file():
         raise UserError(f"{path} is not a result folder: it holds no config.yml")
+    label = label or path.resolve().name
+    if not encodable(label):
+        raise UserError(f"{str(path)!r}: the folder's name is no UTF-8 text, so that no figure can show it; rename it")
     text = _text(path / "config.yml")
     config = _read_config(path / "config.yml", text)
     if "study" in config:
@@ -151,7 +155,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
     unfinished = summary is None
     result = Result(
         path=path,
-        label=label or path.resolve().name,
+        label=label,
         config_text=text,
         config=config,
         metrics=read_csv(path / "metrics.csv", METRICS, ("epoch",), unfinished),
@@ -171,20 +175,30 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
 def _check_ends(result: Result) -> None:
     """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
-    if epochs.size and isinstance(summary.get("epochs"), int) and epochs[-1] != summary["epochs"]:
-        raise UserError(
-            f"{result.path / 'metrics.csv'}: ends with epoch {epochs[-1]:.0f}, but summary.json says that the run has "
-            f"{summary['epochs']}; one of the two is not the run's"
-        )
+    there = {name for name in ("metrics", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
+    if "metrics" in there and isinstance(summary.get("epochs"), int):
+        last = int(epochs[-1]) if epochs.size else None
+        if last != summary["epochs"]:
+            raise UserError(
+                f"{result.path / 'metrics.csv'}: ends with {'its header' if last is None else f'epoch {last}'}, but "
+                f"summary.json says that the run has {summary['epochs']}; one of the two is not the run's"
+            )
     compare = result.config.get("compare")
     every = compare.get("every") if isinstance(compare, dict) else None
     if not (isinstance(every, int) and every > 0 and isinstance(summary.get("steps"), int) and result.blocks_are_named):
         return
-    measured = -(-summary["steps"] // every) * len(result.blocks)
-    if result.angles["step"].size not in (0, measured):
+    times = -(-summary["steps"] // every)
+    angles, measured = result.angles["step"].size, 0 if result.rule == "bp" else times * len(result.blocks)
+    if "angles" in there and angles != measured:
         raise UserError(
-            f"{result.path / 'angles.csv'}: {result.angles['step'].size} rows, but {len(result.blocks)} blocks every "
-            f"{every} of {summary['steps']} steps make {measured}; rows are missing or of another run"
+            f"{result.path / 'angles.csv'}: {angles} rows, but {len(result.blocks)} blocks every {every} of "
+            f"{summary['steps']} steps make {measured}; rows are missing or of another run"
+        )
+    trained = result.feedback["step"].size
+    if "feedback" in there and times and (trained % times or not trained):
+        raise UserError(
+            f"{result.path / 'feedback.csv'}: {trained} rows, but every {every} of {summary['steps']} steps each block "
+            f"has one, {times} in all; rows are missing or of another run"
         )
 
 

@@ -196,7 +196,10 @@ ARGUMENTS = {
     "a folder below a file": (["toy.yml", "--out", "toy.yml/x"], ["toy.yml/x: cannot be written: Not a directory"]),
     "no folder at all": (["toy.yml", "--out", ""], ["--out is empty; give a folder"]),
     "a folder of blanks": (["toy.yml", "--out", " "], ["--out is empty; give a folder"]),
-    "a folder whose name is no text": (["toy.yml", "--out", "o\udcff"], ["--out 'o\\udcff': is not UTF-8 text"]),
+    "a folder whose name is no text": (
+        ["toy.yml", "--out", "o\udcff"],
+        ["'o\\udcff': the folder's name is no UTF-8 text"],
+    ),
     "a link to nothing": (["toy.yml", "--out", "sub/link"], ["sub/link: is a link that leads nowhere"]),
 }
 

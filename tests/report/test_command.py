@@ -46,14 +46,20 @@ def test_with_out_nothing_is_written_elsewhere(make_result: Make, tmp_path: Path
     [
         (["--out", ""], "--out is empty"),
         (["--out", " "], "--out is empty"),
-        (["--out", "o\udcff"], r"--out 'o\\udcff': is not UTF-8 text"),
-        (["o\udcff"], r"DIR 'o\\udcff': is not UTF-8 text"),
-        ([""], "DIR is empty"),
+        ([""], "DIR is empty; give a folder$"),
     ],
 )
-def test_a_name_that_is_blank_or_no_text_is_refused(make_result: Make, words: list[str], message: str) -> None:
+def test_a_blank_name_is_refused(make_result: Make, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CliRunner().invoke(command, [str(make_result()), *words], catch_exceptions=False)
+
+
+def test_a_run_whose_name_is_no_text_is_refused_but_not_one_below(make_result: Make) -> None:
+    folder = make_result("results\udcff/fa")
+    CliRunner().invoke(command, [str(folder)], catch_exceptions=False)
+    other = make_result("fa\udcff")
+    with pytest.raises(UserError, match=r"fa\\udcff': the folder's name is no UTF-8 text"):
+        CliRunner().invoke(command, [str(other)], catch_exceptions=False)
 
 
 def test_a_summary_of_brackets_is_damage(make_result: Make) -> None:

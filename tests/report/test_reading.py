@@ -110,15 +110,21 @@ def test_damage_is_reported_with_file_and_line(make_result: Make, file: str, old
     [
         ("metrics.csv", "ends with epoch 1, but summary.json says that the run has 2"),
         ("angles.csv", "7 rows, but 4 blocks every 10 of 20 steps make 8"),
+        ("feedback.csv", "5 rows, but every 10 of 20 steps each block has one, 2 in all"),
+        ("metrics.csv", "ends with its header, but summary.json says"),
+        ("angles.csv", "0 rows, but 4 blocks every 10 of 20 steps make 8"),
+        ("feedback.csv", "0 rows, but every 10 of 20 steps each block has one"),
     ],
 )
 def test_a_table_of_a_finished_run_that_was_cut_at_a_lines_end_is_damage(
     make_result: Make, file: str, message: str
 ) -> None:
     folder = make_result(steps=20)
+    rows = "".join(f"{step},1,{block},0.1,5.0,0.2\n" for step in (0, 10) for block in (1, 2, 3))
+    (folder / "feedback.csv").write_text(f"step,epoch,block,loss,angle_deg,distance\n{rows}")
     read_result(folder)
     lines = (folder / file).read_text().splitlines(keepends=True)
-    (folder / file).write_text("".join(lines[:-1]))
+    (folder / file).write_text("".join(lines[:1] if "header" in message or message.startswith("0") else lines[:-1]))
     with pytest.raises(UserError, match=f"{file}: {message}"):
         read_result(folder)
 
