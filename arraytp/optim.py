@@ -10,8 +10,8 @@ from functools import partial
 
 from arraytp import options
 from arraytp.backend import Array, array_module
-from arraytp.orthogonality import add_orthogonality
-from arraytp.parallel import Buffers, Workspace, slices
+from arraytp.fast.orthogonality import add_orthogonality
+from arraytp.fast.parallel import Buffers, Workspace, slices
 
 # Measured: shorter stretches stay in a core's cache, but then threads wait for the interpreter between operations.
 HOST_ELEMENTS = 1 << 19
@@ -59,7 +59,7 @@ def apply_updates(
     Parameters
     ----------
     optimizer : SGD or Adam options
-        Weight decay is coupled L2, g ← g + wd·θ, biases too. Orthogonality is `arraytp.orthogonality`'s.
+        Weight decay is coupled L2, g ← g + wd·θ, biases too. Orthogonality is `arraytp.fast.orthogonality`'s.
     lr : float or sequence of float
         Learning rate of this step, one for all blocks or one per block.
     state : OptimizerState
@@ -68,7 +68,7 @@ def apply_updates(
         Gradients are left as they are, but those that the orthogonality regulariser is added to in place.
     workspace : Workspace
     excess : mapping of int to array, optional
-        WWᵀ − I of these parameters' blocks, by position, where the rule has it; `arraytp.orthogonality.excess_of`.
+        WWᵀ − I of these parameters' blocks, by position, where the rule has it; `arraytp.fast.orthogonality.excess_of`.
 
     Raises
     ------

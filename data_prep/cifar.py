@@ -10,10 +10,10 @@ import numpy as np
 
 from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import Description, writing
+from arraytp.data_prep.batches import checked_labels, images_of_planes, read_batch
+from arraytp.data_prep.files import Files, open_files
+from arraytp.data_prep.options import PackOptions, check_limits, chosen_rows
 from arraytp.errors import UserError
-from data_prep.batches import checked_labels, images_of_planes, read_batch
-from data_prep.files import Files, open_files
-from data_prep.options import PackOptions, check_limits, chosen_rows
 
 SHAPE = (32, 32, 3)
 _PIXELS = 3072

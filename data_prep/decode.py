@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from arraytp.data.shards import Images
-from data_prep.options import Resize
+from arraytp.data_prep.options import Resize
 
 # Memory: an image takes 4 bytes a pixel, up to three times at once.
 MAX_PIXELS = 2**26

@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from arraytp.data_prep.files import Files, open_files
+from arraytp.data_prep.images import Plan, pack_images
+from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
-from data_prep.files import Files, open_files
-from data_prep.images import Plan, pack_images
-from data_prep.options import PackOptions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SPLIT = re.compile("[a-z][a-z0-9_]*")

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import Description, writing
+from arraytp.data_prep.options import PackOptions, check_limits, chosen_rows
 from arraytp.errors import UserError
-from data_prep.options import PackOptions, check_limits, chosen_rows
 
 SHAPE = (28, 28, 1)
 _PREFIXES = {"train": "train", "test": "t10k"}

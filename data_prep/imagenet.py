@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import scipy.io
 
+from arraytp.data_prep.files import Files, open_archives, open_files
+from arraytp.data_prep.folder import image_rows, plan_tree
+from arraytp.data_prep.images import Plan, pack_images
+from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
-from data_prep.files import Files, open_archives, open_files
-from data_prep.folder import image_rows, plan_tree
-from data_prep.images import Plan, pack_images
-from data_prep.options import PackOptions
 
 SIZE = (224, 224)
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"

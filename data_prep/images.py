@@ -15,10 +15,10 @@ import PIL
 
 from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import DatasetWriter, Description, writing
+from arraytp.data_prep.decode import BrokenImageError, decode, fit
+from arraytp.data_prep.files import Files, fingerprint
+from arraytp.data_prep.options import PackOptions, check_limits, chosen_rows
 from arraytp.errors import UserError
-from data_prep.decode import BrokenImageError, decode, fit
-from data_prep.files import Files, fingerprint
-from data_prep.options import PackOptions, check_limits, chosen_rows
 
 BLOCK_BYTES = 2**23
 _BLOCKS_AHEAD = 2

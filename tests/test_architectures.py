@@ -5,8 +5,8 @@ from math import prod
 
 import pytest
 
-from arraytp.architectures import NAMED, plan_network
 from arraytp.errors import UserError
+from arraytp.model.architectures import NAMED, plan_network
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
 
 BLOCKS = {

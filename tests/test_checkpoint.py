@@ -4,10 +4,11 @@ import h5py
 import numpy as np
 import pytest
 
-from arraytp import experiment, metrics
-from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
 from arraytp.config import parse_config
 from arraytp.errors import UserError
+from arraytp.training import experiment
+from arraytp.training import tables as metrics
+from arraytp.training.checkpoint import all_finite, read_checkpoint, write_checkpoint
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from samples import rng
 
-from arraytp.compare import angle_degrees, relative_distance
+from arraytp.training.compare import angle_degrees, relative_distance
 
 
 @pytest.mark.parametrize("degrees", [0, 1, 30, 45, 60, 90, 120, 179, 180])

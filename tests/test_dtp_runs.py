@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arraytp import experiment
 from arraytp.config import load_config, load_one
 from arraytp.data.writer import Description, writing
+from arraytp.training import experiment
 
 FOLDER = Path(__file__).parents[1] / "runs" / "dtp"
 # The figures' configs are studies, the comparison on the embedded images is of no row of a table.

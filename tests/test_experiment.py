@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arraytp import experiment
-from arraytp.architectures import plan_network
 from arraytp.backend import NUMPY
-from arraytp.compare import angle_degrees, relative_distance
 from arraytp.config import load_config, load_one, parse_config
-from arraytp.fused import forward
-from arraytp.network import make_network, plan_blocks
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.architectures import plan_network
+from arraytp.model.network import make_network, plan_blocks
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.options import Dense
-from arraytp.parallel import Workspace
 from arraytp.rules import RULES, bp, fa
+from arraytp.training import experiment
+from arraytp.training.compare import angle_degrees, relative_distance
 
 QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.yml"
 SMALL_NETWORK = {"blocks": [{"type": "dense", "units": 12, "activation": "tanh"}, {"type": "dense", "units": 10}]}

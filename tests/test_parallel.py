@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arraytp.backend import NUMPY, Backend
-from arraytp.parallel import Buffers, Workspace, default_threads, even_slices, slices
+from arraytp.fast.parallel import Buffers, Workspace, default_threads, even_slices, slices
 
 
 @given(count=st.integers(0, 50), length=st.integers(1, 20))

@@ -6,7 +6,7 @@ import pytest
 
 from arraytp.config import load_one, parse_config
 from arraytp.errors import UserError
-from arraytp.plan import plan
+from arraytp.training.plan import plan
 
 QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.yml"
 SMALL_NETWORK = {"blocks": [{"type": "dense", "units": 12, "activation": "tanh"}, {"type": "dense", "units": 10}]}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arraytp.progress import Progress, duration
+from arraytp.training.progress import Progress, duration
 
 ROW0 = {"epoch": 0, "train_loss": math.nan, "train_top1": math.nan, "test_loss": 2.3, "test_top1": 10.0}
 ROW1 = {"epoch": 1, "train_loss": 1.25, "train_top1": 55.0, "test_loss": 0.9, "test_top1": 65.0}

@@ -12,8 +12,8 @@ from samples import close
 
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.experiment import build
-from arraytp.trace import write_trace
+from arraytp.training.experiment import build
+from arraytp.training.trace import write_trace
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional

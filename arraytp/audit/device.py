@@ -9,7 +9,7 @@ from dataclasses import replace
 from arraytp.audit.check import Check, apart, checked, host, worst
 from arraytp.audit.setting import Setting
 from arraytp.backend import NUMPY
-from arraytp.experiment import Experiment, build_planned
+from arraytp.training.experiment import Experiment, build_planned
 
 # Sums in another order, layer after layer.
 TOLERANCE = 1e-8

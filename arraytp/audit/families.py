@@ -20,8 +20,8 @@ from arraytp.audit import (
 from arraytp.audit.check import Check
 from arraytp.audit.setting import Setting, prepare
 from arraytp.errors import Interrupted, UserError
-from arraytp.experiment import build_planned
-from arraytp.plan import Plan
+from arraytp.training.experiment import build_planned
+from arraytp.training.plan import Plan
 
 Function = Callable[[Setting], Iterator[Check]]
 FAMILIES: dict[str, tuple[Function, ...]] = {

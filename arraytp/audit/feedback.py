@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from arraytp import feedback, fused_feedback
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES, Check, Floats, apart, checked, host, worst
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
-from arraytp.network import Block, Network
+from arraytp.fast import feedback_training as fused_feedback
+from arraytp.model import feedback
+from arraytp.model.network import Block, Network
 from arraytp.ops.noise import gaussian
 from arraytp.optim import at_block
 from arraytp.rules import drl, dtp, ldrl

@@ -5,20 +5,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from arraytp import inverse, network
 from arraytp.audit import reference
 from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, worst
 from arraytp.audit.setting import Setting, hosted
 from arraytp.backend import Array
-from arraytp.compare import angle_degrees, relative_distance
-from arraytp.fused import forward
-from arraytp.network import ForwardPass, Network
+from arraytp.fast import inverse
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model import network
+from arraytp.model.network import ForwardPass, Network
 from arraytp.ops import solve
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
-from arraytp.parallel import Workspace
 from arraytp.rules import bp, gait_prop
 from arraytp.rules.protocol import Updates
+from arraytp.training.compare import angle_degrees, relative_distance
 
 # How far W is moved before it is taken back to its nearest orthogonal matrix, in its own size.
 DRIFT = 0.05

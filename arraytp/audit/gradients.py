@@ -6,16 +6,17 @@ from functools import partial
 
 import numpy as np
 
-from arraytp import fused, initialise, network
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, apart, checked, host, inner, worst
 from arraytp.audit.differences import DIRECTIONS, derivative, gradient_error, relative
 from arraytp.audit.ops import SAMPLES
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array, array_module
-from arraytp.network import ForwardPass, Network
+from arraytp.fast import passes as fused
+from arraytp.fast.parallel import Workspace
+from arraytp.model import initialise, network
+from arraytp.model.network import ForwardPass, Network
 from arraytp.ops import loss
-from arraytp.parallel import Workspace
 from arraytp.rules import bp
 from arraytp.rules.protocol import Updates
 

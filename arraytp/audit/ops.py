@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from arraytp.architectures import layers_of
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES as FINITE
 from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner, worst
 from arraytp.audit.differences import adjoint_error, gradient_error
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
-from arraytp.network import Block
+from arraytp.model.architectures import layers_of
+from arraytp.model.network import Block
 from arraytp.ops import activations, conv, dense, noise, patches, pool
 from arraytp.ops.patches import Window
 from arraytp.options import Conv, Unpool

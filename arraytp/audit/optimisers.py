@@ -11,12 +11,12 @@ from arraytp.audit.check import DIFFERENCES, ROUNDING, Check, Floats, apart, che
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.gait_prop import drift
 from arraytp.audit.setting import Setting
-from arraytp.experiment import parameters
+from arraytp.fast.orthogonality import add_orthogonality
+from arraytp.fast.parallel import Workspace
 from arraytp.ops.conv import as_matrix
 from arraytp.optim import at_block
 from arraytp.options import Cosine
-from arraytp.orthogonality import add_orthogonality
-from arraytp.parallel import Workspace
+from arraytp.training.experiment import parameters
 
 STEPS = 2
 # Of the sums of a few steps, each the difference of numbers a million times larger.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from arraytp.audit.check import Floats
-from arraytp.network import Block, Network
+from arraytp.model.network import Block, Network
 from arraytp.ops.patches import Window
 from arraytp.optim import OptimizerOptions
 from arraytp.options import SGD, Adam

@@ -19,14 +19,14 @@ from arraytp.audit.check import host
 from arraytp.backend import Array
 from arraytp.config import Config
 from arraytp.errors import NonFiniteError
-from arraytp.experiment import Experiment, build_planned, parameters
-from arraytp.fused import forward
-from arraytp.network import ForwardPass, Network, block_flops, make_network
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.network import ForwardPass, Network, block_flops, make_network
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.optim import init_optimizer
-from arraytp.parallel import Workspace
-from arraytp.plan import Plan
 from arraytp.rules.protocol import State
+from arraytp.training.experiment import Experiment, build_planned, parameters
+from arraytp.training.plan import Plan
 
 # Two chunks of noise and several samples a lane where that is cheap.
 BATCH, SMALL_BATCH, CHEAP_FLOPS = 20, 4, 1e8

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from arraytp.audit.check import Check, Floats, checked, host, same_bits
 from arraytp.audit.setting import Setting, fresh
-from arraytp.checkpoint import read_checkpoint, write_checkpoint
-from arraytp.experiment import Experiment
+from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
+from arraytp.training.experiment import Experiment
 
 THREADS = 3
 RUN = {"position": {"step": 1, "loss": 0.1 + 0.2}}

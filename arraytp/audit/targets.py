@@ -11,8 +11,8 @@ from arraytp.audit.differences import gradient_error
 from arraytp.audit.feedback import SUMS, feedback_input
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
-from arraytp.fused import forward
-from arraytp.network import Network
+from arraytp.fast.passes import forward
+from arraytp.model.network import Network
 from arraytp.rules import drl
 
 RULES = ("tp", "dtp", "ldrl", "ldrl-parallel", "drl")

@@ -12,18 +12,18 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import chdtri
 
-from arraytp import feedback
 from arraytp.audit import reference
 from arraytp.audit.check import Check, Floats, apart, checked, host, worst
 from arraytp.audit.differences import relative
 from arraytp.audit.feedback import SUMS, watch
 from arraytp.audit.setting import Setting
-from arraytp.compare import angle_degrees
-from arraytp.fused_feedback import freeze, ldrl_gradient
-from arraytp.network import Block, block_flops
+from arraytp.fast.feedback_training import freeze, ldrl_gradient
+from arraytp.model import feedback
+from arraytp.model.network import Block, block_flops
 from arraytp.ops.pool import overlaps
 from arraytp.optim import at_block
 from arraytp.rules import bp, ldrl
+from arraytp.training.compare import angle_degrees
 
 MODULES = ("tp", "dtp", "ldrl", "ldrl-parallel")
 # Below the gaps between the elements of max-pools' windows, above what rounding leaves of differences.

@@ -16,8 +16,8 @@ from arraytp.commands.figures_file import check_replaceable, write_figures
 from arraytp.commands.overrides import overriding_but_dtype, settings
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
-from arraytp.plan import Plan, plan
 from arraytp.signals import ended_by_signals
+from arraytp.training.plan import Plan, plan
 
 HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")
 Line = tuple[str, Check]

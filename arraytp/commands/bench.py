@@ -13,10 +13,10 @@ from arraytp.commands.figures_file import check_replaceable, write_figures
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, load_config
 from arraytp.data.loader import Batches
-from arraytp.experiment import Experiment, build
-from arraytp.feedback import only_block
-from arraytp.fused import product
-from arraytp.network import block_flops
+from arraytp.fast.passes import product
+from arraytp.model.feedback import only_block
+from arraytp.model.network import block_flops
+from arraytp.training.experiment import Experiment, build
 
 PARTS = ("load", "forward", "feedback", "updates", "optimizer")
 WARM_UP = 2

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
 from arraytp.data.writer import SKIPPED_NAME
+from arraytp.data_prep import cifar, folder, idx, imagenet, imagenet32
+from arraytp.data_prep.fetch import SOURCES
+from arraytp.data_prep.fetch import fetch as fetch_files
+from arraytp.data_prep.options import PackOptions, Resize
 from arraytp.errors import UserError
-from data_prep import cifar, folder, idx, imagenet, imagenet32
-from data_prep.fetch import SOURCES
-from data_prep.fetch import fetch as fetch_files
-from data_prep.options import PackOptions, Resize
 
 _FOLDER = click.Path(path_type=Path)
 _DATASET_HELP = (

@@ -10,9 +10,9 @@ from arraytp.backend import Array
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
-from arraytp.experiment import Experiment, build
 from arraytp.signals import StopRequest
-from arraytp.trace import check_replaceable, read_batch, read_weights, write_trace
+from arraytp.training.experiment import Experiment, build
+from arraytp.training.trace import check_replaceable, read_batch, read_weights, write_trace
 
 
 @click.command(short_help="Write down every number of one training step.")

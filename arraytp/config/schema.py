@@ -99,7 +99,7 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Instead of training: feedback alone on one batch, weights frozen, for `seeds` seeds; see `arraytp.study`."""
+    """Instead of training: feedback alone on one batch, θ frozen, for `seeds` seeds; see `arraytp.training.study`."""
 
     seeds: Size = 5
     rounds: Border = 100

@@ -9,12 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from arraytp.errors import UserError
-from arraytp.metrics import write_file
 from arraytp.report.angles import common_blocks, differs_from_bp
 from arraytp.report.panels import angle_bars, angle_lines, block_lines, epoch_line, epoch_lines, finish_epochs
 from arraytp.report.reading import Result, read_result
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
+from arraytp.training.tables import write_file
 
 LAST_FIGURE = "angles_per_block.png"
 """Written last: where it is, all of a run's figures are."""
@@ -154,7 +154,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def write_bytes(content: bytes, path: Path) -> Path:
-    """Write a file as `arraytp.metrics.write_file` does and return its path; its folder is made where missing.
+    """Write a file as `arraytp.training.tables.write_file` does and return its path; its folder is made where missing.
 
     Raises
     ------

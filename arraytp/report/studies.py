@@ -1,4 +1,4 @@
-"""Tables and figures of studies: feedback trained alone, weights frozen, over several seeds (see `arraytp.study`)."""
+"""Tables and figures of studies: feedback trained alone, θ frozen, several seeds (see `arraytp.training.study`)."""
 
 import json
 from collections.abc import Sequence

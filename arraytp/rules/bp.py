@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arraytp.backend import Array, Backend
-from arraytp.fused import backward
-from arraytp.network import ForwardPass, Network, adjoint_flops
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import backward
+from arraytp.model.network import ForwardPass, Network, adjoint_flops
 from arraytp.options import STRICT
-from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
 
 

@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 
 from arraytp.backend import Array, Backend
-from arraytp.fused import backward, product
-from arraytp.initialise import initial_weight
-from arraytp.network import ForwardPass, Network, adjoint_flops
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import backward, product
+from arraytp.model.initialise import initial_weight
+from arraytp.model.network import ForwardPass, Network, adjoint_flops
 from arraytp.options import STRICT, InitName
-from arraytp.parallel import Workspace
 from arraytp.rules.protocol import State, Updates
 
 

@@ -26,14 +26,14 @@ from typing import Literal
 import numpy as np
 
 from arraytp.backend import Array, Backend
-from arraytp.feedback import check_feedback, iterations_and_noise, step_feedback
-from arraytp.fused import backward, forward, product
-from arraytp.initialise import initial_weight
-from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import backward, forward, product
+from arraytp.model.feedback import check_feedback, iterations_and_noise, step_feedback
+from arraytp.model.initialise import initial_weight
+from arraytp.model.network import Block, ForwardPass, Network, adjoint_flops, block_flops
 from arraytp.ops.noise import gaussian
 from arraytp.optim import at_block, init_optimizer
 from arraytp.options import STRICT, Adam, Border, FeedbackTraining, InitName, Positive
-from arraytp.parallel import Workspace
 from arraytp.rules.protocol import Observe, State, Target, Updates
 
 

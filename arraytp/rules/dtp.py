@@ -18,7 +18,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from arraytp.backend import Array, Backend
-from arraytp.feedback import (
+from arraytp.fast.feedback_training import freeze, reconstruction_gradient
+from arraytp.fast.modules import target_difference
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import backward
+from arraytp.model.feedback import (
     FeedbackInit,
     check_feedback,
     feedback_affine,
@@ -28,12 +32,8 @@ from arraytp.feedback import (
     iterations_and_noise,
     step_feedback,
 )
-from arraytp.fused import backward
-from arraytp.fused_feedback import freeze, reconstruction_gradient
-from arraytp.fused_modules import target_difference
-from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops, block_forward
+from arraytp.model.network import Block, ForwardPass, Network, adjoint_flops, block_flops, block_forward
 from arraytp.options import STRICT, FeedbackTraining, Positive, Unpool
-from arraytp.parallel import Workspace
 from arraytp.rules.protocol import Observe, State, Target, Updates
 
 
@@ -128,7 +128,7 @@ def iteration(
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of ω and of G's bias, and the loss, of one iteration, line by line (Algorithm 1).
 
-    `arraytp.fused_feedback.reconstruction_gradient` computes the same faster.
+    `arraytp.fast.feedback_training.reconstruction_gradient` computes the same faster.
 
     Parameters
     ----------

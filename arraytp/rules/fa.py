@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arraytp.backend import Array, Backend
-from arraytp.fused import backward
-from arraytp.initialise import initial_weight
-from arraytp.network import ForwardPass, Network
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import backward
+from arraytp.model.initialise import initial_weight
+from arraytp.model.network import ForwardPass, Network
 from arraytp.options import STRICT, InitName
-from arraytp.parallel import Workspace
 from arraytp.rules import bp
 from arraytp.rules.protocol import State, Updates
 

@@ -29,13 +29,13 @@ from typing import Literal
 import numpy as np
 
 from arraytp.backend import Array, Backend, array_module
-from arraytp.fused import backward
-from arraytp.inverse import backward_through_inverse, check_invertible, check_range, factor_blocks, inverse
-from arraytp.network import Block, ForwardPass, Network, adjoint_flops, block_flops
+from arraytp.fast.inverse import backward_through_inverse, check_invertible, check_range, factor_blocks, inverse
+from arraytp.fast.orthogonality import excess_of
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import backward
+from arraytp.model.network import Block, ForwardPass, Network, adjoint_flops, block_flops
 from arraytp.ops.activations import activation_derivative
 from arraytp.options import STRICT, Positive
-from arraytp.orthogonality import excess_of
-from arraytp.parallel import Workspace
 from arraytp.rules.protocol import Excess, State, Target, Updates
 
 

@@ -22,7 +22,9 @@ from functools import partial
 from typing import Literal
 
 from arraytp.backend import Array
-from arraytp.feedback import (
+from arraytp.fast.feedback_training import freeze, ldrl_gradient
+from arraytp.fast.parallel import Workspace
+from arraytp.model.feedback import (
     expected_gradient,
     feedback_backward_weight,
     feedback_forward,
@@ -31,10 +33,8 @@ from arraytp.feedback import (
     jacobian_overlap,
     step_feedback,
 )
-from arraytp.fused_feedback import freeze, ldrl_gradient
-from arraytp.network import Block, ForwardPass, Network, block_forward
+from arraytp.model.network import Block, ForwardPass, Network, block_forward
 from arraytp.options import Unpool
-from arraytp.parallel import Workspace
 from arraytp.rules import dtp
 from arraytp.rules.dtp import (
     check,
@@ -112,7 +112,7 @@ def iteration(
 ) -> tuple[Array, Array]:
     """Return the gradient of ω and the loss of one iteration, line by line (Algorithm 3).
 
-    `arraytp.fused_feedback.ldrl_gradient` computes the same faster.
+    `arraytp.fast.feedback_training.ldrl_gradient` computes the same faster.
 
     Parameters
     ----------

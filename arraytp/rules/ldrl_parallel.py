@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from arraytp.backend import Array
-from arraytp.feedback import iterations_and_noise, step_feedback
-from arraytp.fused_feedback import freeze, ldrl_gradient
-from arraytp.network import ForwardPass, Network
+from arraytp.fast.feedback_training import freeze, ldrl_gradient
+from arraytp.fast.parallel import Workspace
+from arraytp.model.feedback import iterations_and_noise, step_feedback
+from arraytp.model.network import ForwardPass, Network
 from arraytp.options import FeedbackTraining, Size
-from arraytp.parallel import Workspace
 from arraytp.rules import dtp
 from arraytp.rules.dtp import (
     check,

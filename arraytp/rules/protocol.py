@@ -40,7 +40,7 @@ from arraytp.backend import Array
 
 State = dict[str, Array]
 Excess = Mapping[int, Array]
-"""By the position of the block, as `arraytp.orthogonality.excess_of` computes it."""
+"""By the position of the block, as `arraytp.fast.orthogonality.excess_of` computes it."""
 Updates = list[tuple[Array, Array]]
 """Per block, gradient-like arrays of the shapes of weight and bias: plain SGD does `parameter -= lr * update`."""
 Observe = Callable[[int, int, Mapping[str, Array]], None]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arraytp.backend import Array
-from arraytp.fused_modules import feedback_output
-from arraytp.network import ForwardPass, Network
-from arraytp.parallel import Workspace
+from arraytp.fast.modules import feedback_output
+from arraytp.fast.parallel import Workspace
+from arraytp.model.network import ForwardPass, Network
 from arraytp.rules import dtp
 from arraytp.rules.dtp import (
     check,

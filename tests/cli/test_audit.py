@@ -13,7 +13,7 @@ import pytest
 
 from arraytp.audit import audit
 from arraytp.config import load_one
-from arraytp.plan import plan
+from arraytp.training.plan import plan
 
 LDRL = ("--set", "rule={name: ldrl, feedback: {iterations: 2, sigma: 0.3}}")
 SQUARE = ("--set", "network={square: true, init: orthogonal, blocks: [{type: dense, units: 6, activation: leaky-relu}, "

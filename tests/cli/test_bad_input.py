@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from arraytp.train import Run
+from arraytp.training.loop import Run
 
 
 def blocks(text):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from arraytp.signals import StopRequest
-from arraytp.train import Run
+from arraytp.training.loop import Run
 
 MAIN = "import sys; from arraytp.cli import main; sys.exit(main())"
 LONG = ["--set", "train.epochs=4000", "--set", "data={dataset: toy, flip: 0.5, crop_padding: 1}"]
@@ -128,7 +128,7 @@ def test_a_second_signal_ends_a_process_that_does_not_come_to_the_next_step(plac
     """The first request waits for the step to end; a user who does not want to wait asks twice."""
     code = """
 import os, signal, sys
-from arraytp import train
+from arraytp.training import loop as train
 from arraytp.cli import main
 
 def hang(run, *rest):
@@ -250,7 +250,7 @@ def test_the_number_of_threads_changes_no_bit(place, pack, numbers):
     )
     code = """
 import sys
-from arraytp import train
+from arraytp.training import loop as train
 from arraytp.cli import main
 
 collect = train.Run._collect

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from arraytp.config import load_one
-from arraytp.experiment import build
 from arraytp.ops.noise import gaussian
-from arraytp.trace import write_trace
+from arraytp.training.experiment import build
+from arraytp.training.trace import write_trace
 
 ROOT = Path(__file__).parents[2]
 SQUARE = ["network.blocks=[{type: dense, units: 6, activation: leaky-relu}, {type: dense, units: 3}]", "rule.eta=0.01",

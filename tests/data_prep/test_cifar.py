@@ -11,10 +11,10 @@ import pytest
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
+from arraytp.data_prep import cifar, imagenet32
+from arraytp.data_prep.batches import read_batch
+from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
-from data_prep import cifar, imagenet32
-from data_prep.batches import read_batch
-from data_prep.options import PackOptions
 
 
 def python2_string(text):

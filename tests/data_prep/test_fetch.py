@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from arraytp.cli import main
+from arraytp.data_prep import fetch
+from arraytp.data_prep.fetch import SOURCES, Source
 from arraytp.errors import UserError
-from data_prep import fetch
-from data_prep.fetch import SOURCES, Source
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -15,12 +15,12 @@ from PIL import Image
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
+from arraytp.data_prep.decode import BrokenImageError, decode, fit
+from arraytp.data_prep.files import open_files
+from arraytp.data_prep.folder import pack, plan_tree
+from arraytp.data_prep.images import pack_images
+from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
-from data_prep.decode import BrokenImageError, decode, fit
-from data_prep.files import open_files
-from data_prep.folder import pack, plan_tree
-from data_prep.images import pack_images
-from data_prep.options import PackOptions
 
 GENERATOR = np.random.default_rng(0)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
+from arraytp.data_prep.idx import pack, read_idx
+from arraytp.data_prep.options import PackOptions, take_evenly
 from arraytp.errors import UserError
-from data_prep.idx import pack, read_idx
-from data_prep.options import PackOptions, take_evenly
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
+from arraytp.data_prep.imagenet import Document, pack, read_class_map
+from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
-from data_prep.imagenet import Document, pack, read_class_map
-from data_prep.options import PackOptions
 
 # The devkit numbers the synsets in an order of its own.
 WNIDS = {1: "n02119789", 2: "n01440764", 3: "n07753113"}

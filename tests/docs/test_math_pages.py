@@ -17,14 +17,14 @@ NAMED = sorted({name for page in PAGES.values() for name in re.findall(r"`(array
 MODULES = [
     *(f"arraytp.ops.{module.name}" for module in pkgutil.iter_modules(arraytp.ops.__path__)),
     *(rule.__name__ for rule in RULES.values()),
-    "arraytp.feedback",
-    "arraytp.fused_feedback",
-    "arraytp.fused_modules",
-    "arraytp.inverse",
+    "arraytp.model.feedback",
+    "arraytp.fast.feedback_training",
+    "arraytp.fast.modules",
+    "arraytp.fast.inverse",
     "arraytp.optim",
-    "arraytp.orthogonality",
-    "arraytp.compare",
-    "arraytp.initialise",
+    "arraytp.fast.orthogonality",
+    "arraytp.training.compare",
+    "arraytp.model.initialise",
 ]
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\$)\$([^$\n]+)\$", re.DOTALL)
 FORMULAS = [display or inline for page in PAGES.values() for display, inline in FORMULA.findall(page)]

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, close, moved, named_blocks, random_network, rng
 
-from arraytp.architectures import plan_network
-from arraytp.feedback import feedback_forward
-from arraytp.fused import forward
-from arraytp.fused_feedback import freeze, ldrl_gradient, reconstruction_gradient
-from arraytp.fused_modules import feedback_output, target_difference
+from arraytp.fast.feedback_training import freeze, ldrl_gradient, reconstruction_gradient
+from arraytp.fast.modules import feedback_output, target_difference
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.architectures import plan_network
+from arraytp.model.feedback import feedback_forward
 from arraytp.ops.noise import gaussian
 from arraytp.options import NetworkOptions
-from arraytp.parallel import Workspace
 from arraytp.rules import dtp, ldrl
 
 ROUNDING = 1e-12

@@ -6,11 +6,11 @@ from feedback_blocks import LAYERS, made, noise, output
 from gradients import check
 from samples import rng
 
-from arraytp.feedback import feedback_forward, input_difference, picked
-from arraytp.fused import forward
-from arraytp.network import Network, block_forward
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.feedback import feedback_forward, input_difference, picked
+from arraytp.model.network import Network, block_forward
 from arraytp.ops.pool import max_pool_backward
-from arraytp.parallel import Workspace
 from arraytp.rules import drl, dtp, ldrl
 
 UNPOOL = ("overwrite", "accumulate")

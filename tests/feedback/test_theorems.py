@@ -9,14 +9,14 @@ from samples import batch, close, fitting_blocks, named_blocks, random_network
 from training import trainer
 
 from arraytp.backend import NUMPY
-from arraytp.compare import angle_degrees
-from arraytp.feedback import expected_gradient, feedback_affine, jacobian_overlap, unpooled
-from arraytp.fused import forward
-from arraytp.network import Network
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.feedback import expected_gradient, feedback_affine, jacobian_overlap, unpooled
+from arraytp.model.network import Network
 from arraytp.ops.activations import activation_derivative, activation_forward
 from arraytp.options import SGD, Conv, Dense, FeedbackTraining, Pool
-from arraytp.parallel import Workspace
 from arraytp.rules import dtp, ldrl
+from arraytp.training.compare import angle_degrees
 
 UNPOOL = ("overwrite", "accumulate")
 

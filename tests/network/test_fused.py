@@ -21,12 +21,12 @@ from samples import (
     rng,
 )
 
-from arraytp import fused
-from arraytp.architectures import plan_network
 from arraytp.backend import NUMPY
-from arraytp.network import block_backward
+from arraytp.fast import passes as fused
+from arraytp.fast.parallel import Workspace
+from arraytp.model.architectures import plan_network
+from arraytp.model.network import block_backward
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
-from arraytp.parallel import Workspace
 
 # Sums of up to 1e4 products in another order: 1e-16 · √1e4 and a margin.
 ROUNDING = 1e-12

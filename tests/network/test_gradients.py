@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, conv_layers, fitting_blocks, named_blocks, random_network, rng
 
-from arraytp.fused import forward
-from arraytp.network import block_backward, block_forward
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.network import block_backward, block_forward
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.options import Dense
-from arraytp.parallel import Workspace
 from arraytp.rules import bp
 
 

@@ -8,14 +8,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from samples import close, fitting_blocks, rng, well_conditioned
 
-from arraytp.architectures import plan_network, square
 from arraytp.errors import IllConditionedError, UserError
-from arraytp.inverse import check_invertible, factor_blocks, inverse
-from arraytp.network import Network, block_forward, block_inverse, plan_blocks
+from arraytp.fast.inverse import check_invertible, factor_blocks, inverse
+from arraytp.fast.orthogonality import excess_of
+from arraytp.fast.parallel import Workspace
+from arraytp.model.architectures import plan_network, square
+from arraytp.model.network import Network, block_forward, block_inverse, plan_blocks
 from arraytp.ops.solve import LU, NEAR_ORTHOGONAL, Cholesky, factor, right_solve
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
-from arraytp.orthogonality import excess_of
-from arraytp.parallel import Workspace
 
 # The bound; measured: at most 4e-12.
 ROUND_TRIP = 1e-10

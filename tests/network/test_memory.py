@@ -7,9 +7,9 @@ import pytest
 from samples import NAMED, batch, named_blocks, random_network
 from training import trainer
 
-from arraytp import fused
-from arraytp.architectures import plan_network
 from arraytp.backend import NUMPY
+from arraytp.fast import passes as fused
+from arraytp.model.architectures import plan_network
 from arraytp.options import Adam, NetworkOptions
 
 RULES = ("bp", "fa", "dfa")

@@ -11,9 +11,9 @@ from samples import rng
 
 from arraytp import optim
 from arraytp.backend import NUMPY
+from arraytp.fast.parallel import Workspace
 from arraytp.optim import apply_updates, init_optimizer, learning_rate
 from arraytp.options import SGD, Adam, Constant, Cosine
-from arraytp.parallel import Workspace
 
 SHAPES = ((3, 2), (2,), (2, 2, 1, 3), (3,))
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from samples import close, rng
 
+from arraytp.fast.orthogonality import add_orthogonality, excess_of
+from arraytp.fast.parallel import Workspace
 from arraytp.optim import apply_updates, init_optimizer
 from arraytp.options import SGD, Adam
-from arraytp.orthogonality import add_orthogonality, excess_of
-from arraytp.parallel import Workspace
 
 
 def penalty(w, strength):

@@ -3,9 +3,9 @@
 import numpy as np
 from samples import rng
 
+from arraytp.fast.parallel import Workspace
 from arraytp.optim import apply_updates, init_optimizer
 from arraytp.options import Adam
-from arraytp.parallel import Workspace
 
 
 def test_adam_follows_the_documented_update():

@@ -8,14 +8,14 @@ from samples import ACTIVATIONS, NAMED, apart, batch, close, named_blocks, rando
 from training import trainer
 
 from arraytp.backend import NUMPY
-from arraytp.initialise import initial_bias, initial_weight
+from arraytp.fast.parallel import Workspace
+from arraytp.model.initialise import initial_bias, initial_weight
 from arraytp.ops.activations import activation_backward, activation_forward
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.ops.patches import make_window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward
 from arraytp.optim import apply_updates, init_optimizer, learning_rate
 from arraytp.options import SGD, Adam, Cosine
-from arraytp.parallel import Workspace
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional

@@ -5,11 +5,11 @@ import pytest
 from samples import batch, close, named_blocks, random_network, rng
 
 from arraytp.backend import NUMPY
-from arraytp.fused import forward
-from arraytp.fused_feedback import freeze, ldrl_gradient, reconstruction_gradient
+from arraytp.fast.feedback_training import freeze, ldrl_gradient, reconstruction_gradient
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
 from arraytp.ops.noise import gaussian
 from arraytp.options import SGD, FeedbackTraining
-from arraytp.parallel import Workspace
 from arraytp.rules import drl
 
 torch = pytest.importorskip("torch")

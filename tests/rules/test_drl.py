@@ -6,10 +6,10 @@ from samples import batch, close, fitting_blocks, moved, random_network, rng
 from training import trainer
 
 from arraytp.backend import NUMPY
-from arraytp.fused import forward
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
 from arraytp.ops.noise import gaussian
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
-from arraytp.parallel import Workspace
 from arraytp.rules import drl
 
 BLOCKS = fitting_blocks(

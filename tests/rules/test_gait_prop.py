@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from samples import batch, close, fitting_blocks, moved, named_blocks, rng, well_conditioned
 
-from arraytp.architectures import plan_network, square
 from arraytp.backend import NUMPY
-from arraytp.compare import angle_degrees
 from arraytp.errors import IllConditionedError, NonFiniteError
-from arraytp.fused import forward
-from arraytp.network import Network, make_network, plan_blocks
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.architectures import plan_network, square
+from arraytp.model.network import Network, make_network, plan_blocks
 from arraytp.options import Conv, Dense, NetworkOptions
-from arraytp.parallel import Workspace
 from arraytp.rules import bp, fa, gait_prop
 from arraytp.rules.gait_prop import Options, crossings, difference_targets
+from arraytp.training.compare import angle_degrees
 
 LAYERS = {
     "dense": ([Dense(units=14, activation="leaky-relu"), Dense(units=9, activation="leaky-relu"),

@@ -7,11 +7,11 @@ import pytest
 from gradients import check
 from samples import batch, rng, well_conditioned
 
-from arraytp.architectures import square
-from arraytp.fused import forward
-from arraytp.network import block_forward, block_inverse, make_network, plan_blocks
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.architectures import square
+from arraytp.model.network import block_forward, block_inverse, make_network, plan_blocks
 from arraytp.options import Conv, Dense
-from arraytp.parallel import Workspace
 from arraytp.rules.gait_prop import Options, nudged, perturbation, updates
 
 LAYERS = {

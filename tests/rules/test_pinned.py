@@ -9,7 +9,7 @@ import pytest
 from samples import fitting_blocks
 from training import trainer
 
-from arraytp.network import make_network
+from arraytp.model.network import make_network
 from arraytp.options import SGD, Adam, Conv, Dense, Pool
 
 LAYERS = [

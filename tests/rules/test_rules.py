@@ -9,7 +9,7 @@ from samples import NAMED, batch, chains, close, fitting_blocks, moved, named_bl
 from training import trainer
 
 from arraytp.backend import NUMPY
-from arraytp.network import make_network
+from arraytp.model.network import make_network
 from arraytp.options import SGD, Conv, Dense
 
 ROUNDING = 1e-12

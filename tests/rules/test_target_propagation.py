@@ -9,12 +9,12 @@ from training import trainer
 
 from arraytp.backend import NUMPY
 from arraytp.errors import UserError
-from arraytp.feedback import feedback_forward
-from arraytp.fused import forward
-from arraytp.network import make_network
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.feedback import feedback_forward
+from arraytp.model.network import make_network
 from arraytp.ops.noise import gaussian
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
-from arraytp.parallel import Workspace
 from arraytp.rules import RULES, dtp, ldrl
 
 TARGET_RULES = ("tp", "dtp", "ldrl", "ldrl-parallel")

@@ -8,14 +8,14 @@ import pytest
 import strict_device
 
 from arraytp.backend import Backend
-from arraytp.checkpoint import all_finite, read_checkpoint, write_checkpoint
 from arraytp.config import Loss, parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
-from arraytp.experiment import build, parameters
-from arraytp.fused import forward
+from arraytp.fast.passes import forward
 from arraytp.signals import StopRequest
-from arraytp.train import Run
+from arraytp.training.checkpoint import all_finite, read_checkpoint, write_checkpoint
+from arraytp.training.experiment import build, parameters
+from arraytp.training.loop import Run
 
 LEARNED = ("tp", "dtp", "ldrl", "ldrl-parallel", "drl")
 RULES = ("bp", "fa", "dfa", *LEARNED)

@@ -3,7 +3,7 @@
 import numpy as np
 from samples import fitting_blocks, random_network, rng
 
-from arraytp.network import block_forward
+from arraytp.model.network import block_forward
 from arraytp.options import Conv, Dense, Pool
 
 LAYERS = {

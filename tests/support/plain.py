@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from arraytp.network import block_backward, block_forward
+from arraytp.model.network import block_backward, block_forward
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 
 

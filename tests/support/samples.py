@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from arraytp.architectures import plan_network
 from arraytp.errors import UserError
-from arraytp.network import Network, plan_blocks
+from arraytp.model.architectures import plan_network
+from arraytp.model.network import Network, plan_blocks
 from arraytp.ops.patches import make_window
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
 

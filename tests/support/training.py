@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from arraytp.backend import Backend
-from arraytp.fused import forward
-from arraytp.network import Network
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.network import Network
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, init_optimizer
-from arraytp.parallel import Workspace
 from arraytp.rules import RULES
 from arraytp.rules.protocol import State
 

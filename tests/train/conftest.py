@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arraytp import experiment
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.train import Run
+from arraytp.training import experiment
+from arraytp.training.loop import Run
 
 BLOCKS = [
     {"type": "conv", "channels": 4, "kernel": 3, "activation": "elu", "pool": {"kernel": 3, "stride": 2, "padding": 1}},

@@ -6,8 +6,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from arraytp import experiment
 from arraytp.errors import Interrupted, NonFiniteError
+from arraytp.training import experiment
 
 FEEDBACK = {
     "iterations": [2, 1],

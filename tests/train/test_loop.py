@@ -7,9 +7,9 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from arraytp import experiment
 from arraytp.errors import NonFiniteError
-from arraytp.experiment import Comparison
+from arraytp.training import experiment
+from arraytp.training.experiment import Comparison
 
 
 def by_hand(config):

@@ -1,7 +1,7 @@
 """Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), in slices shared by threads.
 
-`arraytp.network.block_inverse` is the plain form. W is factorised once per step and block: near an orthogonal matrix by
-Cholesky, W⁻¹ = Wᵀ(WWᵀ)⁻¹, else by LU. Where fewer rows are to be carried through W⁻¹ than it has rows of interest, they
+`arraytp.model.network.block_inverse` is the plain form. W is factorised once per step and block: near an orthogonal
+matrix by Cholesky, W⁻¹ = Wᵀ(WWᵀ)⁻¹, else by LU. Where fewer rows are to be carried through W⁻¹ than it has rows of interest, they
 are solved for; else those rows of W⁻¹ are formed and multiplied.
 """
 
@@ -13,8 +13,10 @@ import numpy as np
 
 from arraytp.backend import Array, array_module
 from arraytp.errors import IllConditionedError, NonFiniteError, UserError
-from arraytp.fused import backward
-from arraytp.network import Block, ForwardPass, Network
+from arraytp.fast.orthogonality import excess_of
+from arraytp.fast.parallel import Buffers, Workspace, even_slices
+from arraytp.fast.passes import backward
+from arraytp.model.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_backward, activation_inverse, activation_range
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import excess_norm
@@ -30,8 +32,6 @@ from arraytp.ops.solve import (
     right_solve,
     symmetric_solve,
 )
-from arraytp.orthogonality import excess_of
-from arraytp.parallel import Buffers, Workspace, even_slices
 
 SLICES = 4
 # Measured: 64 rows a slice take a sixth longer.
@@ -98,7 +98,7 @@ def factor_blocks(
     workspace : Workspace
         Holds the result until the next call.
     excess : mapping of int to array, optional
-        WWᵀ − I of these blocks, where the caller has it; `arraytp.orthogonality.excess_of`.
+        WWᵀ − I of these blocks, where the caller has it; `arraytp.fast.orthogonality.excess_of`.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def factor_blocks(
 def inverse(
     block: Block, factors: Factors, bias: Array, y: Array, x: Array, workspace: Workspace, key: object
 ) -> Array:
-    """Return G(y), the input of a block whose output is y: `arraytp.network.block_inverse`.
+    """Return G(y), the input of a block whose output is y: `arraytp.model.network.block_inverse`.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def inverse(
 def backward_through_inverse(
     block: Block, factors: Factors, ds: Array, passed: ForwardPass, n: int, workspace: Workspace, key: object
 ) -> tuple[Array, Array, Array]:
-    """Return dW, db and (D ⊙ ds) W⁻¹ of block n: `arraytp.fused.backward` with W⁻¹ in place of Wᵀ.
+    """Return dW, db and (D ⊙ ds) W⁻¹ of block n: `arraytp.fast.passes.backward` with W⁻¹ in place of Wᵀ.
 
     Parameters as there; auxiliary units have ds = 0, so that only the rows of W⁻¹ count that belong to passed units.
     """

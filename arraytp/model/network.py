@@ -3,7 +3,7 @@
 A network is a chain of blocks F^0 … F^{N−1}, s^0 = x, s^{n+1} = F^n(s^n). A block is
 affine (dense | conv) → activation → [max-pool]; a dense block flattens its input first.
 
-The functions here are the readable truth, one whole batch at a time. `arraytp.fused` computes the same in slices.
+The functions here are the readable truth, one whole batch at a time. `arraytp.fast.passes` computes the same in slices.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Literal
 from arraytp import options
 from arraytp.backend import NUMPY, Array, Backend, array_module
 from arraytp.errors import UserError
-from arraytp.initialise import initial_bias, initial_weight
+from arraytp.model.initialise import initial_bias, initial_weight
 from arraytp.ops.activations import activation_backward, activation_forward, activation_inverse
 from arraytp.ops.conv import as_matrix, conv_backward_input, conv_backward_weight, conv_forward
 from arraytp.ops.dense import dense_backward_input, dense_backward_weight, dense_forward

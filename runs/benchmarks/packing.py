@@ -3,7 +3,7 @@
 The images are those of a tar archive split/class/image, several times over. Bare decoding has them in memory, on as
 many threads as packing. Both take turns; where other work runs on the machine, CPU time tells more than time.
 
-    python benchmarks/packing.py ARCHIVE [--times 8] [--rounds 5] [--json FILE]
+    python runs/benchmarks/packing.py ARCHIVE [--times 8] [--rounds 5] [--json FILE]
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.folder import SUFFIXES, pack
-from data_prep.options import PackOptions
+from arraytp.data_prep.folder import SUFFIXES, pack
+from arraytp.data_prep.options import PackOptions
 
 SIZE = 224
 

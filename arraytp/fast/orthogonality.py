@@ -9,9 +9,9 @@ from functools import partial
 from typing import TypeVar
 
 from arraytp.backend import Array
+from arraytp.fast.parallel import Buffers, Task, Workspace, even_slices
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import add_excess_product, excess_rows
-from arraytp.parallel import Buffers, Task, Workspace, even_slices
 
 # Two tasks for a matrix of order 1024, so that threads end together; measured: 5 % slower than one for E, 2 % for E W.
 PART = 512

@@ -23,10 +23,10 @@ import numpy as np
 
 from arraytp.backend import Array, array_module
 from arraytp.errors import UserError
-from arraytp.experiment import Experiment
-from arraytp.metrics import write_file
-from arraytp.network import Network
+from arraytp.model.network import Network
 from arraytp.optim import OptimizerState
+from arraytp.training.experiment import Experiment
+from arraytp.training.tables import write_file
 
 FORMAT, VERSION = "arraytp-checkpoint", 1
 

@@ -8,7 +8,7 @@ block, into drift.csv in the folder --out, of which it draws drift.png:
     drift_rms      ‖WWᵀ − I‖/√K of the block's K×K matrix: root mean square of σ² − 1 over its singular values σ
     drift_largest  the largest |σ² − 1|
 
-    python benchmarks/orthogonality_drift.py runs/gait-prop/drift-conv-imagenet.yml --out DIR [--set KEY=VALUE]…
+    python runs/benchmarks/orthogonality_drift.py runs/gait-prop/drift-conv-imagenet.yml --out DIR [--set KEY=VALUE]…
 """
 
 import argparse
@@ -24,14 +24,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.sparse.linalg import eigsh
 
-from arraytp.compare import angle_degrees
 from arraytp.config import Config, load_config
-from arraytp.experiment import Experiment, build
-from arraytp.fused import backward
-from arraytp.inverse import backward_through_inverse, factor_blocks
-from arraytp.network import Network
+from arraytp.fast.inverse import backward_through_inverse, factor_blocks
+from arraytp.fast.passes import backward
+from arraytp.model.network import Network
 from arraytp.ops.conv import as_matrix
 from arraytp.report.style import RC, shades
+from arraytp.training.compare import angle_degrees
+from arraytp.training.experiment import Experiment, build
 
 COLUMNS = ("variant", "step", "block", "label", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
 

@@ -25,13 +25,13 @@ from arraytp import __version__
 from arraytp.backend import array_module
 from arraytp.config import Study
 from arraytp.errors import Interrupted, NonFiniteError, UserError
-from arraytp.experiment import Experiment, build_planned
-from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
 from arraytp.optim import at_block
 from arraytp.options import FeedbackTraining
-from arraytp.plan import Plan
-from arraytp.progress import Progress
 from arraytp.signals import StopRequest
+from arraytp.training.experiment import Experiment, build_planned
+from arraytp.training.plan import Plan
+from arraytp.training.progress import Progress
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
 
 
 def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False) -> None:

@@ -18,17 +18,17 @@ from types import ModuleType
 import numpy as np
 
 from arraytp.backend import Array, Backend, array_module
-from arraytp.compare import angle_degrees, relative_distance
 from arraytp.config import Config
 from arraytp.data.loader import Loader
-from arraytp.fused import forward
-from arraytp.network import ForwardPass, Network, make_network
+from arraytp.fast.parallel import Workspace
+from arraytp.fast.passes import forward
+from arraytp.model.network import ForwardPass, Network, make_network
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
 from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rates
-from arraytp.parallel import Workspace
-from arraytp.plan import Plan, make_loader, plan
 from arraytp.rules import RULES, RuleOptions, bp, dtp
 from arraytp.rules.protocol import Excess, Observe, State, Target, Updates
+from arraytp.training.compare import angle_degrees, relative_distance
+from arraytp.training.plan import Plan, make_loader, plan
 
 
 @dataclass(frozen=True)

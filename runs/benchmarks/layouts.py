@@ -4,7 +4,7 @@ Files are in the page cache. The images are those of a data set's train split. A
 256 images, or 8 of 224 × 224. Layouts take turns; the best of nine rounds counts. Needs hdf5plugin. JPEG is of
 quality 90, which changes pixels, and is decoded by Pillow on two threads.
 
-    python benchmarks/layouts.py DATASET [--images 10000] [--json FILE]
+    python runs/benchmarks/layouts.py DATASET [--images 10000] [--json FILE]
 """
 
 import argparse

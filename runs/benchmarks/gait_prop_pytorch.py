@@ -4,7 +4,7 @@ The PyTorch side is float64, inverts every square weight matrix with torch.linal
 local losses by autograd. A step is forward, targets, updates, orthogonality regulariser and Adam. Each side lives in a
 process of its own and they take turns, as in compare_pytorch.py.
 
-    python benchmarks/gait_prop_pytorch.py [--rounds 5] [--steps 2] [--batch 256] [--threads 2] [--json FILE]
+    python runs/benchmarks/gait_prop_pytorch.py [--rounds 5] [--steps 2] [--batch 256] [--threads 2] [--json FILE]
 """
 
 import argparse
@@ -34,14 +34,14 @@ def arraytp_step(side: str, batch: int, threads: int) -> Any:
     import numpy as np
 
     from arraytp import options
-    from arraytp.architectures import plan_network
-    from arraytp.experiment import parameters
-    from arraytp.fused import forward
-    from arraytp.network import make_network
+    from arraytp.fast.parallel import Workspace
+    from arraytp.fast.passes import forward
+    from arraytp.model.architectures import plan_network
+    from arraytp.model.network import make_network
     from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
     from arraytp.optim import apply_updates, init_optimizer
-    from arraytp.parallel import Workspace
     from arraytp.rules import RULES
+    from arraytp.training.experiment import parameters
 
     name, form, dtype, strength = SIDES[side]
     blocks = plan_network(options.NetworkOptions(name="fc-deep", square=True), (32, 32, 3), CLASSES)

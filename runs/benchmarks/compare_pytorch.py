@@ -3,7 +3,7 @@
 Each side lives in a process of its own and they take turns, so that both see the same machine and neither's idle
 threads disturb the other. A step is forward, loss, backward and optimiser. Prints a table; --json writes the figures.
 
-    python benchmarks/compare_pytorch.py [--networks lenet vgg] [--rounds 7] [--threads 2] [--json FILE]
+    python runs/benchmarks/compare_pytorch.py [--networks lenet vgg] [--rounds 7] [--threads 2] [--json FILE]
 """
 
 import argparse
@@ -30,14 +30,14 @@ def arraytp_step(name: str, optimizer: str, threads: int) -> Any:
     import numpy as np
 
     from arraytp import options
-    from arraytp.architectures import plan_network
-    from arraytp.experiment import parameters
-    from arraytp.fused import forward
-    from arraytp.network import make_network
+    from arraytp.fast.parallel import Workspace
+    from arraytp.fast.passes import forward
+    from arraytp.model.architectures import plan_network
+    from arraytp.model.network import make_network
     from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
     from arraytp.optim import apply_updates, init_optimizer
-    from arraytp.parallel import Workspace
     from arraytp.rules import bp
+    from arraytp.training.experiment import parameters
 
     shape, batch = CASES[name]
     network = make_network(plan_network(options.NetworkOptions(name=name), shape, CLASSES), "kaiming-uniform", 0)

@@ -3,7 +3,7 @@
 The PyTorch side follows the published code: `randn_like`, module forward passes, autograd, one optimiser step per
 iteration, the angle between ω and θ after each. Each side lives in a process of its own and they take turns.
 
-    python benchmarks/feedback_pytorch.py [--rule ldrl] [--network lenet] [--rounds 3] [--threads 2] [--json FILE]
+    python runs/benchmarks/feedback_pytorch.py [--rule ldrl] [--network lenet] [--rounds 3] [--threads 2] [--json FILE]
 """
 
 import argparse
@@ -30,15 +30,15 @@ def arraytp_step(rule: str, network: str, batch: int, threads: int) -> Any:
     import numpy as np
 
     from arraytp import options
-    from arraytp.architectures import plan_network
-    from arraytp.compare import angle_degrees
-    from arraytp.experiment import parameters
-    from arraytp.fused import forward
-    from arraytp.network import make_network
+    from arraytp.fast.parallel import Workspace
+    from arraytp.fast.passes import forward
+    from arraytp.model.architectures import plan_network
+    from arraytp.model.network import make_network
     from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
     from arraytp.optim import apply_updates, init_optimizer
-    from arraytp.parallel import Workspace
     from arraytp.rules import RULES
+    from arraytp.training.compare import angle_degrees
+    from arraytp.training.experiment import parameters
 
     setting = SETTINGS[rule, network]
     activation = "tanh" if rule == "drl" else None

@@ -24,14 +24,14 @@ import h5py
 import numpy as np
 
 from arraytp.backend import Array, Backend
-from arraytp.compare import angle_degrees, relative_distance
 from arraytp.config import dump_config
 from arraytp.errors import Interrupted, UserError
-from arraytp.experiment import Experiment
-from arraytp.fused_feedback import EPSILON, ETA
-from arraytp.metrics import replacing
-from arraytp.network import block_forward, pad_auxiliary
+from arraytp.fast.feedback_training import EPSILON, ETA
+from arraytp.model.network import block_forward, pad_auxiliary
 from arraytp.signals import StopRequest
+from arraytp.training.compare import angle_degrees, relative_distance
+from arraytp.training.experiment import Experiment
+from arraytp.training.tables import replacing
 
 FORMAT, VERSION = "arraytp-trace", 1
 # The noises of an iteration and the last part of their keys.

@@ -5,7 +5,7 @@ G^n maps the space of s^{n+1} to that of s^n, for every block but the first:
     max-unpool → activation → transposed affine map with ω^n, plus a bias
 
 ω^n has the shape of the block's weight θ^n; symmetric means ω = θ. a is the input of the affine map: G = ω ∘ a + bias.
-`arraytp.fused_modules` computes the same in slices.
+`arraytp.fast.modules` computes the same in slices.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ import numpy as np
 
 from arraytp.backend import Array, Backend, array_module
 from arraytp.errors import UserError
-from arraytp.initialise import initial_bias, initial_weight
-from arraytp.network import Block, Network
+from arraytp.fast.parallel import Workspace
+from arraytp.model.initialise import initial_bias, initial_weight
+from arraytp.model.network import Block, Network
 from arraytp.ops.activations import (
     activation_backward,
     activation_derivative,
@@ -30,7 +31,6 @@ from arraytp.ops.patches import im2col
 from arraytp.ops.pool import max_pool_backward, max_unpool
 from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
 from arraytp.options import FeedbackTraining, InitName, Unpool
-from arraytp.parallel import Workspace
 
 State = dict[str, Array]
 FeedbackInit = InitName | Literal["symmetric"]

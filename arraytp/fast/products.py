@@ -11,10 +11,10 @@ M = `product_matrix`(ω):
 import math
 
 from arraytp.backend import Array, array_module
-from arraytp.network import Block
+from arraytp.fast.parallel import Buffers, Workspace
+from arraytp.model.network import Block
 from arraytp.ops.conv import as_matrix, can_split, split_matrix
 from arraytp.ops.patches import add_row_patches, col2im, im2col, row_patches, stack_rows
-from arraytp.parallel import Buffers, Workspace
 
 HOST_GROUP_BYTES = 8 << 20
 DEVICE_GROUP_BYTES = 1 << 29

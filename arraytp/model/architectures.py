@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from arraytp.errors import UserError
-from arraytp.network import Block, Shape, plan_blocks, show_shape
+from arraytp.model.network import Block, Shape, plan_blocks, show_shape
 from arraytp.options import ActivationName, Conv, Dense, NetworkOptions, Pool
 
 Layer = Conv | Dense

@@ -3,9 +3,9 @@
 Files are in the page cache. All parts of a run take turns, round by round, so that they see the same machine; the best
 round counts. The images are random bytes in shards that are made for the run: nothing looks at what they show.
 
-    python benchmarks/data.py small|large [--rounds 3] [--threads N] [--json FILE]
-    python benchmarks/data.py torch [--rounds 3] [--json FILE]
-    python benchmarks/data.py steps [--json FILE]
+    python runs/benchmarks/data.py small|large [--rounds 3] [--threads N] [--json FILE]
+    python runs/benchmarks/data.py torch [--rounds 3] [--json FILE]
+    python runs/benchmarks/data.py steps [--json FILE]
 """
 
 import argparse
@@ -141,7 +141,7 @@ STEPS: dict[str, tuple[str, str, str | None, list[str], dict[str, Any]]] = {
 def steps() -> dict[str, dict[str, float]]:
     """CPU time of the loader for a batch against that of a training step on the batch."""
     from arraytp.config import load_one
-    from arraytp.experiment import build
+    from arraytp.training.experiment import build
 
     found = {}
     for name, (size, path, variant, settings, augmentation) in STEPS.items():

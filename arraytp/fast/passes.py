@@ -1,4 +1,4 @@
-"""The fast forward and backward pass: the plain ones of `arraytp.network`, in slices that stay in a core's cache.
+"""The fast forward and backward pass: the plain ones of `arraytp.model.network`, in slices that stay in a core's cache.
 
 What differs from the plain functions, and why the numbers agree:
 
@@ -21,12 +21,12 @@ from functools import partial
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.network import Block, ForwardPass, Network
+from arraytp.fast.parallel import Buffers, Task, Workspace, even_slices, slices
+from arraytp.model.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_backward, activation_forward, level
 from arraytp.ops.conv import as_matrix, can_split, split_matrix
 from arraytp.ops.patches import add_row_patches, col2im, im2col, row_patches, stack_rows
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
-from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
 
 HOST_PATCH_BYTES = 2 << 20
 HOST_SPLIT_BYTES = 4 << 20

@@ -25,16 +25,9 @@ from functools import partial
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.fused_modules import write_feedback_input
-from arraytp.network import Block, ForwardPass, Network
-from arraytp.ops.activations import activation_forward
-from arraytp.ops.conv import as_matrix
-from arraytp.ops.noise import CHUNK, gaussian
-from arraytp.ops.patches import Window, add_stacked_rows
-from arraytp.ops.pool import max_pool_forward
-from arraytp.options import Unpool
-from arraytp.parallel import Buffers, Task, Workspace, even_slices, slices
-from arraytp.slice_products import (
+from arraytp.fast.modules import write_feedback_input
+from arraytp.fast.parallel import Buffers, Task, Workspace, even_slices, slices
+from arraytp.fast.products import (
     carry,
     is_split,
     matmul,
@@ -45,6 +38,13 @@ from arraytp.slice_products import (
     stack,
     take_patches,
 )
+from arraytp.model.network import Block, ForwardPass, Network
+from arraytp.ops.activations import activation_forward
+from arraytp.ops.conv import as_matrix
+from arraytp.ops.noise import CHUNK, gaussian
+from arraytp.ops.patches import Window, add_stacked_rows
+from arraytp.ops.pool import max_pool_forward
+from arraytp.options import Unpool
 
 # An iteration's noises: that of the block's input, that of its output.
 EPSILON, ETA = 0, 1
@@ -309,8 +309,8 @@ def _inputs_of(frozen: Frozen, z: Array, scratch: Buffers) -> Array:
     index = scratch.array("index", pooled.shape, np.uint8)
     stack = scratch.array("stack", (block.pool.kernel**2, *pooled.shape), dtype)
     max_pool_forward(z, block.pool, pooled, index, bordered, stack)
-    # As in `arraytp.fused`: bias and activation after the pool, since f does not decrease. Which of ReLU's zeros is the
-    # maximum is all one here: what is put there is 0.
+    # As in `arraytp.fast.passes`: bias and activation after the pool, since f does not decrease. Which of ReLU's zeros
+    # is the maximum does not matter here: what is put there is 0.
     pooled += frozen.bias
     activation_forward(pooled, block.activation, out=pooled)
     write_feedback_input(block, pooled, index, frozen.unpool, z, scratch)

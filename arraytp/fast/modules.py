@@ -1,4 +1,4 @@
-"""The feedback modules G^n in slices shared by threads: `arraytp.feedback` holds them plainly.
+"""The feedback modules G^n in slices shared by threads: `arraytp.model.feedback` holds them plainly.
 
 All activations have f(0) = 0, so that f(unpool(t)) = unpool(f(t)) unless values add up.
 """
@@ -9,14 +9,14 @@ from functools import partial
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.feedback import input_difference
-from arraytp.fused import product
-from arraytp.network import Block, ForwardPass, Network
+from arraytp.fast.parallel import Buffers, Workspace, slices
+from arraytp.fast.passes import product
+from arraytp.fast.products import carry, product_matrix, sample_group, stack
+from arraytp.model.feedback import input_difference
+from arraytp.model.network import Block, ForwardPass, Network
 from arraytp.ops.activations import activation_difference, activation_forward
 from arraytp.ops.pool import max_unpool, max_unpool_scatter, overlaps, window_corners
 from arraytp.options import Unpool
-from arraytp.parallel import Buffers, Workspace, slices
-from arraytp.slice_products import carry, product_matrix, sample_group, stack
 
 
 def target_difference(

@@ -13,13 +13,13 @@ from typing import Any
 
 from arraytp import __version__
 from arraytp.backend import array_module
-from arraytp.checkpoint import all_finite, finite_moments, read_checkpoint, write_checkpoint
 from arraytp.errors import Interrupted, NonFiniteError, UserError
-from arraytp.experiment import Experiment, Score
-from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
 from arraytp.optim import at_block, learning_rates
-from arraytp.progress import Progress
 from arraytp.signals import StopRequest
+from arraytp.training.checkpoint import all_finite, finite_moments, read_checkpoint, write_checkpoint
+from arraytp.training.experiment import Experiment, Score
+from arraytp.training.progress import Progress
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
 
 # On a device, reading a number back makes the host wait; on the CPU it costs nothing.
 DEVICE_STEPS_PER_READ = 50

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from arraytp.architectures import plan_network
 from arraytp.backend import Backend, get_backend
 from arraytp.config import Config, Normalize
 from arraytp.data.dataset import Dataset, open_dataset
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
-from arraytp.network import Block, show_shape
+from arraytp.model.architectures import plan_network
+from arraytp.model.network import Block, show_shape
 from arraytp.rules import RULES
 
 TEST_SPLITS = ("test", "val")

@@ -1,0 +1,1 @@
+"""What the papers say: blocks, networks, feedback modules, and the plain form of every primitive."""

@@ -1,0 +1,1 @@
+"""A run: its plan, the experiment, the loop, checkpoints, tables, studies and traces."""
