@@ -1,8 +1,8 @@
 """Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), in slices shared by threads.
 
 `arraytp.model.network.block_inverse` is the plain form. W is factorised once per step and block: near an orthogonal
-matrix by Cholesky, W⁻¹ = Wᵀ(WWᵀ)⁻¹, else by LU. Where fewer rows are to be carried through W⁻¹ than it has rows of interest, they
-are solved for; else those rows of W⁻¹ are formed and multiplied.
+matrix by Cholesky, W⁻¹ = Wᵀ(WWᵀ)⁻¹, else by LU. Where fewer rows are to be carried through W⁻¹ than it has rows of
+interest, they are solved for; else those rows of W⁻¹ are formed and multiplied.
 """
 
 import math
