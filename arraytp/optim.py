@@ -4,14 +4,14 @@ g gradient, θ parameter, v velocity, m and u first and second moment, t the num
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from arraytp import options
 from arraytp.backend import Array, array_module
-from arraytp.fast.orthogonality import add_orthogonality
-from arraytp.fast.parallel import Buffers, Workspace, slices
+from arraytp.fast.buffers import Buffers
+from arraytp.fast.parallel import Workspace, slices
 
 # Measured: shorter stretches stay in a core's cache, but then threads wait for the interpreter between operations.
 HOST_ELEMENTS = 1 << 19
@@ -50,7 +50,6 @@ def apply_updates(
     parameters: Sequence[Array],
     gradients: Sequence[Array],
     workspace: Workspace,
-    excess: Mapping[int, Array] | None = None,
 ) -> None:
     """Do one step of SGD or Adam on every parameter, in place.
 
@@ -59,33 +58,23 @@ def apply_updates(
     Parameters
     ----------
     optimizer : SGD or Adam options
-        Weight decay is coupled L2, g ← g + wd·θ, biases too. Orthogonality is `arraytp.fast.orthogonality`'s.
+        Weight decay is coupled L2, g ← g + wd·θ, biases too. The orthogonality regulariser is not added here:
+        `arraytp.fast.orthogonality`.
     lr : float or sequence of float
         Learning rate of this step, one for all blocks or one per block.
     state : OptimizerState
         Updated in place.
     parameters, gradients : sequences of arrays of the same shapes and dtype, C-contiguous
-        Gradients are left as they are, but those that the orthogonality regulariser is added to in place.
+        Gradients are left as they are.
     workspace : Workspace
-    excess : mapping of int to array, optional
-        WWᵀ − I of these parameters' blocks, by position, where the rule has it; `arraytp.fast.orthogonality.excess_of`.
 
     Raises
     ------
     ValueError
         If a parameter or gradient is not C-contiguous, or they differ in shape or dtype; nothing is changed then.
     """
-    for number, (theta, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        contiguous = theta.flags.c_contiguous, gradient.flags.c_contiguous
-        if not all(contiguous) or (theta.shape, theta.dtype) != (gradient.shape, gradient.dtype):
-            raise ValueError(
-                f"parameter {number}: {theta.dtype}{list(theta.shape)}, C-contiguous: {contiguous[0]}; its gradient: "
-                f"{gradient.dtype}{list(gradient.shape)}, C-contiguous: {contiguous[1]}; expected C-contiguous arrays "
-                "of one shape and dtype"
-            )
+    check_gradients(parameters, gradients)
     state.step += 1
-    if optimizer.orthogonality:
-        add_orthogonality(optimizer.orthogonality, parameters, gradients, workspace, excess)
     tasks = []
     for p, (theta, gradient, moments) in enumerate(zip(parameters, gradients, state.moments, strict=True)):
         settings, rate = of_block(optimizer, p // 2), at_block(lr, p // 2)
@@ -95,6 +84,24 @@ def apply_updates(
             partial(_step, settings, rate, state.step, [a[part] for a in flat]) for part in slices(theta.size, length)
         ]
     workspace.run(tasks)
+
+
+def check_gradients(parameters: Sequence[Array], gradients: Sequence[Array]) -> None:
+    """Refuse what an optimiser cannot write to.
+
+    Raises
+    ------
+    ValueError
+        If a parameter or gradient is not C-contiguous, or they differ in shape or dtype.
+    """
+    for number, (theta, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        contiguous = theta.flags.c_contiguous, gradient.flags.c_contiguous
+        if not all(contiguous) or (theta.shape, theta.dtype) != (gradient.shape, gradient.dtype):
+            raise ValueError(
+                f"parameter {number}: {theta.dtype}{list(theta.shape)}, C-contiguous: {contiguous[0]}; its gradient: "
+                f"{gradient.dtype}{list(gradient.shape)}, C-contiguous: {contiguous[1]}; expected C-contiguous arrays "
+                "of one shape and dtype"
+            )
 
 
 def at_block(value: float | Sequence[float], position: int) -> float:
@@ -112,7 +119,7 @@ def of_block(optimizer: OptimizerOptions, position: int) -> OptimizerOptions:
 def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array], scratch: Buffers) -> None:
     """Do one step on one stretch of one parameter: arrays are θ, g and the moments."""
     theta, g, *moments = arrays
-    work = scratch.array("optimizer", (2, theta.size), theta.dtype)
+    work = scratch.of("optimizer").array("work", (2, theta.size), theta.dtype)
     if optimizer.weight_decay:
         xp = array_module(theta)
         decayed = xp.multiply(theta, theta.dtype.type(optimizer.weight_decay), out=work[1])

@@ -13,10 +13,9 @@ from arraytp.commands.figures_file import check_replaceable, write_figures
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, load_config
 from arraytp.data.loader import Batches
-from arraytp.fast.passes import product
-from arraytp.model.feedback import only_block
-from arraytp.model.network import block_flops
-from arraytp.training.experiment import Experiment, build
+from arraytp.model.blocks import block_flops
+from arraytp.rules.feedback import only_block
+from arraytp.training.experiment import Experiment, Step, build
 
 PARTS = ("load", "forward", "feedback", "updates", "optimizer")
 WARM_UP = 2
@@ -64,15 +63,16 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     epoch = 0
     while len(seconds["load"]) < steps + WARM_UP:
         with closing(experiment.train_loader.batches(epoch)) as batches:
-            _time_epoch(experiment, batches, seconds, steps + WARM_UP)
+            last = _time_epoch(experiment, batches, seconds, steps + WARM_UP)
         epoch += 1
     medians = {part: statistics.median(values[WARM_UP:] or values) for part, values in seconds.items()}
     step = sum(medians.values())
     batch = min(config.train.batch_size, experiment.train_loader.count)
     network = experiment.network
-    flops = sum(block_flops(block) for block in network.blocks) + experiment.rule.product_flops(config.rule, network)
-    if experiment.trains_feedback:
-        flops += experiment.rule.feedback_flops(config.rule, network)
+    rule = experiment.rule
+    flops = sum(map(block_flops, network.blocks)) + rule.flops(config.rule, network)
+    if rule.feedback is not None:
+        flops += rule.feedback.flops(config.rule, network)
     rate, peak = batch * flops / step / 1e9, peak_rate(experiment) / 1e9
     return {
         "rule": config.rule.name,
@@ -82,7 +82,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         "images_per_second": batch / step,
         "gflops": rate,
         "peak_gflops": peak,
-        "feedback_gflops": _feedback_rates(experiment),
+        "feedback_gflops": _feedback_rates(experiment, last),
         "fraction_of_peak": rate / peak,
         "buffers_mb": experiment.workspace.nbytes() / 2**20,
         "peak_memory_mb": experiment.plan.backend.peak_memory() / 2**20,
@@ -100,23 +100,24 @@ def peak_rate(experiment: Experiment) -> float:
     seconds: dict[str, list[float]] = {"product": []}
     laps = _Laps(experiment, seconds)
     for _ in range(PEAK_ROUNDS):
-        product(a, b, out, experiment.workspace)
+        experiment.engine.product(a, b, out)
         laps.lap("product")
     return float(2 * PEAK_SIZE**3 / min(seconds["product"]))
 
 
-def _feedback_rates(experiment: Experiment) -> dict[str, float]:
-    """Return GFLOP/s of the products of feedback training, block by block, on the batch of the last step."""
-    if not experiment.trains_feedback or experiment.passed is None:
+def _feedback_rates(experiment: Experiment, step: Step) -> dict[str, float]:
+    """Return GFLOP/s of the products of feedback training, block by block, on a batch."""
+    feedback, rates = experiment.rule.feedback, {}
+    if feedback is None:
         return {}
-    rates: dict[str, float] = {}
-    rule: Any = experiment.config.rule
-    for position, (n, *_) in enumerate(experiment.feedback_pairs()):
-        alone = replace(rule, feedback=only_block(rule.feedback, position, len(experiment.feedback_pairs())))
-        flops = len(experiment.passed.logits) * experiment.rule.feedback_flops(alone, experiment.network)
+    options: Any = experiment.config.rule
+    for n, *_ in experiment.feedback_pairs():
+        training = only_block(feedback.settings(options), n, len(experiment.network))
+        alone = replace(options, feedback=training)
+        flops = len(step.batch) * feedback.flops(alone, experiment.network)
         seconds: dict[str, list[float]] = {"feedback": []}
         laps = _Laps(experiment, seconds)
-        experiment.train_feedback(alone)
+        experiment.train_feedback(step, alone)
         laps.lap("feedback")
         rates[experiment.network.blocks[n].label] = flops / seconds["feedback"][0] / 1e9
     return rates
@@ -136,21 +137,25 @@ class _Laps:
         self._start = now
 
 
-def _time_epoch(experiment: Experiment, batches: Batches, seconds: dict[str, list[float]], limit: int) -> None:
-    """Do training steps part by part, as `Experiment.step` does them, until the epoch or the limit ends."""
+def _time_epoch(experiment: Experiment, batches: Batches, seconds: dict[str, list[float]], limit: int) -> Step:
+    """Do training steps part by part, as `Experiment.step` does them, until the epoch or the limit ends.
+
+    Returns the last step.
+    """
     laps = _Laps(experiment, seconds)
     for images, labels in batches:
         laps.lap("load")
-        experiment.run_forward(images, labels)
+        step = experiment.forward(images, labels)
         laps.lap("forward")
-        experiment.train_feedback()
+        experiment.train_feedback(step)
         laps.lap("feedback")
-        experiment.propose_updates()
+        updates = experiment.updates(step)
         laps.lap("updates")
-        experiment.apply()
+        experiment.apply(step, updates)
         laps.lap("optimizer")
         if len(seconds["load"]) >= limit:
-            return
+            break
+    return step
 
 
 def _table(name: str, figures: dict[str, Any]) -> str:

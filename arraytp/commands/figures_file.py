@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from arraytp.errors import UserError
-from arraytp.training.tables import write_file
+from arraytp.files import write_file
 
 
 def check_replaceable(path: Path, key: str) -> None:

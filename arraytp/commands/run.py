@@ -18,6 +18,7 @@ from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.config.document import encodable
 from arraytp.errors import Interrupted, UserError
+from arraytp.files import write_file
 from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.figures import LAST_FIGURE
 from arraytp.report.studies import LAST_STUDY_FIGURE
@@ -27,7 +28,6 @@ from arraytp.training.experiment import build_planned
 from arraytp.training.loop import Run
 from arraytp.training.plan import Plan, plan
 from arraytp.training.study import run_study
-from arraytp.training.tables import write_file
 
 OWN_FILES = ("config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
 

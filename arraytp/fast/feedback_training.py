@@ -1,385 +1,339 @@
-"""The fast iteration of feedback training, in slices shared by threads; the rules hold the plain one.
+"""The iterations of feedback training on one block and batch, in slices shared by threads.
 
-While the feedback weights ω of a block are trained on a batch, θ and s stay as they are. An iteration takes products:
+A rule brings `iterate`, its iteration on some samples in the primitives of `arraytp.model.passes.Samples`. Here they
+are computed, and what all iterations share is computed once per batch: θ ∘ s and a(s^{n+1}). While one iteration is
+computed the next one's noise is drawn.
 
-    θ ∘ ε,  ε ⋆ d1,  ω ∘ d2,  (ω ∘ d2) ⋆ d2          L-DRL: four
-    θ ∘ ε,  ω ∘ a1,  (r − s − ε) ⋆ a1                  DTP: three
-
-of which the first two of L-DRL share the patch matrix of ε. θ ∘ s and a(s^{n+1}) are computed once a batch, and while
-one iteration is computed the next one's noise is drawn.
-
-A block goes one of two ways. *Broad* ones have many positions: slices of samples go through all products, and each
-lane, a fixed part of the batch, sums up its own gradient. For stride 1 the kernel's rows and columns are summed over
-apart (`split_matrix`), in arrays k times as large as an image where patches are k² times. *Heavy* ones, dense blocks
-and convolutions of small maps, first gather the factors of all samples, [−d1; d2] and the patches of [ε; ω ∘ d2]; then
-one product of twice the length gives the gradient, whose rows are shared by the threads.
-
-Slices and lanes depend on shapes alone, so that results do not depend on the threads.
+A block goes one of two ways. *By lanes*, for convolutions of many positions: each lane, a fixed part of the batch, runs
+`iterate` on slices that fit a cache and sums up its own gradient. *Gathered*, for dense blocks and convolutions of
+small maps: the factors x and d of all products x ⋆ d and all samples are gathered above each other first; one long
+product, whose rows are shared by the threads, then gives the gradient.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.fast.modules import write_feedback_input
-from arraytp.fast.parallel import Buffers, Task, Workspace, even_slices, slices
-from arraytp.fast.products import (
-    carry,
-    is_split,
-    matmul,
-    patch_rows,
-    product_matrix,
-    sample_group,
-    scatter_back,
-    stack,
-    take_patches,
-)
-from arraytp.model.network import Block, ForwardPass, Network
-from arraytp.ops.activations import activation_forward
+from arraytp.fast import cuts
+from arraytp.fast.buffers import Buffers
+from arraytp.fast.modules import write_input
+from arraytp.fast.parallel import Task, Workspace, even_slices, slices
+from arraytp.fast.pools import pool
+from arraytp.fast.products import Dense, Products, matmul, patch_products, split_products
+from arraytp.model.passes import At, Iterate, NoiseAndProducts, Sums
 from arraytp.ops.conv import as_matrix
-from arraytp.ops.noise import CHUNK, gaussian
-from arraytp.ops.patches import Window, add_stacked_rows
-from arraytp.ops.pool import max_pool_forward
+from arraytp.ops.noise import CHUNK, EPSILON, ETA, gaussian
 from arraytp.options import Unpool
 
-# An iteration's noises: that of the block's input, that of its output.
-EPSILON, ETA = 0, 1
-LANES = 4
-LANE_BYTES = 4 << 20
+OWNER = "feedback training"
 ROW_TILES = 8
 TILED_SIZE = 1 << 16
+# Positions a column of the weight from which on lanes are the better way.
+POSITIONS_PER_COLUMN = 4
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """What stays as it is while the feedback weights of one block are trained on one batch.
+class Iterations:
+    """What all iterations on one block and batch share; see `arraytp.model.passes.Iterations`.
 
     Parameters
     ----------
-    block : Block
-    theta, bias : arrays
-        Of F^n.
-    s : array of shape (B, *in_shape)
-        s^n.
-    out, index : arrays of shape (B, *out_shape)
-        s^{n+1}, and the maxima of its pool or None.
-    z : array of shape (B, *pre_shape)
-        θ ∘ s^n without the bias.
-    a : array of shape (B, *pre_shape)
-        a(s^{n+1}).
-    unpool : {"overwrite", "accumulate"}
-    sigma : float
-        Of the noise.
-    key : tuple of int
-        Of the noise: seed, step, block.
-    iterations : int
-        How many there will be.
-    noise : map of iteration to (ε, η)
-        The two drawn last.
+    at : At
+    unpool, training
+        See `At.iterations`.
+    workspace : Workspace
+        Holds everything until the next `Iterations` are made.
     """
 
-    block: Block
-    theta: Array
-    bias: Array
-    s: Array
-    out: Array
-    index: Array | None
-    z: Array
-    a: Array
-    unpool: Unpool
-    sigma: float
-    key: tuple[int, ...]
-    iterations: int
-    noise: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    def __init__(self, at: At, unpool: Unpool, training: NoiseAndProducts, workspace: Workspace) -> None:
+        block, self.at, self.unpool, self.workspace = at.block, at, unpool, workspace
+        self.own = workspace.of(OWNER)
+        self.s = at.s.reshape(len(at.batch), *block.in_shape)
+        self.by_lanes = _many_positions(at)
+        self.products: Products = split_products(block) if self.by_lanes else patch_products(block)
+        self.theta = self.products.matrix(at.weight)
+        self.z = self.own.array("z", (len(self.s), *block.pre_shape), self.s.dtype)
+        self.a = self.own.array("a", self.z.shape, self.s.dtype)
+        self._noise, self._products = Noise(self, training), training.products
+        self._share()
 
-    @property
-    def window(self) -> Window:
-        """The block's window, for a convolution."""
-        assert self.block.window is not None
-        return self.block.window
+    def _share(self) -> None:
+        """Compute z = θ ∘ s^n, without the bias, and a(s^{n+1})."""
+        at, matrix, by_patches = self.at, as_matrix(self.at.weight), patch_products(self.at.block)
+
+        def samples(part: slice, scratch: Buffers) -> None:
+            rows = by_patches.rows(self.s[part], scratch)
+            matmul(rows, matrix, self.z[part].reshape(len(rows), -1))
+            t = scratch.of(OWNER).array("t", at.output[part].shape, self.s.dtype)
+            t[...] = at.output[part]
+            write_input(at.block, t, None if at.index is None else at.index[part], self.unpool, self.a[part], scratch)
+
+        length = self._length()
+        self.workspace.run([partial(samples, part) for part in slices(len(self.s), length)])
+
+    def _length(self) -> int:
+        return cuts.iteration_slice(
+            split_products(self.at.block), len(self.s), self.s.itemsize, self.workspace.backend.on_host
+        )
+
+    def noise(self, k: int) -> dict[str, Array]:
+        """Return the k-th noise, drawn ahead or now; it stays until that of k + 2 is drawn."""
+        return self._noise.of(k)
+
+    def sums(self, iterate: Iterate, k: int, omega: Array, bias: Array | None = None) -> Sums:
+        """Run an iteration with the k-th noise over all samples."""
+        noises = self.noise(k)
+        epsilon, eta = noises["epsilon"], noises["eta" if "eta" in noises else "epsilon"]
+        biases = None if bias is None else self.own.array("biases", (len(self.s), len(bias)), omega.dtype)
+        matrix = self.products.matrix(omega)
+
+        def run(part: slice, sums: "Summing", scratch: Buffers) -> Array:
+            samples = Slice(self, part, sums, None if biases is None else biases[part], scratch)
+            return iterate(samples, matrix, bias, epsilon[part], eta[part])
+
+        way = self._lanes if self.by_lanes else self._gathered
+        weight, returned = way(run, omega, self._noise.tasks(k + 1))
+        dbias = None if biases is None else biases.sum(axis=0) * omega.dtype.type(2 / len(self.s))
+        return Sums(weight, dbias, returned.sum() / returned.dtype.type(len(self.s)))
+
+    def _lanes(self, run: "Run", omega: Array, ahead: list[Task]) -> tuple[Array, Array]:
+        """Let every lane sum up its own gradient, then sum over the lanes."""
+        lanes = cuts.lanes(omega.nbytes, len(self.s), self.workspace.backend.on_host)
+        totals = self.own.array("lane sums", (len(lanes), *self.products.sum_shape), omega.dtype)
+        returned = self.own.array("returned", (len(lanes),), omega.dtype)
+        length = self._length()
+
+        def lane(number: int, scratch: Buffers) -> None:
+            returned[number], sums = 0, LaneSum(totals[number], scratch)
+            for part in slices(lanes[number].stop, length, lanes[number].start):
+                returned[number] += run(part, sums, scratch)
+
+        self.workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
+        gradient = self.own.array("gradient", omega.shape, omega.dtype)
+        folded = self.products.fold(gradient)
+        total = totals.sum(axis=0).reshape(folded.shape)
+        array_module(omega).multiply(total, omega.dtype.type(2 / len(self.s)), out=folded)
+        return gradient, returned
+
+    def _gathered(self, run: "Run", omega: Array, ahead: list[Task]) -> tuple[Array, Array]:
+        """Gather the factors of all products x ⋆ d above each other; one product sums over all."""
+        matrix, xp = as_matrix(omega), array_module(omega)
+        parts = cuts.lanes(omega.nbytes, len(self.s), self.workspace.backend.on_host)
+        returned = self.own.array("returned", (len(parts),), omega.dtype)
+        factors = Factors(self, self._products, omega)
+
+        def samples(number: int, scratch: Buffers) -> None:
+            returned[number] = run(parts[number], Gathering(factors, parts[number]), scratch)
+
+        self.workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
+        left, right = factors.gathered()
+        xp.multiply(right, omega.dtype.type(2 / len(self.s)), out=right)
+        gradient = self.own.array("gradient", omega.shape, omega.dtype)
+
+        def weight_rows(part: slice, scratch: Buffers) -> None:
+            matmul(left[:, part].T, right, as_matrix(gradient)[part])
+
+        tiles = ROW_TILES if matrix.size > TILED_SIZE else 1
+        self.workspace.run([partial(weight_rows, part) for part in even_slices(len(matrix), tiles)])
+        return gradient, returned
 
 
-def freeze(
-    network: Network,
-    passed: ForwardPass,
-    n: int,
-    unpool: Unpool,
-    sigma: float,
-    key: tuple[int, int],
-    iterations: int,
-    workspace: Workspace,
-) -> Frozen:
-    """Compute what all iterations of block n share; `key` is seed and step. Valid until the next call."""
-    block, x = network.blocks[n], passed.x[n]
-    s, out, index = x.reshape(len(x), *block.in_shape), passed.s[n + 1], passed.index[n]
-    z = workspace.array("frozen z", (len(x), *block.pre_shape), x.dtype)
-    a = workspace.array("frozen a", z.shape, x.dtype)
-    matrix = as_matrix(network.weights[n])
-
-    def samples(part: slice, scratch: Buffers) -> None:
-        rows = patch_rows(block, s[part], scratch)
-        matmul(rows, matrix, z[part].reshape(len(rows), -1))
-        write_feedback_input(block, out[part].copy(), None if index is None else index[part], unpool, a[part], scratch)
-
-    workspace.run(
-        [partial(samples, part) for part in slices(len(x), sample_group(block, len(x), x.itemsize, workspace))]
-    )
-    return Frozen(
-        block, network.weights[n], network.biases[n], s, out, index, z, a, unpool, sigma, (*key, n), iterations
-    )
+Run = Callable[[slice, "Summing", Buffers], Array]
+"""(samples, where products go, scratch) → what `iterate` returns for these samples."""
 
 
-def ldrl_gradient(
-    frozen: Frozen, omega: Array, k: int, workspace: Workspace, every_loss: bool = False
-) -> tuple[Array, Array | None]:
-    """Return the gradient of ω and the loss of L-DRL's iteration k: `arraytp.rules.ldrl.iteration`.
-
-    The gradient is valid until the next call. The loss, ⟨ω, gradient⟩ − (1/B) Σ ‖ω ∘ d2‖², is computed for the last
-    iteration only, else it is None, unless `every_loss` is asked for.
-    """
-    epsilon, eta = _noise(frozen, k, workspace)
-    ahead = _noise_tasks(frozen, k + 1, workspace)
-    compute = _ldrl_broad if _is_broad(frozen) else _ldrl_heavy
-    gradient, squares = compute(frozen, omega, epsilon, eta, ahead, workspace)
-    if k < frozen.iterations - 1 and not every_loss:
-        return gradient, None
-    return gradient, (gradient * omega).sum() - squares.sum() / squares.dtype.type(len(frozen.s))
-
-
-def _is_broad(frozen: Frozen) -> bool:
+def _many_positions(at: At) -> bool:
     """Tell whether the rows of a product, one per position, are many more than its columns."""
-    positions = len(frozen.s) * math.prod(frozen.block.pre_shape[:-1])
-    return frozen.block.window is not None and positions > 4 * frozen.block.pre_shape[-1]
+    positions = len(at.batch) * math.prod(at.block.pre_shape[:-1])
+    return at.block.window is not None and positions > POSITIONS_PER_COLUMN * at.block.pre_shape[-1]
 
 
-def _ldrl_broad(
-    frozen: Frozen, omega: Array, epsilon: Array, eta: Array, ahead: list[Task], workspace: Workspace
-) -> tuple[Array, Array]:
-    """Every lane sums up −ε ⋆ d1 + (ω ∘ d2) ⋆ d2 over its samples."""
-    block, xp = frozen.block, array_module(omega)
-    theta, carrier = product_matrix(block, frozen.theta), product_matrix(block, omega)
+class Slice:
+    """Some samples of the block in one iteration: `arraytp.model.passes.Samples`."""
 
-    def part_of_lane(part: slice, total: Array, already: int, scratch: Buffers) -> Array:
-        patches = take_patches(block, epsilon[part], scratch)
-        d1 = _noisy_input(frozen, patches, theta, part, scratch)
-        xp.subtract(frozen.a[part], d1, out=d1)
-        _add_product(patches.T, stack(block, d1, scratch), total, already, scratch)
-        stacked = stack(block, _d2(frozen, eta, part, scratch), scratch)
-        r = carry(block, stacked, carrier, scratch)
-        _add_product(take_patches(block, r, scratch).T, stacked, total, 1, scratch)
-        return _sum_of_squares(r)
+    def __init__(
+        self, shared: Iterations, part: slice, sums: "Summing", biases: Array | None, scratch: Buffers
+    ) -> None:
+        at, self._shared, self._part, self._sums = shared.at, shared, part, sums
+        self._biases, self._scratch, self._own = biases, scratch, scratch.of(OWNER)
+        self.s, self.s_next, self.a_next = shared.s[part], at.output[part], shared.a[part]
+        self.index = None if at.index is None else at.index[part]
+        # Results of primitives stay apart, so that a rule may hold as many as it likes.
+        self._made = 0
+        # The x whose rows, and the d whose stack, were made last.
+        self._rows: tuple[Array, Array] | None = None
+        self._stack: tuple[Array, Array] | None = None
 
-    return _summed_lanes(frozen, omega, part_of_lane, ahead, workspace)
+    def F(self, epsilon: Array) -> tuple[Array, Array | None]:
+        """Return F^n(s^n + ε) and the maxima of its pool; bias and f come after the pool, as in a forward pass."""
+        shared, block = self._shared, self._shared.at.block
+        z = self._array("z", block.pre_shape)
+        shared.products.add_affine(self._rows_of(epsilon), shared.theta, shared.z[self._part], z, self._scratch)
+        if block.pool is None:
+            z += shared.at.bias
+            return block.activation(z, out=z), None
+        s, index = self._array("pooled", block.out_shape), self._array("index", block.out_shape, np.uint8)
+        # Which of ReLU's zeros is the maximum does not matter here: what is put there is 0.
+        pool(z, block.pool, s, index, self._scratch)
+        s += shared.at.bias
+        return block.activation(s, out=s), index
 
+    def a(self, t: Array, index: Array | None) -> Array:
+        """Return a(t) = f(unpool(t)); t is overwritten."""
+        block = self._shared.at.block
+        if block.pool is None:
+            return block.activation(t, out=t)
+        out = self._array("a", block.pre_shape)
+        write_input(block, t, index, self._shared.unpool, out, self._scratch)
+        return out
 
-def _summed_lanes(
-    frozen: Frozen,
-    omega: Array,
-    part_of_lane: Callable[[slice, Array, int, Buffers], Array],
-    ahead: list[Task],
-    workspace: Workspace,
-) -> tuple[Array, Array]:
-    """Return 2/B times what `part_of_lane` sums up over the samples, and its sums of squares lane by lane.
+    def transposed(self, omega: Array, d: Array) -> Array:
+        """Return ω ∘ d."""
+        products, self._rows, self._made = self._shared.products, None, self._made + 1
+        # A dense block's rows are ω ∘ d itself.
+        room = self._sums.room() if isinstance(products, Dense) else None
+        r = products.transposed(self._stack_of(d), omega, len(d), self._scratch, room, (OWNER, self._made))
+        if room is not None:
+            self._rows = r, room
+        return r
 
-    `part_of_lane` is given samples, the sum to add to, whether there is something in it already, and scratch buffers.
-    """
-    block, batch = frozen.block, len(frozen.s)
-    lanes = _lanes(omega, batch, workspace)
-    k, channels, outputs = omega.shape[0], omega.shape[-2], omega.shape[-1]
-    shape = (k * channels, k * outputs) if is_split(block) else as_matrix(omega).shape
-    totals = workspace.array("lane sums", (len(lanes), *shape), omega.dtype)
-    squares = workspace.array("squares", (len(lanes),), omega.dtype)
-    group = sample_group(block, batch, omega.itemsize, workspace)
+    def add(self, x: Array, d: Array) -> None:
+        """Add x ⋆ d to the sum."""
+        self._sums.add(1, self._rows_of(x), self._stack_of(d))
 
-    def lane(number: int, scratch: Buffers) -> None:
-        squares[number] = 0
-        for i, part in enumerate(slices(lanes[number].stop, group, lanes[number].start)):
-            squares[number] += part_of_lane(part, totals[number], i, scratch)
+    def subtract(self, x: Array, d: Array) -> None:
+        """Subtract x ⋆ d from the sum."""
+        self._sums.add(-1, self._rows_of(x), self._stack_of(d))
 
-    workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
-    gradient = workspace.array("gradient", omega.shape, omega.dtype)
-    total = totals.sum(axis=0)
-    if is_split(block):
-        total = total.reshape(k, channels, k, outputs).transpose(2, 0, 1, 3)[::-1]
-    array_module(omega).multiply(total.reshape(omega.shape), omega.dtype.type(2 / batch), out=gradient)
-    return gradient, squares
+    def add_bias(self, r: Array) -> None:
+        """Add r, summed over positions, to the samples' parts of the bias."""
+        if self._biases is not None:
+            r.reshape(len(r), -1, self._biases.shape[-1]).sum(axis=1, out=self._biases)
 
+    def square(self, r: Array) -> Array:
+        """Return ‖r‖²."""
+        flat = r.reshape(-1)
+        return array_module(r).dot(flat, flat)
 
-def _ldrl_heavy(
-    frozen: Frozen, omega: Array, epsilon: Array, eta: Array, ahead: list[Task], workspace: Workspace
-) -> tuple[Array, Array]:
-    """All samples' patches of ε and ω ∘ d2 stand above each other, as do −d1 and d2; one product sums over both."""
-    block, batch, xp = frozen.block, len(frozen.s), array_module(omega)
-    matrix = as_matrix(omega)
-    positions = math.prod(block.pre_shape[:-1])
-    patches = workspace.array("patches of both", (2, batch * positions, len(matrix)), omega.dtype)
-    both = workspace.array("both d", (2, batch * positions, matrix.shape[1]), omega.dtype)
-    parts = _lanes(omega, batch, workspace)
-    squares = workspace.array("squares", (len(parts),), omega.dtype)
+    def _array(self, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
+        self._made += 1
+        return self._own.array((name, self._made), (len(self.s), *shape), dtype or self.s.dtype)
 
-    def samples(number: int, scratch: Buffers) -> None:
-        part = parts[number]
-        rows = slice(part.start * positions, part.stop * positions)
-        patch_rows(block, epsilon[part], scratch, patches[0, rows])
-        z = scratch.array("z", frozen.z[part].shape, omega.dtype)
-        matmul(patches[0, rows], as_matrix(frozen.theta), z.reshape(len(patches[0, rows]), -1))
-        z += frozen.z[part]
-        d1 = _inputs_of(frozen, z, scratch)
-        xp.subtract(frozen.a[part], d1, out=both[0, rows].reshape(d1.shape))
-        both[1, rows] = _d2(frozen, eta, part, scratch).reshape(-1, matrix.shape[1])
-        if block.window is None:
-            r = patches[1, rows]
-            matmul(both[1, rows], matrix.T, r)
-        else:
-            r = scatter_back(block, both[1, rows], matrix, scratch)
-            patch_rows(block, r, scratch, patches[1, rows])
-        squares[number] = _sum_of_squares(r)
+    def _rows_of(self, x: Array) -> Array:
+        if self._rows is None or self._rows[0] is not x:
+            self._rows = x, self._shared.products.rows(x, self._scratch, self._sums.room())
+        return self._rows[1]
 
-    workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
-    both *= omega.dtype.type(2 / batch)
-    gradient = workspace.array("gradient", omega.shape, omega.dtype)
-    left, right = patches.reshape(-1, len(matrix)), both.reshape(-1, matrix.shape[1])
-
-    def weight_rows(part: slice, scratch: Buffers) -> None:
-        matmul(left[:, part].T, right, as_matrix(gradient)[part])
-
-    workspace.run([partial(weight_rows, part) for part in even_slices(len(matrix), _tiles(matrix))])
-    return gradient, squares
+    def _stack_of(self, d: Array) -> Array:
+        if self._stack is None or self._stack[0] is not d:
+            self._stack = d, self._shared.products.stack(d, self._scratch)
+        return self._stack[1]
 
 
-def reconstruction_gradient(
-    frozen: Frozen, omega: Array, bias: Array, k: int, workspace: Workspace
-) -> tuple[Array, Array, Array]:
-    """Return the gradients of ω and bias, and the loss, of DTP's iteration k: `arraytp.rules.dtp.iteration`.
+class Summing(Protocol):
+    """Where the products x ⋆ d of a slice go."""
 
-    The gradients are valid until the next call.
-    """
-    block, batch = frozen.block, len(frozen.s)
-    epsilon, _ = _noise(frozen, k, workspace, output=False)
-    ahead = _noise_tasks(frozen, k + 1, workspace, output=False)
-    theta, carrier = product_matrix(block, frozen.theta), product_matrix(block, omega)
-    biases = workspace.array("bias sums", (batch, len(bias)), omega.dtype)
+    def room(self) -> Array | None:
+        """Return where the rows of x may be written so that `add` need not copy them."""
 
-    def part_of_lane(part: slice, total: Array, already: int, scratch: Buffers) -> Array:
-        a = _noisy_input(frozen, take_patches(block, epsilon[part], scratch), theta, part, scratch)
-        stacked = stack(block, a, scratch)
-        r = carry(block, stacked, carrier, scratch).reshape(epsilon[part].shape)
-        r += bias
-        r -= frozen.s[part]
-        r -= epsilon[part]
-        _add_product(take_patches(block, r, scratch).T, stacked, total, already, scratch)
-        r.reshape(len(r), -1, len(bias)).sum(axis=1, out=biases[part])
-        return _sum_of_squares(r)
-
-    gradient, squares = _summed_lanes(frozen, omega, part_of_lane, ahead, workspace)
-    dbias = biases.sum(axis=0) * omega.dtype.type(2 / batch)
-    return gradient, dbias, squares.sum() / squares.dtype.type(batch)
+    def add(self, sign: int, rows: Array, stacked: Array) -> None:
+        """Take sign · Rᵀ V."""
 
 
-def _noisy_input(frozen: Frozen, patches: Array, theta: Array, part: slice, scratch: Buffers) -> Array:
-    """Return a(F(s + ε)) of some samples, of shape (samples, *pre_shape).
+class LaneSum:
+    """Sums up the products of a lane's slices."""
 
-    Given are `take_patches` of ε and `product_matrix` of θ.
-    """
-    z = scratch.array("z", frozen.z[part].shape, frozen.z.dtype)
-    if is_split(frozen.block):
-        stacked = scratch.array("stacked", (len(patches), len(theta)), z.dtype)
-        matmul(patches, theta.T, stacked)
-        z[...] = frozen.z[part]
-        add_stacked_rows(stacked.reshape(len(z), frozen.window.height, z.shape[2], -1), frozen.window, z)
-    else:
-        matmul(patches, theta, z.reshape(len(patches), -1))
-        z += frozen.z[part]
-    return _inputs_of(frozen, z, scratch)
+    def __init__(self, total: Array, scratch: Buffers) -> None:
+        self.total, self.scratch, self.empty = total, scratch, True
 
-
-def _inputs_of(frozen: Frozen, z: Array, scratch: Buffers) -> Array:
-    """Return a(F(s)), of z's shape, given z = θ ∘ s without the bias; z is overwritten."""
-    block, dtype = frozen.block, z.dtype
-    if block.pool is None:
-        z += frozen.bias
-        activation_forward(z, block.activation, out=z)
-        return activation_forward(z, block.activation, out=z)
-    bordered = scratch.filled(block.pool, (len(z), *block.pool.bordered, z.shape[-1]), dtype, -np.inf)
-    pooled = scratch.array("pooled", (len(z), *block.out_shape), dtype)
-    index = scratch.array("index", pooled.shape, np.uint8)
-    stack = scratch.array("stack", (block.pool.kernel**2, *pooled.shape), dtype)
-    max_pool_forward(z, block.pool, pooled, index, bordered, stack)
-    # As in `arraytp.fast.passes`: bias and activation after the pool, since f does not decrease. Which of ReLU's zeros
-    # is the maximum does not matter here: what is put there is 0.
-    pooled += frozen.bias
-    activation_forward(pooled, block.activation, out=pooled)
-    write_feedback_input(block, pooled, index, frozen.unpool, z, scratch)
-    return z
-
-
-def _d2(frozen: Frozen, eta: Array, part: slice, scratch: Buffers) -> Array:
-    """Return d2 = a(s^{n+1} + η) − a(s^{n+1}) of some samples, of shape (samples, *pre_shape)."""
-    moved = scratch.array("moved", frozen.out[part].shape, eta.dtype)
-    array_module(eta).add(frozen.out[part], eta[part], out=moved)
-    d2 = scratch.array("d2", frozen.z[part].shape, eta.dtype)
-    write_feedback_input(
-        frozen.block, moved, None if frozen.index is None else frozen.index[part], frozen.unpool, d2, scratch
-    )
-    d2 -= frozen.a[part]
-    return d2
-
-
-def _noise(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> tuple[Array, Array]:
-    """Return ε and η of iteration k, drawn ahead or now; they stay until that of k + 2 is drawn."""
-    if k not in frozen.noise:
-        workspace.run(_noise_tasks(frozen, k, workspace, output))
-    return frozen.noise[k]
-
-
-def _noise_tasks(frozen: Frozen, k: int, workspace: Workspace, output: bool = True) -> list[Task]:
-    """Return tasks that draw ε and, for `output`, η of iteration k, unless there is none or it is drawn already."""
-    if k >= frozen.iterations or k in frozen.noise:
-        return []
-    # Every other iteration's noise shares a buffer.
-    for other in [drawn for drawn in frozen.noise if drawn % 2 == k % 2]:
-        del frozen.noise[other]
-    arrays: list[Array] = []
-    tasks: list[Task] = []
-    for kind, like in ((EPSILON, frozen.s), (ETA, frozen.out))[: 2 if output else 1]:
-        array = workspace.array(("noise", kind, k % 2), like.shape, like.dtype)
-        arrays.append(array)
-        tasks += [
-            partial(_draw, array[part], frozen.sigma, part.start, (*frozen.key, k, kind))
-            for part in slices(len(array), CHUNK if workspace.backend.on_host else len(array))
-        ]
-    frozen.noise[k] = arrays[0], arrays[-1]
-    return tasks
-
-
-def _draw(out: Array, sigma: float, first: int, key: tuple[int, ...], scratch: Buffers) -> None:
-    gaussian(out, sigma, first, *key)
-
-
-def _add_product(a: Array, b: Array, total: Array, already: int, scratch: Buffers) -> None:
-    """Write the matrix product a b to `total`, or add it to what there is `already`."""
-    if not already:
-        matmul(a, b, total)
+    def room(self) -> None:
+        """Return None: rows go to scratch."""
         return
-    share = scratch.array("share", total.shape, total.dtype)
-    matmul(a, b, share)
-    total += share
+
+    def add(self, sign: int, rows: Array, stacked: Array) -> None:
+        """Write the first product to the sum, add others to it."""
+        if self.empty:
+            matmul(rows.T, stacked, self.total)
+            if sign < 0:
+                array_module(self.total).negative(self.total, out=self.total)
+            self.empty = False
+            return
+        share = self.scratch.of(OWNER).array("share", self.total.shape, self.total.dtype)
+        matmul(rows.T, stacked, share)
+        if sign < 0:
+            self.total -= share
+        else:
+            self.total += share
 
 
-def _lanes(omega: Array, batch: int, workspace: Workspace) -> list[slice]:
-    """Cut the batch into lanes, fewer for large weights: each has sums of their size."""
-    lanes = max(2, min(LANES, LANE_BYTES // omega.nbytes))
-    return even_slices(batch, lanes) if workspace.backend.on_host else [slice(0, batch)]
+class Factors:
+    """The rows of x, and ± d, of all products x ⋆ d and all samples, above each other."""
+
+    def __init__(self, shared: Iterations, products: int, omega: Array) -> None:
+        (inputs, outputs), self.per_sample = as_matrix(omega).shape, shared.products.sample_rows
+        rows = len(shared.s) * self.per_sample
+        self.x = shared.own.array("x factors", (products, rows, inputs), omega.dtype)
+        self.d = shared.own.array("d factors", (products, rows, outputs), omega.dtype)
+
+    def gathered(self) -> tuple[Array, Array]:
+        """Return all rows of x, and all of d."""
+        return self.x.reshape(-1, self.x.shape[-1]), self.d.reshape(-1, self.d.shape[-1])
 
 
-def _tiles(matrix: Array) -> int:
-    return ROW_TILES if matrix.size > TILED_SIZE else 1
+class Gathering:
+    """Takes the factors of some samples' products."""
+
+    def __init__(self, factors: Factors, part: slice) -> None:
+        self._rows = slice(part.start * factors.per_sample, part.stop * factors.per_sample)
+        self._factors, self._taken = factors, 0
+        self._room: Array | None = None
+
+    def room(self) -> Array:
+        """Return where the rows of the next product's x belong."""
+        if self._room is None:
+            self._room = self._factors.x[self._taken, self._rows]
+        return self._room
+
+    def add(self, sign: int, rows: Array, stacked: Array) -> None:
+        """Take the factors of a product."""
+        room, d = self.room(), self._factors.d[self._taken, self._rows]
+        if rows is not room:
+            room[...] = rows
+        array_module(d).multiply(stacked, d.dtype.type(sign), out=d)
+        self._room, self._taken = None, self._taken + 1
 
 
-def _sum_of_squares(r: Array) -> Array:
-    flat = r.reshape(-1)
-    return array_module(r).dot(flat, flat)
+class Noise:
+    """The noises of the iterations; those of two iterations are held at once."""
+
+    def __init__(self, shared: Iterations, training: NoiseAndProducts) -> None:
+        at, self._own, self._workspace, self._training = shared.at, shared.own, shared.workspace, training
+        self._key = at.batch.seed, at.batch.number, at.n
+        self._like = {"epsilon": (EPSILON, shared.s)} | ({"eta": (ETA, at.output)} if training.output_noise else {})
+        self._drawn: dict[int, dict[str, Array]] = {}
+
+    def of(self, k: int) -> dict[str, Array]:
+        """Return the k-th noise, by name."""
+        if k not in self._drawn:
+            self._workspace.run(self.tasks(k))
+        return self._drawn[k]
+
+    def tasks(self, k: int) -> list[Task]:
+        """Return tasks that draw the k-th noise, unless there is none or it is drawn already."""
+        if k >= self._training.noises or k in self._drawn:
+            return []
+        # Every other iteration's noise shares a buffer.
+        self._drawn = {other: noise for other, noise in self._drawn.items() if other % 2 != k % 2}
+        tasks: list[Task] = []
+        arrays = self._drawn[k] = {}
+        for name, (kind, like) in self._like.items():
+            array = arrays[name] = self._own.array(("noise", kind, k % 2), like.shape, like.dtype)
+            length = CHUNK if self._workspace.backend.on_host else len(array)
+            tasks += [partial(self._draw, array[part], part.start, k, kind) for part in slices(len(array), length)]
+        return tasks
+
+    def _draw(self, out: Array, first: int, k: int, kind: int, scratch: Buffers) -> None:
+        gaussian(out, self._training.sigma, first, *self._key, k, kind)

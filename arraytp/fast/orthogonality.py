@@ -1,53 +1,59 @@
 """Keeping square weight matrices near orthogonal ones (GP paper, 2.1 and 2.3): E = WWᵀ − I and the regulariser.
 
-E is the gradient's larger half and what a rule inverts W through. A step that needs both computes it once: by
-`excess_of`, before the rule, whose updates and the optimiser's step then take it as an argument.
+E is the gradient's larger half and what a rule inverts W through. `GramErrors` computes it once a step for both.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TypeVar
 
 from arraytp.backend import Array
-from arraytp.fast.parallel import Buffers, Task, Workspace, even_slices
+from arraytp.fast.buffers import Buffers
+from arraytp.fast.parallel import Task, Workspace, even_slices
+from arraytp.model.blocks import Network
+from arraytp.model.passes import GramErrors as AnyGramErrors
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import add_excess_product, excess_rows
 
+OWNER = "orthogonality"
 # Two tasks for a matrix of order 1024, so that threads end together; measured: 5 % slower than one for E, 2 % for E W.
 PART = 512
-Key = TypeVar("Key", bound=Hashable)
 
 
-def excess_of(weights: Mapping[Key, Array], workspace: Workspace) -> dict[Key, Array]:
-    """Return E = WWᵀ − I, as `arraytp.ops.excess` has it, of square weight matrices.
+class GramErrors:
+    """E^n = W^n(W^n)ᵀ − I of a network's square matrices, as `arraytp.ops.excess` has it.
 
-    n³ operations a matrix of order n: half a product, since WWᵀ is symmetric.
+    Each is computed when it is first asked for: n³ operations a matrix of order n, half a product, since WWᵀ is
+    symmetric. The arrays are valid until those of another network are asked for.
 
     Parameters
     ----------
-    weights : mapping to arrays
-        By the position of their block; kernels are (k·k·C, O) matrices.
+    network : Network
+        Its weights must stay as they are meanwhile.
     workspace : Workspace
-        Holds the result until the next call for these positions.
     """
-    found: dict[Key, Array] = {}
-    tasks: list[tuple[int, Task]] = []
-    for n, weight in weights.items():
-        w = as_matrix(weight)
-        found[n] = workspace.shared.filled(("excess", n), w.shape, w.dtype, 0.0)
-        for rows in _parts(len(w), workspace):
-            work = len(w) * (rows.stop - rows.start) * (len(w) - rows.start)
-            tasks.append((work, partial(_excess_task, w, rows, found[n])))
-    workspace.run(_largest_first(tasks))
-    return found
+
+    def __init__(self, network: Network, workspace: Workspace) -> None:
+        self._network, self._workspace = network, workspace
+        self._computed: dict[int, Array] = {}
+
+    def of(self, positions: Iterable[int]) -> Mapping[int, Array]:
+        """Return E of the blocks at these positions."""
+        positions = list(positions)
+        own = self._workspace.of(OWNER)
+        tasks: list[tuple[int, Task]] = []
+        for n in positions:
+            if n not in self._computed:
+                w = as_matrix(self._network.weights[n])
+                e = self._computed[n] = own.filled(("E", n), w.shape, w.dtype, 0.0)
+                for rows in _parts(len(w), self._workspace):
+                    work = len(w) * (rows.stop - rows.start) * (len(w) - rows.start)
+                    tasks.append((work, partial(_error_task, w, rows, e)))
+        self._workspace.run(_largest_first(tasks))
+        return {n: self._computed[n] for n in positions}
 
 
 def add_orthogonality(
-    strength: float,
-    parameters: Sequence[Array],
-    gradients: Sequence[Array],
-    workspace: Workspace,
-    excess: Mapping[int, Array] | None = None,
+    strength: float, network: Network, weight_gradients: list[Array], errors: AnyGramErrors, workspace: Workspace
 ) -> None:
     """Add λ·4(WWᵀ − I)W, the gradient of λ‖WWᵀ − I‖², to that of the loss where a matrix W is square (GP paper).
 
@@ -58,28 +64,21 @@ def add_orthogonality(
     ----------
     strength : float
         λ.
-    parameters, gradients : sequences of arrays of the same shapes and dtype, C-contiguous
-        Weight and bias of one block after the other. Gradients of square matrices are added to in place, others left.
+    network : Network
+    weight_gradients : list of arrays of the weights' shapes and dtype, C-contiguous
+        Those of square matrices are added to in place, others left.
+    errors : GramErrors
+        Of the network's present weights.
     workspace : Workspace
-    excess : mapping of int to array, optional
-        E of these weights by position of the block; computed where it is missing.
     """
+    square = [n for n, block in enumerate(network.blocks) if block.is_square]
     tasks: list[tuple[int, Task]] = []
-    square = {p: theta for p, theta in enumerate(parameters) if theta.ndim > 1 and _is_square(theta)}
-    given = {p: excess[p // 2] for p in square if excess and p // 2 in excess}
-    missing = excess_of({("parameter", p): theta for p, theta in square.items() if p not in given}, workspace)
-    for p, theta in square.items():
-        w, g = as_matrix(theta), as_matrix(gradients[p])
-        e = given[p] if p in given else missing[("parameter", p)]
+    for n, e in errors.of(square).items():
+        w, g = as_matrix(network.weights[n]), as_matrix(weight_gradients[n])
         for columns in _parts(len(w), workspace):
             task = partial(_product_task, 4 * strength, e, w, columns, g)
             tasks.append((len(w) ** 2 * (columns.stop - columns.start), task))
     workspace.run(_largest_first(tasks))
-
-
-def _is_square(theta: Array) -> bool:
-    rows, columns = as_matrix(theta).shape
-    return bool(rows == columns)
 
 
 def _parts(order: int, workspace: Workspace) -> list[slice]:
@@ -90,9 +89,9 @@ def _largest_first(tasks: list[tuple[int, Task]]) -> list[Task]:
     return [task for _, task in sorted(tasks, key=lambda entry: entry[0], reverse=True)]
 
 
-def _excess_task(w: Array, rows: slice, out: Array, scratch: Buffers) -> None:
+def _error_task(w: Array, rows: slice, out: Array, scratch: Buffers) -> None:
     excess_rows(w, rows, out)
 
 
-def _product_task(factor: float, excess: Array, w: Array, columns: slice, g: Array, scratch: Buffers) -> None:
-    add_excess_product(factor, excess, w, columns, g)
+def _product_task(factor: float, e: Array, w: Array, columns: slice, g: Array, scratch: Buffers) -> None:
+    add_excess_product(factor, e, w, columns, g)

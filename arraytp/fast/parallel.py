@@ -1,4 +1,4 @@
-"""Sharing the work of a step among threads, on buffers that are made once.
+"""Sharing the work of a step among threads.
 
 A step is cut into tasks whose number and extent depend on shapes alone, never on the number of threads; every task
 writes to places of its own. So the result is the same, bit for bit, on one thread or many. While tasks run, the BLAS
@@ -9,49 +9,14 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import threadpoolctl
 
-from arraytp.backend import NUMPY, Array, Backend
-
-
-class Buffers:
-    """Named arrays that are made at first use and used again: scratch, not state."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._flat: dict[Any, Array] = {}
-        self._cached: dict[Any, Array] = {}
-
-    def array(self, key: Any, shape: Sequence[int], dtype: Any) -> Array:
-        """Return a C-contiguous array with undefined content; the same memory for the same key."""
-        size = int(np.prod(shape))
-        flat = self._flat.get((key, np.dtype(dtype)))
-        if flat is None or flat.size < size:
-            flat = self._flat[(key, np.dtype(dtype))] = self._backend.xp.empty(size, dtype=dtype)
-        return flat[:size].reshape(shape)
-
-    def filled(self, key: Any, shape: Sequence[int], dtype: Any, value: float) -> Array:
-        """Return an array that held `value` everywhere when it was made; for borders that are never written to."""
-        key = (key, tuple(shape[1:]), np.dtype(dtype), value)
-        return self.cached(key, shape[0], lambda: self._backend.xp.full(shape, value, dtype=dtype))
-
-    def cached(self, key: Any, length: int, make: Callable[[], Array]) -> Array:
-        """Return the first `length` rows of what `make` once made for this key; made anew when it has fewer."""
-        array = self._cached.get(key)
-        if array is None or len(array) < length:
-            array = self._cached[key] = make()
-        return array[:length]
-
-    def nbytes(self) -> int:
-        """Return the bytes held."""
-        return sum(array.nbytes for array in itertools.chain(self._flat.values(), self._cached.values()))
-
+from arraytp.backend import NUMPY, Backend
+from arraytp.fast.buffers import Buffers, Scratch
 
 Task = Callable[[Buffers], None]
 
@@ -75,9 +40,9 @@ class Workspace:
         self._scratch = [Buffers(backend) for _ in range(self.threads)]
         self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
 
-    def array(self, key: Any, shape: Sequence[int], dtype: Any) -> Array:
-        """Return a shared buffer, as `Buffers.array`."""
-        return self.shared.array(key, shape, dtype)
+    def of(self, owner: Hashable) -> Scratch:
+        """Return an owner's view of the buffers that all threads share: for results, not for a task's scratch."""
+        return self.shared.of(owner)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run all tasks, each with the scratch buffers of the thread that it runs on, and wait for them."""

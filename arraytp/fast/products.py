@@ -1,110 +1,269 @@
-"""The products of one block with feedback, for a slice of samples: θ ∘ x, ω ∘ d and what their patch matrices need.
+"""The products of one block, for a slice of samples: θ ∘ x, ω ∘ d and x ⋆ d, in the form chosen for the block.
 
-A convolution of stride 1 is split: its kernel's rows and columns are summed over apart
-(`arraytp.ops.conv.split_matrix`), in arrays k times as large as an image where patches are k² times. Others go by whole
-patches and col2im, dense blocks by their rows as they are. With R = `take_patches`(x), V = `stack`(d) and
-M = `product_matrix`(ω):
+With R = `rows`(x), V = `stack`(d) and M = `matrix`(ω),
 
-    ω ∘ d = `carry`(V, M),  x ⋆ d = Rᵀ V in the layout of M's transpose
+    θ ∘ x = `add_affine`(R, M),  ω ∘ d = `transposed`(V, M),  x ⋆ d = Rᵀ V in the axes of `fold`
+
+Dense blocks take their rows as they are (`Dense`). A convolution goes by whole patches and col2im (`Patches`); one of
+stride 1 can be split, its kernel's rows and columns summed over apart (`Split`, `arraytp.ops.conv.split_matrix`), in
+arrays k times as large as an image where patches are k² times.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 from arraytp.backend import Array, array_module
-from arraytp.fast.parallel import Buffers, Workspace
-from arraytp.model.network import Block
+from arraytp.fast.buffers import Buffers
+from arraytp.model.blocks import Block, Shape
 from arraytp.ops.conv import as_matrix, can_split, split_matrix
-from arraytp.ops.patches import add_row_patches, col2im, im2col, row_patches, stack_rows
+from arraytp.ops.patches import (
+    Window,
+    add_row_patches,
+    add_stacked_rows,
+    col2im,
+    im2col,
+    row_patches,
+    stack_rows,
+)
 
-HOST_GROUP_BYTES = 8 << 20
-DEVICE_GROUP_BYTES = 1 << 29
-
-
-def is_split(block: Block) -> bool:
-    """Tell whether a convolution's kernel is summed over rows and columns apart; not those of the heavy way."""
-    return block.window is not None and can_split(block.window)
-
-
-def product_matrix(block: Block, weight: Array) -> Array:
-    """Return the matrix that `take_patches` and `stack` go with."""
-    return split_matrix(weight) if is_split(block) else as_matrix(weight)
+OWNER = "products"
 
 
-def take_patches(block: Block, x: Array, scratch: Buffers) -> Array:
-    """Return the patches of some samples as rows: of each row of pixels where the kernel is split."""
-    window = block.window
-    if window is None or not is_split(block):
-        return patch_rows(block, x, scratch)
-    shape = (len(x), window.height, window.out_width, window.kernel * x.shape[-1])
-    wide = scratch.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
-    return row_patches(x, window, scratch.array("patches", shape, x.dtype), wide).reshape(-1, shape[-1])
+class Products(Protocol):
+    """The products of one block. Results lie in scratch buffers that the next call of the same method takes again."""
+
+    @property
+    def block(self) -> Block:
+        """The block."""
+
+    @property
+    def sum_shape(self) -> Shape:
+        """The shape of Rᵀ V."""
+
+    @property
+    def sample_rows(self) -> int:
+        """How many rows a sample has in R and V."""
+
+    @property
+    def row_width(self) -> int:
+        """How many numbers a row of R has, and of V where that is as large: what bounds a slice of samples."""
+
+    def matrix(self, weight: Array) -> Array:
+        """Return M of a weight."""
+
+    def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
+        """Return R of x, of shape (samples, *in_shape); in `out` where given."""
+
+    def stack(self, d: Array, scratch: Buffers) -> Array:
+        """Return V of d, of shape (samples, *pre_shape)."""
+
+    def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
+        """Write base + θ ∘ x, of shape (samples, *pre_shape), to `out`."""
+
+    def transposed(
+        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
+    ) -> Array:
+        """Return ω ∘ d, of shape (samples, *in_shape), in `out` or in scratch of this key; may take R's memory."""
+
+    def fold(self, weight: Array) -> Array:
+        """Return a view of an array of a weight's shape in the axes of Rᵀ V."""
 
 
-def stack(block: Block, d: Array, scratch: Buffers) -> Array:
-    """Return d, of shape (samples, *pre_shape), as rows, stacked where the kernel is split."""
-    window = block.window
-    if window is None or not is_split(block):
-        return d.reshape(-1, d.shape[-1])
-    shape = (len(d), window.height, window.out_width, window.kernel * d.shape[-1])
-    tall = scratch.filled(("tall", window), (len(d), window.height + window.kernel - 1, *d.shape[2:]), d.dtype, 0.0)
-    return stack_rows(d, window, scratch.array("stacked", shape, d.dtype), tall).reshape(-1, shape[-1])
+@dataclass(frozen=True)
+class Dense:
+    """The products of a dense block."""
 
+    block: Block
 
-def carry(block: Block, stacked: Array, matrix: Array, scratch: Buffers) -> Array:
-    """Return ω ∘ d of some samples, given `stack` of d and `product_matrix` of ω."""
-    window = block.window
-    if window is None:
-        r = scratch.array("r", (len(stacked), len(matrix)), stacked.dtype)
-        matmul(stacked, matrix.T, r)
-        return r
-    if not is_split(block):
-        return scatter_back(block, stacked, matrix, scratch)
-    shape = (-1, window.height, window.out_width, matrix.shape[1])
-    patches = scratch.array("patches", (len(stacked), matrix.shape[1]), stacked.dtype)
-    matmul(stacked, matrix, patches)
-    samples = len(stacked) // (window.height * window.out_width)
-    r = scratch.array("r", (samples, *block.in_shape), stacked.dtype)
-    return add_row_patches(patches.reshape(shape), window, r)
+    @property
+    def sum_shape(self) -> Shape:
+        """(in, out)."""
+        return self.block.weight_shape
 
+    @property
+    def sample_rows(self) -> int:
+        """1."""
+        return 1
 
-def patch_rows(block: Block, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
-    """Return the patch matrix of some samples, or their rows as they are for a dense block."""
-    window = block.window
-    if window is None:
+    @property
+    def row_width(self) -> int:
+        """The number of inputs."""
+        return self.block.weight_shape[0]
+
+    def matrix(self, weight: Array) -> Array:
+        """Return the weight."""
+        return weight
+
+    def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
+        """Return x as it is, or a copy."""
         if out is None:
             return x.reshape(len(x), -1)
         out[...] = x.reshape(len(x), -1)
         return out
-    shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
-    out = scratch.array("patches", shape, x.dtype) if out is None else out.reshape(shape)
-    bordered = scratch.filled((window, "zero"), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
-    return im2col(x, window, out, bordered).reshape(-1, shape[-1])
+
+    def stack(self, d: Array, scratch: Buffers) -> Array:
+        """Return d as it is."""
+        return d
+
+    def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
+        """Write base + x θ."""
+        matmul(rows, matrix, out)
+        out += base
+
+    def transposed(
+        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
+    ) -> Array:
+        """Return d ωᵀ."""
+        if out is None:
+            out = scratch.of(OWNER).array(("transposed", key), (samples, len(matrix)), stacked.dtype)
+        matmul(stacked, matrix.T, out)
+        return out
+
+    def fold(self, weight: Array) -> Array:
+        """Return it as it is."""
+        return weight
 
 
-def scatter_back(block: Block, a: Array, matrix: Array, scratch: Buffers) -> Array:
-    """Return ω ∘ a of some samples of a convolution by col2im, of shape (samples, *in_shape)."""
-    assert block.window is not None
-    rows = a.reshape(-1, a.shape[-1])
-    dpatches = scratch.array("dpatches", (len(rows), len(matrix)), a.dtype)
-    matmul(rows, matrix.T, dpatches)
-    samples = len(rows) // math.prod(block.pre_shape[:-1])
-    bordered = scratch.array("scattered", (samples, *block.window.bordered, block.in_shape[-1]), a.dtype)
-    return col2im(dpatches.reshape(samples, *block.pre_shape[:-1], -1), block.window, bordered)
+@dataclass(frozen=True)
+class Patches:
+    """The products of a convolution by whole patches."""
+
+    block: Block
+    window: Window
+
+    @property
+    def sum_shape(self) -> Shape:
+        """(k·k·C, O)."""
+        return math.prod(self.block.weight_shape[:-1]), self.block.weight_shape[-1]
+
+    @property
+    def sample_rows(self) -> int:
+        """P · Q."""
+        return math.prod(self.block.pre_shape[:-1])
+
+    @property
+    def row_width(self) -> int:
+        """k² · C."""
+        return math.prod(self.block.weight_shape[:-1])
+
+    def matrix(self, weight: Array) -> Array:
+        """Return the kernel as its (k·k·C, O) matrix."""
+        return as_matrix(weight)
+
+    def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
+        """Return the patches of x, of shape (samples · P · Q, k·k·C)."""
+        own, window = scratch.of(OWNER), self.window
+        shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
+        out = own.array("rows", shape, x.dtype) if out is None else out.reshape(shape)
+        bordered = own.filled(("border", window), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
+        return im2col(x, window, out, bordered).reshape(-1, shape[-1])
+
+    def stack(self, d: Array, scratch: Buffers) -> Array:
+        """Return d as (samples · P · Q, O)."""
+        return d.reshape(-1, d.shape[-1])
+
+    def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
+        """Write base + patches · θ."""
+        matmul(rows, matrix, out.reshape(len(rows), -1))
+        out += base
+
+    def transposed(
+        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
+    ) -> Array:
+        """Return col2im(d · ωᵀ)."""
+        own, window = scratch.of(OWNER), self.window
+        dpatches = own.array("dpatches", (len(stacked), len(matrix)), stacked.dtype)
+        matmul(stacked, matrix.T, dpatches)
+        bordered = own.array(("transposed", key), (samples, *window.bordered, self.block.in_shape[-1]), stacked.dtype)
+        scattered = col2im(dpatches.reshape(samples, *self.block.pre_shape[:-1], -1), window, bordered)
+        if out is None:
+            return scattered
+        out[...] = scattered
+        return out
+
+    def fold(self, weight: Array) -> Array:
+        """Return it as it is, over (i, j, c) and (o)."""
+        return weight
+
+
+@dataclass(frozen=True)
+class Split:
+    """The products of a convolution of stride 1 whose kernel's rows and columns are summed over apart."""
+
+    block: Block
+    window: Window
+
+    @property
+    def sum_shape(self) -> Shape:
+        """(k·C, k·O)."""
+        k, (_, _, channels, outputs) = self.window.kernel, self.block.weight_shape
+        return k * channels, k * outputs
+
+    @property
+    def sample_rows(self) -> int:
+        """H · Q."""
+        return self.window.height * self.window.out_width
+
+    @property
+    def row_width(self) -> int:
+        """K · (C + O)."""
+        return self.window.kernel * (self.block.in_shape[-1] + self.block.pre_shape[-1])
+
+    def matrix(self, weight: Array) -> Array:
+        """Return the (k·O, k·C) matrix of `split_matrix`."""
+        return split_matrix(weight)
+
+    def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
+        """Return the patches of each row of pixels, of shape (samples · H · Q, k·C)."""
+        own, window = scratch.of(OWNER), self.window
+        shape = (len(x), window.height, window.out_width, window.kernel * x.shape[-1])
+        out = own.array("rows", shape, x.dtype) if out is None else out.reshape(shape)
+        wide = own.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
+        return row_patches(x, window, out, wide).reshape(-1, shape[-1])
+
+    def stack(self, d: Array, scratch: Buffers) -> Array:
+        """Return at every row of pixels the k rows of d that it has a part in, of shape (samples · H · Q, k·O)."""
+        own, window = scratch.of(OWNER), self.window
+        shape = (len(d), window.height, window.out_width, window.kernel * d.shape[-1])
+        tall = own.filled(("tall", window), (len(d), window.height + window.kernel - 1, *d.shape[2:]), d.dtype, 0.0)
+        return stack_rows(d, window, own.array("stacked", shape, d.dtype), tall).reshape(-1, shape[-1])
+
+    def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
+        """Write base + the rows' parts, each added where it belongs."""
+        stacked = scratch.of(OWNER).array("stacked", (len(rows), len(matrix)), out.dtype)
+        matmul(rows, matrix.T, stacked)
+        out[...] = base
+        add_stacked_rows(stacked.reshape(len(out), self.window.height, out.shape[2], -1), self.window, out)
+
+    def transposed(
+        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
+    ) -> Array:
+        """Return the sum of the row patches V · ω."""
+        own, window = scratch.of(OWNER), self.window
+        patches = own.array("rows", (len(stacked), matrix.shape[1]), stacked.dtype)
+        matmul(stacked, matrix, patches)
+        if out is None:
+            out = own.array(("transposed", key), (samples, *self.block.in_shape), stacked.dtype)
+        return add_row_patches(patches.reshape(samples, window.height, window.out_width, -1), window, out)
+
+    def fold(self, weight: Array) -> Array:
+        """Return it over (j, c) and (i from last to first, o)."""
+        return weight[::-1].transpose(1, 2, 0, 3)
+
+
+def patch_products(block: Block) -> Products:
+    """Return the products of a block by whole rows or patches."""
+    return Dense(block) if block.window is None else Patches(block, block.window)
+
+
+def split_products(block: Block) -> Products:
+    """Return the products of a block with the kernel split where it can be."""
+    if block.window is not None and can_split(block.window):
+        return Split(block, block.window)
+    return patch_products(block)
 
 
 def matmul(a: Array, b: Array, out: Array) -> None:
     """Write the matrix product a b to `out`, whose rows may be strided."""
     array_module(a, b, out).matmul(a, b, out=out)
-
-
-def sample_group(block: Block, batch: int, itemsize: int, workspace: Workspace) -> int:
-    """Return how many samples go through a block's products together: as many as patch matrices of some size hold."""
-    window = block.window
-    if window is None:
-        return batch
-    widest = window.kernel**2 * block.in_shape[-1]
-    if is_split(block):
-        widest = window.kernel * (block.in_shape[-1] + block.pre_shape[-1])
-    patch_bytes = math.prod(block.pre_shape[:-1]) * widest * itemsize
-    limit = HOST_GROUP_BYTES if workspace.backend.on_host else DEVICE_GROUP_BYTES
-    return max(1, min(batch, limit // patch_bytes))

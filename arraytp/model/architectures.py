@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from arraytp.errors import UserError
-from arraytp.model.network import Block, Shape, plan_blocks, show_shape
+from arraytp.model.blocks import Block, Shape, show_shape
+from arraytp.model.shapes import plan_blocks
 from arraytp.options import ActivationName, Conv, Dense, NetworkOptions, Pool
 
 Layer = Conv | Dense
@@ -89,9 +90,9 @@ def plan_network(network: NetworkOptions, input_shape: Shape, classes: int) -> t
     if network.square:
         blocks = plan_blocks(square(layers, blocks), input_shape)
     last = blocks[-1]
-    if last.kind != "dense" or last.passed_shape != (classes,):
+    if last.kind != "dense" or last.next_shape != (classes,):
         raise UserError(
-            f"network block {len(blocks) - 1} ({last.label}): output {show_shape(last.passed_shape)}: the last block "
+            f"network block {len(blocks) - 1} ({last.label}): output {show_shape(last.next_shape)}: the last block "
             f"must be dense with one unit per class of the data set, units: {classes} besides auxiliary ones"
         )
     return blocks
@@ -115,14 +116,14 @@ def square(layers: Sequence[Layer], blocks: tuple[Block, ...]) -> list[Layer]:
     """
     result: list[Layer] = [layers[0]]
     for n, (layer, block) in enumerate(zip(layers[1:], blocks[1:], strict=True), start=1):
-        inputs, passed = int(np.prod(block.weight_shape[:-1])), block.passed_shape[-1]
-        if inputs < passed:
+        inputs, handed_on = int(np.prod(block.weight_shape[:-1])), block.next_shape[-1]
+        if inputs < handed_on:
             raise UserError(
-                f"network block {n} ({block.label}): square: {inputs} inputs cannot give the {passed} units that are "
-                f"passed on; at most {inputs} can be"
+                f"network block {n} ({block.label}): square: {inputs} inputs cannot give the {handed_on} units that "
+                f"are handed on; at most {inputs} can be"
             )
         if isinstance(layer, Conv):
-            result.append(replace(layer, channels=inputs, auxiliary=inputs - passed))
+            result.append(replace(layer, channels=inputs, auxiliary=inputs - handed_on))
         else:
-            result.append(replace(layer, units=inputs, auxiliary=inputs - passed))
+            result.append(replace(layer, units=inputs, auxiliary=inputs - handed_on))
     return result

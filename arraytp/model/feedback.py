@@ -8,32 +8,13 @@ G^n maps the space of s^{n+1} to that of s^n, for every block but the first:
 `arraytp.fast.modules` computes the same in slices.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
-
-import numpy as np
-
-from arraytp.backend import Array, Backend, array_module
-from arraytp.errors import UserError
-from arraytp.fast.parallel import Workspace
-from arraytp.model.initialise import initial_bias, initial_weight
-from arraytp.model.network import Block, Network
-from arraytp.ops.activations import (
-    activation_backward,
-    activation_derivative,
-    activation_difference,
-    activation_forward,
-)
+from arraytp.backend import Array, array_module
+from arraytp.model.blocks import Block
 from arraytp.ops.conv import conv_backward_input
 from arraytp.ops.dense import dense_backward_input
 from arraytp.ops.patches import im2col
 from arraytp.ops.pool import max_pool_backward, max_unpool
-from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
-from arraytp.options import FeedbackTraining, InitName, Unpool
-
-State = dict[str, Array]
-FeedbackInit = InitName | Literal["symmetric"]
+from arraytp.options import Unpool
 
 
 def unpooled(block: Block, t: Array, index: Array | None, unpool: Unpool) -> Array:
@@ -58,10 +39,10 @@ def feedback_input(block: Block, t: Array, index: Array | None, unpool: Unpool) 
     -------
     array of shape (B, *pre_shape)
     """
-    return activation_forward(unpooled(block, t, index, unpool), block.activation)
+    return block.activation(unpooled(block, t, index, unpool))
 
 
-def feedback_affine(block: Block, weight: Array, a: Array) -> Array:
+def transposed(block: Block, weight: Array, a: Array) -> Array:
     """Return ω ∘ a, of shape (B, *in_shape), for a of shape (B, *pre_shape): the transposed affine map, no bias."""
     if block.window is None:
         return dense_backward_input(a, weight)
@@ -70,32 +51,26 @@ def feedback_affine(block: Block, weight: Array, a: Array) -> Array:
 
 def feedback_forward(block: Block, weight: Array, bias: Array, t: Array, index: Array | None, unpool: Unpool) -> Array:
     """Return G(t), of shape (B, *in_shape); `bias` is of shape in_shape[-1:], the others as in `feedback_input`."""
-    return feedback_affine(block, weight, feedback_input(block, t, index, unpool)) + bias
+    return transposed(block, weight, feedback_input(block, t, index, unpool)) + bias
 
 
-def feedback_backward_weight(block: Block, dr: Array, a: Array) -> tuple[Array, Array]:
-    """Return the gradients of ω and of the bias, given that of r = ω ∘ a + bias: dω = dr ⋆ a, Σ dr.
+def outer(block: Block, x: Array, d: Array) -> Array:
+    """Return x ⋆ d of weight_shape, the gradient of ω in ⟨x, ω ∘ d⟩, summed over samples and positions.
 
     Parameters
     ----------
     block : Block
-    dr : array of shape (B, *in_shape)
-    a : array of shape (B, *pre_shape)
-
-    Returns
-    -------
-    dweight : array of shape weight_shape
-    dbias : array of shape in_shape[-1:]
+    x : array of shape (B, *in_shape)
+    d : array of shape (B, *pre_shape)
     """
-    patches = dr if block.window is None else im2col(dr, block.window)
-    dweight = patches.reshape(-1, patches.shape[-1]).T @ a.reshape(-1, a.shape[-1])
-    return dweight.reshape(block.weight_shape), dr.reshape(-1, dr.shape[-1]).sum(axis=0)
+    patches = x if block.window is None else im2col(x, block.window)
+    return (patches.reshape(-1, patches.shape[-1]).T @ d.reshape(-1, d.shape[-1])).reshape(block.weight_shape)
 
 
 def input_difference(block: Block, s: Array, delta: Array, index: Array | None, unpool: Unpool) -> Array:
     """Return a(s + δ) − a(s) of shape (B, *pre_shape), exact for small δ; ω ∘ this is G(s + δ) − G(s)."""
     u, du = (unpooled(block, t, index, unpool) for t in (s, delta))
-    return activation_difference(u, du, block.activation)
+    return block.activation.difference(u, du)
 
 
 def jacobian_overlap(block: Block, s: Array, index: Array | None, unpool: Unpool) -> tuple[Array, Array]:
@@ -136,10 +111,9 @@ def _slopes(block: Block, s: Array, index: Array | None, unpool: Unpool) -> tupl
     """Return D_F and D_G of every output, of s's shape."""
     xp = array_module(s)
     ones = xp.ones_like(s)
-    forward = activation_backward(ones, s, block.activation)
+    forward = block.activation.backward(ones, s)
     u = unpooled(block, s, index, unpool)
-    slope = activation_derivative(activation_forward(u, block.activation), block.activation)
-    slope = xp.ones_like(u) if slope is None else slope
+    slope = block.activation.backward(xp.ones_like(u), block.activation(u))
     if block.pool is None:
         return forward, slope
     number = xp.arange(1, s.size + 1, dtype=xp.float64).reshape(s.shape)
@@ -173,100 +147,3 @@ def expected_gradient(block: Block, theta: Array, omega: Array, overlap: tuple[A
     """
     n, m = overlap
     return (omega * m - theta * n) * omega.dtype.type(2 / batch)
-
-
-def init_feedback(
-    init: FeedbackInit, optimizer: OptimizerOptions, network: Network, seed: int, backend: Backend
-) -> State:
-    """Draw ω^n and bias of every block but the first; moments are 0. "symmetric" copies θ and has biases 0.
-
-    kaiming-uniform is PyTorch's layer default for the reversed block: a dense one's fan_in is its forward output's.
-
-    Returns
-    -------
-    map of name to array
-        feedback/<n>/weight, feedback/<n>/bias, and feedback_moments/<n>/<weight or bias>/<i>.
-    """
-    state: State = {}
-    for n, block in enumerate(network.blocks[1:], start=1):
-        theta = network.weights[n]
-        if init == "symmetric":
-            weight, bias = theta.copy(), array_module(theta).zeros(block.in_shape[-1:], dtype=theta.dtype)
-        else:
-            shape = block.weight_shape[::-1] if block.window is None else block.weight_shape
-            drawn = initial_weight(init, shape, seed, "feedback", n)
-            drawn = np.ascontiguousarray(drawn.T) if block.window is None else drawn
-            weight = backend.asarray(drawn.astype(theta.dtype))
-            # Of the same fan_in, and as long as the reversed block has outputs.
-            drawn = initial_bias(init, (*shape[:-1], block.in_shape[-1]), seed, "feedback", n)
-            bias = backend.asarray(drawn.astype(theta.dtype))
-        state[f"feedback/{n}/weight"], state[f"feedback/{n}/bias"] = weight, bias
-        for part, moments in zip(("weight", "bias"), init_optimizer(optimizer, [weight, bias]).moments, strict=True):
-            state |= {f"feedback_moments/{n}/{part}/{i}": moment for i, moment in enumerate(moments)}
-    return state
-
-
-def step_feedback(
-    training: FeedbackTraining, state: State, n: int, step: int, gradients: dict[str, Array], workspace: Workspace
-) -> None:
-    """Let the feedback optimiser take its step number `step` (from 0) on ω^n, and on its bias if that has a gradient.
-
-    `gradients` is by part, "weight" and "bias".
-    """
-    moments = [
-        tuple(state[name] for name in sorted(state) if name.startswith(f"feedback_moments/{n}/{part}/"))
-        for part in gradients
-    ]
-    # Lists begin with the first block that has feedback: block 0 for DRL's Q, block 1 for G.
-    position = n if "feedback/0/weight" in state else n - 1
-    optimizer, lr = of_block(training.optimizer, position), at_block(training.optimizer.lr, position)
-    parameters = [state[f"feedback/{n}/{part}"] for part in gradients]
-    optimizer_state = OptimizerState(step, moments)
-    apply_updates(optimizer, lr, optimizer_state, parameters, list(gradients.values()), workspace)
-
-
-def iterations_and_noise(training: FeedbackTraining, position: int) -> tuple[int, float]:
-    """Return K and σ of one block with feedback, counted from 0."""
-    return int(at_block(training.iterations, position)), at_block(training.sigma, position)
-
-
-def only_block(training: FeedbackTraining, position: int, count: int) -> FeedbackTraining:
-    """Return the settings with iterations for one of `count` blocks with feedback only."""
-    iterations = [0] * count
-    iterations[position] = int(at_block(training.iterations, position))
-    return replace(training, iterations=tuple(iterations))
-
-
-def check_feedback(
-    rule: str, training: FeedbackTraining, blocks: Sequence[Block], trained: Sequence[Block], reduction: str
-) -> None:
-    """Refuse what the rules with trained feedback cannot do.
-
-    `trained` are those blocks that the lists in `training` have one value for.
-
-    Raises
-    ------
-    UserError
-        If a list has not one value per feedback block, the loss is not the mean, or blocks have auxiliary units; names
-        key and blocks.
-    """
-    if reduction != "mean":
-        raise UserError(f"loss.reduction: {reduction}: rule {rule} is defined for the mean loss; use reduction: mean")
-    labels = [block.label for block in trained]
-    for key, values in (
-        ("iterations", training.iterations),
-        ("sigma", training.sigma),
-        ("optimizer.lr", training.optimizer.lr),
-        ("optimizer.epsilon", getattr(training.optimizer, "epsilon", None)),
-    ):
-        if isinstance(values, tuple) and len(values) != len(labels):
-            raise UserError(
-                f"rule.feedback.{key}: {len(values)} values {list(values)}; needs one number, or a list of "
-                f"{len(labels)}, one per block with feedback: {', '.join(labels) or 'none'}"
-            )
-    for n, block in enumerate(blocks):
-        if block.auxiliary:
-            raise UserError(
-                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, for which rule {rule} "
-                "has no use; they are GAIT-prop's (network.square: false)"
-            )

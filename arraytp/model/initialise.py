@@ -1,13 +1,38 @@
-"""How weights are drawn (docs/math/notation.md). Numbers are float64, from named random streams."""
+"""How parameters are drawn (docs/math/notation.md). Numbers are float64, from named random streams."""
 
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arraytp.backend import NUMPY, Backend
+from arraytp.model.blocks import Block, Network
 from arraytp.streams import stream
 
 Floats = NDArray[np.float64]
+
+
+def make_network(
+    blocks: tuple[Block, ...], init: str, seed: int, dtype: str = "float32", backend: Backend = NUMPY
+) -> Network:
+    """Return a network with initial parameters, the same for the same seed on every backend.
+
+    Parameters
+    ----------
+    blocks : tuple of Block
+    init : {"kaiming-uniform", "xavier-normal", "orthogonal"}
+    seed : int
+    dtype : {"float32", "float64"}
+        Numbers are drawn in float64 and rounded.
+    backend : Backend
+    """
+    network = Network(blocks)
+    for n, block in enumerate(blocks):
+        weight = initial_weight(init, block.weight_shape, seed, "init", n)
+        bias = initial_bias(init, block.weight_shape, seed, "init", n)
+        network.weights.append(backend.asarray(weight.astype(dtype)))
+        network.biases.append(backend.asarray(bias.astype(dtype)))
+    return network
 
 
 def initial_weight(init: str, shape: tuple[int, ...], seed: int, purpose: str, *key: int) -> Floats:

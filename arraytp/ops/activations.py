@@ -1,63 +1,152 @@
-"""Element-wise activations s = f(z) and their derivatives D = f'(z) (docs/math/notation.md).
+"""Element-wise activations s = f(z) as values: f, f' read off s, f⁻¹, exact differences, range (docs/math/notation.md).
 
-Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things rest on it: max-pooling
-commutes with f, once `level` has been at z, and f' can be read off s instead of z, so that z need not be kept.
+Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things rest on it: max-pooling commutes
+with f, once `Activation.tie` has been at z, and f' can be read off s instead of z, so that z need not be kept.
+All have f(0) = 0.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from arraytp.backend import Array, array_module
 
 LEAKY_SLOPE = 0.1
 
 
-def activation_forward(z: Array, name: str, out: Array | None = None) -> Array:
-    """Return s = f(z).
+@dataclass(frozen=True)
+class Activation:
+    """An activation function.
 
     Parameters
     ----------
-    z : array of any shape
-    name : {"linear", "leaky-relu", "elu", "relu", "tanh"}
-        Leaky ReLU has slope 0.1 below 0, ELU has alpha 1.
-    out : array of z's shape, optional
-        Where to write; may be z itself.
-
-    Returns
-    -------
-    array of z's shape and dtype
-    """
-    xp = array_module(z)
-    if name == "linear":
-        if out is None or out is z:
-            return z
-        out[...] = z
-        return out
-    if name == "leaky-relu":
-        # max(z, 0.1 z) is z for z ≥ 0 and 0.1 z below.
-        return xp.maximum(z, z * z.dtype.type(LEAKY_SLOPE), out=out)
-    if name == "relu":
-        return xp.maximum(z, z.dtype.type(0), out=out)
-    if name == "tanh":
-        return xp.tanh(z, out=out)
-    if name == "elu":
-        return _elu(z, out)
-    raise ValueError(f"unknown activation {name!r}")
-
-
-def level(z: Array, bias: Array, name: str) -> None:
-    """Make all those z equal, in place, whose f(z + bias) is the same: ReLU's zeros.
-
-    Pooling them finds the first maximum of f(z + bias) then. The other activations increase strictly.
-
-    Parameters
-    ----------
-    z : array of shape (B, H, W, O)
-    bias : array of shape (O,)
     name : str
-        As in `activation_forward`.
+        As configs have it.
+    forward : (z, out) → s
+        f(z); `out`, of z's shape, is where to write and may be z itself, or None.
+    derivative : s → D, or None
+        D = f'(z) computed from s = f(z); None stands for 1 everywhere.
+    difference : (s, δ) → array
+        f(s + δ) − f(s), to rounding of its own size where f has no curvature between the two.
+    inverse : s → z, or None
+        z with f(z) = s, not finite outside `range`; None where f has no inverse.
+    range : (float, float)
+        The numbers between which f's values lie, neither of them included.
+    curved : bool
+        Whether f has curvature anywhere.
+    flat_below_zero : bool
+        Whether f is 0 for all z ≤ 0.
     """
-    if name == "relu":
-        array_module(z).maximum(z, -bias, out=z)
+
+    name: str
+    forward: Callable[[Array, Array | None], Array]
+    derivative: Callable[[Array], Array] | None
+    difference: Callable[[Array, Array], Array]
+    inverse: Callable[[Array], Array] | None = None
+    range: tuple[float, float] = (-math.inf, math.inf)
+    curved: bool = False
+    flat_below_zero: bool = False
+
+    def __call__(self, z: Array, out: Array | None = None) -> Array:
+        """Return s = f(z), of z's shape and dtype; z itself for the linear activation when `out` is not given."""
+        return self.forward(z, out)
+
+    def backward(self, ds: Array, s: Array, out: Array | None = None) -> Array:
+        """Return dz = D ⊙ ds.
+
+        Parameters
+        ----------
+        ds, s : arrays of one shape
+            Gradient of the activation, and the activation.
+        out : array of the same shape, optional
+            Where to write; may be ds itself.
+
+        Returns
+        -------
+        array of the same shape
+            `ds` itself for the linear activation when `out` is not given.
+        """
+        if self.derivative is None:
+            return _copied(ds, out)
+        return array_module(ds).multiply(ds, self.derivative(s), out=out)
+
+    def tie(self, z: Array, bias: Array) -> None:
+        """Make all those z equal, in place, whose f(z + bias) is the same: ReLU's zeros.
+
+        Pooling them finds the first maximum of f(z + bias) then. The other activations increase strictly.
+
+        Parameters
+        ----------
+        z : array of shape (B, H, W, O)
+        bias : array of shape (O,)
+        """
+        if self.flat_below_zero:
+            array_module(z).maximum(z, -bias, out=z)
+
+
+def _copied(array: Array, out: Array | None) -> Array:
+    if out is None or out is array:
+        return array
+    out[...] = array
+    return out
+
+
+def _linear_difference(s: Array, delta: Array) -> Array:
+    return delta
+
+
+def _leaky_relu(z: Array, out: Array | None) -> Array:
+    # max(z, 0.1 z) is z for z ≥ 0 and 0.1 z below.
+    return array_module(z).maximum(z, z * z.dtype.type(LEAKY_SLOPE), out=out)
+
+
+def _leaky_relu_derivative(s: Array) -> Array:
+    """Return 1 for s ≥ 0, else 0.1."""
+    # A sum, since NumPy casts truth values slowly in other operations; 0.9 + 0.1 rounds to 1 in both dtypes.
+    slope = s.dtype.type(LEAKY_SLOPE)
+    return (s >= 0) * (s.dtype.type(1) - slope) + slope
+
+
+def _leaky_relu_inverse(s: Array) -> Array:
+    # min(s, 10 s) is s for s ≥ 0 and s / 0.1 below.
+    return array_module(s).minimum(s, s * s.dtype.type(1 / LEAKY_SLOPE))
+
+
+def _leaky_relu_difference(s: Array, delta: Array) -> Array:
+    return _piecewise_difference(_leaky_relu, s, delta, delta * s.dtype.type(LEAKY_SLOPE))
+
+
+def _relu(z: Array, out: Array | None) -> Array:
+    return array_module(z).maximum(z, z.dtype.type(0), out=out)
+
+
+def _relu_derivative(s: Array) -> Array:
+    """Return 1 for s > 0, else 0."""
+    return (s > 0).astype(s.dtype)
+
+
+def _relu_difference(s: Array, delta: Array) -> Array:
+    return _piecewise_difference(_relu, s, delta, array_module(s).zeros_like(delta))
+
+
+def _tanh(z: Array, out: Array | None) -> Array:
+    return array_module(z).tanh(z, out=out)
+
+
+def _tanh_derivative(s: Array) -> Array:
+    """Return 1 − s²."""
+    return s.dtype.type(1) - s * s
+
+
+def _tanh_inverse(s: Array) -> Array:
+    xp = array_module(s)
+    return s.dtype.type(0.5) * (xp.log1p(s) - xp.log1p(-s))
+
+
+def _tanh_difference(s: Array, delta: Array) -> Array:
+    """Return tanh a − tanh b = tanh(a − b) (1 − tanh a tanh b)."""
+    xp = array_module(s)
+    return xp.tanh(delta) * (s.dtype.type(1) - xp.tanh(s + delta) * xp.tanh(s))
 
 
 def _elu(z: Array, out: Array | None) -> Array:
@@ -78,136 +167,46 @@ def _elu(z: Array, out: Array | None) -> Array:
     return out
 
 
-def activation_range(name: str) -> tuple[float, float]:
-    """Return the numbers between which f's values lie, neither of them included: where f⁻¹ is defined.
-
-    Parameters
-    ----------
-    name : {"linear", "leaky-relu", "elu", "tanh"}
-    """
-    return {"elu": (-1.0, math.inf), "tanh": (-1.0, 1.0)}.get(name, (-math.inf, math.inf))
+def _elu_derivative(s: Array) -> Array:
+    """Return 1 above 0, else exp(z) = s + 1."""
+    return array_module(s).minimum(s, s.dtype.type(0)) + s.dtype.type(1)
 
 
-def activation_inverse(s: Array, name: str) -> Array:
-    """Return z with f(z) = s; not finite where s is outside f's range.
+def _elu_inverse(s: Array) -> Array:
+    xp, zero = array_module(s), s.dtype.type(0)
+    return xp.maximum(s, zero) + xp.log1p(xp.minimum(s, zero))
 
-    Parameters
-    ----------
-    s : array of any shape
-    name : {"linear", "leaky-relu", "elu", "tanh"}
-        ReLU has no inverse. f's range is `activation_range`.
 
-    Returns
-    -------
-    array of s's shape and dtype
-        `s` itself for the linear activation.
-    """
+def _elu_difference(s: Array, delta: Array) -> Array:
+    """Return, below 0, exp(s + δ) − exp(s), the larger of the two factored out so that nothing overflows."""
     xp = array_module(s)
-    if name == "linear":
-        return s
-    if name == "leaky-relu":
-        # min(s, 10 s) is s for s ≥ 0 and s / 0.1 below.
-        return xp.minimum(s, s * s.dtype.type(1 / LEAKY_SLOPE))
-    if name == "tanh":
-        return s.dtype.type(0.5) * (xp.log1p(s) - xp.log1p(-s))
-    if name == "elu":
-        return xp.maximum(s, s.dtype.type(0)) + xp.log1p(xp.minimum(s, s.dtype.type(0)))
-    raise ValueError(f"activation {name!r} has no inverse")
+    larger = xp.exp(xp.minimum(xp.maximum(s, s + delta), s.dtype.type(0)))
+    return _piecewise_difference(_elu, s, delta, -larger * xp.expm1(-xp.absolute(delta)) * xp.sign(delta))
 
 
-def activation_derivative(s: Array, name: str) -> Array | None:
-    """Return D = f'(z), computed from s = f(z); None stands for 1 everywhere (linear).
+def _piecewise_difference(
+    forward: Callable[[Array, Array | None], Array], s: Array, delta: Array, below: Array
+) -> Array:
+    """Return f(s + δ) − f(s) of an f that is z above 0: δ if both are, `below` if both are below, else as it reads.
 
-    Parameters
-    ----------
-    s : array of any shape
-        The activation, not the pre-activation.
-    name : str
-        As in `activation_forward`.
-
-    Returns
-    -------
-    array of s's shape and dtype, or None
-        Leaky ReLU at 0: 1; ReLU at 0: 0; ELU: 1 above 0, else exp(z) = s + 1; tanh: 1 − s².
+    Subtracting the two values everywhere would leave rounding errors of the size of s, which drown a small δ in
+    float32.
     """
-    xp = array_module(s)
-    one = s.dtype.type(1)
-    if name == "linear":
-        return None
-    if name == "leaky-relu":
-        # A sum, since NumPy casts truth values slowly in other operations; 0.9 + 0.1 rounds to 1 in both dtypes.
-        slope = s.dtype.type(LEAKY_SLOPE)
-        return (s >= 0) * (one - slope) + slope
-    if name == "relu":
-        return (s > 0).astype(s.dtype)
-    if name == "tanh":
-        return one - s * s
-    if name == "elu":
-        return xp.minimum(s, s.dtype.type(0)) + one
-    raise ValueError(f"unknown activation {name!r}")
-
-
-def activation_backward(ds: Array, s: Array, name: str, out: Array | None = None) -> Array:
-    """Return dz = D ⊙ ds.
-
-    Parameters
-    ----------
-    ds, s : arrays of one shape
-        Gradient of the activation, and the activation.
-    name : str
-        As in `activation_forward`.
-    out : array of the same shape, optional
-        Where to write; may be ds itself.
-
-    Returns
-    -------
-    array of the same shape
-        `ds` itself for the linear activation when `out` is not given.
-    """
-    derivative = activation_derivative(s, name)
-    if derivative is None:
-        if out is None or out is ds:
-            return ds
-        out[...] = ds
-        return out
-    return array_module(ds).multiply(ds, derivative, out=out)
-
-
-def activation_difference(s: Array, delta: Array, name: str) -> Array:
-    """Return f(s + δ) − f(s), to rounding of its own size where f has no curvature between the two.
-
-    Subtracting the two values would leave rounding errors of the size of s, which drown a small δ in float32.
-
-    Parameters
-    ----------
-    s, delta : arrays of one shape
-    name : str
-        As in `activation_forward`.
-
-    Returns
-    -------
-    array of the same shape and dtype
-        `delta` itself for the linear activation.
-    """
-    xp = array_module(s)
-    zero = s.dtype.type(0)
-    moved = s + delta
-    if name == "linear":
-        return delta
-    if name == "tanh":
-        # tanh a − tanh b = tanh(a − b) (1 − tanh a tanh b).
-        return xp.tanh(delta) * (s.dtype.type(1) - xp.tanh(moved) * xp.tanh(s))
-    both_above = (s >= zero) & (moved >= zero)
-    both_below = (s < zero) & (moved < zero)
-    across = activation_forward(moved, name) - activation_forward(s, name)
-    if name == "leaky-relu":
-        below = delta * s.dtype.type(LEAKY_SLOPE)
-    elif name == "relu":
-        below = xp.zeros_like(delta)
-    elif name == "elu":
-        # exp(s + δ) − exp(s), the larger of the two factored out so that nothing overflows, used or not.
-        larger = xp.exp(xp.minimum(xp.maximum(s, moved), zero))
-        below = -larger * xp.expm1(-xp.absolute(delta)) * xp.sign(delta)
-    else:
-        raise ValueError(f"unknown activation {name!r}")
+    xp, zero = array_module(s), s.dtype.type(0)
+    shifted = s + delta
+    both_above = (s >= zero) & (shifted >= zero)
+    both_below = (s < zero) & (shifted < zero)
+    across = forward(shifted, None) - forward(s, None)
     return xp.where(both_above, delta, xp.where(both_below, below, across))
+
+
+LINEAR = Activation("linear", _copied, None, _linear_difference, inverse=lambda s: s)
+LEAKY_RELU = Activation(
+    "leaky-relu", _leaky_relu, _leaky_relu_derivative, _leaky_relu_difference, inverse=_leaky_relu_inverse
+)
+RELU = Activation("relu", _relu, _relu_derivative, _relu_difference, flat_below_zero=True)
+TANH = Activation("tanh", _tanh, _tanh_derivative, _tanh_difference, _tanh_inverse, (-1.0, 1.0), curved=True)
+ELU = Activation("elu", _elu, _elu_derivative, _elu_difference, _elu_inverse, (-1.0, math.inf), curved=True)
+
+ACTIVATIONS = {activation.name: activation for activation in (LINEAR, LEAKY_RELU, RELU, TANH, ELU)}
+"""By name: leaky ReLU has slope 0.1 below 0, ELU has alpha 1."""

@@ -7,6 +7,8 @@ from arraytp.streams import sequence, stream
 
 # Samples that share a random stream on the host: small enough to share a batch's noise among threads.
 CHUNK = 16
+# Which noise of an iteration: that of the block's input, that of its output.
+EPSILON, ETA = 0, 1
 
 
 def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Array:

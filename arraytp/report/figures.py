@@ -9,12 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from arraytp.errors import UserError
+from arraytp.files import write_file
 from arraytp.report.angles import common_blocks, differs_from_bp
 from arraytp.report.panels import angle_bars, angle_lines, block_lines, epoch_line, epoch_lines, finish_epochs
 from arraytp.report.reading import Result, read_result
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
-from arraytp.training.tables import write_file
 
 LAST_FIGURE = "angles_per_block.png"
 """Written last: where it is, all of a run's figures are."""

@@ -1,28 +1,16 @@
 """The learning rules, one file each, and the one line that makes each known to configs."""
 
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, Union
 
 from arraytp.rules import bp, dfa, drl, dtp, fa, gait_prop, ldrl, ldrl_parallel, tp
+from arraytp.rules.protocol import Options, Rule
 
-RuleOptions = (
-    bp.Options
-    | fa.Options
-    | dfa.Options
-    | gait_prop.Options
-    | tp.Options
-    | dtp.Options
-    | ldrl.Options
-    | ldrl_parallel.Options
-    | drl.Options
-)
-RULES: dict[str, ModuleType] = {
-    "bp": bp,
-    "fa": fa,
-    "dfa": dfa,
-    "gait-prop": gait_prop,
-    "tp": tp,
-    "dtp": dtp,
-    "ldrl": ldrl,
-    "ldrl-parallel": ldrl_parallel,
-    "drl": drl,
-}
+_MODULES = (bp, fa, dfa, gait_prop, tp, dtp, ldrl, ldrl_parallel, drl)
+
+RULES: dict[str, Rule[Any]] = {module.RULE.name: module.RULE for module in _MODULES}
+"""By name."""
+
+if TYPE_CHECKING:
+    RuleOptions = Options
+else:
+    RuleOptions = Union[tuple(rule.options for rule in RULES.values())]  # noqa: UP007

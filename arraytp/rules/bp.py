@@ -6,15 +6,14 @@ for n = N−1 … 0:
     dW^n = (s^n)ᵀ dz^n,  db^n = Σ dz^n,  ds^n = dz^n (W^n)ᵀ
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from arraytp.backend import Array, Backend
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import backward
-from arraytp.model.network import ForwardPass, Network, adjoint_flops
+from arraytp.model.blocks import Network, backward_flops
+from arraytp.model.passes import Batch
 from arraytp.options import STRICT
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import Rule, State, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,44 +25,17 @@ class Options:
     __pydantic_config__ = STRICT
 
 
-def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
-    """Return the rule's state: none."""
-    return {}
+def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
+    """Yield ∂L/∂W and ∂L/∂b of every block, from the last to the first."""
+    ds = batch.dlogits
+    for at in batch.down():
+        dW, db, ds = at.backward(ds, through=at.weight)
+        yield dW, db
 
 
-def updates(
-    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
-) -> Updates:
-    """Return ∂L/∂W and ∂L/∂b of every block.
-
-    Parameters
-    ----------
-    options, state
-        Unused: every rule is called alike.
-    network : Network
-    passed : ForwardPass
-        Of the batch, with the network's present weights.
-    dlogits : array of shape (B, classes)
-        ∂L/∂logits; that of auxiliary units is 0, here as in every block.
-    workspace : Workspace
-
-    Returns
-    -------
-    list of (array, array)
-        Shapes as the network's weights and biases; valid until the next call.
-    """
-    result: Updates = []
-    ds = dlogits
-    for n in reversed(range(len(network))):
-        carrier = network.weights[n] if n > 0 else None
-        dweight, dbias, ds = backward(
-            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.x[n], carrier, workspace, ("bp", n)
-        )
-        result.append((dweight, dbias))
-    return result[::-1]
+def flops(options: Options, network: Network) -> int:
+    """Return the operations of the products of `updates` for one sample."""
+    return backward_flops(network.blocks)
 
 
-def product_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `updates` for one sample: two products a block, one in the first."""
-    flops = [adjoint_flops(block) for block in network.blocks]
-    return 2 * sum(flops) - flops[0]
+RULE = Rule(options=Options, updates=updates, flops=flops)

@@ -1,27 +1,25 @@
 """Direct feedback alignment (DFA): the output error goes to every block through a fixed random matrix of its own.
 
     e = ∂L/∂s^N
-    for n = 0 … N−2:
-        ds^{n+1} = e B^n,  B^n of shape (classes, size of s^{n+1})
+    for n = N−1 … 0:
+        ds^{n+1} = e B^{n+1},  B^{n+1} of shape (classes, size of s^{n+1}); for the output block e itself
         dz^n = D^n ⊙ (unpool ds^{n+1})
         dW^n = (s^n)ᵀ dz^n,  db^n = Σ dz^n
-    the output block as in BP
 
 Source: Nøkland (2016).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
-import numpy as np
-
-from arraytp.backend import Array, Backend
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import backward, product
-from arraytp.model.initialise import initial_weight
-from arraytp.model.network import ForwardPass, Network, adjoint_flops
+from arraytp.backend import Backend
+from arraytp.model.blocks import Network, adjoint_flops
+from arraytp.model.passes import Batch
 from arraytp.options import STRICT, InitName
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.feedback import init_direct
+from arraytp.rules.protocol import Rule, State, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,36 +33,28 @@ class Options:
 
 
 def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
-    """Draw B^n of shape (classes, size of s^{n+1}) for every block but the last."""
-    classes = network.blocks[-1].passed_shape[0]
-    state: State = {}
-    for n, block in enumerate(network.blocks[:-1]):
-        shape = (classes, int(np.prod(block.passed_shape)))
-        matrix = initial_weight(options.feedback_init, shape, seed, "feedback", n)
-        state[f"feedback/{n}/weight"] = backend.asarray(matrix.astype(network.weights[n].dtype))
-    return state
+    """Draw B^n for every hidden s^n."""
+    return init_direct(options.feedback_init, network, seed, backend)
 
 
-def updates(
-    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
-) -> Updates:
-    """Return DFA's updates of every block; parameters and result as in `arraytp.rules.bp.updates`."""
-    result: Updates = []
-    last = len(network) - 1
-    for n, block in enumerate(network.blocks):
-        s = passed.s[n + 1]
-        if n == last:
-            ds = dlogits
-        else:
-            ds = workspace.array("dfa ds", (len(dlogits), int(np.prod(block.passed_shape))), s.dtype)
-            product(dlogits, state[f"feedback/{n}/weight"], ds, workspace)
-        dweight, dbias, _ = backward(block, ds, s, passed.index[n], passed.x[n], None, workspace, ("dfa", n))
-        result.append((dweight, dbias))
-    return result
+def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
+    """Yield DFA's update of every block, from the last to the first."""
+    B, e = state.weights, batch.dlogits
+    for at in batch.down():
+        ds = batch.product(e, B[at.n + 1], "ds") if at.n + 1 in B else e
+        dW, db, _ = at.backward(ds)
+        yield dW, db
 
 
-def product_flops(options: Options, network: Network) -> int:
-    """Return the floating-point operations of the products of `updates` for one sample: dW per block, and e B^n."""
-    classes = network.blocks[-1].passed_shape[0]
-    direct = sum(2 * classes * int(np.prod(block.passed_shape)) for block in network.blocks[:-1])
-    return sum(adjoint_flops(block) for block in network.blocks) + direct
+def flops(options: Options, network: Network) -> int:
+    """Return the operations of the products of `updates` for one sample: dW per block, and e B."""
+    return sum(map(adjoint_flops, network.blocks)) + sum(direct_flops(network))
+
+
+def direct_flops(network: Network) -> list[int]:
+    """Return the operations of a product with the direct matrix of every hidden s^n, for one sample."""
+    classes = network.blocks[-1].next_shape[0]
+    return [2 * classes * prod(block.next_shape) for block in network.blocks[:-1]]
+
+
+RULE = Rule(options=Options, init_state=init_state, updates=updates, flops=flops)

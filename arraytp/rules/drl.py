@@ -1,18 +1,20 @@
 """DTP with direct linear feedback trained by the difference reconstruction loss (DRL, DDTP-linear).
 
-The output has a direct linear connection Q^n to every hidden s^n, and there is no G^n from layer to layer:
+The output has a direct linear connection Q^n to every hidden s^n, n = 1 … N−1, and there is no G^n from layer to layer.
+Q^n descends, on every batch and K_n times, with ε ~ N(0, σ_n²) and ŷ_ε the logits of the network run on from s^n + ε,
+
+    r_ε = Q^n ŷ_ε + s^n − Q^n ŷ
+    (1/σ_n²) · mean over batch and units of (r_ε − (s^n + ε))²                                        Algorithm 2
+
+with weight decay for the second term of the paper's Eq. 11. Then
 
     t^N = s^N − η ∂L/∂s^N, L the mean loss
     t^n = s^n + Q^n(t^N) − Q^n(s^N)
     update of θ of a dense block: (1/B) Σ 2 D ⊙ (s − t) outer input; of a convolution: ∂/∂θ of the mean of (s − t)² over
     batch and units
 
-Q^n descends, on every batch and K_n times, with ε ~ N(0, σ_n²) and ŷ_ε the logits of the network run on from s^n + ε,
-
-    (1/σ_n²) · mean over batch and units of ((Q^n ŷ_ε + s^n − Q^n ŷ) − (s^n + ε))²                     Algorithm 2
-
-with weight decay for the second term of the paper's Eq. 11. Source: Meulemans et al. (2020), as the code does it that
-the DTP paper compares with. Biases of Q^n stay 0 there, as they cancel from every difference; here there are none.
+Source: Meulemans et al. (2020), as the code does it that the DTP paper compares with. Biases of Q^n stay 0 there, as
+they cancel from every difference; here there are none.
 
 Schedules: s-DDTP has `pretrain_epochs` of feedback training alone, one feedback update a batch, and `extra_epochs` of
 feedback training alone after every epoch; p-DDTP has neither, but K feedback updates a batch.
@@ -25,21 +27,20 @@ from typing import Literal
 
 import numpy as np
 
-from arraytp.backend import Array, Backend
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import backward, forward, product
-from arraytp.model.feedback import check_feedback, iterations_and_noise, step_feedback
-from arraytp.model.initialise import initial_weight
-from arraytp.model.network import Block, ForwardPass, Network, adjoint_flops, block_flops
-from arraytp.ops.noise import gaussian
-from arraytp.optim import at_block, init_optimizer
+from arraytp.backend import Array, Backend, array_module
+from arraytp.model.blocks import Block, Network, adjoint_flops, block_flops
+from arraytp.model.passes import At, Batch
+from arraytp.ops.noise import EPSILON
+from arraytp.optim import at_block
 from arraytp.options import STRICT, Adam, Border, FeedbackTraining, InitName, Positive
-from arraytp.rules.protocol import Observe, State, Target, Updates
+from arraytp.rules.dfa import direct_flops
+from arraytp.rules.feedback import check_feedback, init_direct, init_moments
+from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State, Target, Update
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`eta` is the target step size η. Lists in `feedback` have one value per hidden s^n, from the first block's on."""
+    """`eta` is the target step size η. Lists in `feedback` have one value per hidden s^n, from s^1 on."""
 
     name: Literal["drl"] = "drl"
     eta: Positive = 0.02
@@ -61,7 +62,7 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
     UserError
         As `check_feedback`.
     """
-    check_feedback(options.name, options.feedback, blocks, blocks[:-1], reduction)
+    check_feedback(options.name, options.feedback, blocks, reduction)
     sigma = options.feedback.sigma
     smallest = min(sigma) if isinstance(sigma, Sequence) else sigma
     if dtype == "float32" and smallest < 1e-3:
@@ -73,130 +74,102 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
 
 
 def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
-    """Draw Q of every s^{n+1}, n = 0 … N−2, of shape (classes, size of s^{n+1}); moments are 0."""
-    state: State = {}
-    for n, block in enumerate(network.blocks[:-1]):
-        shape = (network.blocks[-1].passed_shape[0], math.prod(block.out_shape))
-        drawn = initial_weight(options.feedback_init, shape, seed, "feedback", n)
-        weight = state[f"feedback/{n}/weight"] = backend.asarray(drawn.astype(network.weights[n].dtype))
-        (moments,) = init_optimizer(options.feedback.optimizer, [weight]).moments
-        state |= {f"feedback_moments/{n}/weight/{i}": moment for i, moment in enumerate(moments)}
+    """Draw Q^n, of shape (classes, size of s^n), for every hidden s^n; moments are 0."""
+    state = init_direct(options.feedback_init, network, seed, backend)
+    for n in state.weights:
+        init_moments(state, n, options.feedback.optimizer)
     return state
 
 
-def feedback_epochs(options: Options) -> tuple[int, int]:
-    """Return how many epochs of feedback training alone come before the first epoch, and after each."""
-    return options.pretrain_epochs, options.extra_epochs
+def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
+    """Return what does the iterations of Algorithm 2 on Q^n."""
+
+    def iteration(state: State, k: int, with_loss: bool) -> Iteration:
+        epsilon = at.batch.noise("epsilon", at.s.shape, sigma, noise_key(at.n), k, EPSILON)
+        gradient, loss = iterate(at, state.weights[at.n], epsilon, sigma)
+        return Iteration({"weight": gradient}, loss, {"epsilon": epsilon})
+
+    return iteration
 
 
-def train_feedback(
-    options: Options,
-    state: State,
-    network: Network,
-    passed: ForwardPass,
-    seed: int,
-    step: int,
-    workspace: Workspace,
-    observe: Observe | None = None,
-) -> list[Array | None]:
-    """Train every Q on a batch, in place (Algorithm 2); parameters as in `arraytp.rules.dtp.train_feedback`.
+def noise_key(n: int) -> int:
+    """Return the number of the block that s^n comes from, whose output is disturbed."""
+    return n - 1
 
-    Returns
-    -------
-    list of arrays of shape (), or None
-        Per hidden s^n, from s^1 on: the loss in the last iteration, None without iterations.
+
+def iterate(at: At, q: Array, epsilon: Array, sigma: float) -> tuple[Array, Array]:
+    """Return the gradient of Q and the loss of an iteration, for ε of s^n's shape.
+
+    r_ε − (s + ε) = Q ŷ_ε + s − Q ŷ − s − ε = Q (ŷ_ε − ŷ) − ε.
     """
-    losses: list[Array | None] = []
-    for n in range(len(network) - 1):
-        iterations, sigma = iterations_and_noise(options.feedback, n)
-        loss = None
-        for k in range(iterations):
-            s = passed.x[n + 1]
-            epsilon = gaussian(workspace.array("drl noise", s.shape, s.dtype), sigma, 0, seed, step, n, k, 0)
-            moved = run_on(network, n + 1, s + epsilon, workspace) - passed.logits
-            gradient, loss = iteration(state[f"feedback/{n}/weight"], moved, epsilon, sigma, workspace)
-            if observe is not None:
-                observe(n, k, {"epsilon": epsilon, "gradient": gradient, "loss": loss})
-            step_feedback(options.feedback, state, n, step * iterations + k, {"weight": gradient}, workspace)
-        losses.append(loss)
-    return losses
-
-
-def iteration(q: Array, moved: Array, epsilon: Array, sigma: float, workspace: Workspace) -> tuple[Array, Array]:
-    """Return the gradient of Q and the loss, for ŷ_ε − ŷ of shape (B, classes) and ε of shape (B, …)."""
-    noise = epsilon.reshape(len(epsilon), -1)
-    residual = workspace.array("drl residual", noise.shape, noise.dtype)
-    gradient = workspace.array("drl gradient", q.shape, q.dtype)
-    product(moved, q, residual, workspace)
-    residual -= noise
+    batch, noise = at.batch, epsilon.reshape(len(epsilon), -1)
+    s_epsilon = array_module(epsilon).add(at.s, epsilon, out=batch.array("s + epsilon", at.s.shape))
+    y_difference = batch.run_on(at.n, s_epsilon) - batch.logits  # ŷ_ε − ŷ
+    residual = batch.product(y_difference, q, "residual")
+    residual -= noise  # r_ε − (s + ε)
     # In NumPy's floats: Python's would stop at a σ² beyond their range instead of giving what is not finite.
     scale = noise.dtype.type(1 / (np.float64(sigma) ** 2 * noise.size))
-    product(moved.T, residual, gradient, workspace)
+    gradient = batch.product(y_difference.T, residual, "gradient")
     gradient *= 2 * scale
-    return gradient, (residual * residual).sum() * scale
+    flat = residual.reshape(-1)
+    return gradient, array_module(flat).multiply(flat, flat, out=flat).sum() * scale
 
 
-def run_on(network: Network, n: int, s: Array, workspace: Workspace) -> Array:
-    """Return the logits of the network run on from s^n."""
-    rest = Network(network.blocks[n:], network.weights[n:], network.biases[n:])
-    return forward(rest, s, workspace, "run on").logits
+def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
+    """Yield the direct target of every block's output, from the last to the first."""
+    Q, delta = state.weights, batch.dlogits * batch.dlogits.dtype.type(-options.eta)  # t^N − s^N
+    for at in batch.down():
+        yield Target(batch.product(delta, Q[at.n + 1], "delta") if at.n + 1 in Q else delta)
 
 
-def updates(
-    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
-) -> Updates:
-    """Return the updates of every block by direct targets; parameters and result as in `arraytp.rules.bp.updates`.
-
-    `dlogits` is of the mean loss.
-    """
-    result: Updates = []
-    found = targets(options, state, network, passed, dlogits, workspace)
-    for n, target in zip(reversed(range(len(network))), found, strict=True):
-        block, delta = network.blocks[n], target.delta
-        averaged = len(delta) * (math.prod(block.out_shape) if block.kind == "conv" else 1)
-        ds = delta * delta.dtype.type(-2 / averaged)
-        dweight, dbias, _ = backward(
-            block, ds, passed.s[n + 1], passed.index[n], passed.x[n], None, workspace, ("drl", n)
-        )
-        result.append((dweight, dbias))
-    return result[::-1]
+def local_update(options: Options, at: At, target: Target) -> Update:
+    """Return the gradient of `local_loss`, the target constant."""
+    dW, db, _ = at.backward(target.delta, scale=-2 / averaged(at.block, len(at.batch)))
+    return dW, db
 
 
-def targets(
-    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
-) -> Iterator[Target]:
-    """Yield the direct target of every block, from the last to the first; parameters as in `updates`."""
-    output = dlogits * dlogits.dtype.type(-options.eta)
-    yield Target(output)
-    for n in reversed(range(len(network) - 1)):
-        shape = (len(output), math.prod(network.blocks[n].out_shape))
-        delta = workspace.array("drl delta", shape, output.dtype)
-        product(output, state[f"feedback/{n}/weight"], delta, workspace)
-        yield Target(delta)
+def local_loss(options: Options, block: Block, s: Array, t: Array) -> float:
+    """Return Σ (s − t)² averaged over the batch, of a convolution over its units, too."""
+    return float(((s - t) ** 2).sum()) / averaged(block, len(s))
 
 
-def feedback_pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
-    """Return index, Q and the weight that it can be compared with: only the last has one, θ^{N−1} transposed."""
-    last = len(network) - 2
-    return [
-        (n, state[f"feedback/{n}/weight"], network.weights[-1].T if n == last else None)
-        for n in range(len(network) - 1)
-    ]
+def averaged(block: Block, samples: int) -> int:
+    """Return over how many numbers a block's local loss is averaged."""
+    return samples * (math.prod(block.out_shape) if block.kind == "conv" else 1)
 
 
-def product_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `updates` for one sample: dW per block, and Q on the output's δ."""
-    return sum(adjoint_flops(block) for block in network.blocks) + sum(_direct_flops(network))
+def pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
+    """Return n, Q^n and the weight that it can be compared with: only the last has one, θ^{N−1} transposed."""
+    last = len(network) - 1
+    return [(n, q, network.weights[last].T if n == last else None) for n, q in state.weights.items()]
+
+
+def flops(options: Options, network: Network) -> int:
+    """Return the operations of the products of targets and updates for one sample: dW per block, and Q on δ^N."""
+    return sum(map(adjoint_flops, network.blocks)) + sum(direct_flops(network))
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `train_feedback` for one sample: the network run on, two with Q."""
+    """Return the operations of the products of feedback training for one sample: the network run on, two with Q."""
     return sum(
-        int(at_block(options.feedback.iterations, n)) * (2 * direct + sum(map(block_flops, network.blocks[n + 1 :])))
-        for n, direct in enumerate(_direct_flops(network))
+        int(at_block(options.feedback.iterations, n - 1)) * (2 * direct + sum(map(block_flops, network.blocks[n:])))
+        for n, direct in enumerate(direct_flops(network), start=1)
     )
 
 
-def _direct_flops(network: Network) -> list[int]:
-    classes = network.blocks[-1].passed_shape[0]
-    return [2 * classes * math.prod(block.out_shape) for block in network.blocks[:-1]]
+RULE = Rule(
+    options=Options,
+    init_state=init_state,
+    targets=targets,
+    local_update=local_update,
+    local_loss=local_loss,
+    feedback=Feedback(
+        begin=begin,
+        pairs=pairs,
+        flops=feedback_flops,
+        epochs=lambda options: (options.pretrain_epochs, options.extra_epochs),
+        noise_key=noise_key,
+    ),
+    flops=flops,
+    check=check,
+)

@@ -9,17 +9,16 @@ B^n has the shape of W^n; for a convolution the product is the transposed convol
 Source: Lillicrap et al. (2016), as compared in the GP paper.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from arraytp.backend import Array, Backend
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import backward
+from arraytp.backend import Backend
+from arraytp.model.blocks import Network, backward_flops
 from arraytp.model.initialise import initial_weight
-from arraytp.model.network import ForwardPass, Network
+from arraytp.model.passes import Batch
 from arraytp.options import STRICT, InitName
-from arraytp.rules import bp
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import Rule, State, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +36,24 @@ def init_state(options: Options, network: Network, seed: int, backend: Backend) 
 
     The numbers come from the "feedback" streams, so that no B equals a forward weight of the same shape.
     """
-    state: State = {}
+    state = State()
     for n, block in enumerate(network.blocks[1:], start=1):
-        matrix = initial_weight(options.feedback_init, block.weight_shape, seed, "feedback", n)
-        state[f"feedback/{n}/weight"] = backend.asarray(matrix.astype(network.weights[n].dtype))
+        drawn = initial_weight(options.feedback_init, block.weight_shape, seed, "feedback", n)
+        state.weights[n] = backend.asarray(drawn.astype(network.weights[n].dtype))
     return state
 
 
-def updates(
-    options: Options, state: State, network: Network, passed: ForwardPass, dlogits: Array, workspace: Workspace
-) -> Updates:
-    """Return FA's updates of every block; parameters and result as in `arraytp.rules.bp.updates`."""
-    result: Updates = []
-    ds = dlogits
-    for n in reversed(range(len(network))):
-        carrier = state[f"feedback/{n}/weight"] if n > 0 else None
-        dweight, dbias, ds = backward(
-            network.blocks[n], ds, passed.s[n + 1], passed.index[n], passed.x[n], carrier, workspace, ("fa", n)
-        )
-        result.append((dweight, dbias))
-    return result[::-1]
+def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
+    """Yield FA's update of every block, from the last to the first."""
+    B, ds = state.weights, batch.dlogits
+    for at in batch.down():
+        dW, db, ds = at.backward(ds, through=B.get(at.n))
+        yield dW, db
 
 
-def product_flops(options: Options, network: Network) -> int:
-    """Return the floating-point operations of the products of `updates` for one sample: as many as BP's."""
-    return bp.product_flops(bp.Options(), network)
+def flops(options: Options, network: Network) -> int:
+    """Return the operations of the products of `updates` for one sample: as many as BP's."""
+    return backward_flops(network.blocks)
+
+
+RULE = Rule(options=Options, init_state=init_state, updates=updates, flops=flops)

@@ -1,20 +1,21 @@
 """GAIT-prop (GP): targets through exact inverses, nudged so that the local updates are BP's (GP paper, section 2).
 
-W^n of every block but the first is square. a_l is what layer l passes on; its auxiliary units have t = a throughout.
+W^n of every block but the first is square. a_{n+1} = s^{n+1} is what block n hands on, a_n what it takes; auxiliary
+units have t = a throughout.
 
 **Literal form**, the paper's Algorithm 1 with m, the ½ and √dim of the authors' code (docs/math/differences.md):
 
-    t_L = a_L − ½ ∂L/∂a_L,  m = 1
-    for l = L … 0:
-        update = ∂/∂θ_l of m ‖t_l − a_l‖² = 2 m D_l (a_l − t_l) outer a_{l−1}
-        γ_l = η √dim / ‖a_l − t_l‖ (normalised) or a constant (vanilla)
-        ε_l = γ_l D_l²,  m ← m / γ_l
-        t_{l−1} = G_l((1 − ε_l) a_l + ε_l t_l)
+    t_N = a_N − ½ ∂L/∂a_N,  m = 1
+    for n = N−1 … 0:
+        update = ∂/∂θ^n of m ‖t_{n+1} − a_{n+1}‖² = 2 m D^n (a_{n+1} − t_{n+1}) outer a_n
+        γ = η √dim / ‖a_{n+1} − t_{n+1}‖ (normalised, Eq. 5) or a constant (vanilla)
+        ε = γ (D^n)²,  m ← m / γ
+        t_n = G^n((1 − ε) a_{n+1} + ε t_{n+1})                                                      Eq. 4
 
 **Difference form**: within one linear region of f the forward signal cancels, and of δ = t − a remains
-δ_{l−1} = (D_l^{-1} ε_l δ_l) W_l^{-1}. With e = −2 m δ, whose update is D_l e_l outer a_{l−1}, it is
+δ_n = (D^{-1} ε δ_{n+1}) W^{-1}. With e = −2 m δ, whose update is D e outer a, it is
 
-    e_L = ∂L/∂a_L,  e_{l−1} = (D_l e_l) W_l^{-1}
+    e_N = ∂L/∂a_N,  e_n = (D^n e_{n+1}) (W^n)^{-1}
 
 for every γ: BP's recursion with W^{-1} in place of Wᵀ, and BP's result where W is orthogonal. It subtracts no nearly
 equal numbers. It equals the literal form up to rounding where f is linear, or where it is leaky ReLU and no unit's
@@ -28,15 +29,14 @@ from typing import Literal
 
 import numpy as np
 
-from arraytp.backend import Array, Backend, array_module
-from arraytp.fast.inverse import backward_through_inverse, check_invertible, check_range, factor_blocks, inverse
-from arraytp.fast.orthogonality import excess_of
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import backward
-from arraytp.model.network import Block, ForwardPass, Network, adjoint_flops, block_flops
-from arraytp.ops.activations import activation_derivative
+from arraytp.backend import Array, array_module
+from arraytp.model.blocks import Block, Network, adjoint_flops, block_flops
+from arraytp.model.inverse import check_invertible, check_range
+from arraytp.model.passes import At, Batch
+from arraytp.ops.activations import LEAKY_RELU
+from arraytp.ops.norms import row_norms
 from arraytp.options import STRICT, Positive
-from arraytp.rules.protocol import Excess, State, Target, Updates
+from arraytp.rules.protocol import Rule, State, Target, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,35 +63,15 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
     UserError
         If a block that must be inverted has no inverse; names it and what would fit.
     """
-    check_invertible(blocks)
+    check_invertible(options.name, blocks)
     if options.form == "literal" and dtype == "float32":
         return ["rule gait-prop: form literal in float32 is lost in rounding (measured: 84 to 91 degrees from BP after "
                 "3 layers of 1024); use dtype float64, or form difference"]  # fmt: skip
     return []
 
 
-def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
-    """Return the rule's state: none."""
-    return {}
-
-
-def excess(network: Network, workspace: Workspace) -> Excess:
-    """Return E = WWᵀ − I of every block but the first, by its position: what inverses and the regulariser share."""
-    return excess_of({n: network.weights[n] for n in range(1, len(network))}, workspace)
-
-
-def updates(
-    options: Options,
-    state: State,
-    network: Network,
-    passed: ForwardPass,
-    dlogits: Array,
-    workspace: Workspace,
-    excess: Excess | None = None,
-) -> Updates:
-    """Return GP's updates of every block; parameters and result as in `arraytp.rules.bp.updates`.
-
-    `excess` is that of the network's weights, where the caller has it.
+def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
+    """Yield GP's update of every block, from the last to the first.
 
     Raises
     ------
@@ -100,142 +80,101 @@ def updates(
     NonFiniteError
         If the literal form nudges an ELU or tanh unit out of its range, or the unit is saturated.
     """
-    if options.form == "difference":
-        return [update for _, update in _difference(options, network, passed, dlogits, workspace, excess)][::-1]
-    number, result = dlogits.dtype.type, []
-    found = literal_targets(options, network, passed, dlogits, workspace, excess)
-    for n, target in zip(reversed(range(len(network))), found, strict=True):
-        e = number(-2) * per_sample(target.m, target.delta) * target.delta
-        block, s, x = network.blocks[n], passed.s[n + 1], passed.x[n]
-        result.append(backward(block, e, s, passed.index[n], x, None, workspace, ("gait-prop", n))[:2])
-    return result[::-1]
+    form = literal if options.form == "literal" else difference
+    return (update for _, update in form(options, batch))
 
 
-def targets(
-    options: Options,
-    state: State,
-    network: Network,
-    passed: ForwardPass,
-    dlogits: Array,
-    workspace: Workspace,
-    excess: Excess | None = None,
-) -> Iterator[Target]:
-    """Return the targets of every block, from the last to the first, by `options.form`; the update is 2 m D (a − t).
-
-    Parameters and errors as in `updates`.
-    """
-    form = literal_targets if options.form == "literal" else difference_targets
-    return form(options, network, passed, dlogits, workspace, excess)
-
-
-def literal_targets(
-    options: Options,
-    network: Network,
-    passed: ForwardPass,
-    dlogits: Array,
-    workspace: Workspace,
-    excess: Excess | None = None,
-) -> Iterator[Target]:
-    """Yield t, δ = t − a and m of what every block passes on, from the last block to the first (Algorithm 1)."""
-    factors = factor_blocks(network, workspace, excess)
-    number = dlogits.dtype.type
-    t = passed.logits - number(0.5) * dlogits
-    m = array_module(t).ones(len(t), dtype=t.dtype)
-    for n in reversed(range(len(network))):
-        block, a, x = network.blocks[n], passed.x[n + 1], passed.x[n]
-        delta = t - a
-        yield Target(delta, t, m)
-        if n == 0:
+def literal(options: Options, batch: Batch) -> Iterator[tuple[Target, Update]]:
+    """Yield target and update of every block, from the last to the first (Algorithm 1)."""
+    xp, number, inverses = array_module(batch.dlogits), batch.dlogits.dtype.type, batch.inverses
+    t = batch.logits - number(0.5) * batch.dlogits
+    m = xp.ones(len(t), dtype=t.dtype)
+    for at in batch.down():
+        delta = xp.subtract(t, at.s_next, out=batch.array("delta", at.s_next.shape))
+        dW, db, _ = at.backward(delta, scale=number(-2) * m)  # 2 m D (a − t) outer a
+        yield Target(delta, t, m), (dW, db)
+        if at.n == 0:
             return
-        gamma, still = perturbation(options, delta, block)
+        gamma, on_target = perturbation(options, delta, at.block)
         if options.rescale_updates:
             m = m / gamma
-        y = nudged(block, passed.s[n + 1], t, gamma)
-        check_range(block, n, y)
-        t = inverse(block, factors[n], network.biases[n], y, x, workspace, ("target", n))
+        y = nudged(at, t, gamma)
+        check_range(at.block, at.n, y)
+        t = at.inverse(inverses[at.n], y)
         # Where nothing is to be changed the inverse leaves rounding errors only, which m would blow up.
-        t = array_module(t).where(per_sample(still, t), x, t)
+        xp.copyto(t, at.s, where=per_sample(on_target, t))
 
 
-def _difference(
-    options: Options,
-    network: Network,
-    passed: ForwardPass,
-    dlogits: Array,
-    workspace: Workspace,
-    excess: Excess | None = None,
-) -> Iterator[tuple[Array, tuple[Array, Array]]]:
-    """Yield e and the update of every block, from the last to the first."""
-    factors = factor_blocks(network, workspace, excess)
-    e = dlogits
-    for n in reversed(range(1, len(network))):
-        block, key = network.blocks[n], ("gait-prop", n)
-        dweight, dbias, before = backward_through_inverse(block, factors[n], e, passed, n, workspace, key)
-        yield e, (dweight, dbias)
-        if not options.rescale_updates:
-            before *= per_sample(perturbation(options, e / e.dtype.type(2), block)[0], before)
-        e = before
-    first = backward(network.blocks[0], e, passed.s[1], passed.index[0], passed.x[0], None, workspace, ("gait-prop", 0))
-    yield e, first[:2]
+def difference(options: Options, batch: Batch) -> Iterator[tuple[Array, Update]]:
+    """Yield e and the update of every block, from the last to the first, by the difference form."""
+    e, inverses = batch.dlogits, batch.inverses
+    for at in batch.down():
+        dW, db, e_before = at.backward(e, through=inverses.get(at.n))
+        yield e, (dW, db)
+        if not options.rescale_updates and at.n > 0:
+            gamma, _ = perturbation(options, e, at.block, half=True)
+            e_before *= per_sample(gamma, e_before)
+        e = e_before
 
 
-def perturbation(options: Options, difference: Array, block: Block) -> tuple[Array, Array]:
-    """Return γ of every sample (Equation 5) and which samples have a = t (their γ is 1), both (B,).
+def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
+    """Yield the target of every block's output, from the last to the first; the update is 2 m D (a − t) outer a."""
+    if options.form == "literal":
+        yield from (target for target, _ in literal(options, batch))
+        return
+    m = array_module(batch.dlogits).ones(len(batch), dtype=batch.dlogits.dtype)
+    for at, (e, _) in zip(batch.down(), difference(options, batch), strict=True):
+        delta = e.reshape(at.s_next.shape) / (e.dtype.type(-2) * per_sample(m, at.s_next))
+        yield Target(delta, m=m)
+        if options.rescale_updates:
+            m = m / perturbation(options, delta, at.block)[0]
 
-    `difference` is t − a of what the block passes on, of either sign; auxiliary units count in dim.
+
+def perturbation(options: Options, delta: Array, block: Block, half: bool = False) -> tuple[Array, Array]:
+    """Return γ of every sample (Eq. 5) and which samples have a = t (their γ is 1), both (B,).
+
+    `delta` is t − a of what the block hands on, of either sign, twice as large if only `half` of it counts; auxiliary
+    units count in dim.
     """
-    xp, number = array_module(difference), difference.dtype.type
-    flat = difference.reshape(len(difference), -1)
-    largest = xp.absolute(flat).max(axis=1)
-    still = largest < number(np.finfo(flat.dtype).tiny)
-    safe = xp.where(still, number(1), largest)
-    # Divided by the largest entry first: its square may be too small for the dtype.
-    norm = xp.where(still, number(1), safe * xp.sqrt(xp.square(flat / safe[:, None]).sum(axis=1)))
+    xp, number = array_module(delta), delta.dtype.type
+    norm, on_target = row_norms(delta.reshape(len(delta), -1))
+    if half:
+        norm = norm * number(0.5)
     if options.norm == "l2_squared":
         norm = norm * norm
     scale = options.eta * (float(np.prod(block.out_shape)) ** 0.5 if options.scale_by_sqrt_dim else 1.0)
-    gamma = number(scale) / norm if options.normalise else xp.full(len(flat), options.gamma, dtype=flat.dtype)
-    return xp.where(still, number(1), gamma), still
+    gamma = number(scale) / norm if options.normalise else xp.full(len(delta), options.gamma, dtype=delta.dtype)
+    return xp.where(on_target, number(1), gamma), on_target
 
 
-def nudged(block: Block, s: Array, t: Array, gamma: Array) -> Array:
-    """Return (1 − ε) a + ε t with ε = γ D² (Equation 4), and a for auxiliary units; shape (B, *out_shape)."""
-    y, a = s.copy(), s[..., : t.shape[-1]]
-    derivative = activation_derivative(a, block.activation)
-    epsilon = per_sample(gamma, a) if derivative is None else per_sample(gamma, a) * derivative * derivative
-    y[..., : t.shape[-1]] = (s.dtype.type(1) - epsilon) * a + epsilon * t
+def nudged(at: At, t: Array, gamma: Array) -> Array:
+    """Return (1 − ε) a + ε t with ε = γ D² (Eq. 4), and a for auxiliary units; shape (B, *out_shape)."""
+    y, units = at.batch.array("nudged", at.output.shape), at.s_next.shape[-1]
+    one = t.dtype.type(1)
+
+    def nudge(part: slice) -> None:
+        y[part] = at.output[part]
+        a, derivative = at.s_next[part], at.block.activation.derivative
+        epsilon = per_sample(gamma[part], a)
+        if derivative is not None:
+            d = derivative(a)
+            epsilon = epsilon * d * d
+        y[part, ..., :units] = (one - epsilon) * a + epsilon * t[part]
+
+    at.batch.in_slices(nudge)
     return y
 
 
-def difference_targets(
-    options: Options,
-    network: Network,
-    passed: ForwardPass,
-    dlogits: Array,
-    workspace: Workspace,
-    excess: Excess | None = None,
-) -> Iterator[Target]:
-    """Yield δ and m of what every block passes on, from the last block to the first, by the difference form."""
-    m = array_module(dlogits).ones(len(dlogits), dtype=dlogits.dtype)
-    found = _difference(options, network, passed, dlogits, workspace, excess)
-    for n, (e, _) in zip(reversed(range(len(network))), found, strict=True):
-        delta = e.reshape(passed.x[n + 1].shape) / (e.dtype.type(-2) * per_sample(m, passed.x[n + 1]))
-        yield Target(delta, m=m)
-        if options.rescale_updates:
-            m = m / perturbation(options, delta, network.blocks[n])[0]
-
-
-def crossings(options: Options, block: Block, s: Array, target: Target) -> int:
+def crossings(options: Options, at: At, target: Target) -> int:
     """Return how many units of a block's output the nudge takes across the kink of leaky ReLU.
 
     There a and a + ε δ have different signs, and the literal form bends off if the block is to be inverted.
     """
-    if block.activation != "leaky-relu":
+    if at.block.activation is not LEAKY_RELU:
         return 0
-    a = s[..., : block.passed_shape[-1]]
-    gamma, _ = perturbation(options, target.delta, block)
-    moved = nudged(block, s, a + target.delta, gamma)[..., : a.shape[-1]]
-    return int(((moved < 0) != (a < 0)).sum())
+    gamma, _ = perturbation(options, target.delta, at.block)
+    y = nudged(at, at.s_next + target.delta, gamma)[..., : at.s_next.shape[-1]]
+    return int(((y < 0) != (at.s_next < 0)).sum())
 
 
 def per_sample(values: Array, like: Array) -> Array:
@@ -243,8 +182,11 @@ def per_sample(values: Array, like: Array) -> Array:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def product_flops(options: Options, network: Network) -> int:
+def flops(options: Options, network: Network) -> int:
     """Return the operations of the products of `updates` for one sample; factorising, once a batch, is not counted."""
-    gradients = sum(adjoint_flops(block) for block in network.blocks)
+    gradients = sum(map(adjoint_flops, network.blocks))
     carried = block_flops if options.form == "literal" else adjoint_flops
-    return gradients + sum(carried(block) for block in network.blocks[1:])
+    return gradients + sum(map(carried, network.blocks[1:]))
+
+
+RULE = Rule(options=Options, updates=updates, targets=targets, flops=flops, check=check, inverts=True)

@@ -8,7 +8,8 @@ On every batch, for n = 1 … N−1, K_n times (Algorithm 3):
     η ~ N(0, σ_n²),  r_η = G^n(s^{n+1} + η) − G^n(s^{n+1}) + s^n
     ω^n descends (1/B) Σ [−2 ε·(r_ε − s^n) + ‖r_η − s^n‖²]         twice Eq. 13, as in the authors' code
 
-With d1 = a(s_ε^{n+1}) − a(s^{n+1}) and d2 = a(s^{n+1} + η) − a(s^{n+1}), a the input of G's affine map, its gradient is
+With d1 = a(s_ε^{n+1}) − a(s^{n+1}) and d2 = a(s^{n+1} + η) − a(s^{n+1}), a the input of G's affine map, r_ε − s^n is
+ω ∘ d1 and r_η − s^n is ω ∘ d2, so that the gradient is
 
     ∂/∂ω = (2/B) Σ [−ε ⋆ d1 + (ω ∘ d2) ⋆ d2],  and exactly 0 for G's bias, which cancels.
 
@@ -17,138 +18,85 @@ Then targets and updates as in DTP. Where ∂G = (∂F)ᵀ, the updates over β 
 Source: DTP paper, Section 4.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from arraytp.backend import Array
-from arraytp.fast.feedback_training import freeze, ldrl_gradient
-from arraytp.fast.parallel import Workspace
-from arraytp.model.feedback import (
-    expected_gradient,
-    feedback_backward_weight,
-    feedback_forward,
-    feedback_input,
-    iterations_and_noise,
-    jacobian_overlap,
-    step_feedback,
-)
-from arraytp.model.network import Block, ForwardPass, Network, block_forward
-from arraytp.options import Unpool
+from arraytp.model.blocks import Network
+from arraytp.model.feedback import expected_gradient
+from arraytp.model.passes import At, NoiseAndProducts, Samples
 from arraytp.rules import dtp
-from arraytp.rules.dtp import (
-    check,
-    feedback_pairs,
-    feedback_products,
-    init_state,
-    product_flops,
-    targets,
-    updates,
-)
-from arraytp.rules.protocol import Observe, State
-
-__all__ = [
-    "Options",
-    "check",
-    "feedback_flops",
-    "feedback_pairs",
-    "init_state",
-    "product_flops",
-    "targets",
-    "train_feedback",
-    "updates",
-]
+from arraytp.rules.feedback import feedback_products, module_pairs
+from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(dtp.Options):
+class Options(dtp.TargetOptions):
     """As DTP's. `expected` descends the expectation for small noise in closed form (Theorem 4.2), without noise."""
 
-    name: Literal["ldrl"] = "ldrl"  # type: ignore[assignment]
+    name: Literal["ldrl"] = "ldrl"
     expected: bool = False
 
 
-def train_feedback(
-    options: Options,
-    state: State,
-    network: Network,
-    passed: ForwardPass,
-    seed: int,
-    step: int,
-    workspace: Workspace,
-    observe: Observe | None = None,
-) -> list[Array | None]:
-    """Train every ω^n on a batch, in place (Algorithm 3); parameters and result as in `arraytp.rules.dtp`."""
-    losses: list[Array | None] = []
-    for n in range(1, len(network)):
-        iterations, sigma = iterations_and_noise(options.feedback, n - 1)
-        if not iterations:
-            losses.append(None)
-            continue
-        frozen = freeze(network, passed, n, options.unpool, sigma, (seed, step), iterations, workspace)
-        overlap = jacobian_overlap(frozen.block, frozen.out, frozen.index, options.unpool) if options.expected else None
-        for k in range(iterations):
-            omega = state[f"feedback/{n}/weight"]
-            if overlap is None:
-                gradient, loss = ldrl_gradient(frozen, omega, k, workspace, every_loss=observe is not None)
-            else:
-                gradient, loss = expected_step(frozen.block, frozen.theta, omega, overlap, sigma, len(frozen.s))
-            if observe is not None:
-                noise = dict(zip(("epsilon", "eta"), frozen.noise.get(k, ()), strict=False))
-                observe(n, k, noise | {"gradient": gradient, "loss": loss})
-            step_feedback(options.feedback, state, n, step * iterations + k, {"weight": gradient}, workspace)
-        losses.append(loss)
-    return losses
+def iterate(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta: Array) -> Array:
+    """Add some samples' part of half the gradient of ω (Algorithm 3); return their part of Σ ‖ω ∘ d2‖²."""
+    d1 = at.a(*at.F(epsilon))
+    d1 -= at.a_next  # a(F(s + ε)) − a(s')
+    at.subtract(epsilon, d1)  # −ε ⋆ d1
+    d2 = at.a(at.s_next + eta, at.index)
+    d2 -= at.a_next  # a(s' + η) − a(s')
+    r = at.transposed(omega, d2)  # ω ∘ d2
+    at.add(r, d2)  # (ω ∘ d2) ⋆ d2
+    return at.square(r)
 
 
-def iteration(
-    block: Block,
-    theta: tuple[Array, Array],
-    omega: tuple[Array, Array],
-    s: Array,
-    epsilon: Array,
-    eta: Array,
-    unpool: Unpool,
-) -> tuple[Array, Array]:
-    """Return the gradient of ω and the loss of one iteration, line by line (Algorithm 3).
+def begin(options: dtp.TargetOptions, at: At, sigma: float, noises: int) -> Iterating:
+    """Return what does the iterations of Algorithm 3 on a block."""
+    shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=2, output_noise=True))
 
-    `arraytp.fast.feedback_training.ldrl_gradient` computes the same faster.
+    def iteration(state: State, k: int, with_loss: bool) -> Iteration:
+        omega = state.weights[at.n]
+        sums = shared.sums(iterate, k, omega)
+        # The loss is quadratic in ω: ⟨ω, ∂/∂ω⟩ = −2 ε·(ω ∘ d1) + 2 ‖ω ∘ d2‖², averaged over the batch.
+        loss = (sums.weight * omega).sum() - sums.returned if with_loss else None
+        return Iteration({"weight": sums.weight}, loss, shared.noise(k))
 
-    Parameters
-    ----------
-    block : Block
-    theta, omega : (array, array)
-        Weight and bias of F^n and of G^n.
-    s, epsilon : arrays of shape (B, *in_shape)
-        s^n and its noise.
-    eta : array of shape (B, *out_shape)
-        Noise of s^{n+1}.
-    unpool : {"overwrite", "accumulate"}
-    """
-    two = s.dtype.type(2 / len(s))
-    a, g = partial(feedback_input, block, unpool=unpool), partial(feedback_forward, block, *omega, unpool=unpool)
-    _, s_next, index = block_forward(block, *theta, s)
-    _, s_epsilon, index_epsilon = block_forward(block, *theta, s + epsilon)
-    r_epsilon = g(s_epsilon, index_epsilon) - g(s_next, index) + s
-    r_eta = g(s_next + eta, index) - g(s_next, index) + s
-    loss = (-2 * (epsilon * (r_epsilon - s)).sum() + ((r_eta - s) ** 2).sum()) / len(s)
-    d1 = a(s_epsilon, index_epsilon) - a(s_next, index)
-    d2 = a(s_next + eta, index) - a(s_next, index)
-    gradient = feedback_backward_weight(block, -two * epsilon, d1)[0]
-    gradient += feedback_backward_weight(block, two * (r_eta - s), d2)[0]
-    return gradient, loss
+    return iteration
 
 
-def expected_step(
-    block: Block, theta: Array, omega: Array, overlap: tuple[Array, Array], sigma: float, batch: int
-) -> tuple[Array, Array]:
+def begin_expected(options: Options, at: At, sigma: float, noises: int) -> Iterating:
+    """Return what does the iterations in closed form, or by noise where they are not asked for."""
+    if not options.expected:
+        return begin(options, at, sigma, noises)
+    overlap = at.jacobian_overlap(options.unpool)
+
+    def iteration(state: State, k: int, with_loss: bool) -> Iteration:
+        gradient, loss = expected_step(at, state.weights[at.n], overlap, sigma)
+        return Iteration({"weight": gradient}, loss)
+
+    return iteration
+
+
+def expected_step(at: At, omega: Array, overlap: tuple[Array, Array], sigma: float) -> tuple[Array, Array]:
     """Return σ² times the closed form of Theorem 4.2 and its loss (σ²/B)(−2⟨∂Fᵀ, ∂G⟩ + ‖∂G‖²)."""
     n, m = overlap
     scale = omega.dtype.type(sigma**2)
-    loss = (omega * (omega * m - 2 * theta * n)).sum() * (scale / batch)
-    return expected_gradient(block, theta, omega, overlap, batch) * scale, loss
+    loss = (omega * (omega * m - 2 * at.weight * n)).sum() * (scale / len(at.batch))
+    return expected_gradient(at.block, at.weight, omega, overlap, len(at.batch)) * scale, loss
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `train_feedback` for one sample: four per iteration, θ ∘ s once."""
+    """Return the operations of the products of feedback training for one sample: four an iteration, θ ∘ s once."""
     return feedback_products(options.feedback, network, 0 if options.expected else 4)
+
+
+RULE: Rule[Any] = replace(
+    dtp.RULE,
+    options=Options,
+    feedback=Feedback(
+        begin=begin_expected,
+        pairs=module_pairs,
+        flops=feedback_flops,
+        noisy=lambda options: not options.expected,
+    ),
+)

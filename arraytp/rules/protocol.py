@@ -1,64 +1,89 @@
-"""What a learning rule is: a module with `Options`, `init_state`, `updates` and `product_flops`.
+"""What a learning rule is: a value whose fields say what it can do.
 
-    Options         frozen dataclass of the rule's settings, with `name`
-    init_state      (options, network, seed, backend) → State: the rule's own arrays (feedback weights, noise, buffers)
-    updates         (options, state, network, forward pass, ∂L/∂logits, workspace) → Updates
-    product_flops   (options, network) → floating-point operations of the matrix products of `updates`, per sample
-
-A rule that does not take every network also has
-
-    check           (options, blocks, dtype, loss reduction) → list of lines worth knowing; raises UserError for what it
-                    cannot train
-
-and one that trains feedback weights has, besides
-
-    train_feedback  (options, state, network, forward pass, seed, step, workspace, observe) → loss per block with
-                    feedback; changes the state's arrays, and is called on every batch before `updates`
-    feedback_pairs  (state, network) → list of (index, feedback weight, forward weight to compare it with, or None)
-    feedback_flops  (options, network) → operations of the products of `train_feedback`, per sample
-    feedback_epochs (options) → how many epochs of feedback training alone come first, and after each epoch; may be
-                    left out
-
-One that gives its blocks targets has
-
-    targets         (parameters of `updates`) → iterator of Target, from the last block to the first; what `updates`
-                    is made of
-
-One that inverts square weight matrices has
-
-    excess          (network, workspace) → Excess, WWᵀ − I of the blocks that it inverts; `updates` and `targets` take
-                    it as their last argument, and the optimiser's orthogonality regulariser takes it from there
-
-A rule returns updates and never applies them to θ. `State` is a flat map of names to arrays, so that a checkpoint can
-hold that of any rule; its names are paths such as "feedback/2/weight".
+Every rule has options, a state, the operations of its products, and either `updates`, or `targets` with the
+`local_update` of a block by its target. The loop, the optimiser, the angles, the trace and the audit go by these
+fields, never by a rule's name. A rule returns updates and never applies them to θ.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from arraytp.backend import Array
+from arraytp.backend import Array, Backend
+from arraytp.model.blocks import Block, Network
+from arraytp.model.passes import At, Batch
+from arraytp.options import FeedbackTraining
 
-State = dict[str, Array]
-Excess = Mapping[int, Array]
-"""By the position of the block, as `arraytp.fast.orthogonality.excess_of` computes it."""
-Updates = list[tuple[Array, Array]]
-"""Per block, gradient-like arrays of the shapes of weight and bias: plain SGD does `parameter -= lr * update`."""
-Observe = Callable[[int, int, Mapping[str, Array]], None]
-"""Is told of every iteration of feedback training: block n, number k, and its arrays, valid during the call only.
 
-`epsilon` and `eta` are the noises, where there are any, keyed by (seed, step, n, k, 0) and (seed, step, n, k, 1);
-`gradient` and `gradient_bias` those of ω and, where it is trained, of its bias; `loss` is of shape ().
-"""
+class Options(Protocol):
+    """A rule's settings: a frozen dataclass whose `name` is the rule's."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The rule's name in configs."""
+
+
+O = TypeVar("O", bound=Any)
+Update = tuple[Array, Array]
+"""Gradient-like arrays of the shapes of weight and bias: plain SGD does `parameter -= lr * update`."""
+Updates = list[Update]
+"""The update of every block, block 0 first."""
+Check = Callable[[Any], Iterable[Any]]
+"""A check of the audit: a function of an `arraytp.audit.setting.Setting` that yields lines."""
+
+
+@dataclass
+class State:
+    """A rule's own arrays, by the block n that they belong to: B^n, ω^n or Q^n, which reaches s^n, n = 1 … N−1.
+
+    Parameters
+    ----------
+    weights, biases : map of n to array
+        Feedback weights, and biases where the rule has any.
+    moments : map of n and "weight" or "bias" to tuple of arrays
+        Of the optimiser of what is trained.
+    """
+
+    weights: dict[int, Array] = field(default_factory=dict)
+    biases: dict[int, Array] = field(default_factory=dict)
+    moments: dict[tuple[int, str], tuple[Array, ...]] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, Array]:
+        """Return weights and biases by the names that files have for them: feedback/<n>/<weight or bias>."""
+        named = {}
+        for n, weight in self.weights.items():
+            named[f"feedback/{n}/weight"] = weight
+            if n in self.biases:
+                named[f"feedback/{n}/bias"] = self.biases[n]
+        return named
+
+    def named(self) -> dict[str, Array]:
+        """Return every array by the name that files have for it."""
+        return self.parameters() | {
+            f"feedback_moments/{n}/{part}/{i}": moment
+            for (n, part), moments in self.moments.items()
+            for i, moment in enumerate(moments)
+        }
+
+    def copy(self) -> "State":
+        """Return a state with copies of all arrays."""
+        return State(
+            {n: weight.copy() for n, weight in self.weights.items()},
+            {n: bias.copy() for n, bias in self.biases.items()},
+            {key: tuple(moment.copy() for moment in moments) for key, moments in self.moments.items()},
+        )
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a block passes on shall become t = s + δ; valid until the next target is asked for.
+    """s^{n+1} shall become t = s^{n+1} + δ; valid until the next target is asked for.
 
     Parameters
     ----------
     delta : array
-        δ, of as many elements as what the block passes on.
+        δ, of as many elements as s^{n+1}.
     t : array, optional
         Of the same, where the rule computes t itself and δ from it.
     m : array of shape (B,), optional
@@ -68,3 +93,128 @@ class Target:
     delta: Array
     t: Array | None = None
     m: Array | None = None
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration of feedback training computes for one block.
+
+    Parameters
+    ----------
+    gradients : map of "weight" and, where it is trained, "bias" to array
+    loss : array of shape (), or None where it was not asked for
+    noises : map of name to array
+        `epsilon` and `eta`, where there are any.
+    """
+
+    gradients: Mapping[str, Array]
+    loss: Array | None
+    noises: Mapping[str, Array] = field(default_factory=dict)
+
+
+Iterating = Callable[[State, int, bool], Iteration]
+"""(state, k, whether the loss is wanted) → the k-th iteration on one block and batch, with the state's present ω."""
+Observe = Callable[[int, int, Mapping[str, Array]], None]
+"""Is told of every iteration of feedback training: block n, number k, and its arrays, valid during the call only.
+
+`epsilon` and `eta` are the noises, where there are any; `gradient` and `gradient_bias` those of ω and, where it is
+trained, of its bias; `loss` is of shape ().
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback(Generic[O]):
+    """How a rule trains its feedback weights: `arraytp.rules.feedback.train` is the loop.
+
+    Parameters
+    ----------
+    begin : (options, at, σ, noises) → Iterating
+        Return what does the iterations on a block of a batch; `noises` is how many there will be.
+    pairs : (state, network) → list of (n, ω^n, forward weight to compare it with or None)
+    flops : (options, network) → int
+        Operations of the products of training for one sample.
+    settings : options → FeedbackTraining
+        K, σ and optimiser.
+    noises : options → int
+        How many noises a step of the optimiser takes the mean gradient of.
+    epochs : options → (int, int)
+        How many epochs of feedback training alone come first, and after each epoch.
+    noisy : options → bool
+        Whether the iterations are estimates by noise; otherwise they are in closed form.
+    noise_key : n → int
+        The number by which the noise of ω^n's iterations is keyed.
+    """
+
+    begin: Callable[[O, At, float, int], Iterating]
+    pairs: Callable[[State, Network], list[tuple[int, Array, Array | None]]]
+    flops: Callable[[O, Network], int]
+    settings: Callable[[O], FeedbackTraining] = lambda options: options.feedback
+    noises: Callable[[O], int] = lambda options: 1
+    epochs: Callable[[O], tuple[int, int]] = lambda options: (0, 0)
+    noisy: Callable[[O], bool] = lambda options: True
+    noise_key: Callable[[int], int] = lambda n: n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Generic[O]):
+    """A learning rule.
+
+    Parameters
+    ----------
+    options : type
+        Frozen dataclass of the rule's settings, with `name`.
+    init_state : (options, network, seed, backend) → State
+    updates : (options, state, batch) → iterator of Update, optional
+        From the last block to the first.
+    targets : (options, state, batch) → iterator of Target, optional
+        From the last block to the first.
+    local_update : (options, at, target) → Update, optional
+        Of a block by its target; for rules without `updates`.
+    local_loss : (options, block, s, t) → float, optional
+        The loss whose gradient `local_update` is, t constant, for arrays of shape (B, *out_shape); for the audit.
+    feedback : Feedback, optional
+        For rules that train feedback weights.
+    flops : (options, network) → int
+        Operations of the products of the updates for one sample.
+    check : (options, blocks, dtype, loss reduction) → list of str
+        Lines worth knowing before a run; raises UserError for what the rule cannot train.
+    compared : options → options
+        At which the updates are compared with BP's.
+    inverts : bool
+        Whether the rule inverts the weights of every block but the first.
+    checks : tuple of Check
+        What the audit is to check besides.
+    """
+
+    options: type[O]
+    init_state: Callable[[O, Network, int, Backend], State] = lambda options, network, seed, backend: State()
+    updates: Callable[[O, State, Batch], Iterator[Update]] | None = None
+    targets: Callable[[O, State, Batch], Iterator[Target]] | None = None
+    local_update: Callable[[O, At, Target], Update] | None = None
+    local_loss: Callable[[O, Block, Array, Array], float] | None = None
+    feedback: Feedback[O] | None = None
+    flops: Callable[[O, Network], int]
+    check: Callable[[O, tuple[Block, ...], str, str], list[str]] = lambda options, blocks, dtype, reduction: []
+    compared: Callable[[O], O] = lambda options: options
+    inverts: bool = False
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The rule's name in configs."""
+        return str(self.options.__dataclass_fields__["name"].default)
+
+    def propose(self, options: O, state: State, batch: Batch) -> Updates:
+        """Return the update of every block, block 0 first; valid as long as the batch's results.
+
+        Raises
+        ------
+        NonFiniteError
+            If a rule that inverts cannot; names the block.
+        """
+        if self.updates is not None:
+            return list(self.updates(options, state, batch))[::-1]
+        assert self.targets is not None
+        assert self.local_update is not None
+        walk = zip(batch.down(), self.targets(options, state, batch), strict=True)
+        return [self.local_update(options, at, target) for at, target in walk][::-1]

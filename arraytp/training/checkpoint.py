@@ -21,12 +21,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from arraytp.backend import Array, array_module
+from arraytp.backend import Array
 from arraytp.errors import UserError
-from arraytp.model.network import Network
-from arraytp.optim import OptimizerState
+from arraytp.files import write_file
 from arraytp.training.experiment import Experiment
-from arraytp.training.tables import write_file
 
 FORMAT, VERSION = "arraytp-checkpoint", 1
 
@@ -89,26 +87,13 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
     return run
 
 
-def all_finite(network: Network) -> list[bool]:
-    """Tell for each block whether its weight and bias are finite."""
-    return [
-        all(bool(array_module(array).isfinite(array).all()) for array in pair)
-        for pair in zip(network.weights, network.biases, strict=True)
-    ]
-
-
-def finite_moments(state: OptimizerState) -> list[bool]:
-    """Tell for each parameter whether the optimiser's moments are finite."""
-    return [all(bool(array_module(array).isfinite(array).all()) for array in moments) for moments in state.moments]
-
-
 def _arrays(experiment: Experiment) -> dict[str, Array]:
     """Return every array of the state by its name in the file."""
     network = experiment.network
     named: dict[str, Array] = {}
     for n, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         named[f"network/{n}/weight"], named[f"network/{n}/bias"] = weight, bias
-    for name, array in experiment.rule_state.items():
+    for name, array in experiment.rule_state.named().items():
         named[f"rule/{name}"] = array
     for p, moments in enumerate(experiment.optimizer_state.moments):
         for i, moment in enumerate(moments):

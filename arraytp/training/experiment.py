@@ -2,31 +2,35 @@
 
 config → dataset → loader → (images, labels)
                                  ↓
-network θ ───────────────→ forward pass → loss → ∂L/∂logits
+network θ ───────────────→ forward pass → loss → ∂L/∂logits      forward: a Step
    ↑                             ↓                   ↓
-   │                    [the rule trains its feedback ω]
+   │                    [the rule trains its feedback ω]         train_feedback(step)
    ↑                             ↓                   ↓
-optimiser ← updates ← rule(state, network, forward pass, ∂L/∂logits)
+optimiser ← updates ← rule(options, state, batch)                updates(step), apply(step, updates)
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from types import ModuleType
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from arraytp.backend import Array, Backend, array_module
 from arraytp.config import Config
 from arraytp.data.loader import Loader
+from arraytp.fast.engine import Fast
+from arraytp.fast.orthogonality import add_orthogonality
 from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
-from arraytp.model.network import ForwardPass, Network, make_network
+from arraytp.model.blocks import Network
+from arraytp.model.initialise import make_network
+from arraytp.model.passes import Batch, Engine
+from arraytp.model.plain import Plain
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
-from arraytp.optim import OptimizerState, apply_updates, init_optimizer, learning_rates
-from arraytp.rules import RULES, RuleOptions, bp, dtp
-from arraytp.rules.protocol import Excess, Observe, State, Target, Updates
+from arraytp.optim import OptimizerState, apply_updates, check_gradients, init_optimizer, learning_rates
+from arraytp.rules import RULES, bp, feedback
+from arraytp.rules.protocol import Observe, Rule, State, Target, Updates
 from arraytp.training.compare import angle_degrees, relative_distance
 from arraytp.training.plan import Plan, make_loader, plan
 
@@ -69,6 +73,23 @@ class FeedbackComparison:
     distance: float
 
 
+@dataclass(frozen=True)
+class Step:
+    """A forward pass over a batch and its loss: what feedback training, updates and angles start from.
+
+    Its arrays, and those of the updates computed from it, are valid until the next forward pass or score.
+
+    Parameters
+    ----------
+    batch : Batch
+    score : Score
+        Of the batch before the update.
+    """
+
+    batch: Batch
+    score: Score
+
+
 @dataclass
 class Experiment:
     """A network that learns from a data set by a rule.
@@ -79,39 +100,27 @@ class Experiment:
     ----------
     plan : Plan
     network : Network
-    rule : module
-        See `arraytp.rules.protocol`.
+    rule : Rule
     rule_state : State
     optimizer_state : OptimizerState
     workspace : Workspace
+    engine : Engine
+        Computes the passes and the rule's primitives: the fast one on `workspace`, or the plain one.
     train_loader, test_loader : Loader
     feedback_step : int
         On how many batches feedback was trained; noise is keyed by it.
-    passed, dlogits, updates : ForwardPass, array, Updates; None before the first step
-        Of the last step: forward pass, ∂L/∂logits and what the rule made of them; valid until the next step or score.
-    excess : Excess
-        WWᵀ − I of the weights that `updates` belong to, computed with them; empty for rules that invert no weights.
-    feedback_losses : list of arrays of shape (), or None for no iterations
-        Of the last step, per block with feedback; empty for rules without trained feedback.
-    proposed : bool
-        Whether `updates` wait to be applied.
     """
 
     plan: Plan
     network: Network
-    rule: ModuleType
+    rule: Rule[Any]
     rule_state: State
     optimizer_state: OptimizerState
     workspace: Workspace
+    engine: Engine
     train_loader: Loader
     test_loader: Loader
     feedback_step: int = 0
-    passed: ForwardPass | None = None
-    dlogits: Array | None = None
-    updates: Updates | None = None
-    excess: Excess = field(default_factory=dict)
-    feedback_losses: list[Array | None] = field(default_factory=list)
-    proposed: bool = False
 
     @property
     def config(self) -> Config:
@@ -139,150 +148,109 @@ class Experiment:
         ValueError
             If a label is none of the classes; on a device that is not looked at, since the host would have to wait.
         """
-        score = self.propose(images, labels)
-        self.apply(epoch)
-        return score
+        step = self.forward(images, labels)
+        self.train_feedback(step)
+        self.apply(step, self.updates(step), epoch)
+        return step.score
 
-    def propose(self, images: Array, labels: Array) -> Score:
-        """Compute the rule's updates for a batch into `updates`, leaving θ as it is; raises as `step`.
-
-        Rules with trained feedback train it first.
-        """
-        score = self.run_forward(images, labels)
-        self.train_feedback()
-        self.propose_updates()
-        return score
-
-    def run_forward(self, images: Array, labels: Array) -> Score:
-        """Run the network on a batch, for `train_feedback` and `propose_updates`."""
-        self.updates, self.proposed = None, False
+    def forward(self, images: Array, labels: Array) -> Step:
+        """Run the network on a batch; raises as `step`."""
         if self.plan.backend.on_host:
             _check_labels(labels, len(self.plan.dataset.classes))
         reduction = self.config.loss.reduction
-        self.passed = forward(self.network, images, self.workspace)
-        loss, cache = cross_entropy_forward(self.passed.logits, labels, reduction)
-        self.dlogits = cross_entropy_backward(cache, reduction)
-        return _score(loss, self.passed.logits, labels, reduction)
+        forward = self.engine.forward(self.network, images)
+        loss, cache = cross_entropy_forward(forward.logits, labels, reduction)
+        dlogits = cross_entropy_backward(cache, reduction)
+        batch = Batch(self.engine, self.network, forward, dlogits, self.config.seed)
+        return Step(batch, _score(loss, forward.logits, labels, reduction))
 
-    def train_feedback(self, options: RuleOptions | None = None, observe: Observe | None = None) -> None:
-        """Let the rule train its feedback weights, if it has any, on the batch of the last forward pass; θ stays.
+    def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
+        """Let the rule train its feedback weights, if it has any, on a batch; θ stays.
 
         `options` may stand in for those of the config; `observe` is told of every iteration.
+
+        Returns
+        -------
+        list of arrays of shape (), or None for no iterations
+            The loss in the last iteration, per block with feedback; empty for rules without trained feedback.
         """
-        if not self.trains_feedback:
-            return
-        self.feedback_losses = self.rule.train_feedback(
-            options or self.config.rule,
-            self.rule_state,
-            self.network,
-            self.passed,
-            self.config.seed,
-            self.feedback_step,
-            self.workspace,
-            observe,
-        )
+        if self.rule.feedback is None:
+            return []
+        batch, options = replace(step.batch, number=self.feedback_step), options or self.config.rule
         self.feedback_step += 1
+        return feedback.train(self.rule.feedback, options, self.rule_state, batch, self.workspace, observe)
 
-    def propose_updates(self) -> None:
-        """Compute the rule's updates for the batch of the last forward pass into `updates`."""
-        if hasattr(self.rule, "excess"):
-            self.excess = self.rule.excess(self.network, self.workspace)
-        self.updates = self._updates(self.config.rule)
-        self.proposed = True
+    def updates(self, step: Step) -> Updates:
+        """Return the rule's update of every block, leaving θ as it is; errors as `Rule.propose`."""
+        return self.rule.propose(self.config.rule, self.rule_state, step.batch)
 
-    def _updates(self, options: RuleOptions) -> Updates:
-        shared = {"excess": self.excess} if self.excess else {}
-        found: Updates = self.rule.updates(
-            options, self.rule_state, self.network, self.passed, self.dlogits, self.workspace, **shared
-        )
-        return found
+    def targets(self, step: Step) -> Iterator[Target]:
+        """Yield the rule's targets, from the last block's output to the first's, if it has any."""
+        if self.rule.targets is not None:
+            yield from self.rule.targets(self.config.rule, self.rule_state, step.batch)
 
-    def targets(self) -> Iterator[Target]:
-        """Yield the rule's targets for the batch of the last forward pass, from the last block to the first, if any."""
-        if hasattr(self.rule, "targets"):
-            yield from self.rule.targets(
-                self.config.rule, self.rule_state, self.network, self.passed, self.dlogits, self.workspace
-            )
+    def exact_updates(self, step: Step) -> Updates:
+        """Return BP's updates."""
+        return bp.RULE.propose(bp.Options(), State(), replace(step.batch, results="exact"))
 
-    def exact_updates(self) -> Updates:
-        """Return BP's updates for the batch of the last forward pass."""
-        assert self.passed is not None
-        return bp.updates(bp.Options(), {}, self.network, self.passed, self.dlogits, self.workspace)
+    def compare(self, step: Step, updates: Updates) -> list[Comparison]:
+        """Measure the rule's weight updates against BP's on the same weights and batch, block by block.
 
-    def compare(self) -> list[Comparison]:
-        """Measure the proposed weight updates against BP's on the same weights and batch, block by block.
-
-        Rules with targets are measured at their `compare_beta`.
-
-        Raises
-        ------
-        RuntimeError
-            Unless `propose` was the last thing done.
+        Rules that say so are measured at other options, such as a small β; `updates`, whose arrays serve for that
+        meanwhile, are as before afterwards.
         """
-        if not self.proposed or self.passed is None or self.updates is None:
-            raise RuntimeError("compare needs updates that are not applied yet: call propose first")
-        options = compared_options(self.config.rule)
-        own = self.updates if options == self.config.rule else self._updates(options)
-        exact = self.exact_updates()
-        found = [
-            Comparison(n, angle_degrees(mine[0], reference[0]), relative_distance(mine[0], reference[0]))
-            for n, (mine, reference) in enumerate(zip(own, exact, strict=True))
+        options = self.rule.compared(self.config.rule)
+        own, elsewhere = updates, options != self.config.rule
+        if elsewhere:
+            own = self.rule.propose(options, self.rule_state, step.batch)
+        comparisons = [
+            Comparison(n, angle_degrees(weight, exact), relative_distance(weight, exact))
+            for n, ((weight, _), (exact, _)) in enumerate(zip(own, self.exact_updates(step), strict=True))
         ]
-        if own is not self.updates:
-            # They share their buffers.
-            self.updates = self._updates(self.config.rule)
-        return found
-
-    @property
-    def trains_feedback(self) -> bool:
-        """Whether the rule trains feedback weights."""
-        return hasattr(self.rule, "train_feedback")
+        if elsewhere:
+            self.updates(step)
+        return comparisons
 
     def feedback_epochs(self, epoch: int) -> int:
         """Return how many epochs of feedback training alone come before an epoch, counted from 0."""
-        if not hasattr(self.rule, "feedback_epochs"):
+        if self.rule.feedback is None:
             return 0
-        first, between = self.rule.feedback_epochs(self.config.rule)
-        return int(between if epoch else first)
+        first, between = self.rule.feedback.epochs(self.config.rule)
+        return between if epoch else first
 
     def feedback_pairs(self) -> list[tuple[int, Array, Array | None]]:
-        """Return index, trained feedback weight, and forward weight to compare it with, of every block that has one."""
-        found = self.rule.feedback_pairs(self.rule_state, self.network) if self.trains_feedback else []
-        return list(found)
+        """Return n, trained feedback weight, and forward weight to compare it with, of every block that has one."""
+        return [] if self.rule.feedback is None else self.rule.feedback.pairs(self.rule_state, self.network)
 
-    def compare_feedback(self) -> list[FeedbackComparison]:
-        """Measure every trained feedback weight against its forward weight; empty for rules that train none."""
+    def compare_feedback(self, losses: list[Array | None]) -> list[FeedbackComparison]:
+        """Measure every trained feedback weight against its forward weight; empty for rules that train none.
+
+        `losses` are those that `train_feedback` returned, or empty.
+        """
         pairs = self.feedback_pairs()
-        losses = self.feedback_losses or [None] * len(pairs)
         return [
             FeedbackComparison(n, math.nan if loss is None else float(loss), *_aligned(omega, theta))
-            for (n, omega, theta), loss in zip(pairs, losses, strict=True)
+            for (n, omega, theta), loss in zip(pairs, losses or [None] * len(pairs), strict=True)
         ]
 
-    def apply(self, epoch: int = 0) -> None:
-        """Let the optimiser apply the proposed updates, once, to the θ that they were proposed for.
+    def apply(self, step: Step, updates: Updates, epoch: int = 0) -> None:
+        """Let the optimiser apply updates to the θ that the step's forward pass was computed with.
 
-        The optimiser's regulariser is added to `updates` in place.
+        The optimiser's regulariser is added to the updates in place.
 
         Raises
         ------
-        RuntimeError
-            Unless `propose` was the last thing done, `compare` aside.
         ValueError
             If a parameter was replaced by an array that the optimiser cannot write to.
         """
-        if not self.proposed or self.updates is None:
-            raise RuntimeError("apply needs updates that are not applied yet: call propose first")
-        self.proposed = False
-        apply_updates(
-            self.config.optimizer,
-            learning_rates(self.config.schedule, self.config.optimizer.lr, epoch),
-            self.optimizer_state,
-            parameters(self.network),
-            [array for pair in self.updates for array in pair],
-            self.workspace,
-            self.excess,
-        )
+        optimizer, parameters = self.config.optimizer, self.network.parameters()
+        gradients = [array for pair in updates for array in pair]
+        check_gradients(parameters, gradients)
+        if optimizer.orthogonality:
+            weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
+            add_orthogonality(optimizer.orthogonality, self.network, weights, errors, self.workspace)
+        rates = learning_rates(self.config.schedule, optimizer.lr, epoch)
+        apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace)
 
     def evaluate(self) -> Iterator[Score]:
         """Score the test split, batch by batch."""
@@ -291,23 +259,14 @@ class Experiment:
                 yield self.score(images, labels)
 
     def score(self, images: Array, labels: Array) -> Score:
-        """Score a batch without learning from it; what the last step left is gone, since its buffers serve again."""
-        self.passed = self.dlogits = self.updates = None
-        self.proposed = False
+        """Score a batch without learning from it; arrays of earlier steps are overwritten."""
         reduction = self.config.loss.reduction
-        logits = forward(self.network, images, self.workspace).logits
+        logits = self.engine.forward(self.network, images).logits
         loss, _ = cross_entropy_forward(logits, labels, reduction)
         return _score(loss, logits, labels, reduction)
 
 
-def compared_options(options: RuleOptions) -> RuleOptions:
-    """Return the options at which a rule's updates are compared with BP's: those of target rules at `compare_beta`."""
-    if isinstance(options, dtp.Options):
-        return replace(options, beta=options.compare_beta)
-    return options
-
-
-def build(config: Config, backend: Backend | None = None) -> Experiment:
+def build(config: Config, backend: Backend | None = None, plain: bool = False) -> Experiment:
     """Build an experiment in its initial state.
 
     Parameters
@@ -315,35 +274,33 @@ def build(config: Config, backend: Backend | None = None) -> Experiment:
     config : Config
     backend : Backend, optional
         Instead of the one that the config names.
+    plain : bool
+        Compute with the readable primitives of `arraytp.model.plain`.
 
     Raises
     ------
     UserError
         As `plan`; also if the data is damaged.
     """
-    return build_planned(plan(config, backend))
+    return build_planned(plan(config, backend), plain)
 
 
-def build_planned(planned: Plan) -> Experiment:
+def build_planned(planned: Plan, plain: bool = False) -> Experiment:
     """Build the experiment of a plan; as `build`."""
     config, backend = planned.config, planned.backend
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
-    rule = RULES[config.rule.name]
+    rule, workspace = RULES[config.rule.name], Workspace(backend)
     return Experiment(
         plan=planned,
         network=network,
         rule=rule,
         rule_state=rule.init_state(config.rule, network, config.seed, backend),
-        optimizer_state=init_optimizer(config.optimizer, parameters(network)),
-        workspace=Workspace(backend),
+        optimizer_state=init_optimizer(config.optimizer, network.parameters()),
+        workspace=workspace,
+        engine=Plain(backend) if plain else Fast(workspace),
         train_loader=make_loader(planned, "train", config.train.batch_size, training=True),
         test_loader=make_loader(planned, planned.test_split, config.train.eval_batch_size, training=False),
     )
-
-
-def parameters(network: Network) -> list[Array]:
-    """Return weight and bias of every block, in the order of `Updates`."""
-    return [array for pair in zip(network.weights, network.biases, strict=True) for array in pair]
 
 
 def _aligned(omega: Array, theta: Array | None) -> tuple[float, float]:

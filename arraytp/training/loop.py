@@ -1,10 +1,8 @@
 """The training loop: epochs of steps, evaluation, angles, checkpoints, and going on where a run stopped."""
 
-import json
 import math
 import platform
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -12,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from arraytp import __version__
-from arraytp.backend import array_module
+from arraytp.backend import Array, array_module
 from arraytp.errors import Interrupted, NonFiniteError, UserError
+from arraytp.files import write_json
 from arraytp.optim import at_block, learning_rates
+from arraytp.rules import bp
+from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
-from arraytp.training.checkpoint import all_finite, finite_moments, read_checkpoint, write_checkpoint
-from arraytp.training.experiment import Experiment, Score
+from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
+from arraytp.training.experiment import Experiment, Score, Step
+from arraytp.training.finite import finite_blocks, finite_moments, is_finite
 from arraytp.training.progress import Progress
-from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals
 
 # On a device, reading a number back makes the host wait; on the CPU it costs nothing.
 DEVICE_STEPS_PER_READ = 50
@@ -85,6 +87,8 @@ class Run:
         self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS)
         self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
         self._unread: list[Score] = []
+        # Of the last forward pass of training, while its arrays are valid.
+        self._step: Step | None = None
         self._clock = time.monotonic()
         self._saved = self._clock
 
@@ -125,7 +129,7 @@ class Run:
         """Write the tables anew; feedback.csv only for rules that train feedback."""
         self.metrics.restart(metrics)
         self.angles.restart(angles)
-        if self.experiment.trains_feedback:
+        if self.experiment.rule.feedback is not None:
             self.feedback.restart(feedback)
 
     def train(self, stop: StopRequest) -> None:
@@ -178,11 +182,11 @@ class Run:
         while position.feedback_epochs < due and position.batch == 0:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
                 for images, labels in batches:
-                    experiment.run_forward(images, labels)
-                    experiment.train_feedback()
+                    step = self._step = experiment.forward(images, labels)
+                    losses = experiment.train_feedback(step)
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
-                    self._check_feedback()
+                    self._check_feedback(step, losses)
                     self._pause(stop, progress)
             position.passes, position.feedback_epochs = position.passes + 1, position.feedback_epochs + 1
             position.feedback_batch = 0
@@ -194,15 +198,17 @@ class Run:
         mark = time.monotonic()
         with closing(experiment.train_loader.batches(position.passes, position.batch)) as batches:
             for images, labels in islice(batches, steps - position.step):
-                score = experiment.propose(images, labels)
-                self._check_feedback()
-                if every and position.step % every == 0 and experiment.config.rule.name != "bp":
-                    mark += self._compare()
-                experiment.apply(position.epoch)
+                step = self._step = experiment.forward(images, labels)
+                losses = experiment.train_feedback(step)
+                self._check_feedback(step, losses)
+                updates = experiment.updates(step)
+                if every and position.step % every == 0 and experiment.rule is not bp.RULE:
+                    mark += self._compare(step, updates, losses)
+                experiment.apply(step, updates, position.epoch)
                 position.batch += 1
                 position.step += 1
                 position.train_images += len(labels)
-                self._collect(score, progress)
+                self._collect(step.score, progress)
                 now = time.monotonic()
                 position.train_seconds, mark = position.train_seconds + now - mark, now
                 self._pause(stop, progress)
@@ -216,13 +222,15 @@ class Run:
             self._read_scores(progress)
             self._save()
 
-    def _check_feedback(self) -> None:
+    def _check_feedback(self, step: Step, losses: list[Array | None]) -> None:
         """Stop at once when feedback training diverges; on a device its losses are not read back for that."""
         if not self.experiment.plan.backend.on_host:
             return
-        for (n, *_), loss in zip(self.experiment.feedback_pairs(), self.experiment.feedback_losses, strict=False):
+        for (n, *_), loss in zip(self.experiment.feedback_pairs(), losses, strict=True):
             if loss is not None and not math.isfinite(loss):
-                self._fail(f"at step {self.position.step}", self._feedback_of(n) if self._finite_logits() else None)
+                self._fail(
+                    f"at step {self.position.step}", self._feedback_of(n) if is_finite(step.batch.logits) else None
+                )
 
     def _collect(self, score: Score, progress: Progress) -> None:
         """Take a step's score; look at it now on the CPU, every so many steps on a device."""
@@ -246,13 +254,13 @@ class Run:
         loss, top1, _ = fresh.means()
         progress.step(fresh.images, steps=len(scores), loss=loss, top1=top1)
 
-    def _compare(self) -> float:
+    def _compare(self, step: Step, updates: Updates, losses: list[Array | None]) -> float:
         """Write the angles to BP; return the seconds that it took, which are not the rule's."""
         started = time.monotonic()
         position = self.position
-        for found in self.experiment.compare():
-            self.angles.append(position.step, position.epoch + 1, found.block, found.angle_deg, found.distance)
-        for pair in self.experiment.compare_feedback():
+        for each in self.experiment.compare(step, updates):
+            self.angles.append(position.step, position.epoch + 1, each.block, each.angle_deg, each.distance)
+        for pair in self.experiment.compare_feedback(losses):
             numbers = pair.loss, pair.angle_deg, pair.distance
             self.feedback.append(position.step, position.epoch + 1, pair.block, *numbers)
         return time.monotonic() - started
@@ -260,7 +268,7 @@ class Run:
     def _evaluate(self, epoch: int, stop: StopRequest, progress: Progress) -> None:
         """Evaluate the test split and add the row of an epoch; a stop in between leaves both to the resumed run."""
         position, config = self.position, self.experiment.config
-        totals = Totals()
+        totals, self._step = Totals(), None
         to_host = self.experiment.plan.backend.to_host
         for score in self.experiment.evaluate():
             loss, top1, top5 = to_host(score.totals).tolist()
@@ -285,10 +293,10 @@ class Run:
     def _save(self) -> None:
         """Write the checkpoint, unless weights or moments are not finite: then the last good one must stay."""
         experiment = self.experiment
-        if not all(all_finite(experiment.network)) or not all(finite_moments(experiment.optimizer_state)):
+        if not all(finite_blocks(experiment.network)) or not all(finite_moments(experiment.optimizer_state)):
             self._fail(f"after {self.position.step} steps")
         for n, omega, _ in self.experiment.feedback_pairs():
-            if not bool(array_module(omega).isfinite(omega).all()):
+            if not is_finite(omega):
                 self._fail(f"after {self.position.step} steps", self._feedback_of(n))
         self._tick()
         # The row of an epoch that train.steps cut short is written again, should the run go on.
@@ -302,10 +310,6 @@ class Run:
         now = time.monotonic()
         self.position.seconds += now - self._clock
         self._clock = now
-
-    def _finite_logits(self) -> bool:
-        passed = self.experiment.passed
-        return passed is not None and bool(array_module(passed.logits).isfinite(passed.logits).all())
 
     def _feedback_of(self, n: int) -> str:
         return f"feedback weights of block {n} ({self.experiment.network.blocks[n].label})"
@@ -324,14 +328,15 @@ class Run:
 
         Outputs come before weights: an update that follows from a bad output spoils the weights of all blocks.
         """
-        network, passed = self.experiment.network, self.experiment.passed
+        network = self.experiment.network
         names = [f"block {n} ({block.label})" for n, block in enumerate(network.blocks)]
-        if passed is not None:
-            outputs = ["input of " + names[0], *("output of " + name for name in names)]
-            for name, s in zip(outputs, passed.s, strict=True):
-                if not bool(array_module(s).isfinite(s).all()):
-                    return name
-        bad = [name for name, finite in zip(names, all_finite(network), strict=True) if not finite]
+        if self._step is not None:
+            forward = self._step.batch.forward
+            places = ["input of " + names[0], *("output of " + name for name in names)]
+            for place, s in zip(places, [forward.s[0], *forward.outputs], strict=True):
+                if not is_finite(s):
+                    return place
+        bad = [name for name, finite in zip(names, finite_blocks(network), strict=True) if not finite]
         if bad:
             return f"weights of {bad[0]}"
         moments = finite_moments(self.experiment.optimizer_state)
@@ -362,25 +367,12 @@ class Run:
             "steps_per_second": position.step / seconds,
             "peak_memory_mb": plan.backend.peak_memory() / 2**20,
             "blocks": [block.label for block in plan.blocks],
-            "parameters": sum(w.size + b.size for w, b in _pairs(self.experiment)),
+            "parameters": sum(array.size for array in self.experiment.network.parameters()),
             "versions": {"arraytp": __version__, "python": platform.python_version(), **plan.backend.versions()},
             "device": plan.backend.device(),
         }
-        write_file(self.folder / "summary.json", (json.dumps(_json_safe(summary), indent=2) + "\n").encode())
-
-
-def _pairs(experiment: Experiment) -> Iterator[tuple[Any, Any]]:
-    return zip(experiment.network.weights, experiment.network.biases, strict=True)
+        write_json(self.folder / "summary.json", summary)
 
 
 def _numbers(row: dict[str, float]) -> dict[str, float]:
     return {"epoch": int(row["epoch"]), **{name: row[name] for name in METRICS_COLUMNS[3:]}}
-
-
-def _json_safe(value: Any) -> Any:
-    """Return the value with NaN and infinities as null, which is what JSON can say."""
-    if isinstance(value, dict):
-        return {key: _json_safe(entry) for key, entry in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

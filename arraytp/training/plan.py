@@ -11,7 +11,7 @@ from arraytp.data.dataset import Dataset, open_dataset
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 from arraytp.model.architectures import plan_network
-from arraytp.model.network import Block, show_shape
+from arraytp.model.blocks import Block, show_shape
 from arraytp.rules import RULES
 
 TEST_SPLITS = ("test", "val")
@@ -86,8 +86,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but no weight matrix of this network is "
             "square; set it to 0, or network.square: true"
         )
-    check = getattr(RULES[config.rule.name], "check", None)
-    notes = () if check is None else tuple(check(config.rule, blocks, config.dtype, config.loss.reduction))
+    notes = tuple(RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction))
     _check_lists(config, blocks)
     _check_study(config, blocks, counts["train"])
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
@@ -124,8 +123,8 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
     """Refuse a study of nothing, or on a batch larger than the train split."""
     if config.study is None:
         return
-    if not hasattr(RULES[config.rule.name], "train_feedback"):
-        trained = ", ".join(name for name, rule in RULES.items() if hasattr(rule, "train_feedback"))
+    if RULES[config.rule.name].feedback is None:
+        trained = ", ".join(name for name, rule in RULES.items() if rule.feedback is not None)
         raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
     if len(blocks) < 2:
         raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")

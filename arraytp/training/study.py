@@ -12,7 +12,6 @@ summary.json when the seed is done. The folder's own summary.json collects all s
 """
 
 import json
-import math
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -22,16 +21,17 @@ from typing import Any
 import numpy as np
 
 from arraytp import __version__
-from arraytp.backend import array_module
+from arraytp.backend import Array
 from arraytp.config import Study
 from arraytp.errors import Interrupted, NonFiniteError, UserError
+from arraytp.files import write_json
 from arraytp.optim import at_block
-from arraytp.options import FeedbackTraining
 from arraytp.signals import StopRequest
-from arraytp.training.experiment import Experiment, build_planned
+from arraytp.training.experiment import Experiment, Step, build_planned
+from arraytp.training.finite import is_finite
 from arraytp.training.plan import Plan
 from arraytp.training.progress import Progress
-from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable
 
 
 def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False) -> None:
@@ -72,7 +72,7 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
             place.mkdir(exist_ok=True)
             found = _seed(replace(planned, config=replace(planned.config, seed=planned.config.seed + n)), study, place,
                           f"{label} seed {n + 1}/{study.seeds}", stop, quiet)  # fmt: skip
-            _write_json(place / "summary.json", found)
+            write_json(place / "summary.json", found)
         seeds.append(_read_seed(place / "summary.json", len(planned.blocks)))
     config, plan = planned.config, planned
     summary = {
@@ -84,7 +84,7 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
         "versions": {"arraytp": __version__, **plan.backend.versions()},
         "device": plan.backend.device(),
     }
-    _write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
 
 
 def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopRequest, quiet: bool) -> dict[str, Any]:
@@ -100,21 +100,20 @@ def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopReque
     feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
     angles.restart([])
     feedback.restart([])
-    experiment.run_forward(images, labels)
-    _measure_updates(experiment, angles, 0)
-    _measure_feedback(experiment, feedback, 0)
+    step = experiment.forward(images, labels)
+    _measure_updates(experiment, step, angles, 0)
+    losses = _measure_feedback(experiment, [], feedback, 0)
     per_round = _most_iterations(experiment)
     with Progress(label, 1, max(study.rounds, 1), quiet=quiet) as progress:
         for round_ in range(1, study.rounds + 1):
-            experiment.train_feedback()
-            _measure_feedback(experiment, feedback, round_ * per_round)
+            losses = _measure_feedback(experiment, experiment.train_feedback(step), feedback, round_ * per_round)
             progress.step(len(labels))
             if stop.requested:
                 raise Interrupted(f"{label}: stopped in round {round_}; the seeds before it are done", stop.signal)
     if study.rounds:
-        _measure_updates(experiment, angles, study.rounds * per_round)
+        _measure_updates(experiment, step, angles, study.rounds * per_round)
     last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]
-    pairs = experiment.compare_feedback()
+    pairs = experiment.compare_feedback(losses)
     return {
         "seed": planned.config.seed,
         "update_angle_deg": [float(row[3]) for row in last],
@@ -127,26 +126,29 @@ def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopReque
 
 def _most_iterations(experiment: Experiment) -> int:
     """Return how many iterations a round has for the block that has most."""
-    training: FeedbackTraining = getattr(experiment.config.rule, "feedback", FeedbackTraining())
+    assert experiment.rule.feedback is not None
+    training = experiment.rule.feedback.settings(experiment.config.rule)
     blocks = len(experiment.feedback_pairs())
     return max((int(at_block(training.iterations, n)) for n in range(blocks)), default=0)
 
 
-def _measure_updates(experiment: Experiment, table: CsvTable, step: int) -> None:
-    experiment.propose_updates()
-    for found in experiment.compare():
-        table.append(step, 0, found.block, found.angle_deg, found.distance)
+def _measure_updates(experiment: Experiment, step: Step, table: CsvTable, iterations: int) -> None:
+    for each in experiment.compare(step, experiment.updates(step)):
+        table.append(iterations, 0, each.block, each.angle_deg, each.distance)
 
 
-def _measure_feedback(experiment: Experiment, table: CsvTable, step: int) -> None:
+def _measure_feedback(
+    experiment: Experiment, losses: list[Array | None], table: CsvTable, iterations: int
+) -> list[Array | None]:
     """Add the rows of a round; the error of diverged feedback names the table's folder, which has variant and seed."""
-    for pair, (_, omega, _) in zip(experiment.compare_feedback(), experiment.feedback_pairs(), strict=True):
-        if not bool(array_module(omega).isfinite(omega).all()):
+    for pair, (_, omega, _) in zip(experiment.compare_feedback(losses), experiment.feedback_pairs(), strict=True):
+        if not is_finite(omega):
             raise NonFiniteError(
-                f"{table.path.parent}: feedback of block {pair.block} diverged within {step} iterations; a smaller "
-                "rule.feedback.optimizer.lr may help"
+                f"{table.path.parent}: feedback of block {pair.block} diverged within {iterations} iterations; a "
+                "smaller rule.feedback.optimizer.lr may help"
             )
-        table.append(step, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)
+        table.append(iterations, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)
+    return losses
 
 
 def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
@@ -162,16 +164,3 @@ def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
     return seed
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(_plain(content), indent=2) + "\n").encode())
-
-
-def _plain(value: Any) -> Any:
-    """Return the value with NaN as null, which is what JSON can say."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

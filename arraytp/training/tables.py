@@ -1,11 +1,9 @@
-"""The tables of a result folder, kept as text so that a checkpoint can hold them exactly; how its files are written."""
+"""The tables of a result folder, kept as text so that a checkpoint can hold them exactly."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+
+from arraytp.files import write_file
 
 METRICS_COLUMNS = (
     "epoch", "seconds", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
@@ -41,37 +39,6 @@ class CsvTable:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(row + "\n")
-
-
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file as `replacing` does."""
-    with replacing(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write to; the one of that name is replaced only when the new one is complete and on the disk.
-
-    Raises
-    ------
-    OSError
-        If the disk is full, say; the former file is still there.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """One training step, every number of it, in one HDF5 file; docs/trace.md explains each.
 
-attrs: format="arraytp-trace", version=1, config, rule, dtype, backend, seed
+attrs: format="arraytp-trace", version=2, config, rule, dtype, backend, seed
 /input/{x,y}
 /weights/{forward,feedback}/<n>/{weight,bias}           before the step
 /activations/<n>/{pre,out}
@@ -13,7 +13,7 @@ attrs: format="arraytp-trace", version=1, config, rule, dtype, backend, seed
 Everything is written as it comes, so that memory holds one step's buffers and no more.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,14 +26,15 @@ import numpy as np
 from arraytp.backend import Array, Backend
 from arraytp.config import dump_config
 from arraytp.errors import Interrupted, UserError
-from arraytp.fast.feedback_training import EPSILON, ETA
-from arraytp.model.network import block_forward, pad_auxiliary
+from arraytp.files import replacing
+from arraytp.model.plain import block_forward, pad_auxiliary
+from arraytp.ops.noise import EPSILON, ETA
+from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
 from arraytp.training.compare import angle_degrees, relative_distance
-from arraytp.training.experiment import Experiment
-from arraytp.training.tables import replacing
+from arraytp.training.experiment import Experiment, Step
 
-FORMAT, VERSION = "arraytp-trace", 1
+FORMAT, VERSION = "arraytp-trace", 2
 # The noises of an iteration and the last part of their keys.
 NOISES = {"epsilon": EPSILON, "eta": ETA}
 
@@ -121,13 +122,15 @@ def _step(sink: Sink, experiment: Experiment, images: Array, labels: Array, nois
     sink.put("input/x", images)
     sink.put("input/y", labels)
     _put_weights(sink, "weights", experiment)
-    loss = experiment.run_forward(images, labels).loss
-    _put_activations(sink, experiment)
-    sink.describe("activations", {"loss": float(loss)})
-    experiment.train_feedback(observe=partial(_put_iteration, sink, experiment.feedback_step, noise))
-    _put_targets(sink, experiment)
-    _put_updates(sink, experiment)
-    experiment.apply()
+    step = experiment.forward(images, labels)
+    _put_activations(sink, step)
+    sink.describe("activations", {"loss": float(step.score.loss)})
+    if experiment.rule.feedback is not None:
+        key = experiment.rule.feedback.noise_key
+        observe = partial(_put_iteration, sink, experiment.feedback_step, key, noise)
+        experiment.train_feedback(step, observe=observe)
+    _put_targets(sink, experiment, step)
+    experiment.apply(step, _put_updates(sink, experiment, step))
     _put_weights(sink, "weights_after", experiment)
 
 
@@ -142,54 +145,52 @@ def _weights(experiment: Experiment) -> dict[str, Array]:
     network = experiment.network
     for n, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         named[f"forward/{n}/weight"], named[f"forward/{n}/bias"] = weight, bias
-    return named | {name: array for name, array in experiment.rule_state.items() if name.startswith("feedback/")}
+    return named | experiment.rule_state.parameters()
 
 
-def _put_activations(sink: Sink, experiment: Experiment) -> None:
-    network, passed = experiment.network, experiment.passed
-    assert passed is not None
-    for n, block in enumerate(network.blocks):
+def _put_activations(sink: Sink, step: Step) -> None:
+    for at in reversed(list(step.batch.down())):
         # z is never stored by the fast pass.
-        z, *_ = block_forward(block, network.weights[n], network.biases[n], passed.x[n])
-        sink.put(f"activations/{n}/pre", z)
-        sink.put(f"activations/{n}/out", passed.s[n + 1])
+        z, *_ = block_forward(at.block, at.weight, at.bias, at.s)
+        sink.put(f"activations/{at.n}/pre", z)
+        sink.put(f"activations/{at.n}/out", at.output)
 
 
-def _put_iteration(sink: Sink, step: int, noise: bool, n: int, k: int, arrays: Mapping[str, Array]) -> None:
+def _put_iteration(
+    sink: Sink, step: int, key: Callable[[int], int], noise: bool, n: int, k: int, arrays: Mapping[str, Array]
+) -> None:
     group = f"feedback_training/{n}/{k}"
     for name, array in arrays.items():
         if name in NOISES:
-            sink.describe(group, {f"{name}_key": (step, n, k, NOISES[name])})
+            sink.describe(group, {f"{name}_key": (step, key(n), k, NOISES[name])})
         if noise or name not in NOISES:
             sink.put(f"{group}/{name}", array)
 
 
-def _put_targets(sink: Sink, experiment: Experiment) -> None:
+def _put_targets(sink: Sink, experiment: Experiment, step: Step) -> None:
     """Write the rule's targets, if it has any; auxiliary units have t = s."""
-    passed, blocks = experiment.passed, experiment.network.blocks
-    assert passed is not None
-    for n, target in zip(reversed(range(len(blocks))), experiment.targets(), strict=False):
-        x, t = passed.x[n + 1], passed.s[n + 1].copy()
-        delta = target.delta.reshape(x.shape)
-        t[..., : x.shape[-1]] = x + delta if target.t is None else target.t.reshape(x.shape)
-        sink.put(f"targets/{n}/target", t)
-        sink.put(f"targets/{n}/delta", pad_auxiliary(blocks[n], delta))
+    for at, target in zip(step.batch.down(), experiment.targets(step), strict=False):
+        s, t = at.s_next, at.output.copy()
+        delta = target.delta.reshape(s.shape)
+        t[..., : s.shape[-1]] = s + delta if target.t is None else target.t.reshape(s.shape)
+        sink.put(f"targets/{at.n}/target", t)
+        sink.put(f"targets/{at.n}/delta", pad_auxiliary(at.block, delta))
         if target.m is not None:
-            sink.put(f"targets/{n}/scale", target.m)
+            sink.put(f"targets/{at.n}/scale", target.m)
 
 
-def _put_updates(sink: Sink, experiment: Experiment) -> None:
-    """Write the updates at the training β, and how they lie to BP's."""
-    experiment.propose_updates()
-    assert experiment.updates is not None
+def _put_updates(sink: Sink, experiment: Experiment, step: Step) -> Updates:
+    """Write the updates at the training β, and how they lie to BP's; return them."""
+    updates = experiment.updates(step)
     beta = getattr(experiment.config.rule, "beta", None)
     sink.describe("updates", {} if beta is None else {"beta": beta})
-    for n, (mine, exact) in enumerate(zip(experiment.updates, experiment.exact_updates(), strict=True)):
-        for part, update, gradient in zip(("weight", "bias"), mine, exact, strict=True):
+    for n, (own, exact) in enumerate(zip(updates, experiment.exact_updates(step), strict=True)):
+        for part, update, gradient in zip(("weight", "bias"), own, exact, strict=True):
             sink.put(f"updates/forward/{n}/{part}", update)
             sink.put(f"bp/{n}/{part}", gradient)
-        angle, distance = angle_degrees(mine[0], exact[0]), relative_distance(mine[0], exact[0])
+        angle, distance = angle_degrees(own[0], exact[0]), relative_distance(own[0], exact[0])
         sink.describe(f"updates/forward/{n}", {"angle_deg": angle, "distance": distance})
+    return updates
 
 
 def check_replaceable(path: Path) -> None:

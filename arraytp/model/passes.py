@@ -1,0 +1,376 @@
+"""One pass of a network over a batch, as learning rules see it, and the primitives that rules are written in.
+
+A rule is given a `Batch` and walks its blocks: `batch.down()` yields an `At` for each, n = N−1 … 0, which knows block
+n's arrays by the papers' symbols and has the primitives as methods. What computes them is an `Engine`:
+`arraytp.model.plain` in readable operations on the whole batch, `arraytp.fast.engine` in slices that fit a cache. A
+rule does not know which it is given.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from arraytp.backend import Array, Backend
+from arraytp.model.blocks import Block, Network, Shape
+from arraytp.ops.solve import Factors
+from arraytp.options import Unpool
+
+Gradients = tuple[Array, Array, Array | None]
+"""dW and db of a block, and the gradient of its input, None for block 0 or where nothing carries it back."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a forward pass leaves.
+
+    Parameters
+    ----------
+    s : list of arrays
+        s^0 … s^N: s[0] is the input, s[n + 1] what block n hands on, of shape (B, *next_shape), C-contiguous.
+    outputs : list of arrays
+        outputs[n] is block n's output of shape (B, *out_shape): s[n + 1] itself unless there are auxiliary units.
+    index : list of arrays or None
+        index[n]: the maxima of block n's pool (`arraytp.ops.pool.max_pool_forward`), None without one.
+    """
+
+    s: list[Array]
+    outputs: list[Array]
+    index: list[Array | None]
+
+    @property
+    def logits(self) -> Array:
+        """s^N, of shape (B, classes)."""
+        return self.s[-1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pass over a batch, and ∂L/∂logits: all that a rule computes from.
+
+    Parameters
+    ----------
+    engine : Engine
+        Computes the primitives and holds the arrays of their results.
+    network : Network
+    forward : ForwardPass
+        Of the batch, with the network's present weights.
+    dlogits : array of shape (B, classes)
+        ∂L/∂s^N; that of auxiliary units is 0, here as in every block.
+    seed : int
+        The run's; noise is keyed by it.
+    number : int
+        On how many batches feedback was trained before; noise is keyed by it.
+    results : str
+        Names the arrays that results are written to, valid until the next pass over a batch, or until another rule
+        computes with the same name.
+    """
+
+    engine: "Engine"
+    network: Network
+    forward: ForwardPass
+    dlogits: Array
+    seed: int = 0
+    number: int = 0
+    results: str = "rule"
+
+    def __len__(self) -> int:
+        """B, the number of samples."""
+        return len(self.dlogits)
+
+    @property
+    def logits(self) -> Array:
+        """s^N, of shape (B, classes)."""
+        return self.forward.logits
+
+    def at(self, n: int) -> "At":
+        """Return block n of this pass."""
+        return At(self, n)
+
+    def down(self) -> Iterator["At"]:
+        """Yield the blocks of this pass, n = N−1 … 0."""
+        for n in reversed(range(len(self.network))):
+            yield At(self, n)
+
+    def array(self, name: str, shape: Shape) -> Array:
+        """Return an array of the pass's dtype with undefined content; the same memory for the same name."""
+        return self.engine.array((self.results, name), shape, self.dlogits.dtype)
+
+    def product(self, a: Array, b: Array, name: str) -> Array:
+        """Return the matrix product a b, in `array` of that name."""
+        return self.engine.product(a, b, self.array(name, (len(a), b.shape[1])))
+
+    def noise(self, name: str, shape: Shape, sigma: float, *key: int) -> Array:
+        """Return N(0, σ²) by a key, after the run's seed and the batch's number, in `array` of that name."""
+        return self.engine.noise(self.array(name, shape), sigma, self.seed, self.number, *key)
+
+    def in_slices(self, compute: Callable[[slice], None]) -> None:
+        """Let `compute` do slices of the samples until all are done: element-wise work that several threads share."""
+        self.engine.in_slices(len(self), compute)
+
+    def run_on(self, n: int, s: Array) -> Array:
+        """Return the logits of the network run on from s^n = s; valid until the next call."""
+        return self.engine.forward(self.network.rest(n), s, "run on").logits
+
+    @cached_property
+    def gram_errors(self) -> "GramErrors":
+        """E = WWᵀ − I of the blocks, computed once for all that need it: inverses and the regulariser."""
+        return self.engine.gram_errors(self.network)
+
+    @cached_property
+    def inverses(self) -> Mapping[int, Factors]:
+        """W⁻¹ of every block but the first, by its position, as factors; computed once.
+
+        Raises
+        ------
+        IllConditionedError
+            If a weight matrix cannot be inverted in its dtype; names the block and the condition number.
+        """
+        return self.engine.inverses(self)
+
+
+@dataclass(frozen=True)
+class At:
+    """Block n of a pass: its arrays, and the primitives that rules are written in."""
+
+    batch: Batch
+    n: int
+
+    @property
+    def block(self) -> Block:
+        """What is fixed about it."""
+        return self.batch.network.blocks[self.n]
+
+    @property
+    def weight(self) -> Array:
+        """W^n, of shape weight_shape."""
+        return self.batch.network.weights[self.n]
+
+    @property
+    def bias(self) -> Array:
+        """b^n, of shape (O,) or (out,)."""
+        return self.batch.network.biases[self.n]
+
+    @property
+    def s(self) -> Array:
+        """s^n, which the block takes, of shape (B, *in_shape); a dense block's may have more axes."""
+        return self.batch.forward.s[self.n]
+
+    @property
+    def s_next(self) -> Array:
+        """s^{n+1}, which the block hands on, of shape (B, *next_shape)."""
+        return self.batch.forward.s[self.n + 1]
+
+    @property
+    def output(self) -> Array:
+        """s^{n+1} with the auxiliary units that are not handed on, of shape (B, *out_shape)."""
+        return self.batch.forward.outputs[self.n]
+
+    @property
+    def index(self) -> Array | None:
+        """The maxima of the block's pool."""
+        return self.batch.forward.index[self.n]
+
+    def backward(
+        self, ds: Array, through: Array | Factors | None = None, scale: float | Array | None = None
+    ) -> Gradients:
+        """Return dW = sᵀ dz, db = Σ dz and ds^n = dz throughᵀ, with dz = D ⊙ unpool(scale · ds).
+
+        Parameters
+        ----------
+        ds : array of B · size of s^{n+1} elements
+            Gradient of s^{n+1}; that of auxiliary units is 0.
+        through : array of shape weight_shape, or Factors of W, optional
+            What carries the gradient back to s^n: W itself (BP), a fixed random matrix (FA), W⁻¹ in place of Wᵀ
+            (GAIT-prop). Without it, and for block 0, there is no gradient of s^n.
+        scale : float or array of shape (B,), optional
+            What ds is multiplied by first, as a whole or sample by sample.
+        """
+        return self.batch.engine.backward(self, ds, through if self.n > 0 else None, scale)
+
+    def feedback(self, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
+        """Return G^n(t), of s^n's shape: max-unpool → activation → transposed affine map with ω, plus a bias.
+
+        Parameters
+        ----------
+        omega, bias : arrays of shape weight_shape and in_shape[-1:]
+        t : array of B · size of s^{n+1} elements
+        unpool : {"overwrite", "accumulate"}
+            See `arraytp.ops.pool.max_unpool`; the maxima are those of the forward pass.
+        """
+        return self.batch.engine.feedback(self, omega, bias, t, unpool)
+
+    def feedback_difference(self, omega: Array, delta: Array, unpool: Unpool) -> Array:
+        """Return G^n(s^{n+1} + δ) − G^n(s^{n+1}), of s^n's shape, exact for small δ; arguments as in `feedback`."""
+        return self.batch.engine.feedback_difference(self, omega, delta, unpool)
+
+    def inverse(self, factors: Factors, y: Array) -> Array:
+        """Return the input, of s^n's shape, with which the block's output would be y (GP paper, Equation 3).
+
+        Parameters
+        ----------
+        factors : Factors
+            Of W.
+        y : array of shape (B, *out_shape)
+            Near `self.output`, auxiliary units included, within the activation's range.
+        """
+        return self.batch.engine.inverse(self, factors, y)
+
+    def iterations(self, unpool: Unpool, training: "NoiseAndProducts") -> "Iterations":
+        """Return what iterations of feedback training on this block share; valid until the next call."""
+        return self.batch.engine.iterations(self, unpool, training)
+
+    def jacobian_overlap(self, unpool: Unpool) -> tuple[Array, Array]:
+        """Return N and M of Theorem 4.2, see `arraytp.model.feedback.jacobian_overlap`."""
+        return self.batch.engine.jacobian_overlap(self, unpool)
+
+
+class GramErrors(Protocol):
+    """E^n = W^n(W^n)ᵀ − I of a network's square matrices."""
+
+    def of(self, positions: Iterable[int]) -> Mapping[int, Array]:
+        """Return E of the blocks at these positions, each computed once."""
+
+
+@dataclass(frozen=True)
+class NoiseAndProducts:
+    """What iterations of feedback training on a block need.
+
+    Parameters
+    ----------
+    sigma : float
+        σ of the noise.
+    noises : int
+        How many noises will be drawn.
+    products : int
+        How many products x ⋆ d `iterate` adds or subtracts.
+    output_noise : bool
+        Whether there is an η of s^{n+1}'s shape besides ε of s^n's.
+    """
+
+    sigma: float
+    noises: int
+    products: int
+    output_noise: bool
+
+
+class Samples(Protocol):
+    """Some samples of block n in an iteration of feedback training: what a rule's `iterate` is written in.
+
+    Arrays that primitives return are the caller's to overwrite; other arrays are not.
+    """
+
+    @property
+    def s(self) -> Array:
+        """s^n, of shape (samples, *in_shape)."""
+
+    @property
+    def s_next(self) -> Array:
+        """s^{n+1}, of shape (samples, *out_shape)."""
+
+    @property
+    def index(self) -> Array | None:
+        """The maxima of its pool."""
+
+    @property
+    def a_next(self) -> Array:
+        """a(s^{n+1}), of shape (samples, *pre_shape)."""
+
+    def F(self, epsilon: Array) -> tuple[Array, Array | None]:
+        """Return F^n(s^n + ε), of shape (samples, *out_shape), and the maxima of its pool."""
+
+    def a(self, t: Array, index: Array | None) -> Array:
+        """Return a(t) = f(unpool(t)), the input of G's affine map, of shape (samples, *pre_shape); t is overwritten."""
+
+    def transposed(self, omega: Any, d: Array) -> Array:
+        """Return ω ∘ d, the transposed affine map, of shape (samples, *in_shape), for d of shape (samples, *pre_shape).
+
+        `omega` is what `iterate` is given.
+        """
+
+    def add(self, x: Array, d: Array) -> None:
+        """Add x ⋆ d, of ω's shape, to the sum over samples: the gradient of ω in ⟨x, ω ∘ d⟩."""
+
+    def subtract(self, x: Array, d: Array) -> None:
+        """Subtract x ⋆ d from the sum over samples."""
+
+    def add_bias(self, r: Array) -> None:
+        """Add r, of shape (samples, *in_shape), summed over samples and positions, to the sum of G's bias."""
+
+    def square(self, r: Array) -> Array:
+        """Return ‖r‖², of shape ()."""
+
+
+Iterate = Callable[[Samples, Any, Array | None, Array, Array], Array]
+"""(samples, ω, G's bias, ε, η) → array of shape (): one iteration of feedback training on some samples.
+
+It adds each sample's part of the gradient to the sums, and returns what is to be summed besides. η is ε where the rule
+has no noise of the output.
+"""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What an iteration comes to: 2/B times the sums of weight and bias (None without one), 1/B times that returned.
+
+    The arrays are valid until the next iteration.
+    """
+
+    weight: Array
+    bias: Array | None
+    returned: Array
+
+
+class Iterations(Protocol):
+    """What all iterations on one block and batch share: θ ∘ s, a(s^{n+1}), the noise."""
+
+    def noise(self, k: int) -> dict[str, Array]:
+        """Return the k-th noise: `epsilon` of s^n's shape and, where asked for, `eta` of s^{n+1}'s."""
+
+    def sums(self, iterate: Iterate, k: int, omega: Array, bias: Array | None = None) -> Sums:
+        """Run an iteration with the k-th noise over all samples."""
+
+
+class Engine(Protocol):
+    """What computes the primitives; their meaning is `Batch`'s and `At`'s."""
+
+    backend: Backend
+
+    def array(self, name: object, shape: Shape, dtype: Any) -> Array:
+        """See `Batch.array`."""
+
+    def product(self, a: Array, b: Array, out: Array) -> Array:
+        """Write the matrix product a b to `out` and return it."""
+
+    def in_slices(self, count: int, compute: Callable[[slice], None]) -> None:
+        """See `Batch.in_slices`."""
+
+    def noise(self, out: Array, sigma: float, *key: int) -> Array:
+        """Fill an array with N(0, σ²) by a key, `arraytp.ops.noise.gaussian` of a whole batch, and return it."""
+
+    def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
+        """Run the network on a batch; arrays of the result are valid until the next call with this name."""
+
+    def backward(self, at: At, ds: Array, through: Array | Factors | None, scale: float | Array | None) -> Gradients:
+        """See `At.backward`."""
+
+    def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
+        """See `At.feedback`."""
+
+    def feedback_difference(self, at: At, omega: Array, delta: Array, unpool: Unpool) -> Array:
+        """See `At.feedback_difference`."""
+
+    def iterations(self, at: At, unpool: Unpool, training: NoiseAndProducts) -> Iterations:
+        """See `At.iterations`."""
+
+    def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
+        """See `At.jacobian_overlap`."""
+
+    def gram_errors(self, network: Network) -> GramErrors:
+        """See `Batch.gram_errors`."""
+
+    def inverses(self, batch: Batch) -> Mapping[int, Factors]:
+        """See `Batch.inverses`."""
+
+    def inverse(self, at: At, factors: Factors, y: Array) -> Array:
+        """See `At.inverse`."""

@@ -1,0 +1,214 @@
+"""Feedback weights: how they are drawn, and the one loop that trains them on a batch.
+
+For every block n = 1 … N−1, K_n times, with fresh noise each time: the gradient of the rule's feedback loss, averaged
+over the batch, and one step of the feedback optimiser on ω^n (DTP paper, Algorithms 1 to 3). Lists in the settings
+begin with block 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from arraytp.backend import Array, Backend, array_module
+from arraytp.errors import UserError
+from arraytp.fast.parallel import Workspace
+from arraytp.model.blocks import Block, Network, block_flops
+from arraytp.model.initialise import initial_bias, initial_weight
+from arraytp.model.passes import Batch
+from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
+from arraytp.options import FeedbackTraining, InitName
+from arraytp.rules.protocol import Feedback, Iterating, Iteration, Observe, State
+
+FeedbackInit = InitName | Literal["symmetric"]
+
+
+def train(
+    feedback: Feedback[Any],
+    options: Any,
+    state: State,
+    batch: Batch,
+    workspace: Workspace,
+    observe: Observe | None = None,
+) -> list[Array | None]:
+    """Train every ω^n on a batch, in place.
+
+    Parameters
+    ----------
+    feedback : Feedback
+        Of the rule.
+    options : dataclass
+        The rule's.
+    state : State
+        Holds ω; changed.
+    batch : Batch
+    workspace : Workspace
+        Whose threads share the optimiser's work.
+    observe : Observe, optional
+
+    Returns
+    -------
+    list of arrays of shape (), or None
+        Per block, from block 1 on: the loss in the last iteration, None without iterations.
+    """
+    training, noises = feedback.settings(options), feedback.noises(options)
+    losses: list[Array | None] = []
+    for n in range(1, len(batch.network)):
+        iterations, sigma = iterations_and_noise(training, n - 1)
+        loss = None
+        if iterations:
+            iterate = feedback.begin(options, batch.at(n), sigma, iterations * noises)
+            for k in range(iterations):
+                wanted = k == iterations - 1
+                gradients, loss = _mean(iterate, state, n, range(k * noises, (k + 1) * noises), wanted, observe)
+                step_feedback(training, state, n, batch.number * iterations + k, gradients, workspace)
+        losses.append(loss)
+    return losses
+
+
+def _mean(
+    iterate: Iterating, state: State, n: int, noises: range, wanted: bool, observe: Observe | None
+) -> tuple[Mapping[str, Array], Array | None]:
+    """Return the mean gradients over some noises, and the loss with the last of them."""
+    total: dict[str, Array] = {}
+    for k in noises:
+        done = iterate(state, k, observe is not None or (wanted and k == noises[-1]))
+        if observe is not None:
+            observe(n, k, _observed(done))
+        if len(noises) == 1:
+            return done.gradients, done.loss
+        for part, gradient in done.gradients.items():
+            if part in total:
+                total[part] += gradient
+            else:
+                # A copy: the next iteration writes to the same memory.
+                total[part] = gradient.copy()
+    return {part: gradient / gradient.dtype.type(len(noises)) for part, gradient in total.items()}, done.loss
+
+
+def _observed(done: Iteration) -> dict[str, Array]:
+    names = {"weight": "gradient", "bias": "gradient_bias"}
+    gradients = {names[part]: gradient for part, gradient in done.gradients.items()}
+    return {**done.noises, **gradients, "loss": done.loss}
+
+
+def step_feedback(
+    training: FeedbackTraining,
+    state: State,
+    n: int,
+    step: int,
+    gradients: Mapping[str, Array],
+    workspace: Workspace,
+) -> None:
+    """Let the feedback optimiser take its step number `step` (from 0) on ω^n, and on its bias if that has a gradient.
+
+    `gradients` is by part, "weight" and "bias".
+    """
+    optimizer, lr = of_block(training.optimizer, n - 1), at_block(training.optimizer.lr, n - 1)
+    stored = {"weight": state.weights, "bias": state.biases}
+    parameters = [stored[part][n] for part in gradients]
+    optimizer_state = OptimizerState(step, [state.moments[n, part] for part in gradients])
+    apply_updates(optimizer, lr, optimizer_state, parameters, list(gradients.values()), workspace)
+
+
+def init_feedback(
+    init: FeedbackInit, optimizer: OptimizerOptions, network: Network, seed: int, backend: Backend
+) -> State:
+    """Draw ω^n and bias of every G^n, n = 1 … N−1; moments are 0. "symmetric" copies θ and has biases 0.
+
+    kaiming-uniform is PyTorch's layer default for the reversed block: a dense one's fan_in is its forward output's.
+    """
+    state = State()
+    for n, block in enumerate(network.blocks[1:], start=1):
+        theta = network.weights[n]
+        if init == "symmetric":
+            weight, bias = theta.copy(), array_module(theta).zeros(block.in_shape[-1:], dtype=theta.dtype)
+        else:
+            shape = block.weight_shape[::-1] if block.window is None else block.weight_shape
+            drawn = initial_weight(init, shape, seed, "feedback", n)
+            drawn = np.ascontiguousarray(drawn.T) if block.window is None else drawn
+            weight = backend.asarray(drawn.astype(theta.dtype))
+            # Of the same fan_in, and as long as the reversed block has outputs.
+            drawn = initial_bias(init, (*shape[:-1], block.in_shape[-1]), seed, "feedback", n)
+            bias = backend.asarray(drawn.astype(theta.dtype))
+        state.weights[n], state.biases[n] = weight, bias
+        init_moments(state, n, optimizer)
+    return state
+
+
+def init_direct(init: InitName, network: Network, seed: int, backend: Backend) -> State:
+    """Draw a direct matrix of shape (classes, size of s^n) for every hidden s^n, n = 1 … N−1.
+
+    Its random stream has the number n − 1, of the block that s^n comes from.
+    """
+    classes, state = network.blocks[-1].next_shape[0], State()
+    for n, block in enumerate(network.blocks[:-1], start=1):
+        drawn = initial_weight(init, (classes, int(np.prod(block.next_shape))), seed, "feedback", n - 1)
+        state.weights[n] = backend.asarray(drawn.astype(network.weights[n].dtype))
+    return state
+
+
+def init_moments(state: State, n: int, optimizer: OptimizerOptions) -> None:
+    """Begin the optimiser of ω^n and, where there is one, its bias: all moments 0."""
+    for part, arrays in (("weight", state.weights), ("bias", state.biases)):
+        if n in arrays:
+            (state.moments[n, part],) = init_optimizer(optimizer, [arrays[n]]).moments
+
+
+def iterations_and_noise(training: FeedbackTraining, position: int) -> tuple[int, float]:
+    """Return K and σ of one block with feedback, counted from 0."""
+    return int(at_block(training.iterations, position)), at_block(training.sigma, position)
+
+
+def only_block(training: FeedbackTraining, n: int, blocks: int) -> FeedbackTraining:
+    """Return the settings with iterations for block n of so many blocks only."""
+    iterations = [0] * (blocks - 1)
+    iterations[n - 1] = int(at_block(training.iterations, n - 1))
+    return replace(training, iterations=tuple(iterations))
+
+
+def module_pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
+    """Return n, ω^n and θ^n of every block with a feedback module."""
+    return [(n, omega, network.weights[n]) for n, omega in state.weights.items()]
+
+
+def feedback_products(training: FeedbackTraining, network: Network, products: int) -> int:
+    """Return the operations of so many products per block and iteration, and of one more per block."""
+    iterations = [iterations_and_noise(training, n)[0] for n in range(len(network) - 1)]
+    return sum(
+        block_flops(block) * (1 + products * count)
+        for block, count in zip(network.blocks[1:], iterations, strict=True)
+        if count
+    )
+
+
+def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block], reduction: str) -> None:
+    """Refuse what the rules with trained feedback cannot do.
+
+    Raises
+    ------
+    UserError
+        If a list has not one value per feedback block, the loss is not the mean, or blocks have auxiliary units; names
+        key and blocks.
+    """
+    if reduction != "mean":
+        raise UserError(f"loss.reduction: {reduction}: rule {rule} is defined for the mean loss; use reduction: mean")
+    labels = [block.label for block in blocks[1:]]
+    for key, values in (
+        ("iterations", training.iterations),
+        ("sigma", training.sigma),
+        ("optimizer.lr", training.optimizer.lr),
+        ("optimizer.epsilon", getattr(training.optimizer, "epsilon", None)),
+    ):
+        if isinstance(values, tuple) and len(values) != len(labels):
+            raise UserError(
+                f"rule.feedback.{key}: {len(values)} values {list(values)}; needs one number, or a list of "
+                f"{len(labels)}, one per block with feedback: {', '.join(labels) or 'none'}"
+            )
+    for n, block in enumerate(blocks):
+        if block.auxiliary:
+            raise UserError(
+                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, for which rule {rule} "
+                "has no use; they are GAIT-prop's (network.square: false)"
+            )
