@@ -161,8 +161,8 @@ class Slice:
         self._biases, self._scratch, self._own = biases, scratch, scratch.of(OWNER)
         self.s, self.s_next, self.a_next = shared.s[part], at.output[part], shared.a[part]
         self.index = None if at.index is None else at.index[part]
-        # Results of primitives stay apart, so that a rule may hold as many as it likes.
-        self._made = 0
+        # How many results each primitive has given: they stay apart, so that a rule may hold as many as it likes.
+        self._given = {"F": 0, "a": 0, "transposed": 0}
         # The x whose rows, and the d whose stack, were made last.
         self._rows: tuple[Array, Array] | None = None
         self._stack: tuple[Array, Array] | None = None
@@ -170,15 +170,18 @@ class Slice:
     def F(self, epsilon: Array) -> tuple[Array, Array | None]:
         """Return F^n(s^n + ε) and the maxima of its pool; bias and f come after the pool, as in a forward pass."""
         shared, block = self._shared, self._shared.at.block
-        z = self._array("z", block.pre_shape)
+        # With a pool z itself is not given away: it takes the memory of the next a.
+        z = self._array("F" if block.pool is None else "a", "z", block.pre_shape)
         shared.products.add_affine(self._rows_of(epsilon), shared.theta, shared.z[self._part], z, self._scratch)
         if block.pool is None:
             z += shared.at.bias
+            self._given["F"] += 1
             return block.activation(z, out=z), None
-        s, index = self._array("pooled", block.out_shape), self._array("index", block.out_shape, np.uint8)
+        s, index = self._array("F", "s", block.out_shape), self._array("F", "index", block.out_shape, np.uint8)
         # Which of ReLU's zeros is the maximum does not matter here: what is put there is 0.
         pool(z, block.pool, s, index, self._scratch)
         s += shared.at.bias
+        self._given["F"] += 1
         return block.activation(s, out=s), index
 
     def a(self, t: Array, index: Array | None) -> Array:
@@ -186,16 +189,18 @@ class Slice:
         block = self._shared.at.block
         if block.pool is None:
             return block.activation(t, out=t)
-        out = self._array("a", block.pre_shape)
+        out = self._array("a", "z", block.pre_shape)
+        self._given["a"] += 1
         write_input(block, t, index, self._shared.unpool, out, self._scratch)
         return out
 
     def transposed(self, omega: Array, d: Array) -> Array:
         """Return ω ∘ d."""
-        products, self._rows, self._made = self._shared.products, None, self._made + 1
+        products, self._rows = self._shared.products, None
+        self._given["transposed"] += 1
         # A dense block's rows are ω ∘ d itself.
         room = self._sums.room() if isinstance(products, Dense) else None
-        r = products.transposed(self._stack_of(d), omega, len(d), self._scratch, room, (OWNER, self._made))
+        r = products.transposed(self._stack_of(d), omega, len(d), self._scratch, room, self._given["transposed"])
         if room is not None:
             self._rows = r, room
         return r
@@ -218,19 +223,28 @@ class Slice:
         flat = r.reshape(-1)
         return array_module(r).dot(flat, flat)
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
-        self._made += 1
-        return self._own.array((name, self._made), (len(self.s), *shape), dtype or self.s.dtype)
+    def _array(self, primitive: str, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
+        """Return room for the next result of a primitive."""
+        key = primitive, self._given[primitive], name
+        return self._own.array(key, (len(self.s), *shape), dtype or self.s.dtype)
 
     def _rows_of(self, x: Array) -> Array:
         if self._rows is None or self._rows[0] is not x:
             self._rows = x, self._shared.products.rows(x, self._scratch, self._sums.room())
+            _protect(x)
         return self._rows[1]
 
     def _stack_of(self, d: Array) -> Array:
         if self._stack is None or self._stack[0] is not d:
             self._stack = d, self._shared.products.stack(d, self._scratch)
+            _protect(d)
         return self._stack[1]
+
+
+def _protect(array: Array) -> None:
+    """Make an array whose patches are kept read-only, where that is possible."""
+    if isinstance(array, np.ndarray):
+        array.flags.writeable = False
 
 
 class Summing(Protocol):

@@ -257,7 +257,8 @@ class NoiseAndProducts:
 class Samples(Protocol):
     """Some samples of block n in an iteration of feedback training: what a rule's `iterate` is written in.
 
-    Arrays that primitives return are the caller's to overwrite; other arrays are not.
+    Arrays that primitives return are the caller's to overwrite until they are given to `transposed`, `add` or
+    `subtract`; other arrays are not.
     """
 
     @property
