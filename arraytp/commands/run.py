@@ -34,11 +34,12 @@ OWN_FILES = ("config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one variant: what to train and where its results go."""
+    """One run of one variant: what to train, where its results go, and whether by the plain primitives."""
 
     plan: Plan
     label: str
     folder: Path
+    plain: bool
 
     @property
     def study(self) -> bool:
@@ -62,6 +63,7 @@ class Job:
 @click.option("--resume", is_flag=True, help="Go on with runs that were stopped; skip finished ones.")
 @click.option("--fresh", is_flag=True, help="Start over, replacing results that are there.")
 @click.option("--quiet", is_flag=True, help="No progress, only the final table.")
+@click.option("--plain", is_flag=True, help="Compute with the readable primitives, whole batches at a time.")
 def command(
     configs: tuple[Path, ...],
     backend: str | None,
@@ -71,16 +73,18 @@ def command(
     resume: bool,
     fresh: bool,
     quiet: bool,
+    plain: bool,
 ) -> None:
     """Train as the given CONFIG files say and write result folders.
 
     A config with variants writes one folder per variant into the result folder. Ctrl-C, SIGTERM or SIGHUP writes a
-    checkpoint first; the same command with --resume goes on from there.
+    checkpoint first; the same command with --resume goes on from there. With --plain the numbers are the same to
+    rounding, and take several times as long.
     """
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
     overridden = settings(overrides, backend, dtype)
-    batches = [_jobs(path, overridden, out, len(configs) > 1) for path in configs]
+    batches = [_jobs(path, overridden, out, len(configs) > 1, plain) for path in configs]
     jobs = [job for batch in batches for job in batch]
     held: dict[Path, int] = {}
     try:
@@ -99,7 +103,7 @@ def command(
     _report(batches)
 
 
-def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool) -> list[Job]:
+def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool, plain: bool) -> list[Job]:
     """Check every variant of a config before any of them starts; of several configs, each has a folder in `--out`."""
     file = load_config(path, overrides)
     folder = Path("results", file.name) if out is None else out / file.name if several else out
@@ -112,7 +116,7 @@ def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool) -> 
         place = folder / variant if variant else folder
         if not encodable(os.path.basename(os.path.realpath(place))):
             raise UserError(f"{str(place)!r}: the folder's name is no UTF-8 text, so that no figure can show it")
-        jobs.append(Job(planned, variant or file.name, place))
+        jobs.append(Job(planned, variant or file.name, place, plain))
     return jobs
 
 
@@ -194,7 +198,7 @@ def _run_all(
             # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
             warnings.simplefilter("ignore", RuntimeWarning)
             try:
-                run = None if job.study else Run(build_planned(job.plan), job.folder, job.label, quiet)
+                run = None if job.study else Run(build_planned(job.plan, job.plain), job.folder, job.label, quiet)
                 if fresh and job is jobs[0]:
                     _clear(jobs)
                 job.folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +225,7 @@ def _clear(jobs: Sequence[Job]) -> None:
 def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
     """Do a study; seeds that are done stay as they are."""
     _write_config(job)
-    run_study(job.plan, job.folder, job.label, stop, quiet)
+    run_study(job.plan, job.folder, job.label, stop, quiet, job.plain)
     _draw(job)
 
 

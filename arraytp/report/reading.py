@@ -15,12 +15,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from arraytp.config.document import encodable
 from arraytp.errors import UserError
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS
 
 Columns = dict[str, NDArray[np.float64]]
-
-METRICS = "epoch,seconds,lr,train_loss,train_top1,train_top5,test_loss,test_top1,test_top5"
-ANGLES = "step,epoch,block,angle_deg,distance"
-FEEDBACK = "step,epoch,block,loss,angle_deg,distance"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +155,9 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         label=label,
         config_text=text,
         config=config,
-        metrics=read_csv(path / "metrics.csv", METRICS, ("epoch",), unfinished),
-        angles=read_csv(path / "angles.csv", ANGLES, ("step", "block"), unfinished),
-        feedback=read_csv(path / "feedback.csv", FEEDBACK, ("step", "block"), unfinished),
+        metrics=read_csv(path / "metrics.csv", METRICS_COLUMNS, ("epoch",), unfinished),
+        angles=read_csv(path / "angles.csv", ANGLES_COLUMNS, ("step", "block"), unfinished),
+        feedback=read_csv(path / "feedback.csv", FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,
     )
     highest = max(result.angles["block"], default=-1)
@@ -249,7 +246,7 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     return summary
 
 
-def read_csv(path: Path, expected: str, key: Sequence[str], unfinished: bool) -> Columns:
+def read_csv(path: Path, expected: Sequence[str], key: Sequence[str], unfinished: bool) -> Columns:
     """Read the expected columns of a table; those of a missing file are empty.
 
     `key` are columns of whole numbers ≥ 0, the first never decreasing, together never repeated. While `unfinished`, a
@@ -260,22 +257,21 @@ def read_csv(path: Path, expected: str, key: Sequence[str], unfinished: bool) ->
     UserError
         Names the file and the line.
     """
-    columns = expected.split(",")
     if not path.is_file():
-        return {name: np.empty(0) for name in columns}
+        return {name: np.empty(0) for name in expected}
     *lines, rest = _text(path).split("\n")
     if rest and not unfinished:
         raise UserError(f"{path}, line {len(lines) + 1}: the line has no end; the file was cut")
     rows = [line.split(",") for line in lines]
     if not rows and unfinished:
-        return {name: np.empty(0) for name in columns}
+        return {name: np.empty(0) for name in expected}
     header = rows[0] if rows else []
-    missing = [name for name in columns if name not in header]
+    missing = [name for name in expected if name not in header]
     if missing:
-        raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; expected {expected}")
+        raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; expected {','.join(expected)}")
     values = [_numbers(path, line, header, row) for line, row in enumerate(rows[1:], start=2)]
     table = np.array(values, dtype=np.float64).reshape(len(values), len(header))
-    result = {name: table[:, header.index(name)] for name in columns}
+    result = {name: table[:, header.index(name)] for name in expected}
     _check_key(path, result, key)
     return result
 

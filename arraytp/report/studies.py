@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from arraytp.errors import UserError
 from arraytp.report.figures import new_figure, save_figure, write_bytes
-from arraytp.report.reading import FEEDBACK, Columns, read_csv
+from arraytp.report.reading import Columns, read_csv
 from arraytp.report.style import RC, shades
+from arraytp.training.tables import FEEDBACK_COLUMNS
 
 Floats = NDArray[np.float64]
 LAST_STUDY_FIGURE = "updates.png"
@@ -109,7 +110,7 @@ def _read_tables(paths: list[Path]) -> list[Columns]:
     for path in paths:
         remedy = f"delete {path.parent}, and --resume does the seed again"
         try:
-            tables.append(read_csv(path, FEEDBACK, ("step", "block"), unfinished=False))
+            tables.append(read_csv(path, FEEDBACK_COLUMNS, ("step", "block"), unfinished=False))
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
         rows, first = len(tables[-1]["step"]), len(tables[0]["step"])
@@ -173,7 +174,7 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
         if np.isfinite(study.angle[:, :, position]).all() and np.ptp(study.angle[:, :, position], axis=1).max() > 0
     ]
     for (study, position), colour in zip(lines, shades(len(lines)), strict=True):
-        label = f"{study.label}, {study.blocks[_paired_block(study, position)]}"
+        label = f"{study.label}, {study.blocks[study.feedback_blocks[position]]}"
         _band(left, study.iterations, study.angle[:, :, position], colour, label)
         _band(right, study.iterations, study.distance[:, :, position], colour, label)
     left.set(xlabel="iterations of feedback training", ylabel="angle (°)", ylim=(0, None))

@@ -20,6 +20,7 @@ RULE_COLOURS = {
     "tp": "#56b4e9",
     "dtp": "#882255",
     "ldrl": "#009e73",
+    "ldrl-parallel": "#44aa99",
     "drl": "#cc79a7",
 }
 OTHER_COLOUR = "#777777"

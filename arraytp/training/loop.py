@@ -13,6 +13,7 @@ from arraytp import __version__
 from arraytp.backend import Array, array_module
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
+from arraytp.model.plain import Plain
 from arraytp.optim import at_block, learning_rates
 from arraytp.rules import bp
 from arraytp.rules.protocol import Updates
@@ -370,6 +371,7 @@ class Run:
             "parameters": sum(array.size for array in self.experiment.network.parameters()),
             "versions": {"arraytp": __version__, "python": platform.python_version(), **plan.backend.versions()},
             "device": plan.backend.device(),
+            "primitives": "plain" if isinstance(self.experiment.engine, Plain) else "fast",
         }
         write_json(self.folder / "summary.json", summary)
 

@@ -34,7 +34,9 @@ from arraytp.training.progress import Progress
 from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable
 
 
-def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False) -> None:
+def run_study(
+    planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False, plain: bool = False
+) -> None:
     """Do every seed that is not done yet, and write summary.json.
 
     A seed's numbers depend on the config alone, so one that was stopped halfway is simply done again.
@@ -50,6 +52,8 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
     stop : StopRequest
     quiet : bool
         Show no progress.
+    plain : bool
+        Compute with the plain primitives.
 
     Raises
     ------
@@ -71,7 +75,7 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
             found = _seed(replace(planned, config=replace(planned.config, seed=planned.config.seed + n)), study, place,
-                          f"{label} seed {n + 1}/{study.seeds}", stop, quiet)  # fmt: skip
+                          f"{label} seed {n + 1}/{study.seeds}", stop, quiet, plain)  # fmt: skip
             write_json(place / "summary.json", found)
         seeds.append(_read_seed(place / "summary.json", len(planned.blocks)))
     config, plan = planned.config, planned
@@ -87,10 +91,12 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
     write_json(folder / "summary.json", summary)
 
 
-def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopRequest, quiet: bool) -> dict[str, Any]:
+def _seed(
+    planned: Plan, study: Study, folder: Path, label: str, stop: StopRequest, quiet: bool, plain: bool
+) -> dict[str, Any]:
     """Train feedback on one seed's batch; write its tables and return its summary."""
     started = time.monotonic()
-    experiment = build_planned(planned)
+    experiment = build_planned(planned, plain)
     if not study.biases:
         for bias in experiment.network.biases:
             bias.fill(0)
