@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from arraytp.backend import Array
-from arraytp.fast import feedback_training, inverse, modules, orthogonality, passes
+from arraytp.fast import feedback_training, inverse, modules, orthogonality, overlaps, passes
 from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Task, Workspace, even_slices, slices
-from arraytp.model import feedback
 from arraytp.model.blocks import Network, Shape
 from arraytp.model.passes import At, Batch, ForwardPass, Gradients, GramErrors, Iterations, NoiseAndProducts
 from arraytp.ops.noise import CHUNK, gaussian
@@ -72,7 +71,7 @@ class Fast:
 
     def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
         """See `At.jacobian_overlap`."""
-        return feedback.jacobian_overlap(at.block, at.output, at.index, unpool)
+        return overlaps.jacobian_overlap(at, unpool, self.workspace)
 
     def gram_errors(self, network: Network) -> GramErrors:
         """See `Batch.gram_errors`."""

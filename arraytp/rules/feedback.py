@@ -19,7 +19,7 @@ from arraytp.model.initialise import initial_bias, initial_weight
 from arraytp.model.passes import Batch
 from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
 from arraytp.options import FeedbackTraining, InitName
-from arraytp.rules.protocol import Feedback, Iterating, Iteration, Observe, State
+from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Observe, State
 
 FeedbackInit = InitName | Literal["symmetric"]
 
@@ -55,25 +55,46 @@ def train(
     training, noises = feedback.settings(options), feedback.noises(options)
     losses: list[Array | None] = []
     for n in range(1, len(batch.network)):
-        iterations, sigma = iterations_and_noise(training, n - 1)
-        loss = None
-        if iterations:
-            iterate = feedback.begin(options, batch.at(n), sigma, iterations * noises)
-            for k in range(iterations):
-                wanted = k == iterations - 1
-                gradients, loss = _mean(iterate, state, n, range(k * noises, (k + 1) * noises), wanted, observe)
-                step_feedback(training, state, n, batch.number * iterations + k, gradients, workspace)
-        losses.append(loss)
+        descent = descent_of(training, n, batch.number, workspace)
+        if not descent.iterations:
+            losses.append(None)
+        elif feedback.closed_form is not None and feedback.expected(options):
+            computed = feedback.closed_form(options, state, batch.at(n), descent)
+            losses.append(computed["loss"])
+            if observe is not None:
+                observe(n, 0, computed)
+        else:
+            iterate = feedback.begin(options, batch.at(n), descent.sigma, descent.iterations * noises)
+            losses.append(_by_noise(iterate, state, n, descent, noises, observe))
     return losses
 
 
+def descent_of(training: FeedbackTraining, n: int, number: int, workspace: Workspace) -> Descent:
+    """Return what the settings say of block n, on a batch before which feedback was trained on `number` others."""
+    iterations, optimizer = int(at_block(training.iterations, n - 1)), of_block(training.optimizer, n - 1)
+    lr, sigma = at_block(training.optimizer.lr, n - 1), at_block(training.sigma, n - 1)
+    return Descent(optimizer, lr, iterations, sigma, number * iterations, workspace)
+
+
+def _by_noise(
+    iterate: Iterating, state: State, n: int, descent: Descent, noises: int, observe: Observe | None
+) -> Array | None:
+    """Do the iterations on block n, each with the mean gradient over some noises; return the last loss."""
+    loss = None
+    for k in range(descent.iterations):
+        last = k == descent.iterations - 1
+        gradients, loss = _mean(iterate, state, n, range(k * noises, (k + 1) * noises), last, observe)
+        step_feedback(descent, state, n, k, gradients)
+    return loss
+
+
 def _mean(
-    iterate: Iterating, state: State, n: int, noises: range, wanted: bool, observe: Observe | None
+    iterate: Iterating, state: State, n: int, noises: range, last: bool, observe: Observe | None
 ) -> tuple[Mapping[str, Array], Array | None]:
     """Return the mean gradients over some noises, and the loss with the last of them."""
     total: dict[str, Array] = {}
     for k in noises:
-        done = iterate(state, k, observe is not None or (wanted and k == noises[-1]))
+        done = iterate(state, k, observe is not None or (last and k == noises[-1]))
         if observe is not None:
             observe(n, k, _observed(done))
         if len(noises) == 1:
@@ -93,23 +114,16 @@ def _observed(done: Iteration) -> dict[str, Array]:
     return {**done.noises, **gradients, "loss": done.loss}
 
 
-def step_feedback(
-    training: FeedbackTraining,
-    state: State,
-    n: int,
-    step: int,
-    gradients: Mapping[str, Array],
-    workspace: Workspace,
-) -> None:
-    """Let the feedback optimiser take its step number `step` (from 0) on ω^n, and on its bias if that has a gradient.
+def step_feedback(descent: Descent, state: State, n: int, k: int, gradients: Mapping[str, Array]) -> None:
+    """Let the feedback optimiser take step k of a batch on ω^n, and on its bias if that has a gradient.
 
     `gradients` is by part, "weight" and "bias".
     """
-    optimizer, lr = of_block(training.optimizer, n - 1), at_block(training.optimizer.lr, n - 1)
     stored = {"weight": state.weights, "bias": state.biases}
     parameters = [stored[part][n] for part in gradients]
-    optimizer_state = OptimizerState(step, [state.moments[n, part] for part in gradients])
-    apply_updates(optimizer, lr, optimizer_state, parameters, list(gradients.values()), workspace)
+    optimizer_state = OptimizerState(descent.step + k, [state.moments[n, part] for part in gradients])
+    gradient_list = list(gradients.values())
+    apply_updates(descent.optimizer, descent.lr, optimizer_state, parameters, gradient_list, descent.workspace)
 
 
 def init_feedback(
@@ -156,11 +170,6 @@ def init_moments(state: State, n: int, optimizer: OptimizerOptions) -> None:
             (state.moments[n, part],) = init_optimizer(optimizer, [arrays[n]]).moments
 
 
-def iterations_and_noise(training: FeedbackTraining, position: int) -> tuple[int, float]:
-    """Return K and σ of one block with feedback, counted from 0."""
-    return int(at_block(training.iterations, position)), at_block(training.sigma, position)
-
-
 def only_block(training: FeedbackTraining, n: int, blocks: int) -> FeedbackTraining:
     """Return the settings with iterations for block n of so many blocks only."""
     iterations = [0] * (blocks - 1)
@@ -175,7 +184,7 @@ def module_pairs(state: State, network: Network) -> list[tuple[int, Array, Array
 
 def feedback_products(training: FeedbackTraining, network: Network, products: int) -> int:
     """Return the operations of so many products per block and iteration, and of one more per block."""
-    iterations = [iterations_and_noise(training, n)[0] for n in range(len(network) - 1)]
+    iterations = [int(at_block(training.iterations, n)) for n in range(len(network) - 1)]
     return sum(
         block_flops(block) * (1 + products * count)
         for block, count in zip(network.blocks[1:], iterations, strict=True)

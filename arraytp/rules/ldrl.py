@@ -21,21 +21,28 @@ Source: DTP paper, Section 4.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from arraytp.backend import Array
+from arraytp.backend import Array, array_module
 from arraytp.model.blocks import Network
-from arraytp.model.feedback import expected_gradient
 from arraytp.model.passes import At, NoiseAndProducts, Samples
+from arraytp.options import SGD
 from arraytp.rules import dtp
-from arraytp.rules.feedback import feedback_products, module_pairs
-from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State
+from arraytp.rules.collapse import sgd_iterations
+from arraytp.rules.feedback import feedback_products, module_pairs, step_feedback
+from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(dtp.TargetOptions):
+class LDRLOptions(dtp.TargetOptions):
     """As DTP's. `expected` descends the expectation for small noise in closed form (Theorem 4.2), without noise."""
 
-    name: Literal["ldrl"] = "ldrl"
     expected: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(LDRLOptions):
+    """As all variants'."""
+
+    name: Literal["ldrl"] = "ldrl"
 
 
 def iterate(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta: Array) -> Array:
@@ -64,28 +71,38 @@ def begin(options: dtp.TargetOptions, at: At, sigma: float, noises: int) -> Iter
     return iteration
 
 
-def begin_expected(options: Options, at: At, sigma: float, noises: int) -> Iterating:
-    """Return what does the iterations in closed form, or by noise where they are not asked for."""
-    if not options.expected:
-        return begin(options, at, sigma, noises)
-    overlap = at.jacobian_overlap(options.unpool)
+def closed_form(options: LDRLOptions, state: State, at: At, descent: Descent) -> dict[str, Array]:
+    """Do all iterations on a block at once, from the expected gradient for small noise (Theorem 4.2).
 
-    def iteration(state: State, k: int, with_loss: bool) -> Iteration:
-        gradient, loss = expected_step(at, state.weights[at.n], overlap, sigma)
-        return Iteration({"weight": gradient}, loss)
-
-    return iteration
-
-
-def expected_step(at: At, omega: Array, overlap: tuple[Array, Array], sigma: float) -> tuple[Array, Array]:
-    """Return σ² times the closed form of Theorem 4.2 and its loss (σ²/B)(−2⟨∂Fᵀ, ∂G⟩ + ‖∂G‖²)."""
-    n, m = overlap
-    scale = omega.dtype.type(sigma**2)
-    loss = (omega * (omega * m - 2 * at.weight * n)).sum() * (scale / len(at.batch))
-    return expected_gradient(at.block, at.weight, omega, overlap, len(at.batch)) * scale, loss
+    By SGD as `arraytp.rules.collapse` has it, whatever K; by Adam, which is not linear, K element-wise iterations.
+    """
+    N, M = at.jacobian_overlap(options.unpool)
+    scale = 2 * descent.sigma**2 / len(at.batch)
+    a, b, omega = scale * M, scale * N, state.weights[at.n]
+    if isinstance(descent.optimizer, SGD):
+        sgd_iterations(at, state, a, b, descent.optimizer, descent.lr, descent.iterations)
+    else:
+        for k in range(descent.iterations):
+            step_feedback(descent, state, at.n, k, {"weight": expected_gradient(at, omega, a, b)})
+    return {"N": N, "M": M, "loss": expected_loss(omega, at.weight, a, b)}
 
 
-def feedback_flops(options: Options, network: Network) -> int:
+def expected_loss(omega: Array, theta: Array, a: Array, b: Array) -> Array:
+    """Return (σ²/B) (‖∂G‖² − 2⟨∂Fᵀ, ∂G⟩) = Σ (a ω²/2 − b θ ω), of shape ()."""
+    xp = array_module(omega)
+    squares, products = (xp.einsum("...co,...co->...o", omega, other) for other in (omega, theta))
+    return (squares * a[..., 0, :]).sum() / 2 - (products * b[..., 0, :]).sum()
+
+
+def expected_gradient(at: At, omega: Array, a: Array, b: Array) -> Array:
+    """Return a ω − b θ, the limit of the mean gradient for small noise, in an array of the pass."""
+    gradient = at.batch.array("expected gradient", omega.shape)
+    array_module(omega).multiply(omega, a.astype(omega.dtype), out=gradient)
+    gradient -= at.weight * b.astype(omega.dtype)
+    return gradient
+
+
+def feedback_flops(options: LDRLOptions, network: Network) -> int:
     """Return the operations of the products of feedback training for one sample: four an iteration, θ ∘ s once."""
     return feedback_products(options.feedback, network, 0 if options.expected else 4)
 
@@ -94,9 +111,10 @@ RULE: Rule[Any] = replace(
     dtp.RULE,
     options=Options,
     feedback=Feedback(
-        begin=begin_expected,
+        begin=begin,
         pairs=module_pairs,
         flops=feedback_flops,
-        noisy=lambda options: not options.expected,
+        closed_form=closed_form,
+        expected=lambda options: options.expected,
     ),
 )

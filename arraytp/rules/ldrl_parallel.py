@@ -10,13 +10,13 @@ from typing import Any, Literal
 from arraytp.model.blocks import Network
 from arraytp.options import FeedbackTraining, Size
 from arraytp.rules import dtp, ldrl
-from arraytp.rules.feedback import feedback_products, module_pairs
-from arraytp.rules.protocol import Feedback, Rule
+from arraytp.rules.feedback import feedback_products
+from arraytp.rules.protocol import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(dtp.TargetOptions):
-    """As DTP's; `feedback.iterations` counts steps of the optimiser, each with `samples` noises."""
+class Options(ldrl.LDRLOptions):
+    """As L-DRL's; `feedback.iterations` counts steps of the optimiser, each with `samples` noises."""
 
     name: Literal["ldrl-parallel"] = "ldrl-parallel"
     samples: Size = 10
@@ -25,13 +25,12 @@ class Options(dtp.TargetOptions):
 
 def feedback_flops(options: Options, network: Network) -> int:
     """Return the operations of the products of feedback training for one sample: four a noise, θ ∘ s once."""
-    return feedback_products(options.feedback, network, 4 * options.samples)
+    return feedback_products(options.feedback, network, 0 if options.expected else 4 * options.samples)
 
 
+assert ldrl.RULE.feedback is not None
 RULE: Rule[Any] = replace(
     dtp.RULE,
     options=Options,
-    feedback=Feedback(
-        begin=ldrl.begin, pairs=module_pairs, flops=feedback_flops, noises=lambda options: options.samples
-    ),
+    feedback=replace(ldrl.RULE.feedback, flops=feedback_flops, noises=lambda options: options.samples),
 )

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from arraytp.backend import Array, Backend
+from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, Batch
-from arraytp.options import FeedbackTraining
+from arraytp.options import SGD, Adam, FeedbackTraining
 
 
 class Options(Protocol):
@@ -112,6 +113,32 @@ class Iteration:
     noises: Mapping[str, Array] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Descent:
+    """What the optimiser of one block's feedback weights does on a batch.
+
+    Parameters
+    ----------
+    optimizer : SGD or Adam options
+        Of the block.
+    lr : float
+    iterations : int
+        K.
+    sigma : float
+        σ of the noise.
+    step : int
+        How many iterations were done before.
+    workspace : Workspace
+    """
+
+    optimizer: SGD | Adam
+    lr: float
+    iterations: int
+    sigma: float
+    step: int
+    workspace: Workspace
+
+
 Iterating = Callable[[State, int, bool], Iteration]
 """(state, k, whether the loss is wanted) → the k-th iteration on one block and batch, with the state's present ω."""
 Observe = Callable[[int, int, Mapping[str, Array]], None]
@@ -139,8 +166,11 @@ class Feedback(Generic[O]):
         How many noises a step of the optimiser takes the mean gradient of.
     epochs : options → (int, int)
         How many epochs of feedback training alone come first, and after each epoch.
-    noisy : options → bool
-        Whether the iterations are estimates by noise; otherwise they are in closed form.
+    closed_form : (options, state, at, Descent) → map of str to array, optional
+        Do all iterations on a block at once, in place, from the expectation over the noise; return what there is to
+        observe, `loss` among it.
+    expected : options → bool
+        Whether the settings ask for the closed form.
     noise_key : n → int
         The number by which the noise of ω^n's iterations is keyed.
     """
@@ -151,7 +181,8 @@ class Feedback(Generic[O]):
     settings: Callable[[O], FeedbackTraining] = lambda options: options.feedback
     noises: Callable[[O], int] = lambda options: 1
     epochs: Callable[[O], tuple[int, int]] = lambda options: (0, 0)
-    noisy: Callable[[O], bool] = lambda options: True
+    closed_form: "Callable[[O, State, At, Descent], Mapping[str, Array]] | None" = None
+    expected: Callable[[O], bool] = lambda options: False
     noise_key: Callable[[int], int] = lambda n: n
 
 
