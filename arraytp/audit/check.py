@@ -51,23 +51,29 @@ class Check:
 
 
 def checked(what: str, source: str, function: Any, error: float, tolerance: float | None = None) -> Check:
-    """Return a line about a function, by the name that it can be imported by."""
-    return Check(what, source, f"{function.__module__}.{function.__qualname__}", float(error), tolerance)
+    """Return a line about a function or class, by the name that it can be imported by."""
+    return Check(what, source, name_of(function), float(error), tolerance)
+
+
+def name_of(function: Any) -> str:
+    """Return a function's or class's dotted name; of anything else, such as a partial function, that of its class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def host(array: Array) -> Floats:
     """Return an array of either backend as one of the host."""
     xp = array_module(array)
-    found: Floats = np.asarray(array if xp is np else xp.asnumpy(array))
-    return found
+    values: Floats = np.asarray(array if xp is np else xp.asnumpy(array))
+    return values
 
 
-def apart(actual: Array, wanted: Array) -> float:
-    """Return the largest difference of two arrays over the largest number wanted.
+def apart(actual: Array, expected: Array) -> float:
+    """Return the largest difference of two arrays over the largest number expected.
 
     Infinite for arrays of different shapes; NaN where one of them is not finite.
     """
-    a, b = host(actual), host(wanted)
+    a, b = host(actual), host(expected)
     if a.shape != b.shape:
         return math.inf
     if not a.size:

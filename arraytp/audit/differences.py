@@ -74,8 +74,8 @@ def gradient_error(
         v = xp.asarray(drawn * ((length or math.sqrt(at.size)) / np.linalg.norm(drawn)))
         exact = inner(v, gradient)
         scale = worst(abs(exact), _norm(v) * slope / math.sqrt(at.size))
-        found = derivative(lambda h, v=v: function(at + h * v), scale)  # type: ignore[misc]
-        largest = worst(largest, relative(found - exact, scale))
+        quotient = derivative(lambda h, v=v: function(at + h * v), scale)  # type: ignore[misc]
+        largest = worst(largest, relative(quotient - exact, scale))
     return largest
 
 
@@ -84,8 +84,8 @@ def adjoint_error(forward: Callable[[Array], Array], adjoint: Callable[[Array], 
     image, back = forward(x), adjoint(u)
     if image.shape != u.shape or back.shape != x.shape:
         return math.inf
-    there, here = inner(image, u), inner(x, back)
-    return relative(there - here, worst(_norm(image) * _norm(u) / math.sqrt(u.size), abs(there)))
+    left, right = inner(image, u), inner(x, back)
+    return relative(left - right, worst(_norm(image) * _norm(u) / math.sqrt(u.size), abs(left)))
 
 
 def relative(difference: float, scale: float) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,15 +11,15 @@ from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, apart, checked, host, inner, worst
 from arraytp.audit.differences import DIRECTIONS, derivative, gradient_error, relative
 from arraytp.audit.ops import SAMPLES
-from arraytp.audit.setting import Setting
+from arraytp.audit.setting import Setting, copied
 from arraytp.backend import Array, array_module
-from arraytp.fast import passes as fused
-from arraytp.fast.parallel import Workspace
-from arraytp.model import initialise, network
-from arraytp.model.network import ForwardPass, Network
+from arraytp.fast import passes as fast
+from arraytp.model import initialise, plain
+from arraytp.model.blocks import Network, block_flops
+from arraytp.model.passes import Batch
 from arraytp.ops import loss
 from arraytp.rules import bp
-from arraytp.rules.protocol import Updates
+from arraytp.rules.protocol import State, Updates
 
 # The passes sum in another order than the references, layer after layer.
 PASS = 1e-9
@@ -27,13 +28,18 @@ FEW = 2
 COPIES_FLOPS = 2e10
 
 
+def exact(batch: Batch) -> Updates:
+    """Return BP's updates as arrays of their own."""
+    return copied(bp.RULE.propose(bp.Options(), State(), batch))
+
+
 def cross_entropy(setting: Setting) -> Iterator[Check]:
     """Check the loss on the batch's logits, its gradient, and the rank of the labels."""
-    reduction, logits = setting.config.loss.reduction, setting.passed.logits
+    reduction, logits = setting.config.loss.reduction, setting.batch.logits
     value, cache = loss.cross_entropy_forward(logits, setting.labels, reduction)
-    wanted = reference.cross_entropy(host(logits), host(setting.labels), reduction)
+    expected = reference.cross_entropy(host(logits), host(setting.labels), reduction)
     yield checked(f"loss: value, {reduction}", "−Σ log softmax(z)[y]", loss.cross_entropy_forward,
-                  abs(float(value) - wanted) / (abs(wanted) or 1.0), ROUNDING)  # fmt: skip
+                  abs(float(value) - expected) / (abs(expected) or 1.0), ROUNDING)  # fmt: skip
     error = gradient_error(
         lambda z: reference.cross_entropy(host(z), host(setting.labels), reduction),
         logits, loss.cross_entropy_backward(cache, reduction), setting.generator(20),
@@ -41,9 +47,9 @@ def cross_entropy(setting: Setting) -> Iterator[Check]:
     yield checked("loss: gradient of the logits", "softmax(z) − onehot(y)", loss.cross_entropy_backward, error,
                   DIFFERENCES)  # fmt: skip
     z, y = host(logits), host(setting.labels)
-    wanted_rank = [int(np.flatnonzero(np.argsort(-row, kind="stable") == label)[0])
-                   for row, label in zip(z, y, strict=True)]  # fmt: skip
-    error = apart(loss.label_rank(logits, setting.labels), np.array(wanted_rank))
+    ranks = [int(np.flatnonzero(np.argsort(-row, kind="stable") == label)[0])
+             for row, label in zip(z, y, strict=True)]  # fmt: skip
+    error = apart(loss.label_rank(logits, setting.labels), np.array(ranks))
     yield checked("loss: rank of the label", "top-k", loss.label_rank, error, 0.0)
 
 
@@ -70,58 +76,57 @@ def initial(setting: Setting) -> Iterator[Check]:
 
 def passes(setting: Setting) -> Iterator[Check]:
     """Check the plain and the fast pass through every block, against definitions and finite differences."""
-    there = setting.on_host()
-    zs, s, indices = reference.forward(there, host(setting.images))
+    zs, outputs, indices = reference.forward(setting.on_host(), host(setting.images))
     for n, block in enumerate(setting.network.blocks):
-        weight, bias, x = setting.network.weights[n], setting.network.biases[n], setting.passed.x[n]
-        z, out, index = network.block_forward(block, weight, bias, x)
-        yield checked(f"{block.label}: the plain pass", "s = pool(f(xW + b))", network.block_forward,
-                      worst(apart(z, zs[n]), apart(out, s[n + 1])), PASS)  # fmt: skip
-        error = apart(setting.passed.s[n + 1], s[n + 1])
+        at = setting.batch.at(n)
+        z, output, index = plain.block_forward(block, at.weight, at.bias, at.s)
+        yield checked(f"{block.label}: the plain pass", "s = pool(f(xW + b))", plain.block_forward,
+                      worst(apart(z, zs[n]), apart(output, outputs[n + 1])), PASS)  # fmt: skip
+        error = apart(at.output, outputs[n + 1])
         if block.pool is not None:
-            error = worst(error, apart(setting.passed.index[n], indices[n]))
-        yield checked(f"{block.label}: the fast pass", "the same", fused.forward, error, PASS)
-        u = setting.normal((len(x), *block.passed_shape), 21, n)
-        dweight, dbias, dx = network.block_backward(block, u, z, index, x, weight)
-        yield from _block_gradients(setting, n, u, (dweight, dbias, dx))
-        fast = fused.backward(block, u, setting.passed.s[n + 1], setting.passed.index[n], x, weight, setting.workspace,
-                              "audit")  # fmt: skip
-        error = worst(*(apart(a, b) for a, b in zip(fast, (dweight, dbias, dx), strict=True)))
-        yield checked(f"{block.label}: the fast gradients", "the same", fused.backward, error, PASS)
+            error = worst(error, apart(at.index, indices[n]))
+        yield checked(f"{block.label}: the fast pass", "the same", fast.forward, error, PASS)
+        u = setting.normal(at.s_next.shape, 21, n)
+        gradients = plain.block_backward(block, u, z, index, at.s, at.weight)
+        yield from _block_gradients(setting, n, u, gradients)
+        fast_gradients = fast.backward(at, u, at.weight, None, setting.workspace)
+        error = worst(*(apart(a, b) for a, b in zip(fast_gradients, gradients, strict=True)))
+        yield checked(f"{block.label}: the fast gradients", "the same", fast.backward, error, PASS)
 
 
-def _block_gradients(setting: Setting, n: int, u: Array, found: tuple[Array, Array, Array]) -> Iterator[Check]:
+def _block_gradients(
+    setting: Setting, n: int, u: Array, gradients: tuple[Array, Array, Array | None]
+) -> Iterator[Check]:
     """Check the gradients of one block by finite differences, on the first samples."""
-    block, few = setting.network.blocks[n], SAMPLES
-    weight, bias, x = setting.network.weights[n], setting.network.biases[n], setting.passed.x[n][:few]
+    block, few, at = setting.network.blocks[n], slice(SAMPLES), setting.batch.at(n)
+    weight, bias, x = at.weight, at.bias, at.s[few]
 
     def value(weight: Array, bias: Array, x: Array) -> float:
-        _, out, _ = network.block_forward(block, weight, bias, x)
-        return inner(u[:few], out[..., : block.passed_shape[-1]])
+        _, output, _ = plain.block_forward(block, weight, bias, x)
+        return inner(u[few], output[..., : block.next_shape[-1]])
 
-    z, _, index = network.block_forward(block, weight, bias, x)
-    dweight, dbias, dx = network.block_backward(block, u[:few], z, index, x, weight)
-    generator = setting.generator(22, n)
+    z, _, index = plain.block_forward(block, weight, bias, x)
+    dweight, dbias, dx = plain.block_backward(block, u[few], z, index, x, weight)
+    generator, whole_dx = setting.generator(22, n), gradients[2]
+    assert dx is not None
+    assert whole_dx is not None
     error = worst(
         gradient_error(lambda w: value(w, bias, x), weight, dweight, generator, 1),
         gradient_error(lambda b: value(weight, b, x), bias, dbias, generator, 1),
         gradient_error(lambda v: value(weight, bias, v), x, dx, generator, 1),
-        apart(found[2][:few], dx),
+        apart(whole_dx[few], dx),
     )
-    yield checked(f"{block.label}: gradients of the block", "dz = D ⊙ unpool(ds)", network.block_backward, error,
+    yield checked(f"{block.label}: gradients of the block", "dz = D ⊙ unpool(ds)", plain.block_backward, error,
                   KINKED)  # fmt: skip
 
 
 def backpropagation(setting: Setting) -> Iterator[Check]:
     """Check BP's updates: the gradient of the loss in random directions, parameter by parameter and of all at once."""
-    there, reduction, few = setting.network, setting.config.loss.reduction, slice(FEW)
-    passed = fused.forward(there, setting.images[few], setting.workspace, "few")
-    _, cache = loss.cross_entropy_forward(passed.logits, setting.labels[few], reduction)
-    dlogits = loss.cross_entropy_backward(cache, reduction)
-    updates = [(w.copy(), b.copy()) for w, b in bp.updates(
-        bp.Options(), {}, there, passed, dlogits, setting.workspace)]  # fmt: skip
-    for n, block in enumerate(there.blocks):
-        run, (weight, bias) = partial(_loss_from, setting, passed, n), (there.weights[n], there.biases[n])
+    network, few = setting.network, slice(FEW)
+    batch = setting.pass_over(images=setting.images[few], labels=setting.labels[few])
+    updates = exact(batch)
+    for n, block in enumerate(network.blocks):
+        run, (weight, bias) = partial(_loss_from, setting, batch, n), (network.weights[n], network.biases[n])
         error = worst(
             gradient_error(lambda w, n=n, run=run, bias=bias: run({n: (w, bias)}), weight, updates[n][0],  # type: ignore[misc]
                            setting.generator(23, n)),
@@ -130,43 +135,45 @@ def backpropagation(setting: Setting) -> Iterator[Check]:
         )  # fmt: skip
         yield checked(f"{block.label}: ∂L/∂W and ∂L/∂b", "BP", bp.updates, error, KINKED)
     yield checked("all parameters: ∂L/∂θ in random directions", "BP", bp.updates,
-                  _whole_error(setting, passed, updates), KINKED)  # fmt: skip
-    found = bp.updates(bp.Options(), {}, there, setting.passed, setting.dlogits, setting.workspace)
-    wanted = reference.backward(setting.on_host(), setting.on_host().weights, host(setting.images),
-                                host(setting.dlogits))  # fmt: skip
-    error = worst(
-        *(apart(a, b) for mine, exact in zip(found, wanted, strict=True) for a, b in zip(mine, exact, strict=True))
-    )
-    yield checked("all parameters: BP by definition", "dz = D ⊙ ds, ds = dz Wᵀ", bp.updates, error, PASS)
+                  _whole_error(setting, batch, updates), KINKED)  # fmt: skip
+    expected = reference.backward(setting.on_host(), setting.on_host().weights, host(setting.images),
+                                  host(setting.batch.dlogits))  # fmt: skip
+    yield checked("all parameters: BP by definition", "dz = D ⊙ ds, ds = dz Wᵀ", bp.updates,
+                  updates_apart(exact(setting.batch), expected), PASS)  # fmt: skip
 
 
-def _loss_from(setting: Setting, passed: ForwardPass, first: int, changed: dict[int, tuple[Array, Array]]) -> float:
+def updates_apart(actual: Updates, expected: Updates) -> float:
+    """Return the largest `apart` of the updates of all weights and biases."""
+    pairs = zip(actual, expected, strict=True)
+    return worst(*(apart(a, b) for update, other in pairs for a, b in zip(update, other, strict=True)))
+
+
+def _loss_from(setting: Setting, batch: Batch, first: int, changed: dict[int, tuple[Array, Array]]) -> float:
     """Return what the loss gains when some blocks' parameters change, run on from the first of those."""
-    there = setting.network
-    pairs = [changed.get(n, (there.weights[n], there.biases[n])) for n in range(first, len(there))]
-    rest = Network(there.blocks[first:], [w for w, _ in pairs], [b for _, b in pairs])
-    x = passed.x[first]
-    logits = fused.forward(rest, x, setting.workspace, "audit").logits
-    base, labels = host(passed.logits), host(setting.labels[: len(x)])
+    network = setting.network
+    pairs = [changed.get(n, (network.weights[n], network.biases[n])) for n in range(first, len(network))]
+    rest = Network(network.blocks[first:], [w for w, _ in pairs], [b for _, b in pairs])
+    logits = batch.engine.forward(rest, batch.at(first).s, "audit").logits
+    base, labels = host(batch.logits), host(setting.labels[: len(batch)])
     return reference.cross_entropy_change(host(logits), base, labels, setting.config.loss.reduction)
 
 
-def _whole_error(setting: Setting, passed: ForwardPass, updates: Updates) -> float:
+def _whole_error(setting: Setting, batch: Batch, updates: Updates) -> float:
     """Return the error of ∂L/∂θ along directions that move every parameter by a share of its size."""
     generator, largest = setting.generator(25), 0.0
     theta = list(zip(setting.network.weights, setting.network.biases, strict=True))
     for _ in range(DIRECTIONS):
         v = [tuple(_direction(p, generator) for p in pair) for pair in theta]
         pairs = [(d, g) for ds, gs in zip(v, updates, strict=True) for d, g in zip(ds, gs, strict=True)]
-        exact = sum(inner(d, g) for d, g in pairs)
+        slope = sum(inner(d, g) for d, g in pairs)
         typical = math.sqrt(sum(inner(d, d) * inner(g, g) / d.size for d, g in pairs))
-        scale = worst(abs(exact), typical)
+        scale = worst(abs(slope), typical)
 
-        def moved(h: float, v: list[tuple[Array, ...]] = v) -> float:
+        def gain(h: float, v: list[tuple[Array, ...]] = v) -> float:
             changed = {n: (w + h * v[n][0], b + h * v[n][1]) for n, (w, b) in enumerate(theta)}
-            return _loss_from(setting, passed, 0, changed)
+            return _loss_from(setting, batch, 0, changed)
 
-        largest = worst(largest, relative(derivative(moved, scale) - exact, scale))
+        largest = worst(largest, relative(derivative(gain, scale) - slope, scale))
     return largest
 
 
@@ -178,33 +185,30 @@ def _direction(parameter: Array, generator: np.random.Generator) -> Array:
 
 def copies(setting: Setting) -> Iterator[Check]:
     """Check a batch of the run's size, copies of the small one and cut into more slices: so many times the updates."""
-    batch = len(setting.images)
-    affordable = int(COPIES_FLOPS / (3 * sum(map(network.block_flops, setting.network.blocks))))
-    times = max(2, min(setting.batch_size, affordable) // batch)
-    xp, workspace = array_module(setting.images), Workspace(setting.workspace.backend)
-    images, dlogits = (xp.concatenate([array] * times) for array in (setting.images, setting.dlogits))
-    passed = fused.forward(setting.network, images, workspace)
-    error = apart(passed.logits, xp.concatenate([setting.passed.logits] * times))
-    yield checked(f"logits of {times} copies of the batch", "a function of each sample", fused.forward, error, PASS)
-    many = bp.updates(bp.Options(), {}, setting.network, passed, dlogits, workspace)
-    once = bp.updates(bp.Options(), {}, setting.network, setting.passed, setting.dlogits, setting.workspace)
-    error = worst(
-        *(apart(a, times * b) for pair, one in zip(many, once, strict=True) for a, b in zip(pair, one, strict=True))
+    small = setting.batch
+    affordable = int(COPIES_FLOPS / (3 * sum(map(block_flops, setting.network.blocks))))
+    times = max(2, min(setting.batch_size, affordable) // len(small))
+    xp = array_module(setting.images)
+    images, labels, dlogits = (
+        xp.concatenate([array] * times) for array in (setting.images, setting.labels, small.dlogits)
     )
-    yield checked(f"updates of {times} copies of the batch", "sums over samples", bp.updates, error, PASS)
+    large = replace(setting.pass_over(images=images, labels=labels), dlogits=dlogits)
+    error = apart(large.logits, xp.concatenate([small.logits] * times))
+    yield checked(f"logits of {times} copies of the batch", "a function of each sample", fast.forward, error, PASS)
+    expected = [(times * weight, times * bias) for weight, bias in exact(small)]
+    yield checked(f"updates of {times} copies of the batch", "sums over samples", bp.updates,
+                  updates_apart(exact(large), expected), PASS)  # fmt: skip
 
 
 def threads(setting: Setting) -> Iterator[Check]:
     """Check the passes on one thread and on three."""
     if not setting.experiment.plan.backend.on_host:
         return
-    found = []
+    results = []
     for count in (1, 3):
-        workspace = Workspace(threads=count)
-        passed = fused.forward(setting.network, setting.images, workspace)
-        updates = bp.updates(bp.Options(), {}, setting.network, passed, setting.dlogits, workspace)
-        found.append([passed.logits, *(array for pair in updates for array in pair)])
-    error = worst(*(float(np.abs(a - b).max()) for a, b in zip(*found, strict=True)))
+        batch = setting.pass_over(threads=count)
+        results.append([batch.logits, *(array for pair in exact(batch) for array in pair)])
+    error = worst(*(float(np.abs(a - b).max()) for a, b in zip(*results, strict=True)))
     yield checked("one thread and three", "same bits", bp.updates, error, 0.0)
 
 

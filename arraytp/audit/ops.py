@@ -12,10 +12,11 @@ from arraytp.audit.differences import adjoint_error, gradient_error
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
 from arraytp.model.architectures import layers_of
-from arraytp.model.network import Block
-from arraytp.ops import activations, conv, dense, noise, patches, pool
+from arraytp.model.blocks import Block
+from arraytp.ops import conv, dense, noise, patches, pool
+from arraytp.ops.activations import Activation
 from arraytp.ops.patches import Window
-from arraytp.options import Conv, Unpool
+from arraytp.options import Conv
 
 # Of the batch: operations treat samples alike.
 SAMPLES = 2
@@ -40,7 +41,7 @@ def affine(setting: Setting) -> Iterator[Check]:
 
 def _arguments(setting: Setting, n: int, block: Block) -> tuple[Array, Array, Array, Array]:
     """Return x, W, b and a cotangent of z."""
-    x = setting.passed.x[n][:SAMPLES].reshape(-1, *block.in_shape)
+    x = setting.batch.at(n).s[:SAMPLES].reshape(-1, *block.in_shape)
     u = setting.normal((len(x), *block.pre_shape), 1, n)
     return x, setting.network.weights[n], setting.network.biases[n], u
 
@@ -48,8 +49,8 @@ def _arguments(setting: Setting, n: int, block: Block) -> tuple[Array, Array, Ar
 def _dense(setting: Setting, n: int, block: Block) -> Iterator[Check]:
     x, weight, bias, u = _arguments(setting, n, block)
     label, generator = block.label, setting.generator(2, n)
-    wanted = reference.affine(block, host(weight), host(bias), host(x))
-    error = apart(dense.dense_forward(x, weight, bias), wanted)
+    expected = reference.affine(block, host(weight), host(bias), host(x))
+    error = apart(dense.dense_forward(x, weight, bias), expected)
     yield checked(f"{label}: affine map", "z = xW + b", dense.dense_forward, error, ROUNDING)
     dweight, dbias = dense.dense_backward_weight(u, x)
     dx = dense.dense_backward_input(u, weight)
@@ -71,8 +72,8 @@ def _conv(setting: Setting, n: int, block: Block) -> Iterator[Check]:
     window, label, generator = block.window, block.label, setting.generator(2, n)
     assert window is not None
     z, rows = conv.conv_forward(x, weight, bias, window)
-    wanted = reference.conv(host(x), host(weight), host(bias), window)
-    yield checked(f"{label}: im2col against a direct sum", "z = patches W + b", conv.conv_forward, apart(z, wanted),
+    expected = reference.conv(host(x), host(weight), host(bias), window)
+    yield checked(f"{label}: im2col against a direct sum", "z = patches W + b", conv.conv_forward, apart(z, expected),
                   ROUNDING)  # fmt: skip
     dweight, dbias = conv.conv_backward_weight(u, rows)
     dweight, dx = dweight.reshape(weight.shape), conv.conv_backward_input(u, weight, window)
@@ -134,77 +135,72 @@ def _window_error(block: Block, layer: Conv) -> float:
             (window.width, window.left, window.right, window.out_width, block.pre_shape[1]))  # fmt: skip
     for size, before, after, outputs, planned in axes:
         if layer.padding == "same":
-            outputs_wanted = math.ceil(size / layer.stride)
-            total = max((outputs_wanted - 1) * layer.stride + layer.kernel - size, 0)
-            wanted = total // 2, total - total // 2, outputs_wanted
+            count = math.ceil(size / layer.stride)
+            total = max((count - 1) * layer.stride + layer.kernel - size, 0)
+            expected = total // 2, total - total // 2, count
         else:
-            outputs_wanted = (size + 2 * layer.padding - layer.kernel) // layer.stride + 1
-            wanted = layer.padding, layer.padding, outputs_wanted
-        wrong += sum(a != b for a, b in zip((before, after, outputs), wanted, strict=True)) + (planned != wanted[2])
+            count = (size + 2 * layer.padding - layer.kernel) // layer.stride + 1
+            expected = layer.padding, layer.padding, count
+        wrong += sum(a != b for a, b in zip((before, after, outputs), expected, strict=True)) + (planned != count)
     return wrong + ((window.kernel, window.stride) != (layer.kernel, layer.stride))
 
 
 def activation(setting: Setting) -> Iterator[Check]:
     """Check every activation of the network: its values, derivative, inverse and differences."""
     zs, _, _ = reference.forward(setting.on_host(), host(setting.images)[:SAMPLES])
-    for name in dict.fromkeys(block.activation for block in setting.network.blocks):
+    for f in dict.fromkeys(block.activation for block in setting.network.blocks):
         z = np.concatenate([z.ravel() for z, block in zip(zs, setting.network.blocks, strict=True)
-                            if block.activation == name])[: 1 << 16]  # fmt: skip
-        s = activations.activation_forward(setting.put(z.copy()), name)
-        yield checked(f"{name}: values", "s = f(z)", activations.activation_forward,
-                      apart(s, reference.activation(z, name)), ROUNDING)  # fmt: skip
-        yield checked(f"{name}: derivative, element by element", "D = f'(z)", activations.activation_derivative,
-                      _derivative_error(setting, z, name), FINITE)  # fmt: skip
-        u = setting.normal(z.shape, 7)
-        yield checked(f"{name}: adjoint", "dz = D ⊙ ds", activations.activation_backward,
-                      apart(activations.activation_backward(u, s, name), host(u) * reference.slope(z, name)),
+                            if block.activation is f])[: 1 << 16]  # fmt: skip
+        name, s = f.name, f(setting.put(z.copy()))
+        yield checked(f"{name}: values", "s = f(z)", Activation.__call__, apart(s, reference.activation(z, name)),
                       ROUNDING)  # fmt: skip
+        yield checked(f"{name}: derivative, element by element", "D = f'(z)", Activation.backward,
+                      _derivative_error(setting, z, f), FINITE)  # fmt: skip
+        u = setting.normal(z.shape, 7)
+        yield checked(f"{name}: adjoint", "dz = D ⊙ ds", Activation.backward,
+                      apart(f.backward(u, s), host(u) * reference.slope(z, name)), ROUNDING)  # fmt: skip
         delta = host(setting.normal(z.shape, 8))
         values = reference.activation(z + delta, name) - reference.activation(z, name)
-        yield checked(f"{name}: difference of two values", "f(z + δ) − f(z)", activations.activation_difference,
-                      apart(activations.activation_difference(setting.put(z), setting.put(delta), name), values),
-                      ROUNDING)  # fmt: skip
-        if name != "relu":
+        yield checked(f"{name}: difference of two values", "f(z + δ) − f(z)", f.difference,
+                      apart(f.difference(setting.put(z), setting.put(delta)), values), ROUNDING)  # fmt: skip
+        if f.inverse is not None:
             # Where f is almost flat, a digit lost in s is many lost in z.
             clear = reference.slope(z, name) > 1e-3
-            back = activations.activation_inverse(s, name)
-            yield checked(f"{name}: inverse", "f⁻¹(f(z)) = z", activations.activation_inverse,
-                          apart(host(back)[clear], z[clear]), INVERSE)  # fmt: skip
+            yield checked(f"{name}: inverse", "f⁻¹(f(z)) = z", Activation, apart(host(f.inverse(s))[clear], z[clear]),
+                          INVERSE)  # fmt: skip
 
 
-def _derivative_error(setting: Setting, z: Floats, name: str) -> float:
+def _derivative_error(setting: Setting, z: Floats, f: Activation) -> float:
     """Return the largest error of f' against central differences, at values that lie apart from the kink at 0."""
     h = 1e-5
     z = z[np.abs(z) > 2 * h]
-    s = activations.activation_forward(setting.put(z.copy()), name)
-    found = activations.activation_derivative(s, name)
-    d = np.ones_like(z) if found is None else host(found)
-    above, below = (host(activations.activation_forward(setting.put(z + step), name)) for step in (h, -h))
+    s = f(setting.put(z.copy()))
+    d = np.ones_like(z) if f.derivative is None else host(f.derivative(s))
+    above, below = (host(f(setting.put(z + step))) for step in (h, -h))
     return apart(d, (above - below) / (2 * h))
 
 
 def pooling(setting: Setting) -> Iterator[Check]:
     """Check max-pooling and unpooling of every block that pools, window by window."""
     zs, _, _ = reference.forward(setting.on_host(), host(setting.images)[:SAMPLES])
-    modes: tuple[Unpool, ...] = (setting.options.unpool,) if hasattr(setting.options, "unpool") else ("accumulate",)
+    mode = setting.unpool or "accumulate"
     for n, block in enumerate(setting.network.blocks):
         window = block.pool
         if window is None:
             continue
-        s = reference.activation(zs[n], block.activation)
-        wanted, places = reference.max_pool(s, window)
+        s = reference.activation(zs[n], block.activation.name)
+        maxima, places = reference.max_pool(s, window)
         out, index = pool.max_pool_forward(setting.put(s), window)
-        error = worst(apart(out, wanted), apart(index, places))
+        error = worst(apart(out, maxima), apart(index, places))
         yield checked(f"{block.label}: maxima, window by window", "max-pool", pool.max_pool_forward, error, 0.0)
-        u = setting.normal(wanted.shape, 9, n)
+        u = setting.normal(maxima.shape, 9, n)
         error = apart(pool.max_pool_backward(u, index, window), reference.unpool(host(u), places, window, "accumulate"))
         yield checked(f"{block.label}: gradients to the maxima", "adjoint of max-pool", pool.max_pool_backward,
                       error, ROUNDING)  # fmt: skip
         yield checked(f"{block.label}: gradient of the pool's input", "adjoint of max-pool", pool.max_pool_backward,
                       _pool_gradient_error(setting, n, window, u), FINITE)  # fmt: skip
-        for mode in modes:
-            error = apart(pool.max_unpool(u, index, window, mode), reference.unpool(host(u), places, window, mode))
-            yield checked(f"{block.label}: unpooling, {mode}", "max-unpool", pool.max_unpool, error, ROUNDING)
+        error = apart(pool.max_unpool(u, index, window, mode), reference.unpool(host(u), places, window, mode))
+        yield checked(f"{block.label}: unpooling, {mode}", "max-unpool", pool.max_unpool, error, ROUNDING)
         if setting.experiment.plan.backend.on_host:
             yield from _scattered(block, u, index)
 
@@ -236,7 +232,7 @@ def _scattered(block: Block, u: Array, index: Array) -> Iterator[Check]:
 
 def gaussian_noise(setting: Setting) -> Iterator[Check]:
     """Check noise of feedback training: its spread, its independence of how a batch is cut, its keys."""
-    if not hasattr(setting.options, "feedback"):
+    if setting.rule.feedback is None:
         return
     seed, shape, sigma = setting.config.seed, (4 * noise.CHUNK, 512), 0.3
     empty = setting.put(np.zeros(shape))

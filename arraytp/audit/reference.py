@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from arraytp.audit.check import Floats
-from arraytp.model.network import Block, Network
+from arraytp.model.blocks import Block, Network
 from arraytp.ops.patches import Window
 from arraytp.optim import OptimizerOptions
 from arraytp.options import SGD, Adam
@@ -30,10 +30,10 @@ def conv(x: Floats, weight: Floats, bias: Floats, window: Window) -> Floats:
 def conv_weight_gradient(dz: Floats, x: Floats, window: Window) -> Floats:
     """Return the gradient of the kernel, tap by tap."""
     image = bordered(x, window, 0.0)
-    found = np.empty((window.kernel, window.kernel, x.shape[-1], dz.shape[-1]))
+    gradient = np.empty((window.kernel, window.kernel, x.shape[-1], dz.shape[-1]))
     for i, j, rows, columns in taps(window):
-        found[i, j] = np.einsum("bpqc,bpqo->co", image[:, rows, columns], dz, optimize=True)
-    return found
+        gradient[i, j] = np.einsum("bpqc,bpqo->co", image[:, rows, columns], dz, optimize=True)
+    return gradient
 
 
 def conv_input_gradient(dz: Floats, weight: Floats, window: Window) -> Floats:
@@ -101,7 +101,7 @@ def max_pool(s: Floats, window: Window) -> tuple[Floats, Index]:
 
 
 def unpool(t: Floats, index: Index, window: Window, mode: str) -> Floats:
-    """Return t where the maxima were: windows write in row-major order, over what is there or upon it."""
+    """Return t where the maxima were: windows write in row-major order, over what was written before or added to it."""
     height, width = window.height + window.top + window.bottom, window.width + window.left + window.right
     image = np.zeros((len(t), height, width, t.shape[-1]))
     b, c = np.ix_(np.arange(len(t)), np.arange(t.shape[-1]))
@@ -125,7 +125,7 @@ def affine(block: Block, weight: Floats, bias: Floats, x: Floats) -> Floats:
     return conv(x.reshape(len(x), *block.in_shape), weight, bias, block.window)
 
 
-def carry(block: Block, weight: Floats, a: Floats) -> Floats:
+def transposed(block: Block, weight: Floats, a: Floats) -> Floats:
     """Return ω ∘ a, the transposed affine map, of shape (B, *in_shape)."""
     if block.window is None:
         return a @ weight.T
@@ -142,46 +142,50 @@ def weight_gradient(block: Block, dz: Floats, x: Floats) -> Floats:
 def block_forward(block: Block, weight: Floats, bias: Floats, x: Floats) -> tuple[Floats, Floats, Index | None]:
     """Return z, s^{n+1} and the maxima of a block."""
     z = affine(block, weight, bias, x)
-    s = activation(z, block.activation)
+    s = activation(z, block.activation.name)
     if block.pool is None:
         return z, s, None
     # In a saturated window tanh's and ELU's values are equal by rounding only: their order is that of z.
-    distinct = np.maximum(z, 0) if block.activation == "relu" else z
+    distinct = np.maximum(z, 0) if block.activation.name == "relu" else z
     return z, max_pool(s, block.pool)[0], max_pool(distinct, block.pool)[1]
 
 
 def block_backward(
-    block: Block, ds: Floats, z: Floats, index: Index | None, x: Floats, carrier: Floats
+    block: Block, ds: Floats, z: Floats, index: Index | None, x: Floats, through: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """Return dW, db and dx of a block, auxiliary units having ds = 0; `carrier` takes the gradient back to x."""
+    """Return dW, db and dx of a block, auxiliary units having ds = 0; the weight `through` carries ds back to x."""
     full = np.zeros((len(ds), *block.out_shape))
-    full[..., : block.passed_shape[-1]] = ds.reshape(len(ds), *block.passed_shape)
+    full[..., : block.next_shape[-1]] = ds.reshape(len(ds), *block.next_shape)
     df = full if block.pool is None or index is None else unpool(full, index, block.pool, "accumulate")
-    dz = df * slope(z, block.activation)
-    return weight_gradient(block, dz, x), dz.reshape(-1, dz.shape[-1]).sum(axis=0), carry(block, carrier, dz)
+    dz = df * slope(z, block.activation.name)
+    return weight_gradient(block, dz, x), dz.reshape(-1, dz.shape[-1]).sum(axis=0), transposed(block, through, dz)
 
 
 def forward(network: Network, x: Floats) -> tuple[list[Floats], list[Floats], list[Index | None]]:
     """Return z, s and the maxima of every block; s[0] is the input, s[n + 1] holds the auxiliary units, too."""
     zs, s, indices = [], [x], []
     for n, block in enumerate(network.blocks):
-        passed = s[-1] if n == 0 else s[-1][..., : network.blocks[n - 1].passed_shape[-1]]
-        z, out, index = block_forward(block, network.weights[n], network.biases[n], passed)
+        z, out, index = block_forward(block, network.weights[n], network.biases[n], handed_on(network, s, n))
         zs.append(z)
         s.append(out)
         indices.append(index)
     return zs, s, indices
 
 
-def backward(network: Network, carriers: list[Floats], x: Floats, dlogits: Floats) -> list[tuple[Floats, Floats]]:
-    """Return dW and db of every block, carriers[n] taking the gradient from block n to block n − 1."""
+def handed_on(network: Network, s: list[Floats], n: int) -> Floats:
+    """Return what block n takes of `s`: without the auxiliary units of the block before."""
+    return s[n] if n == 0 else s[n][..., : network.blocks[n - 1].next_shape[-1]]
+
+
+def backward(network: Network, through: list[Floats], x: Floats, dlogits: Floats) -> list[tuple[Floats, Floats]]:
+    """Return dW and db of every block, the weight through[n] carrying the gradient from block n to block n − 1."""
     zs, s, indices = forward(network, x)
-    found, ds = [], dlogits
+    updates, ds = [], dlogits
     for n in reversed(range(len(network))):
-        before = s[n] if n == 0 else s[n][..., : network.blocks[n - 1].passed_shape[-1]]
-        dweight, dbias, ds = block_backward(network.blocks[n], ds, zs[n], indices[n], before, carriers[n])
-        found.append((dweight, dbias))
-    return found[::-1]
+        taken = handed_on(network, s, n)
+        dweight, dbias, ds = block_backward(network.blocks[n], ds, zs[n], indices[n], taken, through[n])
+        updates.append((dweight, dbias))
+    return updates[::-1]
 
 
 def cross_entropy(logits: Floats, labels: Index, reduction: str) -> float:

@@ -9,7 +9,7 @@ never where the run itself is repeated:
 """
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,17 @@ from arraytp.audit.check import host
 from arraytp.backend import Array
 from arraytp.config import Config
 from arraytp.errors import NonFiniteError
+from arraytp.fast.engine import Fast
 from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
-from arraytp.model.network import ForwardPass, Network, block_flops, make_network
+from arraytp.model.blocks import Network, block_flops
+from arraytp.model.initialise import make_network
+from arraytp.model.passes import Batch
+from arraytp.model.plain import Plain
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.optim import init_optimizer
-from arraytp.rules.protocol import State
-from arraytp.training.experiment import Experiment, build_planned, parameters
+from arraytp.options import FeedbackTraining, Unpool
+from arraytp.rules.protocol import Rule, State, Updates
+from arraytp.training.experiment import Experiment, build_planned
 from arraytp.training.plan import Plan
 
 # Two chunks of noise and several samples a lane where that is cheap.
@@ -38,7 +42,7 @@ DITHER, BIAS = 0.1, 0.1
 
 @dataclass
 class Setting:
-    """What checks work on; nothing of it is changed by them.
+    """What checks work on; they change nothing of it.
 
     Parameters
     ----------
@@ -51,9 +55,10 @@ class Setting:
         Dithered.
     network : Network
         The experiment's, its biases moved.
-    passed, dlogits : ForwardPass, array
-        Of `network` on `images`.
+    batch : Batch
+        A pass of `network` over `images` by the fast engine, with ∂L/∂logits.
     workspace : Workspace
+        Of that engine.
     batch_size : int
         Of the config as it is.
     """
@@ -63,8 +68,7 @@ class Setting:
     labels: Array
     images: Array
     network: Network
-    passed: ForwardPass
-    dlogits: Array
+    batch: Batch
     workspace: Workspace
     batch_size: int
 
@@ -74,9 +78,45 @@ class Setting:
         return self.experiment.config
 
     @property
+    def rule(self) -> Rule[Any]:
+        """The rule."""
+        return self.experiment.rule
+
+    @property
     def options(self) -> Any:
         """The rule's options, few iterations of feedback training."""
         return self.config.rule
+
+    @property
+    def unpool(self) -> Unpool | None:
+        """The options' way of unpooling, None for a rule that does not unpool."""
+        return getattr(self.options, "unpool", None)
+
+    @property
+    def plain(self) -> Batch:
+        """The same pass, in the hands of the plain engine."""
+        return replace(self.batch, engine=Plain(self.batch.engine.backend))
+
+    def pass_over(
+        self,
+        network: Network | None = None,
+        images: Array | None = None,
+        labels: Array | None = None,
+        threads: int | None = None,
+    ) -> Batch:
+        """Return a pass by the fast engine with arrays of its own; of this network, images and labels if not given."""
+        workspace = Workspace(self.workspace.backend, threads)
+        network, images = network or self.network, self.images if images is None else images
+        forward = Fast(workspace).forward(network, images)
+        reduction = self.config.loss.reduction
+        _, cache = cross_entropy_forward(forward.logits, self.labels if labels is None else labels, reduction)
+        dlogits = cross_entropy_backward(cache, reduction)
+        return Batch(Fast(workspace), network, forward, dlogits, self.config.seed)
+
+    def propose(self, batch: Batch | None = None, options: Any = None, state: State | None = None) -> Updates:
+        """Return the rule's updates as arrays of their own; on this batch, of its options and state if not given."""
+        state = self.state() if state is None else state
+        return copied(self.rule.propose(options or self.options, state, batch or self.batch))
 
     def generator(self, *key: int) -> np.random.Generator:
         """Return random numbers for a check."""
@@ -92,7 +132,7 @@ class Setting:
 
     def state(self) -> State:
         """Return a copy of the rule's arrays."""
-        return {name: array.copy() for name, array in self.experiment.rule_state.items()}
+        return self.experiment.rule_state.copy()
 
     def on_host(self) -> Network:
         """Return `network` with arrays of the host, for the references."""
@@ -102,6 +142,11 @@ class Setting:
 def hosted(network: Network) -> Network:
     """Return a network with arrays of the host."""
     return Network(network.blocks, [host(w) for w in network.weights], [host(b) for b in network.biases])
+
+
+def copied(updates: Updates) -> Updates:
+    """Return updates as arrays of their own: those of a rule are overwritten by its next ones."""
+    return [(weight.copy(), bias.copy()) for weight, bias in updates]
 
 
 def small(config: Config, flops: int, count: int) -> Config:
@@ -115,13 +160,19 @@ def small(config: Config, flops: int, count: int) -> Config:
         in_memory_mb=min(config.data.in_memory_mb, MOST_MEGABYTES),
         pool_images=min(config.data.pool_images, POOL_IMAGES),
     )
-    rule: Any = config.rule
-    if hasattr(rule, "feedback"):
-        k = rule.feedback.iterations
-        few = tuple(min(each, MOST_ITERATIONS) for each in k) if isinstance(k, tuple) else min(k, MOST_ITERATIONS)
-        rule = replace(rule, feedback=replace(rule.feedback, iterations=few))
     train = replace(config.train, batch_size=batch)
-    return replace(config, dtype="float64", data=data, rule=rule, train=train)
+    return replace(config, dtype="float64", data=data, rule=_few_iterations(config.rule), train=train)
+
+
+def _few_iterations(options: Any) -> Any:
+    """Return a rule's options with at most `MOST_ITERATIONS` iterations in every setting of feedback training."""
+    for field in fields(options):
+        training = getattr(options, field.name)
+        if isinstance(training, FeedbackTraining):
+            k = training.iterations
+            few = tuple(min(each, MOST_ITERATIONS) for each in k) if isinstance(k, tuple) else min(k, MOST_ITERATIONS)
+            options = replace(options, **{field.name: replace(training, iterations=few)})
+    return options
 
 
 def prepare(planned: Plan) -> Setting:
@@ -145,26 +196,26 @@ def prepare(planned: Plan) -> Setting:
     with closing(experiment.train_loader.batches(0)) as batches:
         raw, labels = (array.copy() for array in next(batches))
     workspace = Workspace(planned.backend)
-    _check_finite(experiment, raw, workspace)
+    engine = Fast(workspace)
+    _check_finite(experiment, raw, engine)
     generator = np.random.default_rng(config.seed)
     pixels = host(raw)
     spread = float(pixels.std()) or 1.0
     images = planned.backend.asarray(pixels + DITHER * spread * generator.standard_normal(pixels.shape))
     biases = [host(bias) + BIAS * generator.standard_normal(bias.shape) for bias in experiment.network.biases]
     network = Network(planned.blocks, experiment.network.weights, [planned.backend.asarray(bias) for bias in biases])
-    passed = forward(network, images, workspace)
-    _, cache = cross_entropy_forward(passed.logits, labels, config.loss.reduction)
-    dlogits = cross_entropy_backward(cache, config.loss.reduction)
-    batch_size = planned.config.train.batch_size
-    return Setting(experiment, raw, labels, images, network, passed, dlogits, workspace, batch_size)
+    forward = engine.forward(network, images)
+    _, cache = cross_entropy_forward(forward.logits, labels, config.loss.reduction)
+    batch = Batch(engine, network, forward, cross_entropy_backward(cache, config.loss.reduction), config.seed)
+    return Setting(experiment, raw, labels, images, network, batch, workspace, planned.config.train.batch_size)
 
 
-def _check_finite(experiment: Experiment, images: Array, workspace: Workspace) -> None:
-    passed = forward(experiment.network, images, workspace)
+def _check_finite(experiment: Experiment, images: Array, engine: Fast) -> None:
+    outputs = engine.forward(experiment.network, images).outputs
     labels = ["input", *(f"output of {block.label}" for block in experiment.network.blocks)]
-    for label, s in zip(labels, passed.s, strict=True):
+    for label, values in zip(labels, [images, *outputs], strict=True):
         # Sums of squares shall be finite, too.
-        if not np.isfinite(np.square(host(s)).sum()):
+        if not np.isfinite(np.square(host(values)).sum()):
             raise NonFiniteError(
                 f"{experiment.config.name}: not finite on the first batch: {label}; see data.normalize and network.init"
             )
@@ -172,13 +223,14 @@ def _check_finite(experiment: Experiment, images: Array, workspace: Workspace) -
 
 def fresh(setting: Setting, threads: int | None = None) -> Experiment:
     """Return the experiment in its initial state with arrays and threads of its own; loaders are shared."""
-    config, plan = setting.config, setting.experiment.plan
+    config, plan, rule = setting.config, setting.experiment.plan, setting.rule
     network = make_network(plan.blocks, config.network.init, config.seed, config.dtype, plan.backend)
-    rule = setting.experiment.rule
+    workspace = Workspace(plan.backend, threads)
     return replace(
         setting.experiment,
         network=network,
         rule_state=rule.init_state(config.rule, network, config.seed, plan.backend),
-        optimizer_state=init_optimizer(config.optimizer, parameters(network)),
-        workspace=Workspace(plan.backend, threads),
+        optimizer_state=init_optimizer(config.optimizer, network.parameters()),
+        workspace=workspace,
+        engine=Fast(workspace),
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from arraytp.backend import Array
-from arraytp.fast import feedback_training, inverse, modules, orthogonality, overlaps, passes
+from arraytp.fast import feedback_training, inverse, jacobians, modules, orthogonality, overlaps, passes
 from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Task, Workspace, even_slices, slices
 from arraytp.model.blocks import Network, Shape
@@ -72,6 +72,10 @@ class Fast:
     def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
         """See `At.jacobian_overlap`."""
         return overlaps.jacobian_overlap(at, unpool, self.workspace)
+
+    def jacobian_sums(self, batch: Batch) -> Mapping[int, tuple[Array, Array]]:
+        """See `Batch.jacobian_sums`."""
+        return jacobians.jacobian_sums(batch, self.workspace)
 
     def gram_errors(self, network: Network) -> GramErrors:
         """See `Batch.gram_errors`."""

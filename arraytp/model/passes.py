@@ -118,6 +118,14 @@ class Batch:
         return self.engine.gram_errors(self.network)
 
     @cached_property
+    def jacobian_sums(self) -> "Mapping[int, tuple[Array, Array]]":
+        """Σ_b J_b J_bᵀ, of shape (C, C), and Σ_b J_b, of shape (C, D), of every hidden s^n; computed once.
+
+        J_b of shape (C, D) is the Jacobian of the logits of sample b in its s^n.
+        """
+        return self.engine.jacobian_sums(self)
+
+    @cached_property
     def inverses(self) -> Mapping[int, Factors]:
         """W⁻¹ of every block but the first, by its position, as factors; computed once.
 
@@ -366,6 +374,9 @@ class Engine(Protocol):
 
     def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
         """See `At.jacobian_overlap`."""
+
+    def jacobian_sums(self, batch: Batch) -> Mapping[int, tuple[Array, Array]]:
+        """See `Batch.jacobian_sums`."""
 
     def gram_errors(self, network: Network) -> GramErrors:
         """See `Batch.gram_errors`."""

@@ -182,6 +182,20 @@ class Plain:
         """Return N and M."""
         return feedback.jacobian_overlap(at.block, at.output, at.index, unpool)
 
+    def jacobian_sums(self, batch: Batch) -> Mapping[int, tuple[Array, Array]]:
+        """Return the sums from one backward pass a class."""
+        xp, classes = array_module(batch.logits), batch.logits.shape[1]
+        jacobians: dict[int, list[Array]] = {n: [] for n in range(1, len(batch.network))}
+        for c in range(classes):
+            ds: Any = xp.zeros_like(batch.logits)
+            ds[:, c] = 1
+            for at in batch.down():
+                if at.n > 0:
+                    ds = self.backward(at, ds, at.weight, None)[2]
+                    jacobians[at.n].append(ds.reshape(len(batch), -1))
+        stacked = {n: xp.stack(rows, axis=1) for n, rows in jacobians.items()}
+        return {n: ((j @ j.transpose(0, 2, 1)).sum(axis=0), j.sum(axis=0)) for n, j in stacked.items()}
+
     def gram_errors(self, network: Network) -> GramErrors:
         """Return E, computed block by block."""
         return PlainGramErrors(network)

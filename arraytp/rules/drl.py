@@ -28,19 +28,26 @@ from typing import Literal
 import numpy as np
 
 from arraytp.backend import Array, Backend, array_module
+from arraytp.errors import UserError
 from arraytp.model.blocks import Block, Network, adjoint_flops, block_flops
 from arraytp.model.passes import At, Batch
 from arraytp.ops.noise import EPSILON
 from arraytp.optim import at_block
 from arraytp.options import STRICT, Adam, Border, FeedbackTraining, InitName, Positive
 from arraytp.rules.dfa import direct_flops
-from arraytp.rules.feedback import check_feedback, init_direct, init_moments
-from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State, Target, Update
+from arraytp.rules.feedback import check_expected, check_feedback, init_direct, init_moments, step_feedback
+from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule, State, Target, Update
+
+# From about as many on, the closed form costs more than some tens of iterations by noise.
+MOST_CLASSES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`eta` is the target step size η. Lists in `feedback` have one value per hidden s^n, from s^1 on."""
+    """`eta` is the target step size η. Lists in `feedback` have one value per hidden s^n, from s^1 on.
+
+    `expected` descends the expectation for small noise in closed form; "optimum" takes the Q that it is least at.
+    """
 
     name: Literal["drl"] = "drl"
     eta: Positive = 0.02
@@ -50,6 +57,7 @@ class Options:
     )
     pretrain_epochs: Border = 0
     extra_epochs: Border = 0
+    expected: bool | Literal["optimum"] = False
 
     __pydantic_config__ = STRICT
 
@@ -63,6 +71,15 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
         As `check_feedback`.
     """
     check_feedback(options.name, options.feedback, blocks, reduction)
+    if options.expected:
+        check_expected(options.feedback)
+        classes = blocks[-1].next_shape[0]
+        if classes > MOST_CLASSES:
+            raise UserError(
+                f"rule.expected: {classes} classes: the closed form of rule drl takes a backward pass per class; at "
+                f"most {MOST_CLASSES}, use expected: false"
+            )
+        return []
     sigma = options.feedback.sigma
     smallest = min(sigma) if isinstance(sigma, Sequence) else sigma
     if dtype == "float32" and smallest < 1e-3:
@@ -90,6 +107,30 @@ def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
         return Iteration({"weight": gradient}, loss, {"epsilon": epsilon})
 
     return iteration
+
+
+def closed_form(options: Options, state: State, at: At, descent: Descent) -> dict[str, Array]:
+    """Do all iterations on Q^n from the expected gradient for small noise, or take the Q that the loss is least at.
+
+    With J_b of shape (C, D) the Jacobian of the logits in s^n, ŷ_ε − ŷ → J ε, so that the loss's mean over the noise is
+    mean over batch and units of ‖J_bᵀ Q − I‖², and its gradient, with A = Σ_b J_b J_bᵀ,
+
+        (2/(B D)) (A Q − Σ_b J_b),  0 at Q* = A⁻¹ Σ_b J_b
+    """
+    A, J = at.batch.jacobian_sums[at.n]
+    xp, q = array_module(A), state.weights[at.n]
+    scale = A.dtype.type(2 / (len(at.batch) * q.shape[1]))
+    if options.expected == "optimum":
+        q[...] = xp.linalg.pinv(A.astype(xp.float64)) @ J
+    else:
+        for k in range(descent.iterations):
+            gradient = at.batch.product(A, q, "gradient")
+            gradient -= J
+            gradient *= scale
+            step_feedback(descent, state, at.n, k, {"weight": gradient})
+    # Of what is ‖J_bᵀ Q − I‖² = tr(Qᵀ A Q) − 2 tr(Qᵀ J) + D, averaged.
+    loss = ((q * (A @ q)).sum() - 2 * (q * J).sum()) * (scale / 2) + 1
+    return {"A": A, "J": J, "loss": loss}
 
 
 def noise_key(n: int) -> int:
@@ -167,6 +208,8 @@ RULE = Rule(
         begin=begin,
         pairs=pairs,
         flops=feedback_flops,
+        closed_form=closed_form,
+        expected=lambda options: bool(options.expected),
         epochs=lambda options: (options.pretrain_epochs, options.extra_epochs),
         noise_key=noise_key,
     ),

@@ -221,3 +221,18 @@ def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block
                 f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, for which rule {rule} "
                 "has no use; they are GAIT-prop's (network.square: false)"
             )
+
+
+def check_expected(training: FeedbackTraining) -> None:
+    """Refuse a closed form of no iterations.
+
+    Raises
+    ------
+    UserError
+        If an entry of `iterations` is 0.
+    """
+    iterations = training.iterations if isinstance(training.iterations, tuple) else (training.iterations,)
+    if 0 in iterations:
+        raise UserError(
+            "rule.feedback.iterations: 0 with rule.expected: the closed form does K iterations at once; use at least 1"
+        )

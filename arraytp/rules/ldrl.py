@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from arraytp.backend import Array, array_module
-from arraytp.model.blocks import Network
+from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, NoiseAndProducts, Samples
 from arraytp.options import SGD
 from arraytp.rules import dtp
 from arraytp.rules.collapse import sgd_iterations
-from arraytp.rules.feedback import feedback_products, module_pairs, step_feedback
+from arraytp.rules.feedback import check_expected, feedback_products, module_pairs, step_feedback
 from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule, State
 
 
@@ -43,6 +43,13 @@ class Options(LDRLOptions):
     """As all variants'."""
 
     name: Literal["ldrl"] = "ldrl"
+
+
+def check(options: LDRLOptions, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
+    """Return what is worth knowing before a run: nothing; raises as `dtp.check` and `check_expected`."""
+    if options.expected:
+        check_expected(options.feedback)
+    return dtp.check(options, blocks, dtype, reduction)
 
 
 def iterate(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta: Array) -> Array:
@@ -110,6 +117,7 @@ def feedback_flops(options: LDRLOptions, network: Network) -> int:
 RULE: Rule[Any] = replace(
     dtp.RULE,
     options=Options,
+    check=check,
     feedback=Feedback(
         begin=begin,
         pairs=module_pairs,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from arraytp.model.blocks import Network
 from arraytp.options import FeedbackTraining, Size
-from arraytp.rules import dtp, ldrl
+from arraytp.rules import ldrl
 from arraytp.rules.feedback import feedback_products
 from arraytp.rules.protocol import Rule
 
@@ -30,7 +30,7 @@ def feedback_flops(options: Options, network: Network) -> int:
 
 assert ldrl.RULE.feedback is not None
 RULE: Rule[Any] = replace(
-    dtp.RULE,
+    ldrl.RULE,
     options=Options,
     feedback=replace(ldrl.RULE.feedback, flops=feedback_flops, noises=lambda options: options.samples),
 )

@@ -1,0 +1,166 @@
+"""Algorithms of the package's rules written out on NumPy arrays, for the checks that know a function's definition.
+
+Each table is keyed by the function that a rule uses, not by the rule: a new rule that takes over `dtp.targets` is held
+against its definition, and one with targets of its own is not.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from arraytp.audit import reference
+from arraytp.audit.check import Floats, host
+from arraytp.audit.setting import Setting
+from arraytp.model.blocks import Block
+from arraytp.optim import at_block
+from arraytp.rules import drl, dtp, ldrl, tp
+
+Loss = Callable[[Floats, Floats | None], float]
+"""(ω, G's bias) → the loss of an iteration of feedback training with given noise."""
+
+
+def feedback_input(block: Block, t: Floats, index: Any, unpool: str) -> Floats:
+    """Return f(unpool(t)), the input of G's affine map."""
+    u = t if block.pool is None else reference.unpool(t, index, block.pool, unpool)
+    return reference.activation(u, block.activation.name)
+
+
+def feedback_module(block: Block, omega: Floats, t: Floats, index: Any, unpool: str) -> Floats:
+    """Return ω ∘ f(unpool(t)), which is G(t) without its bias."""
+    return reference.transposed(block, omega, feedback_input(block, t, index, unpool))
+
+
+# Targets: t − s from the last block to the first.
+
+
+def difference_targets(setting: Setting) -> list[Floats]:
+    """Return δ^N = −β B ∂L/∂s^N, δ^n = G^n(s^{n+1} + δ^{n+1}) − G^n(s^{n+1})."""
+    network, options, omega = setting.on_host(), setting.options, _omega(setting)
+    _, s, indices = reference.forward(network, host(setting.images))
+    deltas = [_output_difference(setting)]
+    for n in reversed(range(1, len(network))):
+        t, block = s[n + 1] + deltas[-1].reshape(s[n + 1].shape), network.blocks[n]
+        g_t, g_s = (feedback_module(block, omega[n], each, indices[n], options.unpool) for each in (t, s[n + 1]))
+        deltas.append((g_t - g_s).reshape(s[n].shape))
+    return deltas
+
+
+def plain_targets(setting: Setting) -> list[Floats]:
+    """Return t^n − s^n of t^N = s^N − β B ∂L/∂s^N, t^n = G^n(t^{n+1})."""
+    network, options, omega = setting.on_host(), setting.options, _omega(setting)
+    _, s, indices = reference.forward(network, host(setting.images))
+    deltas = [_output_difference(setting)]
+    for n in reversed(range(1, len(network))):
+        t, block = s[n + 1] + deltas[-1].reshape(s[n + 1].shape), network.blocks[n]
+        g = feedback_module(block, omega[n], t, indices[n], options.unpool)
+        deltas.append((g + host(setting.experiment.rule_state.biases[n])).reshape(s[n].shape) - s[n])
+    return deltas
+
+
+def direct_targets(setting: Setting) -> list[Floats]:
+    """Return δ^N = −η ∂L/∂s^N, δ^n = Q^n δ^N."""
+    _, s, _ = reference.forward(setting.on_host(), host(setting.images))
+    delta, q = -setting.options.eta * host(setting.batch.dlogits), _omega(setting)
+    return [delta, *((delta @ q[n]).reshape(s[n].shape) for n in reversed(range(1, len(s) - 1)))]
+
+
+def _output_difference(setting: Setting) -> Floats:
+    dlogits = host(setting.batch.dlogits)
+    result: Floats = -setting.options.beta * len(dlogits) * dlogits
+    return result
+
+
+def _omega(setting: Setting) -> dict[int, Floats]:
+    return {n: host(weight) for n, weight in setting.experiment.rule_state.weights.items()}
+
+
+TARGETS: Mapping[Any, tuple[str, Callable[[Setting], list[Floats]]]] = {
+    dtp.targets: ("Eq. 4", difference_targets),
+    tp.targets: ("t^n = G(t^{n+1})", plain_targets),
+    drl.targets: ("t = s + Q(t^N) − Q(s^N)", direct_targets),
+}
+"""By `Rule.targets`: source and definition."""
+
+
+# Local losses of a block's output s, for a target t.
+
+
+def half_squares(options: Any, block: Block, s: Floats, t: Floats) -> float:
+    """Return (1/B) Σ ½‖s − t‖², divided by β if the options say so."""
+    value = float(np.sum((s - t) ** 2)) / 2 / len(s)
+    return value / options.beta if options.divide_by_beta else value
+
+
+def mean_squares(options: Any, block: Block, s: Floats, t: Floats) -> float:
+    """Return the mean of (s − t)² of a convolution, Σ (s − t)² / B of a dense block."""
+    return float(np.mean((s - t) ** 2)) if block.kind == "conv" else float(np.sum((s - t) ** 2)) / len(s)
+
+
+LOCAL_LOSSES: Mapping[Any, tuple[str, Callable[[Any, Block, Floats, Floats], float]]] = {
+    dtp.local_loss: ("Eq. 6", half_squares),
+    drl.local_loss: ("DRL, update", mean_squares),
+}
+"""By `Rule.local_loss`: source and definition."""
+
+
+# Losses of feedback training, given block n, the names' noises and the options' σ.
+
+
+def ldrl_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
+    """−2 ε·(G(F(s + ε)) − G(s')) + ‖G(s' + η) − G(s')‖², mean over the batch: twice Eq. 13."""
+    block, theta, bias, s = _block(setting, n)
+    unpool, epsilon, eta = setting.options.unpool, noises["epsilon"].reshape(s.shape), noises["eta"]
+    _, clean, index = reference.block_forward(block, theta, bias, s)
+    _, noisy, noisy_index = reference.block_forward(block, theta, bias, s + epsilon)
+    inputs = [feedback_input(block, t, i, unpool) for t, i in
+              ((clean, index), (noisy, noisy_index), (clean + eta.reshape(clean.shape), index))]  # fmt: skip
+
+    def loss(omega: Floats, _: Floats | None) -> float:
+        g, g_epsilon, g_eta = (reference.transposed(block, omega, a) for a in inputs)
+        return float((-2 * (epsilon * (g_epsilon - g)).sum() + ((g_eta - g) ** 2).sum()) / len(s))
+
+    return loss
+
+
+def dtp_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
+    """‖s + ε − G(F(s + ε))‖², mean over the batch."""
+    block, theta, bias, s = _block(setting, n)
+    noisy = s + noises["epsilon"].reshape(s.shape)
+    _, output, index = reference.block_forward(block, theta, bias, noisy)
+    a = feedback_input(block, output, index, setting.options.unpool)
+
+    def loss(omega: Floats, omega_bias: Floats | None) -> float:
+        r = reference.transposed(block, omega, a) + (0 if omega_bias is None else omega_bias)
+        return float(((noisy - r) ** 2).sum() / len(s))
+
+    return loss
+
+
+def drl_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
+    """Mean of ((Q ŷ_ε + s − Q ŷ) − (s + ε))² over σ²."""
+    rest, s = setting.on_host().rest(n), host(setting.batch.at(n).s)
+    sigma, epsilon = at_block(setting.options.feedback.sigma, n - 1), noises["epsilon"].reshape(s.shape)
+    _, noisy, _ = reference.forward(rest, s + epsilon)
+    _, clean, _ = reference.forward(rest, s)
+    y_difference = noisy[-1] - clean[-1]
+
+    def loss(q: Floats, _: Floats | None) -> float:
+        residual = y_difference @ q - epsilon.reshape(len(s), -1)
+        return float(np.mean(residual**2) / sigma**2)
+
+    return loss
+
+
+def _block(setting: Setting, n: int) -> tuple[Block, Floats, Floats, Floats]:
+    """Return block, θ, its bias and s^n on the host."""
+    at = setting.batch.at(n)
+    return at.block, host(at.weight), host(at.bias), host(at.s).reshape(-1, *at.block.in_shape)
+
+
+FEEDBACK_LOSSES: Mapping[Any, tuple[str, Callable[[Setting, int, Mapping[str, Floats]], Loss]]] = {
+    ldrl.begin: ("L-DRL, Algorithm 3", ldrl_loss),
+    dtp.begin: ("DTP, Algorithm 1", dtp_loss),
+    drl.begin: ("DRL, Algorithm 2", drl_loss),
+}
+"""By `Feedback.begin`: source and definition."""

@@ -1,0 +1,48 @@
+"""Weights off where the initialisation put them, and back at the nearest orthogonal matrix."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from arraytp.audit.check import Floats, host
+from arraytp.audit.setting import Setting
+from arraytp.model.blocks import Network
+from arraytp.ops.conv import as_matrix
+
+# How far W is moved before it is taken back to its nearest orthogonal matrix, in its own size.
+DRIFT = 0.05
+# As far as this W is inverted by LU factors, not by the Cholesky factor of WWᵀ.
+FAR = 0.3
+
+
+def drifted(setting: Setting, share: float = DRIFT) -> Network:
+    """Return the network with every square W moved by a random matrix of a share of its size."""
+    weights = list(setting.network.weights)
+    for n, block in enumerate(setting.network.blocks):
+        if n > 0 and block.is_square:
+            noise, w = setting.generator(51, n).standard_normal(weights[n].shape), host(weights[n])
+            weights[n] = setting.put(w + share * noise * (np.linalg.norm(w) / np.linalg.norm(noise)))
+    return Network(setting.network.blocks, weights, setting.network.biases)
+
+
+def ways(setting: Setting, network: Network, shares: Sequence[float]) -> Iterator[Network]:
+    """Yield the network with every W but the first moved by these shares of the way to its polar factor."""
+    matrices = {n: host(as_matrix(network.weights[n])) for n in range(1, len(network))}
+    polar = {n: polar_factor(w) for n, w in matrices.items()}
+    for share in shares:
+        weights = list(network.weights)
+        for n, w in matrices.items():
+            weights[n] = setting.put(((1 - share) * w + share * polar[n]).reshape(weights[n].shape))
+        yield Network(network.blocks, weights, network.biases)
+
+
+def polar_factor(w: Floats) -> Floats:
+    """Return the orthogonal matrix nearest to W, by Newton's iteration X ← (X + X⁻ᵀ)/2."""
+    x = w
+    for _ in range(50):
+        following = (x + np.linalg.inv(x).T) / 2
+        # Digits double with every iteration.
+        if np.abs(following - x).max() < 1e-9:
+            return following
+        x = following
+    return x
