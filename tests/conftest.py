@@ -80,5 +80,5 @@ def noise_of_the_host(monkeypatch):
         out[...] = array_module(out).asarray(host)
         return out
 
-    for user in ("fused_feedback", "rules.drl"):
+    for user in ("fast.feedback_training", "fast.engine", "model.plain"):
         monkeypatch.setattr(f"arraytp.{user}.gaussian", uploaded)

@@ -1,24 +1,28 @@
-"""The fast iterations against the readable ones on the same noise, in double precision."""
+"""The fast iterations and modules against the plain ones on the same noise, in double precision."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import ACTIVATIONS, NAMED, batch, chains, close, moved, named_blocks, random_network, rng
+from samples import ACTIVATIONS, NAMED, batch, chains, close, named_blocks, placed, random_network, rng
+from training import fast, pass_of, plain
 
-from arraytp.fast.feedback_training import freeze, ldrl_gradient, reconstruction_gradient
-from arraytp.fast.modules import feedback_output, target_difference
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
+from arraytp.backend import NUMPY
+from arraytp.fast import cuts, feedback_training
 from arraytp.model.architectures import plan_network
 from arraytp.model.feedback import feedback_forward
-from arraytp.ops.noise import gaussian
+from arraytp.model.passes import NoiseAndProducts
+from arraytp.ops.noise import EPSILON, ETA, gaussian
 from arraytp.options import NetworkOptions
-from arraytp.rules import dtp, ldrl
+from arraytp.rules import RULES
+from arraytp.rules.protocol import State
 
 ROUNDING = 1e-12
-SIGMA, KEY = 0.3, (7, 3)
+SIGMA, KEY = 0.3, {"seed": 7, "number": 3}
 UNPOOL = ("overwrite", "accumulate")
+ON_HOST = SimpleNamespace(put=np.array, get=np.asarray, backend=NUMPY)
 
 
 def omega_of(block, seed=0):
@@ -27,52 +31,69 @@ def omega_of(block, seed=0):
     return weight, 0.3 * generator.standard_normal(block.in_shape[-1])
 
 
-def noises(place, block, count, n, k):
-    """Return ε and η of block n's iteration k, of which each has its own stream, as the place draws them."""
-    shapes = (count, *block.in_shape), (count, *block.out_shape)
-    empty = [place.backend.xp.empty(shape) for shape in shapes]
-    return [place.get(gaussian(out, SIGMA, 0, *KEY, n, k, kind)) for kind, out in enumerate(empty)]
+def gradients(rule, at, omega, count, unpool):
+    """Return what does the first `count` iterations of a rule, with the same ω each time."""
+    rule, state = RULES[rule], State({at.n: omega[0]}, {at.n: omega[1]})
+    iterate = rule.feedback.begin(rule.options(unpool=unpool), at, SIGMA, count)
+    return lambda k, wanted=True: iterate(state, k, wanted)
 
 
-def check_blocks(place, blocks, count, unpool, seed=0, threads=2):
+def check_blocks(place, blocks, count, unpool, seed=0):
     """Compare both losses' gradients of every block with feedback, over three iterations."""
     network, (x, _) = random_network(blocks, seed), batch(blocks, count, seed)
-    there = moved(network, place.put)
-    workspace = Workspace(place.backend, threads)
-    passed = forward(there, place.put(x), workspace)
-    for n, block in list(enumerate(blocks))[1:]:
-        s = place.get(passed.x[n]).reshape(count, *block.in_shape)
-        theta, omega = (network.weights[n], network.biases[n]), omega_of(block, seed)
-        carried = [place.put(part) for part in omega]
-        frozen = freeze(there, passed, n, unpool, SIGMA, KEY, 3, workspace)
-        for k in range(3):
-            epsilon, eta = noises(place, block, count, n, k)
-            gradient, loss = ldrl_gradient(frozen, carried[0], k, workspace)
-            wanted, wanted_loss = ldrl.iteration(block, theta, omega, s, epsilon, eta, unpool)
-            close(place.get(gradient), wanted, ROUNDING)
-            # The loss costs a pass over ω: only the last iteration's is computed.
-            assert (loss is None) == (k < 2)
-            if loss is not None:
-                assert float(loss) == pytest.approx(wanted_loss, rel=1e-10, abs=1e-12 * np.abs(wanted).sum())
-        frozen = freeze(there, passed, n, unpool, SIGMA, KEY, 3, workspace)
-        for k in range(3):
-            epsilon, _ = noises(place, block, count, n, k)
-            *found, loss = reconstruction_gradient(frozen, *carried, k, workspace)
-            *wanted, wanted_loss = dtp.iteration(block, theta, omega, s, epsilon, unpool)
-            for mine, exact in zip(found, wanted, strict=True):
-                close(place.get(mine), exact, ROUNDING)
-            assert float(loss) == pytest.approx(wanted_loss, rel=1e-12)
+    on_place, host = placed(network, place.put), Noises(place)
+    batch_ = pass_of(on_place, place.put(x), engine=fast(place.backend), **KEY)
+    reference = pass_of(network, x, engine=host, **KEY)
+    for n in range(1, len(blocks)):
+        omega = omega_of(blocks[n], seed)
+        put = [place.put(part) for part in omega]
+        for rule in ("ldrl", "dtp"):
+            iterate = gradients(rule, batch_.at(n), put, 3, unpool)
+            wanted = gradients(rule, reference.at(n), omega, 3, unpool)
+            for k in range(3):
+                done, exact = iterate(k, k == 2), wanted(k)
+                assert done.gradients.keys() == exact.gradients.keys()
+                for part, gradient in done.gradients.items():
+                    close(place.get(gradient), exact.gradients[part], ROUNDING)
+                for name, noise in done.noises.items():
+                    np.testing.assert_array_equal(place.get(noise), exact.noises[name])
+                # L-DRL's loss costs a pass over ω: only the last iteration's is computed.
+                assert (done.loss is None) == (rule == "ldrl" and k < 2)
+                if done.loss is not None:
+                    scale = 1e-12 * np.abs(exact.gradients["weight"]).sum()
+                    assert float(done.loss) == pytest.approx(float(exact.loss), rel=1e-10, abs=scale)
+
+
+class Noises(type(plain())):
+    """The plain engine on the host, with the numbers that another place draws."""
+
+    def __init__(self, place):
+        super().__init__(NUMPY)
+        self.place = place
+
+    def iterations(self, at, unpool, training):
+        """Return the plain iterations with the place's noise."""
+        result, (seed, number) = super().iterations(at, unpool, training), KEY.values()
+
+        def noise(k):
+            kinds = {"epsilon": (EPSILON, result.s)} | ({"eta": (ETA, at.output)} if training.output_noise else {})
+            empty = self.place.backend.xp.empty
+            return {name: self.place.get(gaussian(empty(like.shape), SIGMA, 0, seed, number, at.n, k, kind))
+                    for name, (kind, like) in kinds.items()}  # fmt: skip
+
+        result.noise = noise
+        return result
 
 
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("name", NAMED)
-def test_named_networks(place, name, unpool):
+def test_iterations_on_named_networks_equal_the_plain_ones(place, name, unpool):
     check_blocks(place, named_blocks(name), 3, unpool)
 
 
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_of_a_named_network(place, activation, unpool):
+def test_iterations_with_every_activation_equal_the_plain_ones(place, activation, unpool):
     """In windows of ReLU's zeros the first of them has the value."""
     options = NetworkOptions(name="lenet", activation=activation)
     check_blocks(place, plan_network(options, *NAMED["lenet"]), 3, unpool)
@@ -81,7 +102,7 @@ def test_every_activation_of_a_named_network(place, activation, unpool):
 @pytest.mark.parametrize("unpool", UNPOOL)
 @given(blocks=chains(largest=7), count=st.sampled_from([1, 2, 17, 33]), seed=st.integers(0, 2**16))
 @settings(max_examples=8)
-def test_drawn_networks(place, blocks, count, seed, unpool):
+def test_iterations_on_drawn_networks_equal_the_plain_ones(place, blocks, count, seed, unpool):
     """Batches of 17 and 33 have a chunk of noise with a single sample."""
     check_blocks(place, blocks, count, unpool, seed)
 
@@ -91,34 +112,95 @@ def test_drawn_networks(place, blocks, count, seed, unpool):
 def test_threads_change_no_bit(unpool, count):
     blocks = named_blocks("lenet")
     network, (x, _) = random_network(blocks), batch(blocks, count)
-    found = {}
+    results = {}
     for threads in (1, 2, 3):
-        workspace = Workspace(threads=threads)
-        passed = forward(network, x, workspace)
-        found[threads] = []
-        for n, block in list(enumerate(blocks))[1:]:
-            for gradients in (ldrl_gradient, reconstruction_gradient):
-                frozen = freeze(network, passed, n, unpool, SIGMA, KEY, 2, workspace)
-                omega = omega_of(block)[: 1 if gradients is ldrl_gradient else 2]
-                arrays = [a for k in range(2) for a in gradients(frozen, *omega, k, workspace) if a is not None]
-                found[threads] += [a.tobytes() for a in arrays]
-    assert found[1] == found[2] == found[3]
+        batch_ = pass_of(network, x, engine=fast(threads=threads), **KEY)
+        results[threads] = []
+        for n in range(1, len(blocks)):
+            for rule in ("ldrl", "dtp"):
+                iterate = gradients(rule, batch_.at(n), omega_of(blocks[n]), 2, unpool)
+                for k in range(2):
+                    done = iterate(k)
+                    results[threads] += [a.tobytes() for a in (*done.gradients.values(), done.loss)]
+    assert results[1] == results[2] == results[3]
 
 
 def test_iterations_may_come_in_any_order():
     blocks = named_blocks("lenet")
     network, (x, _) = random_network(blocks), batch(blocks, 4)
-    workspace = Workspace(threads=2)
-    passed = forward(network, x, workspace)
-    omega, _ = omega_of(blocks[1])
-    orders = [0, 1, 2, 3], [3, 2, 1, 0], [3, 0, 2, 1]
-    found = []
-    for order in orders:
-        frozen = freeze(network, passed, 1, "overwrite", SIGMA, KEY, 4, workspace)
-        gradients = {k: ldrl_gradient(frozen, omega, k, workspace)[0].copy() for k in order}
-        found.append([gradients[k].tobytes() for k in range(4)])
-    assert found[0] == found[1] == found[2]
-    assert len(set(found[0])) == 4
+    batch_ = pass_of(network, x, **KEY)
+    results = []
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [3, 0, 2, 1]):
+        iterate = gradients("ldrl", batch_.at(1), omega_of(blocks[1]), 4, "overwrite")
+        by_number = {k: iterate(k).gradients["weight"].copy() for k in order}
+        results.append([by_number[k].tobytes() for k in range(4)])
+    assert results[0] == results[1] == results[2]
+    assert len(set(results[0])) == 4
+
+
+@pytest.mark.parametrize("limit", [1, 3000, 1 << 20])
+def test_slices_and_lanes_of_every_length_add_up(monkeypatch, limit):
+    """Small limits cut a small batch into many slices; by lanes and gathered alike."""
+    monkeypatch.setattr(cuts, "ITERATION_BYTES", limit)
+    for columns in (0, 1 << 20):
+        monkeypatch.setattr(feedback_training, "POSITIONS_PER_COLUMN", columns)
+        blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)
+        for count in (1, 2, 7):
+            check_blocks(ON_HOST, blocks, count, "overwrite", count)
+
+
+def shared_factors(at, omega, bias, epsilon, eta):
+    """An iteration in which x and d come again, in another order, and two results of each primitive are held."""
+    first = at.a(*at.F(epsilon))
+    second = at.a(*at.F(epsilon + at.s))
+    at.add(epsilon, second)
+    at.subtract(at.s, first)
+    r = at.transposed(omega, first)
+    at.add(r, first)
+    q = at.transposed(omega, second)
+    at.add(q, second)
+    at.add_bias(q)
+    return at.square(r) + at.square(q)
+
+
+def held_results(at, omega, bias, epsilon, eta):
+    """An iteration that holds two results of `transposed` before the first is added."""
+    first, second = at.a(*at.F(epsilon)), at.a(*at.F(epsilon + at.s))
+    r, q = at.transposed(omega, first), at.transposed(omega, second)
+    at.add(r, first)
+    at.add(q, second)
+    at.add(epsilon, first)
+    at.subtract(at.s, first)
+    at.add_bias(q)
+    return at.square(r) + at.square(q)
+
+
+@pytest.mark.parametrize(
+    "iterate",
+    [shared_factors, pytest.param(held_results, marks=pytest.mark.xfail(reason="dense results share their room"))],
+)
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", ["lenet", "fc-deep", "vgg"])
+def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place, name, count, iterate):
+    """Results of two calls stay apart, and an x that comes again gives the rows of that x."""
+    blocks = named_blocks(name)
+    network, (x, _) = random_network(blocks), batch(blocks, count)
+    needed = NoiseAndProducts(SIGMA, 1, products=4, output_noise=False)
+    sums = {}
+    for engine in (fast(place.backend), Noises(place)):
+        on_place = isinstance(engine, Noises)
+        put = np.asarray if on_place else place.put
+        batch_ = pass_of(placed(network, put), put(x), engine=engine, **KEY)
+        for n in range(1, len(blocks)):
+            omega, bias = (put(part) for part in omega_of(blocks[n]))
+            result = batch_.at(n).iterations("overwrite", needed).sums(iterate, 0, omega, bias)
+            get = np.asarray if on_place else place.get
+            sums.setdefault(n, []).append(
+                (get(result.weight).copy(), get(result.bias).copy(), np.array(float(result.returned)))
+            )
+    for fast_sums, plain_sums in sums.values():
+        for own, wanted in zip(fast_sums, plain_sums, strict=True):
+            close(own, wanted, ROUNDING)
 
 
 @pytest.mark.parametrize("unpool", UNPOOL)
@@ -127,19 +209,18 @@ def test_iterations_may_come_in_any_order():
 def test_targets_are_the_modules(place, blocks, count, seed, unpool):
     """δ^n is G(s + δ) − G(s), and a target G(t): the literal formulas of the paper."""
     network, (x, _) = random_network(blocks, seed), batch(blocks, count, seed)
-    workspace = Workspace(place.backend, 2)
-    passed = forward(moved(network, place.put), place.put(x), workspace)
-    for n, block in list(enumerate(blocks))[1:]:
-        omega, s = omega_of(block, seed), place.get(passed.s[n + 1])
-        index = None if passed.index[n] is None else place.get(passed.index[n])
+    batch_ = pass_of(placed(network, place.put), place.put(x), engine=fast(place.backend))
+    for n in range(1, len(blocks)):
+        at, block = batch_.at(n), blocks[n]
+        omega, s = omega_of(block, seed), place.get(at.output)
+        index = None if at.index is None else place.get(at.index)
         delta = 0.2 * rng(seed, n).standard_normal(s.shape)
-        carried = [place.put(part) for part in omega]
+        put = [place.put(part) for part in omega]
         g = [feedback_forward(block, *omega, t, index, unpool) for t in (s + delta, s)]
-        there = moved(network, place.put)
-        found = target_difference(there, passed, n, carried[0], place.put(delta), unpool, workspace)
-        assert found.shape == passed.x[n].shape
+        difference = at.feedback_difference(put[0], place.put(delta), unpool)
+        assert difference.shape == at.s.shape
         scale = max(np.abs(g[0]).max(), 1.0)
-        np.testing.assert_allclose(place.get(found).reshape(g[0].shape), g[0] - g[1], rtol=0, atol=1e-12 * scale)
-        found = feedback_output(there, passed, n, tuple(carried), place.put(s + delta), unpool, workspace)
-        assert found.shape == passed.x[n].shape
-        close(place.get(found).reshape(g[0].shape), g[0], ROUNDING)
+        np.testing.assert_allclose(place.get(difference).reshape(g[0].shape), g[0] - g[1], rtol=0, atol=1e-12 * scale)
+        target = at.feedback(*put, place.put(s + delta), unpool)
+        assert target.shape == at.s.shape
+        close(place.get(target).reshape(g[0].shape), g[0], ROUNDING)

@@ -4,21 +4,31 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from samples import close, rng
+from samples import batch, close, fitting_blocks, random_network, rng
+from training import trainer
 
-from arraytp.fast.orthogonality import add_orthogonality, excess_of
+from arraytp.backend import NUMPY
+from arraytp.fast.orthogonality import GramErrors, add_orthogonality
 from arraytp.fast.parallel import Workspace
-from arraytp.optim import apply_updates, init_optimizer
-from arraytp.options import SGD, Adam
+from arraytp.model.blocks import Network
+from arraytp.model.plain import PlainGramErrors
+from arraytp.options import SGD, Adam, Dense
 
 
 def penalty(w, strength):
     return strength * np.sum((w @ w.T - np.eye(len(w))) ** 2)
 
 
-def added(place, strength, parameters, gradients, threads=2):
-    totals = [place.backend.asarray(np.array(g)) for g in gradients]
-    add_orthogonality(strength, [place.put(p) for p in parameters], totals, Workspace(place.backend, threads))
+def network_of(weights):
+    """Return a network that has these weights, of the blocks only what the regulariser asks."""
+    blocks = tuple(SimpleNamespace(is_square=int(np.prod(w.shape[:-1])) == w.shape[-1]) for w in weights)
+    return Network(blocks, list(weights))
+
+
+def added(place, strength, weights, gradients, threads=2):
+    totals, workspace = [place.backend.asarray(np.array(g)) for g in gradients], Workspace(place.backend, threads)
+    network = network_of([place.put(w) for w in weights])
+    add_orthogonality(strength, network, totals, GramErrors(network, workspace), workspace)
     return [place.get(array) for array in totals]
 
 
@@ -33,7 +43,7 @@ def test_it_is_the_gradient_of_the_penalty(place, order):
 
 
 def test_square_kernels_and_dense_weights_get_it_and_others_do_not(place):
-    shapes = [(2, 2, 3, 12), (2, 2, 3, 5), (6, 6), (6, 4), (6,), (1,)]
+    shapes = [(2, 2, 3, 12), (2, 2, 3, 5), (6, 6), (6, 4), (1, 2)]
     parameters, gradients = ([rng(i, n).standard_normal(shape) for n, shape in enumerate(shapes)] for i in (0, 1))
     found = added(place, 2.0, parameters, gradients)
     for n, (theta, g, mine) in enumerate(zip(parameters, gradients, found, strict=True)):
@@ -48,43 +58,52 @@ def test_an_orthogonal_matrix_is_left_alone(place):
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Adam])
-def test_an_optimiser_steps_along_gradient_and_regulariser(optimizer):
-    w, g = rng(0).standard_normal((2, 5, 5))
-    total = g + 3 * 4 * (w @ w.T - np.eye(5)) @ w
-    found = []
-    for options, gradient in ((optimizer(lr=0.1, orthogonality=3.0), g), (optimizer(lr=0.1), total)):
-        theta, given = w.copy(), gradient.copy()
-        apply_updates(options, 0.1, init_optimizer(options, [theta]), [theta], [given], Workspace(threads=2))
-        close(given, total, 1e-13)
-        found.append(theta)
-    close(found[0], found[1], 1e-12)
+def test_a_step_goes_along_gradient_and_regulariser(optimizer):
+    """The regulariser is added to the updates in place, before momentum, moments and weight decay."""
+    blocks = fitting_blocks([Dense(units=5, activation="tanh"), Dense(units=5), Dense(units=3)], (5,))
+    x, labels = batch(blocks, 4)
+    results = []
+    for strength in (3.0, 0.0):
+        runner = trainer(random_network(blocks), "bp", optimizer(lr=0.1, orthogonality=strength))
+        _, one = runner.forward(x, labels)
+        updates = runner.rule.propose(runner.options, runner.state, one)
+        if not strength:
+            for n in (0, 1):
+                w = runner.network.weights[n]
+                updates[n][0][...] += 3 * 4 * (w @ w.T - np.eye(5)) @ w
+        runner.apply(one, updates)
+        results.append([a.copy() for a in (*runner.network.parameters(), *(a for pair in updates for a in pair))])
+    for regularised, by_hand in zip(*results, strict=True):
+        close(regularised, by_hand, 1e-12)
 
 
-def test_a_gradient_that_cannot_be_added_to_in_place_is_refused():
-    w, g = rng(0).standard_normal((2, 5, 5))
-    options, kept = SGD(lr=0.1, orthogonality=3.0), w.copy()
-    with pytest.raises(ValueError, match=r"parameter 0: .*its gradient: float64\[5, 5\], C-contiguous: False"):
-        apply_updates(options, 0.1, init_optimizer(options, [w]), [w], [g.T], Workspace(threads=2))
-    np.testing.assert_array_equal(w, kept)
+def test_errors_are_those_of_the_formula_and_computed_once(place):
+    """By the block's position; the host's hold the upper triangle, which is all that is read of them."""
+    weights = [rng(3, n).standard_normal((7, 7)) for n in range(3)]
+    network = network_of([place.put(w) for w in weights])
+    errors = GramErrors(network, Workspace(place.backend, 2))
+    first = errors.of([2])
+    every = errors.of([0, 2])
+    assert sorted(every) == [0, 2]
+    assert every[2] is first[2]
+    plain = PlainGramErrors(network).of([0, 2])
+    for n, e in every.items():
+        wanted = weights[n] @ weights[n].T - np.eye(7)
+        close(place.get(plain[n]), wanted, 1e-13)
+        close(place.get(e), np.triu(wanted) if place.backend.on_host else wanted, 1e-13)
 
 
-def test_an_excess_that_is_given_is_used(place):
-    """By the block's position, for its weight; the others' is computed."""
+def test_the_plain_errors_give_the_same_regulariser(place):
     w, g = rng(3).standard_normal((2, 7, 7))
-    parameters = [place.put(a) for a in (w, g[0], 2 * w, g[1])]
-    workspace = Workspace(place.backend, 2)
-    found = []
-    for excess in (None, excess_of({1: place.put(w)}, workspace)):
-        totals = [place.backend.asarray(a.copy()) for a in (g, g[0], g, g[1])]
-        add_orthogonality(0.5, parameters, totals, workspace, excess)
-        found.append([place.get(a) for a in totals])
-    np.testing.assert_array_equal(found[1][0], found[0][0])
-    close(found[1][2], g + 2 * (w @ w.T - np.eye(7)) @ (2 * w), 1e-12)
+    network, workspace = network_of([place.put(w)]), Workspace(place.backend, 2)
+    total = place.backend.asarray(g.copy())
+    add_orthogonality(0.5, network, [total], PlainGramErrors(network), workspace)
+    close(place.get(total), added(place, 0.5, [w], [g])[0], 1e-13)
 
 
 def test_the_number_of_threads_changes_no_bit():
     """Of more than one part."""
-    place = SimpleNamespace(put=np.array, get=np.array, backend=Workspace().backend)
+    place = SimpleNamespace(put=np.array, get=np.array, backend=NUMPY)
     w, g = (rng(0).standard_normal((2, 700, 700)) / 26).astype("float32")
     close(added(place, 1.0, [w], [g], 1)[0], g + 4 * (w @ w.T - np.eye(700, dtype="float32")) @ w, 1e-5)
     assert added(place, 1.0, [w], [g], 1)[0].tobytes() == added(place, 1.0, [w], [g], 3)[0].tobytes()

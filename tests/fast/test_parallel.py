@@ -1,15 +1,14 @@
-"""Tasks, slices and buffers."""
+"""Tasks and slices."""
 
 import threading
 
-import numpy as np
 import pytest
 import strict_device
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arraytp.backend import NUMPY, Backend
-from arraytp.fast.parallel import Buffers, Workspace, default_threads, even_slices, slices
+from arraytp.backend import Backend
+from arraytp.fast.parallel import Workspace, default_threads, even_slices, slices
 
 
 @given(count=st.integers(0, 50), length=st.integers(1, 20))
@@ -40,7 +39,7 @@ def test_every_task_runs_once_with_scratch_of_its_own(threads):
 
     def task(number):
         def run(scratch):
-            own = scratch.array("own", (1000,), float)
+            own = scratch.of("test").array("own", (1000,), float)
             own.fill(number)
             with lock:
                 done.append((number, own.sum() == 1000 * number))
@@ -73,29 +72,6 @@ def test_a_device_runs_tasks_in_order_on_one_thread():
     assert workspace.threads == 1
     workspace.run([lambda scratch, n=n: order.append((n, threading.current_thread())) for n in range(5)])
     assert order == [(n, threading.main_thread()) for n in range(5)]
-
-
-def test_a_buffer_is_made_once_and_grows_when_it_must():
-    buffers = Buffers(NUMPY)
-    first = buffers.array("a", (4, 5), np.float32)
-    assert np.shares_memory(buffers.array("a", (2, 5), np.float32), first)
-    assert not np.shares_memory(buffers.array("b", (4, 5), np.float32), first)
-    assert not np.shares_memory(buffers.array("a", (4, 5), np.float64), first)
-    assert buffers.nbytes() == 80 + 80 + 160
-    assert buffers.array("a", (3, 10), np.float32).flags.c_contiguous
-    assert buffers.nbytes() == 120 + 80 + 160
-
-
-def test_a_filled_buffer_keeps_its_border():
-    buffers = Buffers(NUMPY)
-    array = buffers.filled("a", (2, 4, 4), float, -np.inf)
-    array[:, 1:3, 1:3] = 5
-    again = buffers.filled("a", (2, 4, 4), float, -np.inf)
-    assert np.shares_memory(again, array)
-    again[:, 1:3, 1:3] = -np.inf
-    assert (again == -np.inf).all()
-    assert not np.shares_memory(buffers.filled("a", (2, 4, 4), float, 0.0), array)
-    assert (buffers.filled("a", (5, 4, 4), float, -np.inf) == -np.inf).all()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def plan(network, shape=(32, 32, 3), classes=10):
 def test_shapes_are_the_papers(name):
     shape, classes = BLOCKS[name]
     blocks = plan_network(NetworkOptions(name=name), shape, classes)
-    assert [(b.label, b.activation, b.weight_shape, b.out_shape) for b in blocks] == WANTED[name]
+    assert [(b.label, b.activation.name, b.weight_shape, b.out_shape) for b in blocks] == WANTED[name]
 
 
 def test_lenet_on_mnist_has_3136_units_before_its_dense_layers():
@@ -78,7 +78,7 @@ def test_pools_and_borders_are_the_papers():
 
 def test_an_activation_replaces_that_of_the_hidden_blocks_only():
     blocks = plan(NetworkOptions(name="lenet", activation="tanh"))
-    assert [b.activation for b in blocks] == ["tanh", "tanh", "tanh", "linear"]
+    assert [b.activation.name for b in blocks] == ["tanh", "tanh", "tanh", "linear"]
 
 
 @pytest.mark.parametrize("name", NAMED)

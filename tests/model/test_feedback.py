@@ -2,52 +2,61 @@
 
 import numpy as np
 import pytest
-from feedback_blocks import LAYERS, made, noise, output
+from feedback_blocks import LAYERS, SHAPES, at_block, iteration, made, output
 from gradients import check
-from samples import rng
+from samples import batch, fitting_blocks, random_network, rng
+from training import fast, pass_of, plain
 
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
 from arraytp.model.feedback import feedback_forward, input_difference, picked
-from arraytp.model.network import Network, block_forward
+from arraytp.model.plain import block_forward
 from arraytp.ops.pool import max_pool_backward
-from arraytp.rules import drl, dtp, ldrl
+from arraytp.options import Dense
+from arraytp.rules import dtp
+from arraytp.rules.protocol import Target
 
 UNPOOL = ("overwrite", "accumulate")
 ACTIVATIONS = ("elu", "tanh", "leaky-relu")
 SIGMA = 0.3
 
 
+ENGINES = pytest.mark.parametrize("engine", [fast, plain])
+
+
 def signs(*arrays):
     return b"".join((array >= 0).tobytes() for array in arrays)
 
 
+@ENGINES
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_reconstruction_losss_gradients_are_its_differences(name, activation, unpool):
+def test_gradients_of_the_reconstruction_loss_match_finite_differences(name, activation, unpool, engine):
     """(1/B) Σ ‖s + ε − G(F(s + ε))‖², with G's bias: DTP and TP."""
     block, theta, (omega, bias), s = made(name, activation, 3)
-    epsilon, _ = noise(block, 3, SIGMA)
+    done = iteration("dtp", at_block(block, theta, s, engine()), (omega, bias), SIGMA, unpool=unpool)
+    epsilon = done.noises["epsilon"]
     after, index = output(block, theta, s + epsilon)
 
     def loss(w, b):
         r = feedback_forward(block, w, b, after, index, unpool)
         return float(np.square(s + epsilon - r).sum()) / 3, b""
 
-    dweight, dbias, value = dtp.iteration(block, theta, (omega, bias), s, epsilon, unpool)
-    assert float(value) == pytest.approx(loss(omega, bias)[0], rel=1e-13)
-    check(lambda w: loss(w, bias), omega, dweight, rng(1))
-    check(lambda b: loss(omega, b), bias, dbias, rng(2))
+    assert float(done.loss) == pytest.approx(loss(omega, bias)[0], rel=1e-12)
+    check(lambda w: loss(w, bias), omega, done.gradients["weight"], rng(1))
+    check(lambda b: loss(omega, b), bias, done.gradients["bias"], rng(2))
 
 
+@ENGINES
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_difference_reconstruction_losss_gradient_is_its_difference(name, activation, unpool):
+def test_the_gradient_of_the_difference_reconstruction_loss_matches_finite_differences(
+    name, activation, unpool, engine
+):
     """Eq. 13, twice; G's bias cancels, so its derivative is 0."""
     block, theta, (omega, bias), s = made(name, activation, 3)
-    epsilon, eta = noise(block, 3, SIGMA)
+    done = iteration("ldrl", at_block(block, theta, s, engine()), (omega, bias), SIGMA, unpool=unpool)
+    epsilon, eta = done.noises["epsilon"], done.noises["eta"]
     (clean, index), (noisy, noisy_index) = output(block, theta, s), output(block, theta, s + epsilon)
 
     def loss(w, b):
@@ -55,47 +64,48 @@ def test_the_difference_reconstruction_losss_gradient_is_its_difference(name, ac
              for t, i in ((noisy, noisy_index), (clean, index), (clean + eta, index))]  # fmt: skip
         return float(-2 * (epsilon * (g[0] - g[1])).sum() + np.square(g[2] - g[1]).sum()) / 3, b""
 
-    dweight, value = ldrl.iteration(block, theta, (omega, bias), s, epsilon, eta, unpool)
-    assert float(value) == pytest.approx(loss(omega, bias)[0], rel=1e-11)
-    check(lambda w: loss(w, bias), omega, dweight, rng(1))
+    assert float(done.loss) == pytest.approx(loss(omega, bias)[0], rel=1e-11)
+    check(lambda w: loss(w, bias), omega, done.gradients["weight"], rng(1))
     check(lambda b: loss(omega, b), bias, np.zeros_like(bias), rng(2))
 
 
+@ENGINES
 @pytest.mark.parametrize("unit", ["dense", "conv"])
-def test_direct_feedbacks_gradient_is_its_difference(unit):
-    """(1/σ²) mean of ((Q ŷ_ε + s − Q ŷ) − (s + ε))² over batch and units."""
-    block, _, _, s = made(unit, "tanh", 5)
-    epsilon, _ = noise(block, 5, SIGMA)
-    q = rng(3).standard_normal((4, s[0].size))
-    before, after = rng(4).standard_normal((2, 5, 4))
+def test_the_gradient_of_direct_feedback_matches_finite_differences(unit, engine):
+    """(1/σ²) mean of ((Q ŷ_ε + s − Q ŷ) − (s + ε))² over batch and units, ŷ the network run on from s."""
+    network = random_network(fitting_blocks([LAYERS[unit], Dense(units=4, activation="tanh")], SHAPES[unit]))
+    at = pass_of(network, batch(network.blocks, 5)[0], engine=engine(), seed=4).at(1)
+    q = rng(3).standard_normal((4, at.s[0].size))
+    done = iteration("drl", at, (q, None), SIGMA)
+    s, epsilon = at.s, done.noises["epsilon"]
+    after, before = (block_forward(at.block, at.weight, at.bias, each)[1] for each in (s + epsilon, s))
 
     def loss(q):
         r = after @ q + s.reshape(5, -1) - before @ q
         return float(np.square(r - (s + epsilon).reshape(5, -1)).mean()) / SIGMA**2, b""
 
-    gradient, value = drl.iteration(q, after - before, epsilon, SIGMA, Workspace())
-    assert float(value) == pytest.approx(loss(q)[0], rel=1e-12)
-    check(loss, q, gradient, rng(1))
+    assert float(done.loss) == pytest.approx(loss(q)[0], rel=1e-12)
+    check(loss, q, done.gradients["weight"], rng(1))
 
 
+@ENGINES
 @pytest.mark.parametrize("divide_by_beta", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_local_updates_is_the_gradient_of_its_local_loss(name, activation, divide_by_beta):
+def test_a_local_update_is_the_gradient_of_its_local_loss(name, activation, divide_by_beta, engine):
     """(1/B) Σ ½ ‖F(s) − t‖², t constant; Eq. 6 has 1/(2β)."""
     block, theta, _, s = made(name, activation, 3)
-    network = Network((block,), [theta[0]], [theta[1]])
-    workspace = Workspace()
-    passed = forward(network, s, workspace)
-    t = passed.s[1] + 0.3 * rng(7).standard_normal(passed.s[1].shape)
+    at = at_block(block, theta, s, engine())
+    t = at.output + 0.3 * rng(7).standard_normal(at.output.shape)
     options = dtp.Options(beta=0.4, divide_by_beta=divide_by_beta)
 
     def loss(weight, bias):
         z, out, index = block_forward(block, weight, bias, s)
         value = float(np.square(out - t).sum()) / 2 / 3 / (0.4 if divide_by_beta else 1)
+        assert dtp.local_loss(options, block, out, t) == pytest.approx(value, rel=1e-14)
         return value, signs(z) + (b"" if index is None else index.tobytes())
 
-    dweight, dbias = dtp.local_update(options, network, passed, 0, t - passed.s[1], workspace)
+    dweight, dbias = dtp.local_update(options, at, Target(t - at.output))
     check(lambda w: loss(w, theta[1]), theta[0], dweight, rng(1))
     check(lambda b: loss(theta[0], b), theta[1], dbias, rng(2))
 
@@ -106,10 +116,10 @@ def test_with_the_forward_weight_and_accumulation_the_linear_module_is_the_adjoi
     block, theta, _, s = made(name, "linear", 2)
     out, index = output(block, theta, s)
     v, y = 1e-6 * rng(1).standard_normal(s.shape), rng(2).standard_normal(out.shape)
-    moved, same = output(block, theta, s + v)
+    shifted, same = output(block, theta, s + v)
     assert index is None or np.array_equal(index, same)
     g = feedback_forward(block, theta[0], np.zeros(block.in_shape[-1]), y, index, "accumulate")
-    assert np.vdot(moved - out, y) == pytest.approx(np.vdot(v, g), rel=1e-7)
+    assert np.vdot(shifted - out, y) == pytest.approx(np.vdot(v, g), rel=1e-7)
 
 
 @pytest.mark.parametrize("unpool", UNPOOL)

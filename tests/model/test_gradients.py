@@ -13,13 +13,10 @@ import threadpoolctl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, conv_layers, fitting_blocks, named_blocks, random_network, rng
+from training import trainer
 
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
-from arraytp.model.network import block_backward, block_forward
-from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
-from arraytp.options import Dense
-from arraytp.rules import bp
+from arraytp.model.plain import block_backward, block_forward
+from arraytp.options import SGD, Dense
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +47,7 @@ def check_block(block, count, seed):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(data=st.data(), count=st.integers(1, 3), seed=st.integers(0, 2**16))
 @settings(max_examples=20)
-def test_a_conv_block(activation, data, count, seed):
+def test_gradients_of_a_conv_block_match_finite_differences(activation, data, count, seed):
     layer = data.draw(conv_layers((activation,)))
     shape = tuple(data.draw(st.integers(1, size)) for size in (9, 9, 3))
     check_block(fitting_blocks([layer], shape)[0], count, seed)
@@ -59,24 +56,21 @@ def test_a_conv_block(activation, data, count, seed):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @given(wide=st.integers(1, 8), units=st.integers(1, 8), count=st.integers(1, 3), seed=st.integers(0, 2**16))
 @settings(max_examples=10)
-def test_a_dense_block(activation, wide, units, count, seed):
+def test_gradients_of_a_dense_block_match_finite_differences(activation, wide, units, count, seed):
     check_block(fitting_blocks([Dense(units=units, activation=activation)], (wide,))[0], count, seed)
 
 
 def check_network(network, x, labels, reduction, **settings):
     """Check every weight and bias of BP's updates, in directions of their own."""
-    workspace = Workspace(threads=2)
-    passed = forward(network, x, workspace)
-    _, cache = cross_entropy_forward(passed.logits, labels, reduction)
-    updates = bp.updates(bp.Options(), {}, network, passed, cross_entropy_backward(cache, reduction), workspace)
+    _, updates = trainer(network, "bp", SGD(lr=1), threads=2).propose(x, labels, reduction)
     generator = rng(len(x), 5)
     for arrays, which in (("weights", 0), ("biases", 1)):
         for n, parameter in enumerate(getattr(network, arrays)):
 
             def loss(value, arrays=arrays, n=n):
-                moved = list(getattr(network, arrays))
-                moved[n] = value
-                return plain.loss(replace(network, **{arrays: moved}), x, labels, reduction)
+                values = list(getattr(network, arrays))
+                values[n] = value
+                return plain.loss(replace(network, **{arrays: values}), x, labels, reduction)
 
             gradients.check(loss, parameter, updates[n][which], generator, directions=1, **settings)
 
@@ -84,12 +78,12 @@ def check_network(network, x, labels, reduction, **settings):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @given(blocks=chains(), count=st.integers(1, 3), seed=st.integers(0, 2**16))
 @settings(max_examples=15)
-def test_a_free_form_network(reduction, blocks, count, seed):
+def test_gradients_of_a_drawn_network_match_finite_differences(reduction, blocks, count, seed):
     check_network(random_network(blocks, seed), *batch(blocks, count, seed), reduction)
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_named_network(name):
+def test_gradients_of_a_named_network_match_finite_differences(name):
     """Steps are small from the start: among the 92,000 pooled units of VGG some are close to a kink."""
     blocks = named_blocks(name)
     check_network(random_network(blocks), *batch(blocks, 2), "mean", first_step=4e-5)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from samples import named_blocks
 
-from arraytp.model.initialise import fans, initial_bias, initial_weight, orthogonal
-from arraytp.model.network import make_network
+from arraytp.model.initialise import fans, initial_bias, initial_weight, make_network, orthogonal
 
 SHAPES = [(40, 25), (25, 40), (30, 30), (3, 3, 4, 36), (3, 3, 4, 20), (3, 3, 4, 50), (1, 1, 8, 5)]
 

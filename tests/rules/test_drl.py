@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from samples import batch, close, fitting_blocks, moved, random_network, rng
+from samples import batch, close, fitting_blocks, placed, random_network, rng
 from training import trainer
 
 from arraytp.backend import NUMPY
@@ -29,7 +29,7 @@ def logits_from(network, n, s):
 def test_updates_by_hand(place):
     """t = s + Q(t^N) − Q(s^N); dense: (1/B) Σ 2D(s − t) outer input; conv: the mean over batch and units as well."""
     network, (x, labels) = random_network(BLOCKS), batch(BLOCKS, 6)
-    runner = trainer(moved(network, place.put), "drl", SGD(lr=1), place.backend, 2, eta=0.3)
+    runner = trainer(placed(network, place.put), "drl", SGD(lr=1), place.backend, 2, eta=0.3)
     _, found = runner.propose(place.put(x), place.put(labels))
     q = [place.get(runner.state[f"feedback/{n}/weight"]) for n in (0, 1)]
     assert [array.shape for array in q] == [(4, 2 * 2 * 3), (4, 5)]
@@ -65,7 +65,7 @@ def test_feedback_by_hand(place):
     sigma, iterations = (0.2, 0.1), (2, 1)
     options = drl.Options(feedback=FeedbackTraining(iterations=iterations, sigma=sigma, optimizer=optimizer))
     network, (x, _) = random_network(BLOCKS), batch(BLOCKS, 6)
-    there, workspace = moved(network, place.put), Workspace(place.backend, 2)
+    there, workspace = placed(network, place.put), Workspace(place.backend, 2)
     passed, seen = forward(network, x, Workspace()), forward(there, place.put(x), workspace)
     state = drl.init_state(options, there, 3, place.backend)
     before = {name: place.get(array).copy() for name, array in state.items()}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from samples import batch, close, fitting_blocks, moved, named_blocks, rng, well_conditioned
+from samples import batch, close, fitting_blocks, placed, named_blocks, rng, well_conditioned
 
 from arraytp.backend import NUMPY
 from arraytp.errors import IllConditionedError, NonFiniteError
@@ -131,7 +131,7 @@ def test_the_difference_form_is_bp_with_the_inverse_in_place_of_the_transpose(pl
         feedback[f"feedback/{n}/weight"] = np.ascontiguousarray(inverse.T).reshape(w.shape)
     workspace = Workspace(threads=2)
     wanted = fa.updates(fa.Options(), feedback, network, forward(network, x, workspace), dlogits, workspace)
-    there = moved(network, place.put)
+    there = placed(network, place.put)
     options = Options(form="difference")
     found = updates_of(gait_prop, options, there, place.put(x), place.put(dlogits), place.backend)
     for mine, exact in zip(found, wanted, strict=True):
@@ -187,7 +187,7 @@ def hand_sized():
 @pytest.mark.parametrize("normalise", [True, False])
 def test_a_net_worked_out_on_paper(place, form, normalise):
     network, x, dlogits, wanted = hand_sized()
-    options, there = Options(form=form, normalise=normalise), moved(network, place.put)
+    options, there = Options(form=form, normalise=normalise), placed(network, place.put)
     workspace = Workspace(place.backend, 2)
     passed = forward(there, place.put(x), workspace)
     found = gait_prop.updates(options, {}, there, passed, place.put(dlogits), workspace)
@@ -205,7 +205,7 @@ def test_the_operations_of_the_net_worked_out_on_paper():
 
 def test_targets_of_the_net_worked_out_on_paper(place):
     network, x, dlogits, _ = hand_sized()
-    there, workspace = moved(network, place.put), Workspace(place.backend, 1)
+    there, workspace = placed(network, place.put), Workspace(place.backend, 1)
     passed = forward(there, place.put(x), workspace)
     last, first = difference_targets(Options(normalise=False), there, passed, place.put(dlogits), workspace)
     close(place.get(last.delta), np.array([[-0.2]]), 1e-12)
@@ -232,7 +232,7 @@ def test_a_sample_without_error_changes_nothing(place, name, options):
     x, dlogits = error_of(network)
     dlogits[2] = 0
     rest = [0, 1, 3, 4, 5]
-    there = moved(network, place.put)
+    there = placed(network, place.put)
     found = updates_of(gait_prop, options, there, place.put(x), place.put(dlogits), place.backend)
     alone = updates_of(gait_prop, options, there, place.put(x[rest]), place.put(dlogits[rest]), place.backend)
     for mine, wanted in zip(found, alone, strict=True):
@@ -283,7 +283,7 @@ def test_a_saturated_unit_is_an_error_with_its_block_and_value(place, activation
     network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation=activation))
     network.biases[2][unit] = value
     x, dlogits = error_of(network)
-    there = moved(network, place.put)
+    there = placed(network, place.put)
     with pytest.raises(NonFiniteError, match=said):
         updates_of(gait_prop, Options(), there, place.put(x), place.put(dlogits), place.backend)
     assert all(

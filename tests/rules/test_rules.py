@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import NAMED, batch, chains, close, fitting_blocks, moved, named_blocks, random_network, rng
+from samples import NAMED, batch, chains, close, fitting_blocks, placed, named_blocks, random_network, rng
 from training import trainer
 
 from arraytp.backend import NUMPY
@@ -18,7 +18,7 @@ RULES = ("bp", "fa", "dfa")
 
 
 def on(place, network, rule, threads=2, seed=0, **options):
-    return trainer(moved(network, place.put), rule, SGD(lr=0.1), place.backend, threads, seed, **options)
+    return trainer(placed(network, place.put), rule, SGD(lr=0.1), place.backend, threads, seed, **options)
 
 
 def cheap(rule):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from samples import batch, close, fitting_blocks, moved, random_network
+from samples import batch, close, fitting_blocks, placed, random_network
 from training import trainer
 
 from arraytp.backend import NUMPY
@@ -30,7 +30,7 @@ ROUNDING = 1e-12
 
 def runner_on(place, rule, threads=2, **options):
     network = random_network(BLOCKS)
-    return network, trainer(moved(network, place.put), rule, SGD(lr=1), place.backend, threads, **options)
+    return network, trainer(placed(network, place.put), rule, SGD(lr=1), place.backend, threads, **options)
 
 
 def host_state(place, runner):

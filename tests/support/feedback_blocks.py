@@ -3,8 +3,13 @@
 import numpy as np
 from samples import fitting_blocks, random_network, rng
 
-from arraytp.model.network import block_forward
+from arraytp.backend import NUMPY
+from arraytp.model.blocks import Network
+from arraytp.model.passes import Batch, ForwardPass
+from arraytp.model.plain import Plain, block_forward
 from arraytp.options import Conv, Dense, Pool
+from arraytp.rules import RULES
+from arraytp.rules.protocol import State
 
 LAYERS = {
     "dense": Dense(units=6),
@@ -37,3 +42,18 @@ def noise(block, batch, sigma, seed=0):
 def output(block, theta, s):
     """Return s^{n+1} and the pool's index."""
     return block_forward(block, *theta, s)[1:]
+
+
+def at_block(block, theta, s, engine=None, seed=0, number=0):
+    """Return a block of a pass that took s: the second of a network, since the first has no feedback."""
+    s_next, index = output(block, theta, s)
+    network = Network((block, block), [theta[0]] * 2, [theta[1]] * 2)
+    forward = ForwardPass([s, s, s_next], [s, s_next], [None, index])
+    return Batch(engine or Plain(NUMPY), network, forward, s_next, seed, number).at(1)
+
+
+def iteration(rule, at, omega, sigma, k=0, **options):
+    """Return the k-th iteration of a rule's feedback training on a block, with ω and G's bias."""
+    rule = RULES[rule]
+    state = State({at.n: omega[0]}, {at.n: omega[1]})
+    return rule.feedback.begin(rule.options(**options), at, sigma, k + 1)(state, k, True)

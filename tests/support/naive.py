@@ -199,7 +199,7 @@ def forward(blocks, weights, biases, x):
     zs, s, indices = [], [x], []
     for block, weight, bias in zip(blocks, weights, biases, strict=True):
         z = dense(s[-1], weight, bias) if block.window is None else conv(s[-1], weight, bias, block.window)
-        out, index = each(activation, z, block.activation), None
+        out, index = each(activation, z, block.activation.name), None
         if block.pool is not None:
             out, index = max_pool(out, block.pool)
         zs.append(z), s.append(out), indices.append(index)
@@ -209,19 +209,19 @@ def forward(blocks, weights, biases, x):
 def updates(rule, blocks, weights, biases, feedback, x, dlogits):
     """Return (dW, db) of every block by a rule of docs/math/feedback-alignment.md.
 
-    `feedback[n]`: FA: B^n in place of W^n on the way from block n down to block n−1; DFA: B^n from the logits to the
-    output of block n. BP needs none.
+    `feedback[n]`: FA: B^n in place of W^n on the way from block n down to block n−1; DFA: B^n from the logits to s^n,
+    n = 1 … N−1. BP needs none.
     """
     zs, s, indices = forward(blocks, weights, biases, x)
-    found, delta = [], dlogits
+    result, delta = [], dlogits
     for n in reversed(range(len(blocks))):
         block = blocks[n]
         if rule == "dfa" and n < len(blocks) - 1:
-            delta = (dlogits @ feedback[n]).reshape(s[n + 1].shape)
+            delta = (dlogits @ feedback[n + 1]).reshape(s[n + 1].shape)
         df = delta.reshape(s[n + 1].shape)
         if block.pool is not None:
             df = max_pool_backward(df, indices[n], block.pool)
-        dz = df * each(derivative, zs[n], block.activation)
+        dz = df * each(derivative, zs[n], block.activation.name)
         carrier = feedback[n] if rule == "fa" and n > 0 else weights[n]
         if block.window is None:
             flat = s[n].reshape(len(x), -1)
@@ -230,5 +230,5 @@ def updates(rule, blocks, weights, biases, feedback, x, dlogits):
         else:
             dweight = conv_weight_gradient(dz, s[n], block.window)
             delta = conv_input_gradient(dz, carrier, block.window)
-        found.append((dweight, sum(dz.reshape(-1, dz.shape[-1]))))
-    return found[::-1]
+        result.append((dweight, sum(dz.reshape(-1, dz.shape[-1]))))
+    return result[::-1]

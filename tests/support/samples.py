@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from arraytp.errors import UserError
 from arraytp.model.architectures import plan_network
-from arraytp.model.network import Network, plan_blocks
+from arraytp.model.blocks import Network
+from arraytp.model.shapes import plan_blocks
 from arraytp.ops.patches import make_window
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
 
@@ -45,7 +46,7 @@ def random_network(blocks, seed=0, dtype="float64"):
     return network
 
 
-def moved(network, put):
+def placed(network, put):
     """Return the network with its arrays handed to `put`."""
     return Network(network.blocks, [put(w) for w in network.weights], [put(b) for b in network.biases])
 
@@ -60,7 +61,7 @@ def batch(blocks, count, seed=0, dtype="float64"):
     """Return inputs and labels."""
     generator = rng(seed, 2)
     x = generator.standard_normal((count, *blocks[0].in_shape)).astype(dtype)
-    return x, generator.integers(0, blocks[-1].passed_shape[0], count)
+    return x, generator.integers(0, blocks[-1].next_shape[0], count)
 
 
 def close(actual, wanted, tolerance):
@@ -143,7 +144,7 @@ def chains(draw, largest=9, auxiliary=False):
 
 
 def with_auxiliary(layer, count):
-    """Return a layer that passes on as much as before and keeps so many auxiliary units."""
+    """Return a layer that hands on as much as before and keeps so many auxiliary units."""
     key = "channels" if isinstance(layer, Conv) else "units"
     return replace(layer, **{key: getattr(layer, key) + count}, auxiliary=count)
 

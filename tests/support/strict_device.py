@@ -297,6 +297,10 @@ def ones(shape, dtype=float):
     return full(shape, 1, dtype)
 
 
+def eye(N, dtype=float):
+    return ndarray(np.eye(N, dtype=dtype))
+
+
 def empty_like(a):
     return empty(a.shape, a.dtype)
 

@@ -1,15 +1,41 @@
-"""A training step out of the parts of arraytp, without config, data set or loop."""
+"""A pass over a batch, and a training step, out of the parts of arraytp, without config, data set or loop."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from arraytp.backend import Backend
+from arraytp.backend import NUMPY, Backend
+from arraytp.fast.engine import Fast
+from arraytp.fast.orthogonality import add_orthogonality
 from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
-from arraytp.model.network import Network
+from arraytp.model.blocks import Network
+from arraytp.model.passes import Batch, Engine
+from arraytp.model.plain import Plain
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, init_optimizer
 from arraytp.rules import RULES
-from arraytp.rules.protocol import State
+from arraytp.rules.feedback import train
+from arraytp.rules.protocol import Rule, State
+
+
+def fast(backend: Backend = NUMPY, threads: int = 2) -> Fast:
+    """Return the fast engine on a workspace of its own."""
+    return Fast(Workspace(backend, threads))
+
+
+def plain(backend: Backend = NUMPY) -> Plain:
+    return Plain(backend)
+
+
+def pass_of(network, x, dlogits=None, engine: Engine | None = None, seed=0, number=0) -> Batch:
+    """Run the network on a batch; what only trains feedback needs no ∂L/∂logits, and is given the logits as such."""
+    engine = engine or fast()
+    forward = engine.forward(network, x)
+    return Batch(engine, network, forward, forward.logits if dlogits is None else dlogits, seed, number)
+
+
+def copies(updates):
+    """Return updates as arrays of their own."""
+    return [(weight.copy(), bias.copy()) for weight, bias in updates]
 
 
 @dataclass
@@ -17,43 +43,55 @@ class Trainer:
     """What a step needs; `step` trains, `propose` returns loss and updates only."""
 
     network: Network
-    rule: str
-    options: object
+    rule: Rule[Any]
+    options: Any
     state: State
     optimizer: OptimizerOptions
     optimizer_state: OptimizerState
+    engine: Engine
     workspace: Workspace
+    seed: int = 0
+    number: int = 0
+
+    def forward(self, x, labels, reduction="mean"):
+        """Return the loss and the pass."""
+        forward = self.engine.forward(self.network, x)
+        loss, cache = cross_entropy_forward(forward.logits, labels, reduction)
+        dlogits = cross_entropy_backward(cache, reduction)
+        return loss, Batch(self.engine, self.network, forward, dlogits, self.seed, self.number)
 
     def propose(self, x, labels, reduction="mean"):
-        passed = forward(self.network, x, self.workspace)
-        loss, cache = cross_entropy_forward(passed.logits, labels, reduction)
-        dlogits = cross_entropy_backward(cache, reduction)
-        found = RULES[self.rule].updates(self.options, self.state, self.network, passed, dlogits, self.workspace)
-        return loss, found
+        loss, batch = self.forward(x, labels, reduction)
+        return loss, self.rule.propose(self.options, self.state, batch)
 
-    def step(self, x, labels):
-        loss, found = self.propose(x, labels)
-        gradients = [array for pair in found for array in pair]
-        optimizer = self.optimizer
-        apply_updates(
-            optimizer, optimizer.lr, self.optimizer_state, parameters(self.network), gradients, self.workspace
-        )
+    def train_feedback(self, batch, observe=None):
+        """Let the rule train its feedback, if it has any; return the losses."""
+        if self.rule.feedback is None:
+            return []
+        self.number += 1
+        return train(self.rule.feedback, self.options, self.state, batch, self.workspace, observe)
+
+    def step(self, x, labels, reduction="mean"):
+        loss, batch = self.forward(x, labels, reduction)
+        self.train_feedback(batch)
+        self.apply(batch, self.rule.propose(self.options, self.state, batch))
         return loss
 
+    def apply(self, batch, updates):
+        optimizer, gradients = self.optimizer, [array for pair in updates for array in pair]
+        if optimizer.orthogonality:
+            weights, errors = [weight for weight, _ in updates], batch.gram_errors
+            add_orthogonality(optimizer.orthogonality, self.network, weights, errors, self.workspace)
+        parameters = self.network.parameters()
+        apply_updates(optimizer, optimizer.lr, self.optimizer_state, parameters, gradients, self.workspace)
 
-def parameters(network):
-    return [array for pair in zip(network.weights, network.biases, strict=True) for array in pair]
 
-
-def trainer(network, rule, optimizer, backend: Backend, threads=1, seed=0, **options):
-    settings = RULES[rule].Options(**options)
-    state = RULES[rule].init_state(settings, network, seed, backend)
+def trainer(network, rule, optimizer, backend: Backend = NUMPY, threads=1, seed=0, engine=None, **options):
+    """Return a trainer by the rule of this name, with the fast engine unless another one is given."""
+    rule = RULES[rule]
+    settings, workspace = rule.options(**options), Workspace(backend, threads)
+    state = rule.init_state(settings, network, seed, backend)
+    optimizer_state = init_optimizer(optimizer, network.parameters())
     return Trainer(
-        network,
-        rule,
-        settings,
-        state,
-        optimizer,
-        init_optimizer(optimizer, parameters(network)),
-        Workspace(backend, threads),
+        network, rule, settings, state, optimizer, optimizer_state, engine or Fast(workspace), workspace, seed
     )
