@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 from samples import batch, close, fitting_blocks, placed, random_network, rng
-from training import trainer
+from training import fast, pass_of, trainer
 
 from arraytp.backend import NUMPY
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
 from arraytp.ops.noise import gaussian
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
 from arraytp.rules import drl
+from arraytp.rules.feedback import train
 
 BLOCKS = fitting_blocks(
     [Conv(channels=3, kernel=3, activation="tanh", pool=Pool(kernel=2, stride=2)), Dense(units=5, activation="tanh"),
@@ -22,27 +21,26 @@ def logits_from(network, n, s):
     """Run the dense rest of the network, written out."""
     for weight, bias, block in list(zip(network.weights, network.biases, network.blocks, strict=True))[n:]:
         s = s.reshape(len(s), -1) @ weight + bias
-        s = np.tanh(s) if block.activation == "tanh" else s
+        s = np.tanh(s) if block.activation.name == "tanh" else s
     return s
 
 
-def test_updates_by_hand(place):
+def test_updates_equal_those_worked_out_by_hand(place):
     """t = s + Q(t^N) − Q(s^N); dense: (1/B) Σ 2D(s − t) outer input; conv: the mean over batch and units as well."""
     network, (x, labels) = random_network(BLOCKS), batch(BLOCKS, 6)
     runner = trainer(placed(network, place.put), "drl", SGD(lr=1), place.backend, 2, eta=0.3)
     _, found = runner.propose(place.put(x), place.put(labels))
-    q = [place.get(runner.state[f"feedback/{n}/weight"]) for n in (0, 1)]
-    assert [array.shape for array in q] == [(4, 2 * 2 * 3), (4, 5)]
-    passed = forward(network, x, Workspace())
-    p = np.exp(passed.logits)
+    q1, q2 = (place.get(runner.state.weights[n]) for n in (1, 2))
+    assert (q1.shape, q2.shape) == ((4, 2 * 2 * 3), (4, 5))
+    _, s1, s2, logits = pass_of(network, x).forward.s
+    p = np.exp(logits)
     down = -0.3 * (p / p.sum(axis=1, keepdims=True) - np.eye(4)[labels]) / 6
-    h = passed.s[2]
-    local = -2 / 6 * (1 - h**2) * (down @ q[1])
-    close(place.get(found[2][0]), h.T @ (-2 / 6 * down), ROUNDING)
+    local = -2 / 6 * (1 - s2**2) * (down @ q2)
+    close(place.get(found[2][0]), s2.T @ (-2 / 6 * down), ROUNDING)
     close(place.get(found[2][1]), (-2 / 6 * down).sum(axis=0), ROUNDING)
-    close(place.get(found[1][0]), passed.x[1].reshape(6, -1).T @ local, ROUNDING)
+    close(place.get(found[1][0]), s1.reshape(6, -1).T @ local, ROUNDING)
     close(place.get(found[1][1]), local.sum(axis=0), ROUNDING)
-    t = passed.s[1] + (down @ q[0]).reshape(passed.s[1].shape)
+    t = s1 + (down @ q1).reshape(s1.shape)
 
     def local_loss(weight, bias):
         z = sum(x[:, i : i + 4, j : j + 4] @ weight[i, j] for i in range(3) for j in range(3)) + bias
@@ -59,43 +57,45 @@ def test_updates_by_hand(place):
         assert np.vdot(place.get(found[0][which]), v) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6)
 
 
-def test_feedback_by_hand(place):
+def test_feedback_equals_the_one_worked_out_by_hand(place):
     """Two batches of two and one iterations: Algorithm 2, weight decay, and Adam with rates of its own."""
     optimizer = Adam(lr=(0.01, 0.03), beta1=0.8, epsilon=(1e-3, 1e-5), weight_decay=0.1)
     sigma, iterations = (0.2, 0.1), (2, 1)
     options = drl.Options(feedback=FeedbackTraining(iterations=iterations, sigma=sigma, optimizer=optimizer))
     network, (x, _) = random_network(BLOCKS), batch(BLOCKS, 6)
-    there, workspace = placed(network, place.put), Workspace(place.backend, 2)
-    passed, seen = forward(network, x, Workspace()), forward(there, place.put(x), workspace)
-    state = drl.init_state(options, there, 3, place.backend)
-    before = {name: place.get(array).copy() for name, array in state.items()}
-    for step in range(2):
-        losses = drl.train_feedback(options, state, there, seen, 3, step, workspace)
-    for n in (0, 1):
-        q = before[f"feedback/{n}/weight"]
-        m, u, s = np.zeros_like(q), np.zeros_like(q), passed.s[n + 1]
-        for t in range(2 * iterations[n]):
-            step, k = divmod(t, iterations[n])
-            epsilon = place.get(gaussian(place.backend.xp.empty(s.shape), sigma[n], 0, 3, step, n, k, 0))
-            change = logits_from(network, n + 1, s + epsilon) - passed.logits
+    on_place, engine = placed(network, place.put), fast(place.backend)
+    forward = pass_of(network, x).forward
+    state = drl.init_state(options, on_place, 3, place.backend)
+    before = {n: place.get(q).copy() for n, q in state.weights.items()}
+    for number in range(2):
+        one = pass_of(on_place, place.put(x), engine=engine, seed=3, number=number)
+        losses = train(drl.RULE.feedback, options, state, one, engine.workspace)
+    for n in (1, 2):
+        q, s, i = before[n], forward.s[n], n - 1
+        m, u = np.zeros_like(q), np.zeros_like(q)
+        for t in range(2 * iterations[i]):
+            number, k = divmod(t, iterations[i])
+            # The noise of s^n has the number of the block that s^n comes from in its key.
+            epsilon = place.get(gaussian(place.backend.xp.empty(s.shape), sigma[i], 0, 3, number, n - 1, k, 0))
+            change = logits_from(network, n, s + epsilon) - forward.logits
             residual = change @ q - epsilon.reshape(6, -1)
-            loss = np.square(residual).mean() / sigma[n] ** 2
-            g = 2 * change.T @ residual / residual.size / sigma[n] ** 2 + 0.1 * q
+            loss = np.square(residual).mean() / sigma[i] ** 2
+            g = 2 * change.T @ residual / residual.size / sigma[i] ** 2 + 0.1 * q
             m, u = 0.8 * m + 0.2 * g, 0.999 * u + 0.001 * g * g
-            root = np.sqrt(u / (1 - 0.999 ** (t + 1))) + optimizer.epsilon[n]
-            q = q - optimizer.lr[n] * m / (1 - 0.8 ** (t + 1)) / root
-        close(place.get(state[f"feedback/{n}/weight"]), q, 1e-10)
-        assert float(losses[n]) == pytest.approx(loss, rel=1e-11)
+            root = np.sqrt(u / (1 - 0.999 ** (t + 1))) + optimizer.epsilon[i]
+            q = q - optimizer.lr[i] * m / (1 - 0.8 ** (t + 1)) / root
+        close(place.get(state.weights[n]), q, 1e-10)
+        assert float(losses[i]) == pytest.approx(loss, rel=1e-11)
 
 
 def test_only_the_last_feedback_pairs_with_a_weight():
     network = random_network(BLOCKS)
     state = drl.init_state(drl.Options(), network, 0, NUMPY)
-    (first, q0, none), (last, q1, theta) = drl.feedback_pairs(state, network)
-    assert (first, last, none) == (0, 1, None)
-    assert q0 is state["feedback/0/weight"]
+    (first, q1, none), (last, q2, theta) = drl.pairs(state, network)
+    assert (first, last, none) == (1, 2, None)
+    assert q1 is state.weights[1]
     np.testing.assert_array_equal(theta, network.weights[2].T)
-    assert theta.shape == q1.shape
+    assert theta.shape == q2.shape
 
 
 def test_noise_below_the_rounding_of_single_precision_is_worth_a_note():

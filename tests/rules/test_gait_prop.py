@@ -4,17 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from samples import batch, close, fitting_blocks, placed, named_blocks, rng, well_conditioned
+from samples import batch, close, fitting_blocks, named_blocks, placed, rng, well_conditioned
+from training import copies, fast, pass_of
 
 from arraytp.backend import NUMPY
 from arraytp.errors import IllConditionedError, NonFiniteError
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
 from arraytp.model.architectures import plan_network, square
-from arraytp.model.network import Network, make_network, plan_blocks
+from arraytp.model.blocks import Network
+from arraytp.model.initialise import make_network
+from arraytp.model.shapes import plan_blocks
+from arraytp.ops.activations import ACTIVATIONS
 from arraytp.options import Conv, Dense, NetworkOptions
 from arraytp.rules import bp, fa, gait_prop
-from arraytp.rules.gait_prop import Options, crossings, difference_targets
+from arraytp.rules.gait_prop import Options, crossings
+from arraytp.rules.protocol import State
 from arraytp.training.compare import angle_degrees
 
 LAYERS = {
@@ -46,23 +49,19 @@ def skewed(blocks, seed=0, number=5.0):
 
 
 def updates_of(rule, options, network, x, dlogits, backend=NUMPY):
-    workspace = Workspace(backend, 2)
-    passed = forward(network, x, workspace)
-    return [(w.copy(), b.copy()) for w, b in rule.updates(options, {}, network, passed, dlogits, workspace)]
+    return copies(rule.RULE.propose(options, State(), pass_of(network, x, dlogits, fast(backend))))
 
 
 def error_of(network, count=6, seed=0):
     x, _ = batch(network.blocks, count, seed)
-    return x, rng(seed, 8).standard_normal((count, network.blocks[-1].passed_shape[0]))
+    return x, rng(seed, 8).standard_normal((count, network.blocks[-1].next_shape[0]))
 
 
 def crossings_of(options, network, x, dlogits):
-    workspace = Workspace(threads=1)
-    passed = forward(network, x, workspace)
-    found = difference_targets(options, network, passed, dlogits, workspace)
+    one, options = pass_of(network, x, dlogits), replace(options, form="difference")
+    walk = zip(one.down(), gait_prop.targets(options, State(), one), strict=True)
     # The first block is not inverted.
-    inverted = list(zip(reversed(range(len(network))), found, strict=True))[:-1]
-    return [crossings(options, network.blocks[n], passed.s[n + 1], target) for n, target in inverted]
+    return [crossings(options, at, target) for at, target in walk if at.n > 0]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -125,12 +124,11 @@ def test_the_difference_form_is_bp_with_the_inverse_in_place_of_the_transpose(pl
     if number < 2:
         network.weights[1:] = [w * 0.55 for w in network.weights[1:]]
     x, dlogits = error_of(network)
-    feedback = {}
+    feedback = State()
     for n, w in enumerate(network.weights[1:], start=1):
         inverse = np.linalg.inv(w.reshape(-1, w.shape[-1]))
-        feedback[f"feedback/{n}/weight"] = np.ascontiguousarray(inverse.T).reshape(w.shape)
-    workspace = Workspace(threads=2)
-    wanted = fa.updates(fa.Options(), feedback, network, forward(network, x, workspace), dlogits, workspace)
+        feedback.weights[n] = np.ascontiguousarray(inverse.T).reshape(w.shape)
+    wanted = fa.RULE.propose(fa.Options(), feedback, pass_of(network, x, dlogits))
     there = placed(network, place.put)
     options = Options(form="difference")
     found = updates_of(gait_prop, options, there, place.put(x), place.put(dlogits), place.backend)
@@ -188,9 +186,7 @@ def hand_sized():
 def test_a_net_worked_out_on_paper(place, form, normalise):
     network, x, dlogits, wanted = hand_sized()
     options, there = Options(form=form, normalise=normalise), placed(network, place.put)
-    workspace = Workspace(place.backend, 2)
-    passed = forward(there, place.put(x), workspace)
-    found = gait_prop.updates(options, {}, there, passed, place.put(dlogits), workspace)
+    found = updates_of(gait_prop, options, there, place.put(x), place.put(dlogits), place.backend)
     for mine, exact in zip(found, wanted, strict=True):
         close(place.get(mine[0]), exact[0], 1e-8)
         close(place.get(mine[1]), exact[1], 1e-8)
@@ -199,20 +195,21 @@ def test_a_net_worked_out_on_paper(place, form, normalise):
 def test_the_operations_of_the_net_worked_out_on_paper():
     """A product with one entry of W is 2. dW takes 2·1·2 and, of the one passed unit, 2·2·1; W⁻¹ 2·2·2 or 2·2·1."""
     network, *_ = hand_sized()
-    assert gait_prop.product_flops(Options(), network) == 4 + 4 + 8
-    assert gait_prop.product_flops(Options(form="difference"), network) == 4 + 4 + 4
+    assert gait_prop.flops(Options(), network) == 4 + 4 + 8
+    assert gait_prop.flops(Options(form="difference"), network) == 4 + 4 + 4
 
 
 def test_targets_of_the_net_worked_out_on_paper(place):
     network, x, dlogits, _ = hand_sized()
-    there, workspace = placed(network, place.put), Workspace(place.backend, 1)
-    passed = forward(there, place.put(x), workspace)
-    last, first = difference_targets(Options(normalise=False), there, passed, place.put(dlogits), workspace)
-    close(place.get(last.delta), np.array([[-0.2]]), 1e-12)
-    close(place.get(first.delta), np.array([[-0.0001, 0.000025]]), 1e-12)
-    assert (place.get(last.m).item(), place.get(first.m).item()) == pytest.approx((1, 1000))
-    _, first = difference_targets(Options(), there, passed, place.put(dlogits), workspace)
-    assert place.get(first.m).item() == pytest.approx(0.2e7 / 2**0.5)
+    one = pass_of(placed(network, place.put), place.put(x), place.put(dlogits), fast(place.backend))
+    for form, tolerance in (("difference", 1e-12), ("literal", 1e-8)):
+        vanilla = gait_prop.targets(Options(normalise=False, form=form), State(), one)
+        last, first = [(place.get(target.delta).copy(), place.get(target.m).item()) for target in vanilla]
+        close(last[0], np.array([[-0.2]]), tolerance)
+        close(first[0], np.array([[-0.0001, 0.000025]]), tolerance)
+        assert (last[1], first[1]) == pytest.approx((1, 1000))
+        _, first = gait_prop.targets(Options(form=form), State(), one)
+        assert place.get(first.m).item() == pytest.approx(0.2e7 / 2**0.5)
 
 
 def test_the_update_does_not_depend_on_how_the_loss_is_reduced():
@@ -280,7 +277,7 @@ def test_a_singular_layer_is_an_error_with_its_name(form):
 def test_a_saturated_unit_is_an_error_with_its_block_and_value(place, activation, value, said, unit):
     """Passed on or auxiliary: the inverse takes all units together."""
     network = skewed(square_blocks("dense"))
-    network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation=activation))
+    network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation=ACTIVATIONS[activation]))
     network.biases[2][unit] = value
     x, dlogits = error_of(network)
     there = placed(network, place.put)
@@ -298,7 +295,7 @@ def test_a_saturated_unit_is_an_error_with_its_block_and_value(place, activation
 def test_a_target_nudged_out_of_the_range_is_an_error():
     """t = a − ½ ∂L is 3 above a tanh unit near 0; γ = 0.5 moves it by 1.5."""
     network = skewed(square_blocks("dense", "tanh"))
-    network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation="tanh"))
+    network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation=ACTIVATIONS["tanh"]))
     network.weights[2] *= 0.01
     x, _ = error_of(network)
     dlogits = np.full((len(x), 4), -6.0)
@@ -328,8 +325,7 @@ def test_the_number_of_threads_changes_no_bit(name, options, near):
     x, dlogits = error_of(network)
     found = []
     for threads in (1, 2, 3):
-        workspace = Workspace(threads=threads)
-        pairs = gait_prop.updates(options, {}, network, forward(network, x, workspace), dlogits, workspace)
+        pairs = gait_prop.RULE.propose(options, State(), pass_of(network, x, dlogits, fast(threads=threads)))
         found.append([array.tobytes() for pair in pairs for array in pair])
     assert found[0] == found[1] == found[2]
 
@@ -339,12 +335,11 @@ def first_angle(name, batch_size, dtype, options, seed=0):
     network = make_network(blocks, "orthogonal", seed, dtype)
     x = rng(seed, 1).random((batch_size, 32, 32, 3)).astype(dtype)
     labels = rng(seed, 2).integers(0, 10, batch_size)
-    workspace = Workspace(threads=2)
-    passed = forward(network, x, workspace)
-    p = np.exp(passed.logits - passed.logits.max(1, keepdims=True))
+    logits = pass_of(network, x).logits
+    p = np.exp(logits - logits.max(1, keepdims=True))
     dlogits = (p / p.sum(1, keepdims=True) - np.eye(10)[labels]).astype(dtype)
-    found = gait_prop.updates(options, {}, network, passed, dlogits, workspace)[0][0].copy()
-    return angle_degrees(found, bp.updates(bp.Options(), {}, network, passed, dlogits, workspace)[0][0])
+    found, exact = (updates_of(*rule, network, x, dlogits) for rule in ((gait_prop, options), (bp, bp.Options())))
+    return angle_degrees(found[0][0], exact[0][0])
 
 
 TABLE = [

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from gradients import check
 from samples import batch, rng, well_conditioned
+from training import copies, fast, pass_of, plain
 
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
 from arraytp.model.architectures import square
-from arraytp.model.network import block_forward, block_inverse, make_network, plan_blocks
+from arraytp.model.initialise import make_network
+from arraytp.model.plain import block_forward, block_inverse
+from arraytp.model.shapes import plan_blocks
 from arraytp.options import Conv, Dense
-from arraytp.rules.gait_prop import Options, nudged, perturbation, updates
+from arraytp.rules.gait_prop import RULE, Options, nudged, perturbation
+from arraytp.rules.protocol import State
 
 LAYERS = {
     "dense": ([Dense(units=9), Dense(units=6), Dense(units=3)], (7,)),
@@ -42,18 +44,17 @@ def made(name, activation):
     return network
 
 
-def targets(options, network, passed, dlogits):
+def targets(options, one):
     """Return t of all units of every block, and m: Algorithm 1 by the plain inverse; auxiliary units have t = a."""
-    t, m, found = passed.logits - dlogits / 2, np.ones(len(dlogits)), []
-    for n in reversed(range(len(network))):
-        block, s = network.blocks[n], passed.s[n + 1]
-        found.append((np.concatenate([t, s[..., t.shape[-1] :]], axis=-1), m))
-        if n > 0:
-            gamma, _ = perturbation(options, t - passed.x[n + 1], block)
-            y = nudged(block, s, t, gamma)
-            t = block_inverse(block, network.weights[n], network.biases[n], y, passed.x[n])
+    t, m, result = one.logits - one.dlogits / 2, np.ones(len(one)), []
+    for at in one.down():
+        result.append((np.concatenate([t, at.output[..., t.shape[-1] :]], axis=-1), m))
+        if at.n > 0:
+            gamma, _ = perturbation(options, t - at.s_next, at.block)
+            y = nudged(at, t, gamma)
+            t = block_inverse(at.block, at.weight, at.bias, y, at.s)
             m = m / gamma if options.rescale_updates else m
-    return found[::-1]
+    return result[::-1]
 
 
 def check_block(block, weight, bias, x, t, m, update, generator):
@@ -67,18 +68,18 @@ def check_block(block, weight, bias, x, t, m, update, generator):
     check(lambda b: loss(weight, b), bias, update[1], generator)
 
 
+@pytest.mark.parametrize("engine", [fast, plain])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("activation", ["leaky-relu", "tanh", "elu"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_update_is_the_gradient_of_its_local_loss(name, activation, options):
+def test_every_update_is_the_gradient_of_its_local_loss(name, activation, options, engine):
     network = made(name, activation)
     x, _ = batch(network.blocks, 4)
     dlogits = 0.3 * rng(5).standard_normal((4, 3))
-    workspace = Workspace(threads=2)
-    passed = forward(network, x, workspace)
-    found = updates(options, {}, network, passed, dlogits, workspace)
-    for n, (t, m) in enumerate(targets(options, network, passed, dlogits)):
-        block, update, units = network.blocks[n], found[n], network.blocks[n].passed_shape[-1]
+    one = pass_of(network, x, dlogits, engine())
+    updates = copies(RULE.propose(options, State(), one))
+    for n, (t, m) in enumerate(targets(options, one)):
+        block, update, units = network.blocks[n], updates[n], network.blocks[n].next_shape[-1]
         assert np.abs(update[0]).max() > 1e-3
         assert not update[0][..., units:].any()
-        check_block(block, network.weights[n], network.biases[n], passed.x[n], t, m, update, rng(n))
+        check_block(block, network.weights[n], network.biases[n], one.forward.s[n], t, m, update, rng(n))

@@ -4,18 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from feedback_blocks import LAYERS, made, noise, output
-from samples import batch, close, fitting_blocks, named_blocks, random_network
-from training import trainer
+from feedback_blocks import LAYERS, at_block, iteration, made, output
+from samples import batch, close, fitting_blocks, named_blocks, placed, random_network
+from training import fast, pass_of, trainer
 
 from arraytp.backend import NUMPY
-from arraytp.fast.parallel import Workspace
-from arraytp.fast.passes import forward
-from arraytp.model.feedback import expected_gradient, feedback_affine, jacobian_overlap, unpooled
-from arraytp.model.network import Network
-from arraytp.ops.activations import activation_derivative, activation_forward
+from arraytp.model.feedback import expected_gradient, jacobian_overlap, transposed, unpooled
+from arraytp.ops.activations import ACTIVATIONS
 from arraytp.options import SGD, Conv, Dense, FeedbackTraining, Pool
 from arraytp.rules import dtp, ldrl
+from arraytp.rules.feedback import train
+from arraytp.rules.protocol import Target
 from arraytp.training.compare import angle_degrees
 
 UNPOOL = ("overwrite", "accumulate")
@@ -36,9 +35,8 @@ def test_the_mean_gradient_goes_to_the_closed_form_as_one_over_the_root_of_the_s
     limit = expected_gradient(block, theta[0], omega[0], jacobian_overlap(block, out, index, unpool), 1)
     errors = []
     for count in counts:
-        epsilon, eta = noise(block, count, sigma, seed=count)
-        copies = np.repeat(s, count, axis=0)
-        gradient, _ = ldrl.iteration(block, theta, omega, copies, epsilon, eta, unpool)
+        at = at_block(block, theta, np.repeat(s, count, axis=0), seed=count)
+        gradient = iteration("ldrl", at, omega, sigma, unpool=unpool).gradients["weight"]
         errors.append(np.linalg.norm(gradient / sigma**2 - limit))
     assert slope_of(counts, errors) == pytest.approx(-0.5, abs=0.12)
     assert errors[-1] < 0.3 * np.linalg.norm(limit)
@@ -69,27 +67,24 @@ def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, un
     """ω = θ N/M for every block; where M is 0, nothing of ω matters and it stays."""
     blocks = fitting_blocks(SMALL, (7, 6, 2))
     network, (x, _) = random_network(blocks), batch(blocks, 4)
-    workspace = Workspace(place.backend)
-    there = Network(blocks, [place.put(w) for w in network.weights], [place.put(b) for b in network.biases])
-    passed = forward(there, place.put(x), workspace)
-    host = forward(network, x, Workspace())
-    overlaps = [jacobian_overlap(block, s, index, unpool)
-                for block, s, index in zip(blocks, host.s[1:], host.index, strict=True)][1:]  # fmt: skip
+    engine, on_place = fast(place.backend), placed(network, place.put)
+    host = pass_of(network, x)
+    overlaps = [jacobian_overlap(at.block, at.output, at.index, unpool) for at in map(host.at, range(1, len(blocks)))]
     rates = tuple(0.45 * 4 / (0.25 * float(m.max())) for _, m in overlaps)
     training = FeedbackTraining(iterations=400, sigma=0.5, optimizer=SGD(lr=rates, momentum=0.8))
     options = ldrl.Options(expected=True, unpool=unpool, feedback=training)
-    state = ldrl.init_state(options, there, 0, place.backend)
-    before = {key: place.get(array).copy() for key, array in state.items()}
-    losses = ldrl.train_feedback(options, state, there, passed, 0, 0, workspace)
+    state = ldrl.RULE.init_state(options, on_place, 0, place.backend)
+    before = state.copy()
+    losses = train(ldrl.RULE.feedback, options, state, pass_of(on_place, place.put(x), engine=engine), engine.workspace)
     for n, (found_n, found_m) in enumerate(overlaps, start=1):
-        omega, theta = place.get(state[f"feedback/{n}/weight"]), network.weights[n]
+        omega, theta = place.get(state.weights[n]), network.weights[n]
         known = np.broadcast_to(found_m > 0.05 * found_m.max(), omega.shape)
         minimiser = theta * found_n / np.where(found_m > 0, found_m, 1)
         assert known.mean() > 0.5
         np.testing.assert_allclose(omega[known], minimiser[known], rtol=1e-6, atol=1e-9)
         dead = np.broadcast_to(found_m == 0, omega.shape)
-        np.testing.assert_array_equal(omega[dead], before[f"feedback/{n}/weight"][dead])
-        np.testing.assert_array_equal(place.get(state[f"feedback/{n}/bias"]), before[f"feedback/{n}/bias"])
+        np.testing.assert_array_equal(omega[dead], place.get(before.weights[n])[dead])
+        np.testing.assert_array_equal(place.get(state.biases[n]), place.get(before.biases[n]))
         wanted = 0.25 / 4 * (omega * (omega * found_m - 2 * theta * found_n)).sum()
         assert float(losses[n - 1]) == pytest.approx(wanted, rel=1e-6)
 
@@ -97,7 +92,7 @@ def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, un
 def relaxed(name, activation, dtype="float64"):
     """Return a network of one activation throughout (the output stays linear), inputs and labels."""
     blocks = named_blocks(name)
-    blocks = tuple(replace(block, activation=activation) for block in blocks[:-1]) + blocks[-1:]
+    blocks = tuple(replace(block, activation=ACTIVATIONS[activation]) for block in blocks[:-1]) + blocks[-1:]
     return random_network(blocks, dtype=dtype), *batch(blocks, 5, dtype=dtype)
 
 
@@ -128,21 +123,18 @@ def test_symmetric_feedback_gives_bps_updates(name, unpool, beta, dtype, toleran
 
 def limit_updates(network, x, labels, unpool):
     """Return (1/β)·updates for β → 0: local updates of the product of the modules' Jacobians."""
-    runner = trainer(network, "dtp", SGD(lr=1), NUMPY, 2)
-    passed = forward(network, x, runner.workspace)
-    p = np.exp(passed.logits - passed.logits.max(axis=1, keepdims=True))
+    one = pass_of(network, x)
+    p = np.exp(one.logits - one.logits.max(axis=1, keepdims=True))
     delta = np.eye(p.shape[1])[labels] - p / p.sum(axis=1, keepdims=True)
-    found = []
-    for n in reversed(range(len(network))):
-        block, s, index = network.blocks[n], passed.s[n + 1], passed.index[n]
-        update = dtp.local_update(dtp.Options(), network, passed, n, delta.reshape(s.shape), Workspace())
-        found.append(update)
-        if n > 0:
-            slope = activation_derivative(activation_forward(unpooled(block, s, index, unpool), block.activation),
-                                          block.activation)  # fmt: skip
-            a = unpooled(block, delta.reshape(s.shape), index, unpool)
-            delta = feedback_affine(block, network.weights[n], a if slope is None else slope * a)
-    return found[::-1]
+    result = []
+    for at in one.down():
+        block, s = at.block, at.output
+        result.append(dtp.local_update(dtp.Options(), at, Target(delta.reshape(s.shape))))
+        if at.n > 0:
+            u = block.activation(unpooled(block, s, at.index, unpool))
+            a = unpooled(block, delta.reshape(s.shape), at.index, unpool)
+            delta = transposed(block, at.weight, block.activation.backward(a, u))
+    return result[::-1]
 
 
 @pytest.mark.parametrize("unpool", UNPOOL)

@@ -11,14 +11,25 @@ from arraytp.backend import Backend
 from arraytp.config import Loss, parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
-from arraytp.fast.passes import forward
 from arraytp.signals import StopRequest
-from arraytp.training.checkpoint import all_finite, read_checkpoint, write_checkpoint
-from arraytp.training.experiment import build, parameters
+from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
+from arraytp.training.experiment import build
+from arraytp.training.finite import finite_blocks
 from arraytp.training.loop import Run
 
-LEARNED = ("tp", "dtp", "ldrl", "ldrl-parallel", "drl")
-RULES = ("bp", "fa", "dfa", *LEARNED)
+LEARNED = ("tp", "dtp", "ldrl", "ldrl expected", "ldrl-parallel", "drl", "drl expected")
+GAIT_PROP = {"gait-prop literal": {"eta": 0.01}, "gait-prop difference": {"form": "difference"}}
+RULES = ("bp", "fa", "dfa", *GAIT_PROP, *LEARNED)
+SQUARE = {
+    "blocks": [
+        {"type": "conv", "channels": 3, "kernel": 3, "stride": 2, "padding": "same", "activation": "leaky-relu"},
+        {"type": "conv", "channels": 4, "kernel": 3, "stride": 2, "padding": "same", "activation": "leaky-relu"},
+        {"type": "dense", "units": 12, "activation": "leaky-relu"},
+        {"type": "dense", "units": 6},
+    ],
+    "square": True,
+    "init": "orthogonal",
+}
 OPTIMIZERS = {
     "sgd": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
     "adam": {"name": "adam", "lr": 1e-3, "epsilon_form": "keras"},
@@ -41,8 +52,12 @@ def dataset(tmp_path_factory):
 def rule_options(rule, optimizer):
     if rule == "bp":
         return {"name": rule}
+    if rule in GAIT_PROP:
+        return {"name": "gait-prop"} | GAIT_PROP[rule]
+    name, _, expected = rule.partition(" ")
     feedback = {"iterations": [2, 1, 2], "optimizer": OPTIMIZERS[optimizer] | {"lr": 1e-4}}
-    return {"name": rule, "feedback_init": "xavier-normal"} | ({"feedback": feedback} if rule in LEARNED else {})
+    options = {"name": name, "feedback_init": "xavier-normal"} | ({"expected": True} if expected else {})
+    return options | ({"feedback": feedback} if rule in LEARNED else {})
 
 
 def config(dataset, rule="bp", optimizer="sgd", dtype="float64"):
@@ -50,7 +65,7 @@ def config(dataset, rule="bp", optimizer="sgd", dtype="float64"):
         "name": "short",
         "dtype": dtype,
         "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
-        "network": {"name": "lenet"},
+        "network": SQUARE if rule in GAIT_PROP else {"name": "lenet"},
         "rule": rule_options(rule, optimizer),
         # The plain targets of random feedback are far away.
         "optimizer": OPTIMIZERS[optimizer] | ({"lr": 1e-4} if rule == "tp" else {}),
@@ -71,7 +86,7 @@ def train(experiment, steps, epoch=0):
 
 
 def state_of(experiment):
-    arrays = [*parameters(experiment.network), *experiment.rule_state.values()]
+    arrays = [*experiment.network.parameters(), *experiment.rule_state.named().values()]
     arrays += [moment for moments in experiment.optimizer_state.moments for moment in moments]
     return [experiment.plan.backend.to_host(array) for array in arrays]
 
@@ -84,15 +99,17 @@ def test_a_device_trains_as_the_host_does(device, dataset, noise_of_the_host, ru
     np.testing.assert_allclose(train(there, 4), train(here, 4), rtol=1e-9)
     for mine, wanted in zip(state_of(there), state_of(here), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-6, atol=1e-9)
-    for experiment in (here, there):
+    compared = []
+    for experiment in (there, here):
         with closing(experiment.train_loader.batches(1)) as batches:
-            experiment.propose(*next(batches))
-    for mine, wanted in zip(there.compare(), here.compare(), strict=True):
+            step = experiment.forward(*next(batches))
+            compared.append(experiment.compare(step, experiment.updates(step)))
+    for mine, wanted in zip(*compared, strict=True):
         assert mine.angle_deg == pytest.approx(wanted.angle_deg, abs=1e-5)
         assert mine.distance == pytest.approx(wanted.distance, rel=1e-6, abs=1e-9)
     totals = [sum(x.plan.backend.to_host(score.totals) for score in x.evaluate()) for x in (there, here)]
     np.testing.assert_allclose(*totals, rtol=1e-9)
-    assert all(all_finite(there.network))
+    assert all(finite_blocks(there.network))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -112,10 +129,10 @@ def test_feedback_is_trained_on_a_device_without_the_host(dataset, rule):
     experiment = build(config(dataset, rule), Backend("strict", strict_device))
     # The loader's threads send batches ahead, so they must have ended.
     with closing(experiment.train_loader.batches(0)) as batches:
-        experiment.run_forward(*next(batches))
+        step = experiment.forward(*next(batches))
     before = strict_device.reads + strict_device.writes
     omega = strict_device.asnumpy(experiment.feedback_pairs()[0][1])
-    experiment.train_feedback()
+    experiment.train_feedback(step)
     assert strict_device.reads + strict_device.writes - before == {"asnumpy": 1}
     assert (strict_device.asnumpy(experiment.feedback_pairs()[0][1]) != omega).all()
 
@@ -147,7 +164,7 @@ def test_a_checkpoint_of_a_device_is_read_on_the_host(device, dataset, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("other", "error"), [({"rule": "dfa"}, "has no array rule/feedback/0"), ({"dtype": "float32"}, "expected float32")]
+    ("other", "error"), [({"rule": "dfa"}, "has no array rule/feedback/1"), ({"dtype": "float32"}, "expected float32")]
 )
 def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path, other, error):
     first = build(config(dataset, "bp"))
@@ -182,12 +199,12 @@ def test_a_score_holds_the_sum_of_losses_and_the_counts_of_hits(dataset, reducti
     experiment = build(replace(config(dataset), loss=Loss(reduction=reduction)))
     with closing(experiment.train_loader.batches(0)) as batches:
         images, labels = next(batches)
-    logits = forward(experiment.network, images, experiment.workspace).logits
+    logits = experiment.forward(images, labels).batch.logits
     places = logits.argsort(axis=1)
     # Four labels come first, two last, two last but one.
     labels = np.concatenate([places[:4, -1], places[4:6, 0], places[6:8, 1], labels[8:]])
     score = experiment.score(images, labels)
-    logits = forward(experiment.network, images, experiment.workspace).logits
+    logits = experiment.forward(images, labels).batch.logits
     own = np.exp(logits)[np.arange(len(labels)), labels] / np.exp(logits).sum(axis=1)
     places = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
     np.testing.assert_allclose(score.totals, [-np.log(own).sum(), (places == 0).sum(), (places < 5).sum()], rtol=1e-12)

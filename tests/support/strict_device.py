@@ -361,6 +361,10 @@ def dot(a, b):
     return _wrap(np.dot(_operand(a, scalars=False), _operand(b, scalars=False)))
 
 
+def einsum(subscripts, *operands):
+    return _wrap(np.einsum(subscripts, *(_operand(a, scalars=False) for a in operands)))
+
+
 def copyto(dst, src, where=None):
     mask = True if where is None else _operand(where, scalars=False)
     np.copyto(_operand(dst, scalars=False), _operand(src), where=mask)
@@ -378,7 +382,11 @@ def _cholesky(a):
     return _wrap(np.linalg.cholesky(_operand(a, scalars=False)))
 
 
-linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky)
+def _pinv(a):
+    return _wrap(np.linalg.pinv(_operand(a, scalars=False)))
+
+
+linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky, pinv=_pinv)
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 
