@@ -1,4 +1,4 @@
-"""Feedback alignment, direct and not: the rules by definition, and BP where the feedback is the transpose."""
+"""Feedback alignment, direct and not: the updates by definition, and BP where the feedback is the transpose."""
 
 import math
 from collections.abc import Iterator
@@ -7,83 +7,64 @@ import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import Check, apart, checked, host, worst
-from arraytp.audit.gradients import PASS
+from arraytp.audit.gradients import PASS, exact, updates_apart
 from arraytp.audit.setting import Setting
-from arraytp.rules import bp, dfa, fa
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules import dfa, fa
+from arraytp.rules.protocol import State
 
 
 def feedback_alignment(setting: Setting) -> Iterator[Check]:
     """Check FA: its definition with its own B, and BP with B = W."""
-    if setting.config.rule.name != "fa":
+    if setting.rule.updates is not fa.updates:
         return
-    there = setting.on_host()
-    state = setting.state()
-    carriers = [host(state.get(f"feedback/{n}/weight", w)) for n, w in enumerate(there.weights)]
-    wanted = reference.backward(there, carriers, host(setting.images), host(setting.dlogits))
-    mine = _updates(setting, state)
-    for block, a, b in zip(there.blocks, mine, wanted, strict=True):
-        error = worst(apart(a[0], b[0]), apart(a[1], b[1]))
+    network, state = setting.on_host(), setting.state()
+    through = [host(state.weights.get(n, weight)) for n, weight in enumerate(network.weights)]
+    expected = reference.backward(network, through, host(setting.images), host(setting.batch.dlogits))
+    for block, actual, of_block in zip(network.blocks, setting.propose(), expected, strict=True):
+        error = updates_apart([actual], [of_block])
         yield checked(f"{block.label}: update with B by definition", "ds = dz Bᵀ", fa.updates, error, PASS)
-    exact = [(w.copy(), b.copy()) for w, b in _exact(setting)]
-    symmetric = {name: setting.network.weights[int(name.split("/")[1])] for name in state}
-    found = _updates(setting, symmetric)
-    error = worst(
-        *(apart(a, b) for pair, other in zip(found, exact, strict=True) for a, b in zip(pair, other, strict=True))
-    )
+    symmetric = State({n: setting.network.weights[n] for n in state.weights})
+    error = updates_apart(setting.propose(state=symmetric), exact(setting.batch))
     yield checked("all blocks: with B = W the update is BP's", "FA with B = W", fa.updates, error, PASS)
-    yield from _independence(setting, state, {n: setting.network.weights[n] for n in range(len(there))})
+    yield from _independence(setting, state)
 
 
 def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
     """Check DFA: its definition, and BP's update of the last hidden block with B the transpose of the output weight."""
-    if setting.config.rule.name != "dfa":
+    if setting.rule.updates is not dfa.updates:
         return
-    there, state = setting.on_host(), setting.state()
-    zs, s, indices = reference.forward(there, host(setting.images))
-    mine = _updates(setting, state)
-    for n, block in enumerate(there.blocks):
-        e = host(setting.dlogits)
-        ds = e if n == len(there) - 1 else e @ host(state[f"feedback/{n}/weight"])
-        x = s[n] if n == 0 else s[n][..., : there.blocks[n - 1].passed_shape[-1]]
-        dweight, dbias, _ = reference.block_backward(block, ds, zs[n], indices[n], x, there.weights[n])
-        error = worst(apart(mine[n][0], dweight), apart(mine[n][1], dbias))
+    network, state = setting.on_host(), setting.state()
+    zs, s, indices = reference.forward(network, host(setting.images))
+    updates, e = setting.propose(), host(setting.batch.dlogits)
+    for n, block in enumerate(network.blocks):
+        ds = e if n == len(network) - 1 else e @ host(state.weights[n + 1])
+        taken = reference.handed_on(network, s, n)
+        dweight, dbias, _ = reference.block_backward(block, ds, zs[n], indices[n], taken, network.weights[n])
+        error = worst(apart(updates[n][0], dweight), apart(updates[n][1], dbias))
         yield checked(f"{block.label}: update with B by definition", "ds = e B", dfa.updates, error, PASS)
-    if len(there) < 2:
+    if len(network) < 2:
         return
-    exact = [(w.copy(), b.copy()) for w, b in _exact(setting)]
-    last = len(there) - 2
-    units = there.blocks[-1].passed_shape[-1]
-    state[f"feedback/{last}/weight"] = setting.put(np.ascontiguousarray(there.weights[-1][:, :units].T))
-    found = _updates(setting, state)
-    error = worst(*(apart(found[n][i], exact[n][i]) for n in (last, last + 1) for i in (0, 1)))
-    what = f"{there.blocks[last].label}: with B the transpose BP's update"
+    last = len(network) - 1
+    units = network.blocks[last].next_shape[-1]
+    state.weights[last] = setting.put(np.ascontiguousarray(network.weights[last][:, :units].T))
+    error = updates_apart(setting.propose(state=state)[-2:], exact(setting.batch)[-2:])
+    what = f"{network.blocks[last - 1].label}: with B the transpose BP's update"
     yield checked(what, "DFA with B = Wᵀ", dfa.updates, error, PASS)
 
 
-def _independence(setting: Setting, state: State, weights: dict[int, object]) -> Iterator[Check]:
+def _independence(setting: Setting, state: State) -> Iterator[Check]:
     """Check no B is another name of a weight: their cosines are those of independent draws."""
     largest, smallest = 0.0, math.inf
-    for array in state.values():
+    for array in state.weights.values():
         b = host(array).ravel()
-        for weight in weights.values():
+        for weight in setting.network.weights:
             w = host(weight).ravel()
             if w.size == b.size:
                 largest = worst(largest, abs(float(b @ w)) / float(np.linalg.norm(b) * np.linalg.norm(w)))
                 smallest = min(smallest, b.size)
     if math.isfinite(smallest):
-        yield checked("largest |cosine| between a B and a weight", "streams of their own", fa.init_state, largest,
-                      min(0.9, 8 / math.sqrt(smallest)))  # fmt: skip
-
-
-def _updates(setting: Setting, state: State) -> Updates:
-    rule, options = setting.experiment.rule, setting.options
-    found = rule.updates(options, state, setting.network, setting.passed, setting.dlogits, setting.workspace)
-    return [(w.copy(), b.copy()) for w, b in found]
-
-
-def _exact(setting: Setting) -> Updates:
-    return bp.updates(bp.Options(), {}, setting.network, setting.passed, setting.dlogits, setting.workspace)
+        yield checked("largest |cosine| between a B and a weight", "streams of their own", setting.rule.init_state,
+                      largest, min(0.9, 8 / math.sqrt(smallest)))  # fmt: skip
 
 
 CHECKS = (feedback_alignment, direct_feedback_alignment)

@@ -51,12 +51,12 @@ def batches(setting: Setting) -> Iterator[Check]:
 def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]:
     config, dataset, split = setting.config, setting.experiment.plan.dataset, loader.split
     rows = _rows(config, dataset, loader, training)
-    with closing(loader.batches(0)) as found:
-        images, labels = (host(array).copy() for array in next(found))
+    with closing(loader.batches(0)) as loaded:
+        images, labels = (host(array).copy() for array in next(loaded))
     count = len(labels)
     read = [dataset.read(split, int(row), int(row) + 1) for row in rows[:count]]
-    raw, wanted_labels = (np.concatenate(parts) for parts in zip(*read, strict=True))
-    error = apart(labels, wanted_labels)
+    raw, expected_labels = (np.concatenate(parts) for parts in zip(*read, strict=True))
+    error = apart(labels, expected_labels)
     yield checked(f"{split}: labels of the first batch", "order of the epoch", Loader.batches, error, 0.0)
     if training:
         ordered = np.sort(rows)
@@ -75,8 +75,8 @@ def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]
         ])  # fmt: skip
         yield from _device_forms(setting, raw, part, pixels)
     mean, std = _statistics(config, dataset)
-    wanted = (pixels / 255 - mean) / std
-    yield checked(f"{split}: pixels of the first batch", "(x/255 − mean)/std", Loader.batches, apart(images, wanted),
+    expected = (pixels / 255 - mean) / std
+    yield checked(f"{split}: pixels of the first batch", "(x/255 − mean)/std", Loader.batches, apart(images, expected),
                   ROUNDING)  # fmt: skip
 
 
@@ -120,13 +120,14 @@ def _draws(config: Config, draws: augment.Draws) -> Iterator[Check]:
         yield checked("mean corner over the padding, less 1", "data.crop_padding", augment.draw, error, bound)
 
 
-def _device_forms(setting: Setting, raw: np.ndarray, part: augment.Draws, wanted: Floats) -> Iterator[Check]:
+def _device_forms(setting: Setting, raw: np.ndarray, part: augment.Draws, expected: Floats) -> Iterator[Check]:
     """Check the definitions that a device computes by."""
     put = setting.put
     flipped = augment.flip_images(put(raw), put(part.flips))
     padding = setting.config.data.crop_padding
-    found = augment.crop_images(flipped, put(part.rows), put(part.columns), padding) if padding else flipped
-    yield checked("flip and crop, pixel by pixel", "edge-padded crop", augment.crop_images, apart(found, wanted), 0.0)
+    cropped = augment.crop_images(flipped, put(part.rows), put(part.columns), padding) if padding else flipped
+    error = apart(cropped, expected)
+    yield checked("flip and crop, pixel by pixel", "edge-padded crop", augment.crop_images, error, 0.0)
 
 
 def _statistics(config: Config, dataset: Dataset) -> tuple[Floats, Floats]:

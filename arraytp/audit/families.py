@@ -6,18 +6,22 @@ from contextlib import contextmanager
 
 from arraytp.audit import (
     alignment,
+    closed_form,
     data,
     device,
+    engines,
     feedback,
     gait_prop,
     gradients,
+    inverses,
     ops,
     optimisers,
+    own,
     state,
     targets,
     theorems,
 )
-from arraytp.audit.check import Check
+from arraytp.audit.check import Check, name_of
 from arraytp.audit.setting import Setting, prepare
 from arraytp.errors import Interrupted, UserError
 from arraytp.training.experiment import build_planned
@@ -27,11 +31,14 @@ Function = Callable[[Setting], Iterator[Check]]
 FAMILIES: dict[str, tuple[Function, ...]] = {
     "operations": ops.CHECKS,
     "gradients": gradients.CHECKS,
+    "engines": engines.CHECKS,
     "feedback alignment": alignment.CHECKS,
+    "inverses": inverses.CHECKS,
     "GAIT-prop": gait_prop.CHECKS,
-    "feedback training": feedback.CHECKS,
+    "feedback training": (*feedback.CHECKS, *closed_form.CHECKS),
     "targets": targets.CHECKS,
     "theorems": theorems.CHECKS,
+    "own checks": own.CHECKS,
     "optimiser": optimisers.CHECKS,
     "run": state.CHECKS,
     "device": device.CHECKS,
@@ -62,7 +69,7 @@ def audit(planned: Plan) -> Iterator[tuple[str, Check]]:
     except UserError as error:
         if not damaged:
             raise
-        yield "batches", Check(str(error), "the first batch", _name(build_planned), float("nan"), 0.0)
+        yield "batches", Check(str(error), "the first batch", name_of(build_planned), float("nan"), 0.0)
         return
     for family, functions in FAMILIES.items():
         for function in functions:
@@ -79,7 +86,7 @@ def _guarded(family: str, lines: Callable[[], Iterable[Check]]) -> Iterator[Chec
         raise
     except Exception as error:
         what = " ".join(f"{family}: cannot be computed: {type(error).__name__}: {error}".split())
-        yield Check(what, "", "arraytp.audit.families.audit", float("nan"), 0.0)
+        yield Check(what, "no exception", name_of(audit), float("nan"), 0.0)
 
 
 @contextmanager
@@ -88,7 +95,3 @@ def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
-
-
-def _name(function: Callable[..., object]) -> str:
-    return f"{function.__module__}.{function.__qualname__}"

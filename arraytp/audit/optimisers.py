@@ -9,38 +9,42 @@ from arraytp import optim
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES, ROUNDING, Check, Floats, apart, checked, host, inner, worst
 from arraytp.audit.differences import gradient_error
-from arraytp.audit.gait_prop import drift
-from arraytp.audit.setting import Setting
-from arraytp.fast.orthogonality import add_orthogonality
+from arraytp.audit.drift import drifted
+from arraytp.audit.setting import Setting, fresh
+from arraytp.backend import Array
+from arraytp.fast.orthogonality import GramErrors, add_orthogonality
 from arraytp.fast.parallel import Workspace
+from arraytp.model.plain import PlainGramErrors
 from arraytp.ops.conv import as_matrix
 from arraytp.optim import at_block
 from arraytp.options import Cosine
-from arraytp.training.experiment import parameters
 
 STEPS = 2
 # Of the sums of a few steps, each the difference of numbers a million times larger.
 SUMS = 1e-8
+# What is nothing beside a learning rate.
+FLOOR = 1e-6
 
 
 def steps(setting: Setting) -> Iterator[Check]:
-    """Check two steps with random gradients, weight decay and regulariser included."""
-    options, there = setting.config.optimizer, drift(setting)
-    theta = [array.copy() for array in parameters(there)]
+    """Check two steps of a run with random gradients, weight decay and regulariser included."""
+    options, network, experiment = setting.config.optimizer, drifted(setting), fresh(setting)
+    for own, array in zip(experiment.network.parameters(), network.parameters(), strict=True):
+        own[...] = array
+    theta, state = experiment.network.parameters(), optim.init_optimizer(options, network.parameters())
+    experiment.optimizer_state = state
     start = [host(array).copy() for array in theta]
-    wanted, moments = [array.copy() for array in start], [[] for _ in start]  # type: ignore[var-annotated]
-    state, workspace = optim.init_optimizer(options, theta), Workspace(setting.workspace.backend)
-    rates = optim.learning_rates(setting.config.schedule, options.lr, 0)
+    expected, moments = [array.copy() for array in start], [[] for _ in start]  # type: ignore[var-annotated]
     for t in range(1, STEPS + 1):
         gradients = [setting.normal(array.shape, 60, t, p) * 0.1 for p, array in enumerate(theta)]
-        kept = [host(g).copy() for g in gradients]
-        optim.apply_updates(options, rates, state, theta, gradients, workspace)
-        for p, g in enumerate(kept):
-            total = g + _regulariser(options.orthogonality, wanted[p]) if options.orthogonality else g
+        for p, g in enumerate(gradients):
+            total = host(g) + _regulariser(options.orthogonality, expected[p]) if options.orthogonality else host(g)
             lr = at_block(options.lr, p // 2)
-            wanted[p] = reference.optimiser_step(options, lr, p // 2, t, wanted[p], total, moments[p])
-    for n, block in enumerate(there.blocks):
-        error = worst(*(apart(host(theta[p]) - start[p], wanted[p] - start[p]) for p in (2 * n, 2 * n + 1)))
+            expected[p] = reference.optimiser_step(options, lr, p // 2, t, expected[p], total, moments[p])
+        step = experiment.forward(setting.images, setting.labels)
+        experiment.apply(step, list(zip(gradients[::2], gradients[1::2], strict=True)))
+    for n, block in enumerate(network.blocks):
+        error = worst(*(apart(host(theta[p]) - start[p], expected[p] - start[p]) for p in (2 * n, 2 * n + 1)))
         yield checked(f"{block.label}: {STEPS} steps of {options.name}", _formula(setting), optim.apply_updates, error,
                       SUMS)  # fmt: skip
     yield checked("number of steps and moments kept", "t, v | m, u", optim.apply_updates,
@@ -52,9 +56,10 @@ def _formula(setting: Setting) -> str:
     return "v ← μv + g" if options.name == "sgd" else f"Adam, {options.epsilon_form}"
 
 
-def _moments_error(found: list[tuple[object, ...]], wanted: list[list[Floats]]) -> float:
+def _moments_error(actual: list[tuple[object, ...]], expected: list[list[Floats]]) -> float:
     """Return how far moments are from the closed forms'; SGD without momentum keeps none."""
-    pairs = [(a, b) for mine, other in zip(found, wanted, strict=True) for a, b in zip(mine, other, strict=False)]
+    parameters = zip(actual, expected, strict=True)
+    pairs = [(a, b) for moments, others in parameters for a, b in zip(moments, others, strict=False)]
     return worst(*(apart(a, b) for a, b in pairs))
 
 
@@ -67,27 +72,34 @@ def _regulariser(strength: float, theta: Floats) -> Floats:
 
 
 def orthogonality(setting: Setting) -> Iterator[Check]:
-    """Check the regulariser's gradient of every square block against finite differences of λ‖WWᵀ − I‖², W drifted."""
+    """Check E = WWᵀ − I and the regulariser's gradient of every square block, W drifted.
+
+    The gradient is held against finite differences of λ‖WWᵀ − I‖².
+    """
     strength = setting.config.optimizer.orthogonality
     if not strength:
         return
-    there = drift(setting)
-    theta = parameters(there)
-    found = [setting.put(np.zeros(array.shape)) for array in theta]
-    add_orthogonality(strength, theta, found, Workspace(setting.workspace.backend))
-    for n, block in enumerate(there.blocks):
+    network, workspace = drifted(setting), Workspace(setting.workspace.backend)
+    gradients = [setting.put(np.zeros(weight.shape)) for weight in network.weights]
+    errors = GramErrors(network, workspace)
+    add_orthogonality(strength, network, gradients, errors, workspace)
+    for n, block in enumerate(network.blocks):
         if not block.is_square:
             continue
-        eye = setting.put(np.eye(block.weight_shape[-1]))
+        eye, w = setting.put(np.eye(block.weight_shape[-1])), as_matrix(network.weights[n])
 
-        def penalty(weight: object, eye: object = eye) -> float:
+        def penalty(weight: Array, eye: Array = eye) -> float:
             w = as_matrix(weight)
-            excess = w @ w.T - eye
-            return strength * inner(excess, excess)
+            e = w @ w.T - eye
+            return strength * inner(e, e)
 
-        error = gradient_error(penalty, there.weights[n], found[2 * n], setting.generator(61, n), 1)
+        error = gradient_error(penalty, network.weights[n], gradients[n], setting.generator(61, n), 1)
         yield checked(f"{block.label}: gradient of the regulariser", "4λ(WWᵀ − I)W", add_orthogonality, error,
                       DIFFERENCES)  # fmt: skip
+        upper, plain = (np.triu(host(each.of([n])[n])) for each in (errors, PlainGramErrors(network)))
+        expected = np.triu(host(w) @ host(w).T - host(eye))
+        error = worst(apart(upper, expected), apart(plain, expected))
+        yield checked(f"{block.label}: E", "E = WWᵀ − I", GramErrors.of, error, SUMS)
 
 
 def schedule(setting: Setting) -> Iterator[Check]:
@@ -96,19 +108,16 @@ def schedule(setting: Setting) -> Iterator[Check]:
     length = options.t_max if isinstance(options, Cosine) else config.train.epochs
     largest = 0.0
     for epoch in sorted({0, 1, length // 2, length, length + 5}):
-        found = optim.learning_rates(options, config.optimizer.lr, epoch)
+        rates = optim.learning_rates(options, config.optimizer.lr, epoch)
         for n in range(len(setting.network)):
             lr = at_block(config.optimizer.lr, n)
-            wanted = lr
+            expected = lr
             if isinstance(options, Cosine):
-                wanted = options.eta_min + (lr - options.eta_min) * math.cos(math.pi * epoch / (2 * options.t_max)) ** 2
-            largest = worst(largest, abs(at_block(found, n) - wanted) / max(abs(wanted), options_floor(lr)))
+                expected = (
+                    options.eta_min + (lr - options.eta_min) * math.cos(math.pi * epoch / (2 * options.t_max)) ** 2
+                )
+            largest = worst(largest, abs(at_block(rates, n) - expected) / max(abs(expected), FLOOR * lr))
     yield checked(f"learning rates, {options.name}", f"schedule {options.name}", optim.learning_rate, largest, ROUNDING)
-
-
-def options_floor(lr: float) -> float:
-    """Return what is nothing beside a learning rate."""
-    return 1e-6 * lr
 
 
 CHECKS = (steps, orthogonality, schedule)

@@ -32,12 +32,12 @@ def repetition(setting: Setting) -> Iterator[Check]:
     for experiment, steps in ((first, (1,)), (second, (0, 1)), (resumed, (1,))):
         for number in steps:
             _step(setting, experiment, number)
-    wanted = _arrays(first)
+    expected = _arrays(first)
     yield checked("arrays that differ between two runs of two steps", "same bits", Experiment.step,
-                  _differing(wanted, _arrays(second)), 0.0)  # fmt: skip
+                  _differing(expected, _arrays(second)), 0.0)  # fmt: skip
     yield checked("arrays that differ in a run resumed after one step", "same bits", read_checkpoint,
-                  _differing(wanted, _arrays(resumed)), 0.0)  # fmt: skip
-    untouched = sum(same_bits(host(array), wanted[name]) for name, array in _arrays(fresh(setting)).items()
+                  _differing(expected, _arrays(resumed)), 0.0)  # fmt: skip
+    untouched = sum(same_bits(host(array), expected[name]) for name, array in _arrays(fresh(setting)).items()
                     if name.startswith("network"))  # fmt: skip
     yield checked("parameters that two steps left as they were", "θ learns", Experiment.step, untouched)
     if setting.experiment.plan.backend.on_host:
@@ -58,7 +58,7 @@ def _arrays(experiment: Experiment) -> dict[str, Floats]:
     """Return copies of every array of the state by name."""
     named = {f"network/weight/{n}": w for n, w in enumerate(experiment.network.weights)}
     named |= {f"network/bias/{n}": b for n, b in enumerate(experiment.network.biases)}
-    named |= {f"rule/{name}": array for name, array in experiment.rule_state.items()}
+    named |= {f"rule/{name}": array for name, array in experiment.rule_state.named().items()}
     for p, moments in enumerate(experiment.optimizer_state.moments):
         named |= {f"moment/{p}/{i}": moment for i, moment in enumerate(moments)}
     return {name: host(array).copy() for name, array in named.items()}
@@ -74,8 +74,8 @@ def evaluation(setting: Setting) -> Iterator[Check]:
     experiment = fresh(setting)
     scores = []
     for _ in range(2):
-        with closing(experiment.evaluate()) as found:  # type: ignore[type-var]
-            scores.append(host(next(found).totals).copy())
+        with closing(experiment.evaluate()) as batches:  # type: ignore[type-var]
+            scores.append(host(next(batches).totals).copy())
     differing = not same_bits(*scores)
     yield checked("scores that differ between two evaluations", "same bits", Experiment.score, differing, 0.0)
 

@@ -1,133 +1,146 @@
-"""Targets and updates of the rules with learned feedback: by definition, and as gradients of the local losses."""
+"""Targets, and updates by targets: by definition where it is known, and as gradients of the local losses."""
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 
 from arraytp.audit import reference
-from arraytp.audit.check import KINKED, Check, Floats, apart, checked, host, inner, worst
+from arraytp.audit.check import KINKED, ROUNDING, Check, Floats, apart, checked, host, worst
+from arraytp.audit.definitions import LOCAL_LOSSES, TARGETS
 from arraytp.audit.differences import gradient_error
-from arraytp.audit.feedback import SUMS, feedback_input
+from arraytp.audit.feedback import SUMS
+from arraytp.audit.gradients import exact
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
-from arraytp.fast.passes import forward
-from arraytp.model.network import Network
+from arraytp.model.blocks import Network
+from arraytp.model.passes import Batch
 from arraytp.rules import drl
+from arraytp.training.compare import angle_degrees
 
-RULES = ("tp", "dtp", "ldrl", "ldrl-parallel", "drl")
+MOST_CLASSES = 20
+# Updates that point downhill are less than this from BP's, in degrees.
+DOWNHILL = 90.0
 
 
 def targets(setting: Setting) -> Iterator[Check]:
-    """Check t − s of every block by its definition."""
-    if setting.config.rule.name not in RULES:
+    """Check t − s of every block: on both engines, and by its definition where that is known."""
+    rule, last = setting.rule, len(setting.network) - 1
+    if rule.targets is None:
         return
-    rule = setting.experiment.rule
-    for n, found, wanted in zip(reversed(range(len(setting.network))), _found(setting), _defined(setting), strict=True):
-        source = {"tp": "t^n = G(t^{n+1})", "drl": "t = s + Q(t^N) − Q(s^N)"}.get(setting.config.rule.name, "Eq. 4")
-        if n == len(setting.network) - 1:
-            source = "Eq. 3"
-        error = apart(found.reshape(wanted.shape), wanted)
-        yield checked(f"{setting.network.blocks[n].label}: t − s of its output", source, rule.targets, error, SUMS)
+    deltas = _deltas(setting, setting.batch)
+    error = worst(*(apart(a, b) for a, b in zip(deltas, _deltas(setting, setting.plain), strict=True)))
+    # What inverts W or subtracts nearly equal numbers has checks of its own.
+    yield checked("all blocks: t − s, fast engine against plain", "the same", rule.targets, error,
+                  None if rule.inverts else SUMS)  # fmt: skip
+    source, define = TARGETS.get(rule.targets, ("", None))
+    if define is None:
+        return
+    for n, delta, expected in zip(reversed(range(last + 1)), deltas, define(setting), strict=True):
+        error = apart(delta.reshape(expected.shape), expected)
+        yield checked(f"{setting.network.blocks[n].label}: t − s of its output", "Eq. 3" if n == last else source,
+                      rule.targets, error, SUMS)  # fmt: skip
 
 
-def _found(setting: Setting) -> list[Floats]:
+def _deltas(setting: Setting, batch: Batch) -> list[Floats]:
     """Return the rule's t − s from the last block to the first."""
-    arguments = setting.options, setting.state(), setting.network, setting.passed, setting.dlogits, setting.workspace
-    return [host(target.delta).copy() for target in setting.experiment.rule.targets(*arguments)]
+    assert setting.rule.targets is not None
+    return [host(target.delta).copy() for target in setting.rule.targets(setting.options, setting.state(), batch)]
 
 
-def _defined(setting: Setting) -> list[Floats]:
-    """Return t − s from the last block to the first, by definition."""
-    there, options, name = setting.on_host(), setting.options, str(setting.config.rule.name)
-    state = {key: host(array) for key, array in setting.experiment.rule_state.items()}
-    _, s, indices = reference.forward(there, host(setting.images))
-    # ∂L/∂s^N of the mean loss; β takes every sample's own.
-    dlogits = host(setting.dlogits)
-    last = len(there) - 1
-    if name == "drl":
-        moved = -options.eta * dlogits
-        hidden = [(moved @ state[f"feedback/{n}/weight"]).reshape(s[n + 1].shape) for n in reversed(range(last))]
-        return [moved, *hidden]
-    found = [-options.beta * len(dlogits) * dlogits]
-    for n in range(last, 0, -1):
-        block, omega = there.blocks[n], state[f"feedback/{n}/weight"]
-        target = s[n + 1] + found[-1].reshape(s[n + 1].shape)
-        g = reference.carry(block, omega, feedback_input(block, target, indices[n], options.unpool))
-        if name == "tp":
-            t = (g + state[f"feedback/{n}/bias"]).reshape(s[n].shape)
-            found.append(t - s[n])
-        else:
-            here = reference.carry(block, omega, feedback_input(block, s[n + 1], indices[n], options.unpool))
-            found.append((g - here).reshape(s[n].shape))
-    return found
-
-
-def updates(setting: Setting) -> Iterator[Check]:
-    """Check the update of every block as the gradient of its local loss, the targets constant."""
-    name, rule = setting.config.rule.name, setting.experiment.rule
-    if name not in RULES:
+def local_updates(setting: Setting) -> Iterator[Check]:
+    """Check the update of every block as the gradient of its local loss, the target constant; and that loss itself."""
+    rule, options, batch = setting.rule, setting.options, setting.batch
+    if rule.local_update is None or rule.local_loss is None:
         return
-    arguments = setting.options, setting.state(), setting.network, setting.passed, setting.dlogits, setting.workspace
-    found = [(w.copy(), b.copy()) for w, b in rule.updates(*arguments)]
-    deltas = _found(setting)[::-1]
-    for n, (dweight, dbias) in enumerate(found):
-        block, weight, bias = setting.network.blocks[n], setting.network.weights[n], setting.network.biases[n]
-        t = setting.passed.s[n + 1] + setting.put(deltas[n].reshape(setting.passed.s[n + 1].shape))
-        value = partial(_local_loss, setting, n, t)
+    updates, deltas = setting.propose(), _deltas(setting, batch)[::-1]
+    source, define = LOCAL_LOSSES.get(rule.local_loss, ("its local loss", None))
+    for n, (dweight, dbias) in enumerate(updates):
+        at = batch.at(n)
+        t = at.s_next + setting.put(deltas[n].reshape(at.s_next.shape))
+
+        def value(weight: Array, bias: Array, n: int = n, t: Array = t) -> float:
+            assert rule.local_loss is not None
+            return rule.local_loss(options, setting.network.blocks[n], _s_next(setting, n, weight, bias), t)
+
         generator = setting.generator(40, n)
         error = worst(
-            gradient_error(lambda w, value=value, bias=bias: value(w, bias), weight, dweight, generator),  # type: ignore[misc]
-            gradient_error(lambda b, value=value, weight=weight: value(weight, b), bias, dbias, generator, 1),  # type: ignore[misc]
+            gradient_error(lambda w, value=value, bias=at.bias: value(w, bias), at.weight, dweight, generator),  # type: ignore[misc]
+            gradient_error(lambda b, value=value, weight=at.weight: value(weight, b), at.bias, dbias, generator, 1),  # type: ignore[misc]
         )
-        source = "DRL, update" if name == "drl" else "Eq. 6"
-        yield checked(f"{block.label}: update as the local loss's gradient", source, rule.updates, error, KINKED)
+        yield checked(f"{at.block.label}: update as the local loss's gradient", source, rule.local_update, error,
+                      KINKED)  # fmt: skip
+        if define is not None:
+            expected = define(options, at.block, host(at.s_next), host(t))
+            error = apart(np.array(value(at.weight, at.bias)), np.array(expected))
+            yield checked(f"{at.block.label}: local loss by definition", source, rule.local_loss, error, SUMS)
 
 
-def _local_loss(setting: Setting, n: int, t: Array, weight: Array, bias: Array) -> float:
-    """Return (1/B) Σ ½‖s − t‖², over β if the config says so; DRL: Σ‖s − t‖²/B, of a convolution the mean (s − t)²."""
-    block, options = setting.network.blocks[n], setting.options
-    alone = Network((block,), [weight], [bias])
-    s = forward(alone, setting.passed.x[n], setting.workspace, "audit").s[1]
-    squares = inner(s - t, s - t)
-    if setting.config.rule.name == "drl":
-        return squares / (s.size if block.kind == "conv" else len(s))
-    return squares / 2 / len(s) / (options.beta if options.divide_by_beta else 1.0)
+def _s_next(setting: Setting, n: int, weight: Array, bias: Array) -> Array:
+    """Return s^{n+1} with other parameters of block n."""
+    alone, at = Network((setting.network.blocks[n],), [weight], [bias]), setting.batch.at(n)
+    return setting.batch.engine.forward(alone, at.s, "audit").logits
+
+
+def descent(setting: Setting) -> Iterator[Check]:
+    """Check that targets lead downhill: that of the output, and the updates where every ω is its forward weight.
+
+    Of a rule whose targets are s itself where the loss has no gradient, and which trains an ω for every forward weight
+    but the first. Others have no such property: the line is for information.
+    """
+    rule, batch = setting.rule, setting.batch
+    if rule.targets is None or not batch.dlogits.any():
+        return
+    label = setting.network.blocks[-1].label
+    output = next(iter(rule.targets(setting.options, setting.state(), batch))).delta
+    angle = angle_degrees(output.reshape(batch.dlogits.shape), -batch.dlogits)
+    yield checked(f"{label}: angle of the output's t − s to −∂L/∂s, degrees", "downhill", rule.targets, angle, DOWNHILL)
+    pairs = [] if rule.feedback is None else rule.feedback.pairs(setting.state(), setting.network)
+    matched = {n: theta for n, omega, theta in pairs if theta is not None and theta.shape == omega.shape}
+    if list(matched) != list(range(1, len(setting.network))) or not matched:
+        return
+    state, options = setting.state(), rule.compared(setting.options)
+    state.weights |= {n: theta.copy() for n, theta in matched.items()}
+    at_rest = rule.targets(options, state, replace(batch, dlogits=batch.dlogits * 0))
+    still = worst(*(float(np.abs(host(target.delta)).max()) for target in at_rest)) <= ROUNDING
+    updates = setting.propose(options=options, state=state)
+    for block, (weight, _), (gradient, _) in zip(setting.network.blocks, updates, exact(batch), strict=True):
+        if gradient.any():
+            yield checked(f"{block.label}: angle of the update to BP's with ω = θ, degrees", "downhill", rule.targets,
+                          angle_degrees(weight, gradient), DOWNHILL if still else None)  # fmt: skip
 
 
 def direct_matching(setting: Setting) -> Iterator[Check]:
-    """Check how far DRL's Q of each hidden layer is from the transposed Jacobian of the logits, now and at its optimum.
+    """Check how far DRL's Q^n is from the transposed Jacobian of the logits by s^n, now and at its optimum.
 
     For small noise the loss is ‖J Q − I‖², J of shape (size, classes), least for Q = (Σ JᵀJ)⁻¹ Σ Jᵀ.
     """
-    blocks, classes = setting.network.blocks, setting.passed.logits.shape[1]
-    if setting.config.rule.name != "drl" or classes > MOST_CLASSES:
+    trained = setting.rule.feedback
+    if trained is None or trained.begin is not drl.begin or setting.batch.logits.shape[1] > MOST_CLASSES:
         return
-    jacobians = _jacobians(setting)
-    for n in range(len(blocks) - 1):
-        q = host(setting.experiment.rule_state[f"feedback/{n}/weight"])
-        j = jacobians[n]
-        optimum = np.linalg.lstsq(np.einsum("bsc,bsd->cd", j, j), np.einsum("bsc->cs", j), rcond=None)[0]
+    for n, jacobian in _jacobians(setting).items():
+        q = host(setting.experiment.rule_state.weights[n])
+        optimum = np.linalg.lstsq(
+            np.einsum("bsc,bsd->cd", jacobian, jacobian), np.einsum("bsc->cs", jacobian), rcond=None
+        )[0]
         for when, weight in (("now", q), ("at the loss's optimum", optimum)):
-            residual = np.sqrt(sum(np.sum((weight - one.T) ** 2) for one in j) / np.sum(j**2))
-            yield checked(f"{blocks[n].label}: ‖Q − Jᵀ‖/‖J‖ {when}", "JMC", drl.init_state, residual)
+            residual = np.sqrt(sum(np.sum((weight - one.T) ** 2) for one in jacobian) / np.sum(jacobian**2))
+            yield checked(f"{setting.network.blocks[n].label}: ‖Q − Jᵀ‖/‖J‖ of its input {when}", "JMC", drl.init_state,
+                          residual)  # fmt: skip
 
 
-MOST_CLASSES = 20
-
-
-def _jacobians(setting: Setting) -> list[Floats]:
-    """Return ∂logits/∂s^{n+1} of every sample for n = 0 … N−2, of shape (B, size, classes)."""
-    there, batch, classes = setting.on_host(), len(setting.images), setting.passed.logits.shape[1]
-    zs, s, indices = reference.forward(there, host(setting.images))
-    found = [np.empty((batch, s[n + 1][0].size, classes)) for n in range(len(there) - 1)]
+def _jacobians(setting: Setting) -> dict[int, Floats]:
+    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), for n = 1 … N−1."""
+    network, (count, classes) = setting.on_host(), setting.batch.logits.shape
+    zs, s, indices = reference.forward(network, host(setting.images))
+    jacobians = {n: np.empty((count, s[n][0].size, classes)) for n in range(1, len(network))}
     for c in range(classes):
-        ds = np.zeros((batch, classes))
+        ds = np.zeros((count, classes))
         ds[:, c] = 1
-        for n in range(len(there) - 1, 0, -1):
-            _, _, ds = reference.block_backward(there.blocks[n], ds, zs[n], indices[n], s[n], there.weights[n])
-            found[n - 1][:, :, c] = ds.reshape(batch, -1)
-    return found
+        for n in reversed(jacobians):
+            _, _, ds = reference.block_backward(network.blocks[n], ds, zs[n], indices[n], s[n], network.weights[n])
+            jacobians[n][:, :, c] = ds.reshape(count, -1)
+    return jacobians
 
 
-CHECKS = (targets, updates, direct_matching)
+CHECKS = (targets, local_updates, descent, direct_matching)

@@ -14,15 +14,15 @@ from arraytp.ops.patches import make_window
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
 def test_a_kink_nearby_does_not_spoil_a_derivative(distance):
-    found = derivative(lambda h: 3 * h + np.sin(h) + max(0.0, h - distance), 1.0)
-    assert found == pytest.approx(4, abs=1e-7)
+    estimate = derivative(lambda h: 3 * h + np.sin(h) + max(0.0, h - distance), 1.0)
+    assert estimate == pytest.approx(4, abs=1e-7)
 
 
 def test_estimates_that_are_mostly_rounding_do_not_win_by_agreeing_by_chance():
     """DRL's loss is about 1 with a slope of 1e-4 at first: at small steps its quotients are multiples of 1e-16/h."""
     slopes = rng(1).uniform(0.5e-4, 2e-4, 300)
-    found = np.array([derivative(lambda h, slope=slope: 1.003 + slope * h, slope) for slope in slopes])
-    assert np.abs(found / slopes - 1).max() < 1e-6
+    estimates = np.array([derivative(lambda h, slope=slope: 1.003 + slope * h, slope) for slope in slopes])
+    assert np.abs(estimates / slopes - 1).max() < 1e-6
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.5, 2.0, 1 + 1e-4])
@@ -57,9 +57,9 @@ def test_a_mean_that_closes_in_as_it_should_passes_and_a_bias_is_seen(freedom):
     """Groups of one; a bias of several standard errors of the mean, which are √(1/64) for each of the entries."""
     generator = rng(freedom)
     for bias, most, least in ((0.0, 0, 0), (8.0, 300, 280)):
-        moved, failed = bias * np.sqrt(freedom / GROUPS) * np.eye(1, freedom)[0], 0
+        shift, failed = bias * np.sqrt(freedom / GROUPS) * np.eye(1, freedom)[0], 0
         for _ in range(300):
-            values = generator.standard_normal((GROUPS, freedom)) + moved
+            values = generator.standard_normal((GROUPS, freedom)) + shift
             growth, tolerance = shrinking(list((values**2).sum(axis=1)), float(np.linalg.norm(values.mean(axis=0))))
             failed += growth > tolerance
         assert least <= failed <= most
@@ -101,9 +101,9 @@ def test_the_references_are_what_loops_compute(kernel, stride, padding):
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_change_of_the_loss_is_that_of_its_values(reduction):
     base, labels = rng(1).standard_normal((3, 4)), np.array([0, 3, 2])
-    moved = base + rng(2).standard_normal(base.shape)
-    values = [reference.cross_entropy(logits, labels, reduction) for logits in (moved, base)]
-    assert reference.cross_entropy_change(moved, base, labels, reduction) == pytest.approx(values[0] - values[1])
+    changed = base + rng(2).standard_normal(base.shape)
+    values = [reference.cross_entropy(logits, labels, reduction) for logits in (changed, base)]
+    assert reference.cross_entropy_change(changed, base, labels, reduction) == pytest.approx(values[0] - values[1])
 
 
 @pytest.mark.parametrize("mode", ["overwrite", "accumulate"])
@@ -111,8 +111,8 @@ def test_the_references_of_pooling_are_what_loops_compute(mode):
     window = make_window(7, 6, 3, 2, 1)
     s = rng(1).standard_normal((2, 7, 6, 2))
     out, index = naive.max_pool(s, window)
-    found, places = reference.max_pool(s, window)
-    np.testing.assert_array_equal(found, out)
+    maxima, places = reference.max_pool(s, window)
+    np.testing.assert_array_equal(maxima, out)
     np.testing.assert_array_equal(places, index)
     t = rng(2).standard_normal(out.shape)
     np.testing.assert_allclose(reference.unpool(t, index, window, mode), naive.max_unpool(t, index, window, mode))

@@ -32,7 +32,7 @@ RULES = {
 }
 
 
-def found(name):
+def stands_for(name):
     """Return what a dotted name stands for."""
     parts = name.split(".")
     for stop in range(len(parts), 0, -1):
@@ -52,7 +52,7 @@ def test_every_rule_passes_and_names_functions_that_exist(arraytp, rule):
     assert record["passed"] > 50
     checks = record["checks"]
     assert record["passed"] + record["information"] == len(checks)
-    assert all(callable(found(name)) for name in {check["function"] for check in checks})
+    assert all(callable(stands_for(name)) for name in {check["function"] for check in checks})
     assert all(check["what"] and check["source"] for check in checks)
     assert {check["verdict"] for check in checks} == {"pass", "info"}
     assert all((check["tolerance"] is None) == (check["verdict"] == "info") for check in checks)

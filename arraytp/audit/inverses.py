@@ -1,0 +1,98 @@
+"""Inverses of square blocks, for rules that invert: solving, condition numbers, round trips, W nearly orthogonal."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from arraytp.audit import reference
+from arraytp.audit.check import Check, apart, checked, host, worst
+from arraytp.audit.drift import DRIFT, FAR, drifted, ways
+from arraytp.audit.gradients import exact
+from arraytp.audit.setting import Setting
+from arraytp.fast import inverse
+from arraytp.model import plain
+from arraytp.model.passes import At, Batch
+from arraytp.ops import solve
+from arraytp.ops.conv import as_matrix
+from arraytp.rules import gait_prop
+from arraytp.training.compare import angle_degrees, relative_distance
+
+WAY = (0.0, 0.5, 1.0)
+INVERSE = 1e-10
+TINY = 1e-12
+# LAPACK's estimate is rarely too small by more than 3.
+ESTIMATE = 2.0
+ORTHOGONAL = 1e-8
+
+
+def round_trips(setting: Setting) -> Iterator[Check]:
+    """Check solving with W and the inverse of every block, as W is, drifted, and far off, where it has LU factors."""
+    if not setting.rule.inverts:
+        return
+    for when, batch in (
+        ("", setting.pass_over()),
+        (", W drifted", setting.pass_over(drifted(setting))),
+        (", W far off", setting.pass_over(drifted(setting, FAR))),
+    ):
+        for n in range(1, len(batch.network)):
+            yield from _round_trip(setting, batch, batch.at(n), when)
+
+
+def _round_trip(setting: Setting, batch: Batch, at: At, when: str) -> Iterator[Check]:
+    factors, matrix, label = batch.inverses[at.n], as_matrix(at.weight), at.block.label
+    number = solve.condition(solve.factor(matrix))
+    rows = setting.normal((3, len(factors.matrix)), 50, at.n)
+    error = apart(solve.right_solve(factors, rows) @ matrix, rows)
+    yield checked(f"{label}: solving x W = y{when}", "x W = y", solve.right_solve, error, INVERSE * number)
+    z, y, _ = plain.block_forward(at.block, at.weight, at.bias, at.s)
+    # What saturation takes of an activation's digits, its inverse cannot give back.
+    room = INVERSE * number / float(reference.slope(host(z), at.block.activation.name).min() + TINY)
+    back = plain.block_inverse(at.block, at.weight, at.bias, y, at.s)
+    for function, x in ((plain.block_inverse, back), (inverse.inverse, at.inverse(factors, y))):
+        yield checked(f"{label}: round trip{when}", "G(F(x)) = x", function, apart(x.reshape(at.s.shape), at.s),
+                      room)  # fmt: skip
+    u = setting.normal(at.s_next.shape, 52, at.n)
+    plain_at = replace(batch, engine=setting.plain.engine).at(at.n)
+    _, _, expected = plain_at.backward(u, through=solve.factor(matrix))
+    _, _, ds = at.backward(u, through=factors)
+    yield checked(f"{label}: gradient through W⁻¹, fast engine against plain{when}", "ds = (D u) W⁻¹",
+                  inverse.backward_through_inverse, apart(ds, expected), INVERSE * number)  # fmt: skip
+
+
+def conditions(setting: Setting) -> Iterator[Check]:
+    """Check the estimate of every condition number, which is never too large, and show it."""
+    if not setting.rule.inverts:
+        return
+    for block, weight in zip(setting.network.blocks[1:], setting.network.weights[1:], strict=True):
+        estimate, w = solve.condition(solve.factor(as_matrix(weight))), host(as_matrix(weight))
+        true = float(np.abs(w).sum(axis=1).max() * np.abs(np.linalg.inv(w)).sum(axis=1).max())
+        yield checked(f"{block.label}: condition number of W", "‖W‖·‖W⁻¹‖", solve.condition, true)
+        yield checked(f"{block.label}: true condition over estimate, − 1", "‖W‖·‖W⁻¹‖", solve.condition,
+                      abs(true / estimate - 1), ESTIMATE)  # fmt: skip
+
+
+def to_orthogonal(setting: Setting) -> Iterator[Check]:
+    """Check the angle to BP now, and as drifted W goes back to its polar factor, where W⁻¹ is Wᵀ."""
+    if not setting.rule.inverts:
+        return
+    batch, function = setting.pass_over(), setting.rule.updates or setting.rule.targets
+    for block, (weight, _), (gradient, _) in zip(
+        setting.network.blocks, setting.propose(batch), exact(batch), strict=True
+    ):
+        yield checked(f"{block.label}: angle to BP now, degrees", "W⁻¹ in place of Wᵀ", function,
+                      angle_degrees(weight, gradient))  # fmt: skip
+    # The difference form is BP with W⁻¹ in place of Wᵀ; of other rules nothing is known there.
+    is_bp, options = setting.rule.updates is gait_prop.updates, setting.rule.compared(setting.options)
+    if is_bp:
+        options = replace(setting.options, form="difference", rescale_updates=True)
+    for share, network in zip(WAY, ways(setting, drifted(setting), WAY), strict=True):
+        batch = setting.pass_over(network)
+        pairs = list(zip(setting.propose(batch, options), exact(batch), strict=True))
+        error = worst(*(relative_distance(a[0], b[0]) for a, b in pairs))
+        angle = worst(*(angle_degrees(a[0], b[0]) for a, b in pairs))
+        yield checked(f"W drifted by {DRIFT:.0%}, {share:.0%} of the way to its polar factor: {angle:.3g}° to BP",
+                      "W⁻¹ = Wᵀ", function, error, ORTHOGONAL if share == 1 and is_bp else None)  # fmt: skip
+
+
+CHECKS = (round_trips, conditions, to_orthogonal)
