@@ -1,29 +1,54 @@
 """Feedback training in closed form, where the settings ask for it in place of noise.
 
 `Feedback.closed_form` does all iterations on a block at once. It is held against itself on the plain engine, whatever
-it computes; where it is L-DRL's, also against as many steps of the optimiser, one after the other, with the limit of
-Theorem 4.2 as the gradient.
+it computes; where the expectation is known (`EXPECTATIONS`), also against as many steps of the optimiser, one after the
+other, with the gradient by definition.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import Check, Floats, apart, checked, host, worst
 from arraytp.audit.feedback import STEP_ROUNDING, SUMS
+from arraytp.audit.jacobians import jacobians, sums
 from arraytp.audit.observed import in_closed_form
 from arraytp.audit.overlap import expected_gradient, overlap
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
 from arraytp.model.passes import Batch
-from arraytp.rules import ldrl
+from arraytp.rules import drl, ldrl
 from arraytp.rules.feedback import descent_of
 from arraytp.rules.protocol import Descent, State
 
 # Not a power of two, so that a power by squaring multiplies as well.
 ITERATIONS, BATCHES = 5, 2
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The mean of a block's feedback loss over small noise, by definition.
+
+    Parameters
+    ----------
+    source : str
+    gradient : ω → array
+    loss : ω → float
+    size, loss_size : float
+        Of the terms of the gradient and of the loss, which errors at 0 are relative to.
+    at_once : bool
+        Whether ω is to be where the gradient is 0, whatever the optimiser.
+    """
+
+    source: str
+    gradient: Callable[[Floats], Floats]
+    loss: Callable[[Floats], float]
+    size: float
+    loss_size: float = 0.0
+    at_once: bool = False
 
 
 def closed_form(setting: Setting) -> Iterator[Check]:
@@ -33,15 +58,17 @@ def closed_form(setting: Setting) -> Iterator[Check]:
     trained = setting.rule.feedback
     assert trained is not None
     assert trained.closed_form is not None
+    define = EXPECTATIONS.get(trained.closed_form)
+    expectations = {} if define is None else define(setting)
     for n, block in enumerate(setting.network.blocks[1:], start=1):
         fast, plain = setting.state(), setting.state()
         losses = [_run(setting, batch, state, n) for batch, state in ((setting.batch, fast), (setting.plain, plain))]
         pairs = zip(fast.named().values(), plain.named().values(), strict=True)
-        error = worst(*(apart(a, b) for a, b in pairs), *(apart(a, b) for a, b in zip(*losses, strict=True)))
+        error = worst(*(apart(a, b) for a, b in pairs), *(_loss_error(a, b) for a, b in zip(*losses, strict=True)))
         yield checked(f"{block.label}: closed form, fast engine against plain", "the same", trained.closed_form, error,
-                      SUMS)  # fmt: skip
-        if trained.closed_form is ldrl.closed_form:
-            yield from _by_steps(setting, n, fast, losses[0])
+                      STEP_ROUNDING)  # fmt: skip
+        if n in expectations:
+            yield from _by_definition(setting, n, expectations[n], fast, losses[0])
 
 
 def _run(setting: Setting, batch: Batch, state: State, n: int) -> list[Array]:
@@ -55,6 +82,12 @@ def _run(setting: Setting, batch: Batch, state: State, n: int) -> list[Array]:
     return losses
 
 
+def _loss_error(actual: Array, expected: Array) -> float:
+    """Return the difference of two losses, relative to them or to 1: at the optimum a loss may be 0 but for rounding."""
+    a, b = float(actual), float(expected)
+    return abs(a - b) / max(abs(b), 1.0)
+
+
 def _descent(setting: Setting, n: int, number: int) -> Descent:
     trained = setting.rule.feedback
     assert trained is not None
@@ -62,25 +95,75 @@ def _descent(setting: Setting, n: int, number: int) -> Descent:
     return replace(descent, iterations=ITERATIONS, step=number * ITERATIONS)
 
 
-def _by_steps(setting: Setting, n: int, state: State, losses: list[Array]) -> Iterator[Check]:
-    """Check L-DRL's closed form against the steps that it stands for."""
-    descent, (N, M, _) = _descent(setting, n, 0), overlap(setting, n)
-    theta, count, variance = host(setting.network.weights[n]), len(setting.batch), descent.sigma**2
-    before = host(setting.experiment.rule_state.weights[n])
-    omega, values = before, []
-    moments: list[Floats] = []
-    for t in range(1, BATCHES * ITERATIONS + 1):
-        gradient = variance * expected_gradient(omega, theta, N, M, count)
-        omega = reference.optimiser_step(descent.optimizer, descent.lr, n - 1, t, omega, gradient, moments)
-        if t % ITERATIONS == 0:
-            values.append(variance / count * float((omega * (omega * M - 2 * theta * N)).sum()))
-    label, after = setting.network.blocks[n].label, host(state.weights[n])
-    yield checked(f"{label}: {ITERATIONS} iterations at once, twice", "steps with σ² times Theorem 4.2's limit",
-                  ldrl.closed_form, apart(after - before, omega - before), STEP_ROUNDING)  # fmt: skip
-    error = worst(*(apart(a, b) for a, b in zip(state.moments[n, "weight"], moments, strict=False)))
-    yield checked(f"{label}: the optimiser's moments after them", "the same", ldrl.closed_form, error, STEP_ROUNDING)
-    error = worst(*(apart(loss, np.asarray(value)) for loss, value in zip(losses, values, strict=True)))
-    yield checked(f"{label}: expected loss", "(σ²/B)(‖∂G‖² − 2⟨∂Fᵀ, ∂G⟩)", ldrl.expected_loss, error, SUMS)
+def _by_definition(
+    setting: Setting, n: int, expected: Expectation, state: State, losses: list[Array]
+) -> Iterator[Check]:
+    """Check a closed form against the steps, or the optimum, that it stands for."""
+    trained, label, descent = setting.rule.feedback, setting.network.blocks[n].label, _descent(setting, n, 0)
+    assert trained is not None
+    before, after = host(setting.experiment.rule_state.weights[n]), host(state.weights[n])
+    if expected.at_once:
+        error = float(np.abs(expected.gradient(after)).max()) / expected.size
+        yield checked(f"{label}: expected gradient at the optimum", expected.source, trained.closed_form, error, SUMS)
+        values = [expected.loss(after)] * BATCHES
+    else:
+        omega, values = before, []
+        moments: list[Floats] = []
+        for t in range(1, BATCHES * ITERATIONS + 1):
+            g = expected.gradient(omega)
+            omega = reference.optimiser_step(descent.optimizer, descent.lr, n - 1, t, omega, g, moments)
+            if t % ITERATIONS == 0:
+                values.append(expected.loss(omega))
+        yield checked(f"{label}: {ITERATIONS} iterations at once, twice", expected.source, trained.closed_form,
+                      apart(after - before, omega - before), STEP_ROUNDING)  # fmt: skip
+        error = worst(*(apart(a, b) for a, b in zip(state.moments[n, "weight"], moments, strict=False)))
+        yield checked(f"{label}: the optimiser's moments after them", expected.source, trained.closed_form, error,
+                      STEP_ROUNDING)  # fmt: skip
+    error = worst(*(abs(float(loss) - value) for loss, value in zip(losses, values, strict=True)))
+    error /= max(expected.loss_size, *map(abs, values))
+    yield checked(f"{label}: expected feedback loss", expected.source, trained.closed_form, error, SUMS)
 
+
+def _ldrl(setting: Setting) -> dict[int, Expectation]:
+    """(σ²/B)(‖∂G‖² − 2⟨∂Fᵀ, ∂G⟩) = (σ²/B) Σ ω (ωM − 2θN), see `arraytp.audit.overlap`."""
+    return {n: _ldrl_block(setting, n) for n in range(1, len(setting.network))}
+
+
+def _ldrl_block(setting: Setting, n: int) -> Expectation:
+    (N, M, _), theta = overlap(setting, n), host(setting.network.weights[n])
+    count, variance = len(setting.batch), _descent(setting, n, 0).sigma ** 2
+    return Expectation(
+        "σ² times Theorem 4.2's limit",
+        lambda omega: variance * expected_gradient(omega, theta, N, M, count),
+        lambda omega: variance / count * float((omega * (omega * M - 2 * theta * N)).sum()),
+        2 * variance / count * float(np.abs(theta * N).max()),
+    )
+
+
+def _drl(setting: Setting) -> dict[int, Expectation]:
+    """Mean over batch and units of ‖J Q − I‖², J of shape (size, classes)."""
+    at_once = setting.options.expected == "optimum"
+    return {n: _drl_block(jacobian, at_once) for n, jacobian in jacobians(setting).items()}
+
+
+def _drl_block(jacobian: Floats, at_once: bool) -> Expectation:
+    A, J = sums(jacobian)
+    scale = 2 / (jacobian.shape[0] * jacobian.shape[1])
+
+    def gradient(q: Floats) -> Floats:
+        result: Floats = scale * (A @ q - J)
+        return result
+
+    def loss(q: Floats) -> float:
+        return float(scale / 2 * (q * (A @ q - 2 * J)).sum() + 1)
+
+    return Expectation("mean of ‖J Q − I‖²", gradient, loss, scale * float(np.abs(J).max()), 1.0, at_once)
+
+
+EXPECTATIONS: Mapping[Any, Callable[[Setting], dict[int, Expectation]]] = {
+    ldrl.closed_form: _ldrl,
+    drl.closed_form: _drl,
+}
+"""By `Feedback.closed_form`: the expectations of the blocks with feedback."""
 
 CHECKS = (closed_form,)

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from arraytp.audit import reference
 from arraytp.audit.check import KINKED, ROUNDING, Check, Floats, apart, checked, host, worst
 from arraytp.audit.definitions import LOCAL_LOSSES, TARGETS
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.feedback import SUMS
 from arraytp.audit.gradients import exact
+from arraytp.audit.jacobians import jacobians, sums
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
 from arraytp.model.blocks import Network
@@ -18,7 +18,6 @@ from arraytp.model.passes import Batch
 from arraytp.rules import drl
 from arraytp.training.compare import angle_degrees
 
-MOST_CLASSES = 20
 # Updates that point downhill are less than this from BP's, in degrees.
 DOWNHILL = 90.0
 
@@ -116,31 +115,15 @@ def direct_matching(setting: Setting) -> Iterator[Check]:
     For small noise the loss is ‖J Q − I‖², J of shape (size, classes), least for Q = (Σ JᵀJ)⁻¹ Σ Jᵀ.
     """
     trained = setting.rule.feedback
-    if trained is None or trained.begin is not drl.begin or setting.batch.logits.shape[1] > MOST_CLASSES:
+    if trained is None or trained.begin is not drl.begin:
         return
-    for n, jacobian in _jacobians(setting).items():
+    for n, jacobian in jacobians(setting).items():
         q = host(setting.experiment.rule_state.weights[n])
-        optimum = np.linalg.lstsq(
-            np.einsum("bsc,bsd->cd", jacobian, jacobian), np.einsum("bsc->cs", jacobian), rcond=None
-        )[0]
+        optimum = np.linalg.lstsq(*sums(jacobian), rcond=None)[0]
         for when, weight in (("now", q), ("at the loss's optimum", optimum)):
             residual = np.sqrt(sum(np.sum((weight - one.T) ** 2) for one in jacobian) / np.sum(jacobian**2))
             yield checked(f"{setting.network.blocks[n].label}: ‖Q − Jᵀ‖/‖J‖ of its input {when}", "JMC", drl.init_state,
                           residual)  # fmt: skip
-
-
-def _jacobians(setting: Setting) -> dict[int, Floats]:
-    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), for n = 1 … N−1."""
-    network, (count, classes) = setting.on_host(), setting.batch.logits.shape
-    zs, s, indices = reference.forward(network, host(setting.images))
-    jacobians = {n: np.empty((count, s[n][0].size, classes)) for n in range(1, len(network))}
-    for c in range(classes):
-        ds = np.zeros((count, classes))
-        ds[:, c] = 1
-        for n in reversed(jacobians):
-            _, _, ds = reference.block_backward(network.blocks[n], ds, zs[n], indices[n], s[n], network.weights[n])
-            jacobians[n][:, :, c] = ds.reshape(count, -1)
-    return jacobians
 
 
 CHECKS = (targets, local_updates, descent, direct_matching)

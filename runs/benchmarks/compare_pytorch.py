@@ -27,37 +27,13 @@ LR, MOMENTUM = 1e-3, 0.9
 
 
 def arraytp_step(name: str, optimizer: str, threads: int) -> Any:
-    import numpy as np
+    from ownstep import make_step
 
     from arraytp import options
-    from arraytp.fast.parallel import Workspace
-    from arraytp.fast.passes import forward
-    from arraytp.model.architectures import plan_network
-    from arraytp.model.network import make_network
-    from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
-    from arraytp.optim import apply_updates, init_optimizer
-    from arraytp.rules import bp
-    from arraytp.training.experiment import parameters
 
     shape, batch = CASES[name]
-    network = make_network(plan_network(options.NetworkOptions(name=name), shape, CLASSES), "kaiming-uniform", 0)
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((batch, *shape), dtype=np.float32)
-    y = generator.integers(0, CLASSES, batch)
     settings = options.SGD(lr=LR, momentum=MOMENTUM) if optimizer == "sgd" else options.Adam(lr=LR)
-    state = init_optimizer(settings, parameters(network))
-    workspace = Workspace(threads=threads)
-
-    def step() -> float:
-        passed = forward(network, x, workspace)
-        loss, cache = cross_entropy_forward(passed.logits, y, "mean")
-        dlogits = cross_entropy_backward(cache, "mean")
-        updates = bp.updates(bp.Options(), {}, network, passed, dlogits, workspace)
-        gradients = [array for pair in updates for array in pair]
-        apply_updates(settings, LR, state, parameters(network), gradients, workspace)
-        return float(loss)
-
-    return step
+    return make_step(options.NetworkOptions(name=name), settings, shape=shape, batch=batch, threads=threads)
 
 
 def torch_step(name: str, optimizer: str, threads: int, channels_last: bool) -> Any:

@@ -3,7 +3,7 @@
 The PyTorch side follows the published code: `randn_like`, module forward passes, autograd, one optimiser step per
 iteration, the angle between ω and θ after each. Each side lives in a process of its own and they take turns.
 
-    python runs/benchmarks/feedback_pytorch.py [--rule ldrl] [--network lenet] [--rounds 3] [--threads 2] [--json FILE]
+    python runs/benchmarks/feedback_pytorch.py [--rule ldrl] [--network lenet] [--batch N] [--sides …] [--rounds 3]
 """
 
 import argparse
@@ -24,52 +24,49 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("drl", "lenet"): {"batch": 190, "iterations": (24, 35, 36), "sigma": (0.01, 0.01, 0.01), "lr": 1e-4},
 }
 BETA, FORWARD_LR, MOMENTUM = 0.4655, 0.01, 0.9
+# By noise, in closed form, our backpropagation; PyTorch's rule by noise and its backpropagation.
+SIDES = ("noise", "closed form", "bp", "torch", "torch bp")
 
 
-def arraytp_step(rule: str, network: str, batch: int, threads: int) -> Any:
-    import numpy as np
+def arraytp_step(side: str, rule: str, network: str, batch: int, threads: int) -> Any:
+    from ownstep import make_step
 
     from arraytp import options
-    from arraytp.fast.parallel import Workspace
-    from arraytp.fast.passes import forward
-    from arraytp.model.architectures import plan_network
-    from arraytp.model.network import make_network
-    from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
-    from arraytp.optim import apply_updates, init_optimizer
     from arraytp.rules import RULES
-    from arraytp.training.compare import angle_degrees
-    from arraytp.training.experiment import parameters
 
     setting = SETTINGS[rule, network]
-    activation = "tanh" if rule == "drl" else None
-    blocks = plan_network(options.NetworkOptions(name=network, activation=activation), (32, 32, 3), 10)
-    net = make_network(blocks, "kaiming-uniform", 0)
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((batch, 32, 32, 3)).astype("float32")
-    y = generator.integers(0, 10, batch)
-    module = RULES[rule]
+    sgd = options.SGD(lr=FORWARD_LR, momentum=MOMENTUM)
+    net = options.NetworkOptions(name=network, activation="tanh" if rule == "drl" else None)
+    if side == "bp":
+        return make_step(net, sgd, batch=batch, threads=threads)
     optimizer = options.Adam(lr=setting["lr"]) if rule == "drl" else options.SGD(lr=setting["lr"], momentum=MOMENTUM)
     training = options.FeedbackTraining(iterations=setting["iterations"], sigma=setting["sigma"], optimizer=optimizer)
-    settings = module.Options(feedback=training) if rule == "drl" else module.Options(beta=BETA, feedback=training)
-    workspace = Workspace(threads=threads)
-    state = module.init_state(settings, net, 0, workspace.backend)
-    sgd = options.SGD(lr=FORWARD_LR, momentum=MOMENTUM)
-    moments = init_optimizer(sgd, parameters(net))
-    count = 0
+    special = {} if rule == "drl" else {"beta": BETA}
+    if side == "closed form":
+        special["expected"] = True
+    return make_step(net, sgd, rule, RULES[rule].options(feedback=training, **special), batch=batch, threads=threads)
+
+
+def torch_bp_step(network: str, rule: str, batch: int, threads: int) -> Any:
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    blocks = (_torch_lenet if network == "lenet" else _torch_vgg)(nn, nn.Tanh if rule == "drl" else nn.ELU)
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    sgd = torch.optim.SGD([p for b in blocks for p in b.affine.parameters()], lr=FORWARD_LR, momentum=MOMENTUM)
 
     def step() -> float:
-        nonlocal count
-        passed = forward(net, x, workspace)
-        loss, cache = cross_entropy_forward(passed.logits, y, "mean")
-        dlogits = cross_entropy_backward(cache, "mean")
-        module.train_feedback(settings, state, net, passed, 0, count, workspace)
-        count += 1
-        updates = module.updates(settings, state, net, passed, dlogits, workspace)
-        for _, omega, theta in module.feedback_pairs(state, net):
-            if theta is not None:
-                angle_degrees(omega, theta)
-        apply_updates(sgd, sgd.lr, moments, parameters(net), [a for pair in updates for a in pair], workspace)
-        return float(loss)
+        s = x
+        for block in blocks:
+            s, _ = block(s)
+        sgd.zero_grad()
+        loss = functional.cross_entropy(s, y)
+        loss.backward()
+        sgd.step()
+        return float(loss.detach())
 
     return step
 
@@ -237,8 +234,12 @@ def _torch_vgg(nn: Any, activation: Any) -> list[Any]:
 
 def _serve(connection: Connection, side: str, rule: str, network: str, batch: int, threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    make = arraytp_step if side == "arraytp" else torch_step
-    step = make(rule, network, batch, threads)
+    if side == "torch bp":
+        step = torch_bp_step(network, rule, batch, threads)
+    elif side == "torch":
+        step = torch_step(rule, network, batch, threads)
+    else:
+        step = arraytp_step(side, rule, network, batch, threads)
     step()
     connection.send(None)
     while connection.recv():
@@ -249,25 +250,28 @@ def _serve(connection: Connection, side: str, rule: str, network: str, batch: in
 
 
 def main() -> None:
-    """Print both sides' seconds per step, their ratio and peak memories."""
+    """Print seconds per step and peak memory of every side, and the ratios of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rule", choices=sorted({rule for rule, _ in SETTINGS}), default="ldrl")
     parser.add_argument("--network", choices=sorted({network for _, network in SETTINGS}), default="lenet")
+    parser.add_argument("--batch", type=int, help="Default: the paper's.")
+    parser.add_argument("--sides", default=",".join(SIDES), help="Comma-separated, of: " + ", ".join(SIDES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     if (arguments.rule, arguments.network) not in SETTINGS:
         parser.error(f"no settings for {arguments.rule} on {arguments.network}")
-    batch = SETTINGS[arguments.rule, arguments.network]["batch"]
+    batch = arguments.batch or SETTINGS[arguments.rule, arguments.network]["batch"]
+    sides = [side for side in arguments.sides.split(",") if not (side == "closed form" and arguments.rule == "dtp")]
     context = multiprocessing.get_context("spawn")
     connections = {}
-    for side in ("arraytp", "torch"):
-        here, there = context.Pipe()
-        settings = (there, side, arguments.rule, arguments.network, batch, arguments.threads)
+    for side in sides:
+        own, other = context.Pipe()
+        settings = (other, side, arguments.rule, arguments.network, batch, arguments.threads)
         context.Process(target=_serve, args=settings, daemon=True).start()
-        here.recv()
-        connections[side] = here
+        own.recv()
+        connections[side] = own
     seconds: dict[str, list[float]] = {side: [] for side in connections}
     memory: dict[str, float] = {}
     for _ in range(arguments.rounds):
@@ -278,15 +282,15 @@ def main() -> None:
     for connection in connections.values():
         connection.send(False)
     medians = {side: statistics.median(values) for side, values in seconds.items()}
-    ratio = medians["arraytp"] / medians["torch"]
-    print(f"{arguments.rule} {arguments.network}, batch {batch}, {arguments.threads} threads")
+    print(
+        f"{arguments.rule} {arguments.network}, batch {batch}, {arguments.threads} threads, {arguments.rounds} rounds"
+    )
     for side, median in medians.items():
-        print(f"  {side:8s} {median:7.3f} s a step  (all: {', '.join(f'{s:.2f}' for s in seconds[side])})"
-              f"  peak memory {memory[side]:.0f} MiB")  # fmt: skip
-    print(f"  ratio    {ratio:7.2f}")
+        ratios = ", ".join(f"{median / other:.3g} of {name}" for name, other in medians.items() if name != side)
+        print(f"  {side:12s} {median:8.3f} s per step, peak memory {memory[side]:.0f} MiB; {ratios}")
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"rule": arguments.rule, "network": arguments.network, "seconds": medians, "ratio": ratio,
+            json.dump({"rule": arguments.rule, "network": arguments.network, "batch": batch, "seconds": medians,
                        "memory_mib": memory}, file, indent=2)  # fmt: skip
 
 

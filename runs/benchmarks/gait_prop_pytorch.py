@@ -31,39 +31,17 @@ LR, ETA, SLOPE, STRENGTH = 1.9e-5, 1e-7, 0.1, 100.0
 
 
 def arraytp_step(side: str, batch: int, threads: int) -> Any:
-    import numpy as np
+    from ownstep import make_step
 
     from arraytp import options
-    from arraytp.fast.parallel import Workspace
-    from arraytp.fast.passes import forward
-    from arraytp.model.architectures import plan_network
-    from arraytp.model.network import make_network
-    from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
-    from arraytp.optim import apply_updates, init_optimizer
-    from arraytp.rules import RULES
-    from arraytp.training.experiment import parameters
+    from arraytp.rules import gait_prop
 
     name, form, dtype, strength = SIDES[side]
-    blocks = plan_network(options.NetworkOptions(name="fc-deep", square=True), (32, 32, 3), CLASSES)
-    network = make_network(blocks, "orthogonal", 0, dtype)
-    generator = np.random.default_rng(0)
-    x, y = generator.random((batch, 32, 32, 3)).astype(dtype), generator.integers(0, CLASSES, batch)
     adam = options.Adam(lr=LR, epsilon=1e-6, epsilon_form="keras", orthogonality=strength)
-    state, workspace = init_optimizer(adam, parameters(network)), Workspace(threads=threads)
-    rule = RULES[name]
-    settings = rule.Options(form=form) if form else rule.Options()
-
-    def step() -> float:
-        passed = forward(network, x, workspace)
-        loss, cache = cross_entropy_forward(passed.logits, y, "sum")
-        shared = {"excess": rule.excess(network, workspace)} if form else {}
-        dlogits = cross_entropy_backward(cache, "sum")
-        updates = rule.updates(settings, {}, network, passed, dlogits, workspace, **shared)
-        gradients = [array for pair in updates for array in pair]
-        apply_updates(adam, LR, state, parameters(network), gradients, workspace, **shared)
-        return float(loss)
-
-    return step
+    network = options.NetworkOptions(name="fc-deep", square=True)
+    rule_options = gait_prop.Options(form=form) if form else None
+    return make_step(network, adam, name, rule_options, batch=batch, init="orthogonal", dtype=dtype, reduction="sum",
+                     threads=threads)  # fmt: skip
 
 
 def torch_step(batch: int, threads: int) -> Any:
