@@ -88,6 +88,6 @@ def _transposed(at: At, omega: Array, inputs: Callable[[slice, Array, Buffers], 
         inputs(part, a, scratch)
         products.transposed(products.stack(a, scratch), matrix, len(a), scratch, out=out[part])
 
-    length = cuts.iteration_slice(products, batch, like.itemsize, workspace.backend.on_host)
+    _, length = cuts.pass_slices(products, batch, like.itemsize, workspace.backend.on_host)
     workspace.run([partial(samples, part) for part in slices(batch, length)])
     return out.reshape(like.shape)

@@ -95,8 +95,8 @@ def _places(block: Block, window: Window, index: Array, own: Scratch) -> Array:
 
 def _kept(places: Array, pixels: int, own: Scratch) -> Array:
     """Tell which outputs' values unpooling keeps: the last of those that name one pixel."""
-    numbers = np.arange(places.size).reshape(places.shape)
-    owner = own.array("owner", (pixels,), np.intp)
+    numbers = np.arange(places.size, dtype=np.int32).reshape(places.shape)
+    owner = own.array("owner", (pixels,), np.int32)
     owner[places.reshape(-1)] = numbers.reshape(-1)
     return owner[places] == numbers
 

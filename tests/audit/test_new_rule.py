@@ -3,7 +3,7 @@
 The rule has difference targets of its own, and learns ω and G's bias by reconstructing s^n from the clean s^{n+1}.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -42,7 +42,7 @@ class Options:
     name: Literal["reconstruction"] = "reconstruction"
     beta: float = 0.1
     unpool: str = "overwrite"
-    feedback: FeedbackTraining = FeedbackTraining(iterations=(3, 1, 2), sigma=0.1)
+    feedback: FeedbackTraining = field(default_factory=lambda: FeedbackTraining(iterations=(3, 1, 2), sigma=0.1))
 
 
 def init_state(options, network, seed, backend):

@@ -8,7 +8,7 @@ from samples import NAMED, batch, fitting_blocks, named_blocks, random_network
 from training import trainer
 
 from arraytp.backend import NUMPY
-from arraytp.fast import cuts
+from arraytp.fast import cuts, engine, inverse, overlaps
 from arraytp.model.architectures import square
 from arraytp.model.initialise import make_network
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
@@ -30,6 +30,8 @@ CASES = {
     "ldrl expected": ("ldrl", TRAINED | {"expected": True}),
     "ldrl-parallel": ("ldrl-parallel", TRAINED | {"samples": 2}),
     "drl": ("drl", TRAINED),
+    "drl expected": ("drl", TRAINED | {"expected": True}),
+    "drl optimum": ("drl", TRAINED | {"expected": "optimum"}),
 }
 FEEDBACK_INIT = {"feedback_init": "kaiming-uniform"}
 POOLED = [
@@ -65,7 +67,7 @@ def test_the_second_step_makes_no_new_buffer_of_a_named_network(name):
     """On one thread: with more, a helper makes its own scratch when it first takes a task of a kind."""
     blocks = named_blocks(name)
     x, labels = batch(blocks, 5, 0, "float32")
-    runner = trainer(random_network(blocks, 0, "float32"), "dtp", Adam(lr=1e-3), **FEEDBACK_INIT, **TRAINED)
+    runner = trainer(random_network(blocks, 0, "float32"), "fa", Adam(lr=1e-3), **FEEDBACK_INIT)
     check_buffers(runner, x, labels)
 
 
@@ -98,6 +100,9 @@ def test_no_array_of_a_batch_is_allocated_in_the_steady_state(case, monkeypatch)
     """Slices of one sample each, so that what is allocated per slice is told apart from what is per batch."""
     for name in ("GROUP_BYTES", "PATCH_BYTES", "SPLIT_BYTES", "GEMM_ROWS", "ITERATION_BYTES"):
         monkeypatch.setattr(cuts, name, 1)
+    monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
+    for module in (engine, inverse):
+        monkeypatch.setattr(module, "SLICES", 128)
     # One thread: how far the temporaries of two happen to overlap would differ from run to run.
     runner = case_of(case, (28, 28, 2))
     x, labels = batch(runner.network.blocks, 128, 0, "float32")
