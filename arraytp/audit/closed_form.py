@@ -83,7 +83,7 @@ def _run(setting: Setting, batch: Batch, state: State, n: int) -> list[Array]:
 
 
 def _loss_error(actual: Array, expected: Array) -> float:
-    """Return the difference of two losses, relative to them or to 1: at the optimum a loss may be 0 but for rounding."""
+    """Return the difference of two losses, relative to them or to 1: at its optimum a loss may be 0."""
     a, b = float(actual), float(expected)
     return abs(a - b) / max(abs(b), 1.0)
 
