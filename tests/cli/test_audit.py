@@ -29,6 +29,9 @@ RULES = {
     "ldrl symmetric": ("--set", "rule={name: ldrl, feedback_init: symmetric}"),
     "ldrl-parallel": ("--set", "rule={name: ldrl-parallel}"),
     "drl": ("--set", "rule={name: drl}", "--set", "schedule={name: cosine}"),
+    "ldrl expected": ("--set", "rule={name: ldrl, expected: true}"),
+    "drl expected": ("--set", "rule={name: drl, expected: true}"),
+    "drl optimum": ("--set", "rule={name: drl, expected: optimum}"),
 }
 
 
@@ -162,12 +165,13 @@ def test_a_damaged_shard_is_a_check_that_failed(arraytp, place):
     assert all("toy/train-00001.h5" in line and "rows" in line for line in failed)
 
 
-@pytest.mark.parametrize("rule", ["fa", "ldrl", "drl"])
+@pytest.mark.parametrize("rule", ["fa", "ldrl", "drl", "dtp", "gait-prop", "ldrl expected", "drl expected"])
 def test_a_device_is_held_against_the_host(device, place, rule):
     words = [word for word in RULES[rule] if word != "--set"]
     checks = list(audit(plan(load_one("toy.yml", words), device.backend)))
     assert [check for _, check in checks if check.verdict == "fail"] == []
-    assert sum(family == "device" for family, _ in checks) >= 6
+    # Activations and updates of every block.
+    assert sum(family == "device" for family, _ in checks) == (4 if rule == "gait-prop" else 6)
 
 
 def test_streamed_data_is_audited_too(arraytp):

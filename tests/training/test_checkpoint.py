@@ -6,9 +6,10 @@ import pytest
 
 from arraytp.config import parse_config
 from arraytp.errors import UserError
+from arraytp import files
 from arraytp.training import experiment
-from arraytp.training import tables as metrics
-from arraytp.training.checkpoint import all_finite, read_checkpoint, write_checkpoint
+from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
+from arraytp.training.finite import finite_blocks
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def build():
 
 def arrays(made):
     moments = [moment for moments in made.optimizer_state.moments for moment in moments]
-    return [*made.network.weights, *made.network.biases, *made.rule_state.values(), *moments]
+    return [*made.network.weights, *made.network.biases, *made.rule_state.named().values(), *moments]
 
 
 def fill(made, first):
@@ -71,7 +72,7 @@ def test_the_file_is_as_documented(build, tmp_path):
         assert set(file) == {"network", "rule", "optimizer", "run"}
         np.testing.assert_array_equal(file["network/1/weight"], made.network.weights[1])
         np.testing.assert_array_equal(file["network/0/bias"], made.network.biases[0])
-        np.testing.assert_array_equal(file["rule/feedback/1/weight"], made.rule_state["feedback/1/weight"])
+        np.testing.assert_array_equal(file["rule/feedback/1/weight"], made.rule_state.weights[1])
         assert set(file["optimizer"]) == {"0", "1", "2", "3"}
         assert file["optimizer/0/1"].shape == (784, 4)
 
@@ -150,7 +151,7 @@ def test_a_write_that_fails_leaves_the_former_file_and_nothing_else(build, tmp_p
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*{"fsync": (metrics.os, "fsync"), "replace": (metrics.Path, "replace")}[step], full)
+    monkeypatch.setattr(*{"fsync": (files.os, "fsync"), "replace": (files.Path, "replace")}[step], full)
     with pytest.raises(OSError, match="No space left on device"):
         write_checkpoint(path, made, {"first": False})
     assert path.read_bytes() == before
@@ -169,8 +170,8 @@ def test_writing_a_checkpoint_leaves_the_state_alone(build, tmp_path):
 
 def test_blocks_that_are_not_finite_are_told_apart(build):
     made = build()
-    assert all_finite(made.network) == [True, True]
+    assert finite_blocks(made.network) == [True, True]
     made.network.biases[1][3] = np.inf
-    assert all_finite(made.network) == [True, False]
+    assert finite_blocks(made.network) == [True, False]
     made.network.weights[0][0, 0] = np.nan
-    assert all_finite(made.network) == [False, False]
+    assert finite_blocks(made.network) == [False, False]

@@ -37,7 +37,7 @@ def rows(path):
 
 def everything(run):
     made = run.experiment
-    arrays = [*made.network.weights, *made.network.biases, *made.rule_state.values()]
+    arrays = [*made.network.weights, *made.network.biases, *made.rule_state.named().values()]
     arrays += [moment for moments in made.optimizer_state.moments for moment in moments]
     # All but the seconds.
     metrics = [row[:1] + row[2:] for row in rows(run.folder / "metrics.csv")]
@@ -53,16 +53,17 @@ def by_hand(config):
         for _ in range(between if epoch else first):
             with closing(made.train_loader.batches(passes)) as batches:
                 for images, labels in batches:
-                    made.run_forward(images, labels)
-                    made.train_feedback()
+                    made.train_feedback(made.forward(images, labels))
             passes += 1
         with closing(made.train_loader.batches(passes)) as batches:
             for images, labels in batches:
-                made.propose(images, labels)
+                one = made.forward(images, labels)
+                losses = made.train_feedback(one)
+                updates = made.updates(one)
                 if step % config.compare.every == 0:
                     found += [[step, epoch + 1, pair.block, pair.loss, pair.angle_deg, pair.distance]
-                              for pair in made.compare_feedback()]  # fmt: skip
-                made.apply(epoch)
+                              for pair in made.compare_feedback(losses)]  # fmt: skip
+                made.apply(one, updates, epoch)
                 step += 1
         passes += 1
     return made, found
@@ -76,8 +77,8 @@ def test_s_ddtps_passes_come_in_order(make_config, start, stop_after):
     run.train(stop_after())
     for own, looped in zip(made.network.weights, run.experiment.network.weights, strict=True):
         np.testing.assert_array_equal(own, looped)
-    for name, array in made.rule_state.items():
-        np.testing.assert_array_equal(run.experiment.rule_state[name], array)
+    for name, array in made.rule_state.named().items():
+        np.testing.assert_array_equal(run.experiment.rule_state.named()[name], array)
     found = [[float(cell) for cell in row] for row in rows(run.folder / "feedback.csv")]
     np.testing.assert_array_equal(found, expected)
     assert run.experiment.feedback_step == 5 * PER_EPOCH
@@ -94,8 +95,8 @@ def test_forward_weights_stay_in_epochs_of_feedback_alone(make_config, start, st
     assert run.experiment.feedback_step == 2 * PER_EPOCH
     for trained, initial in zip(run.experiment.network.weights, fresh.network.weights, strict=True):
         np.testing.assert_array_equal(trained, initial)
-    for name, initial in fresh.rule_state.items():
-        assert not np.array_equal(run.experiment.rule_state[name], initial)
+    for name, initial in fresh.rule_state.named().items():
+        assert not np.array_equal(run.experiment.rule_state.named()[name], initial)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -138,7 +139,7 @@ def test_a_prolonged_run_is_that_of_the_longer_config(make_config, start, stop_a
 def test_the_tables_have_a_row_per_block(make_config, start, stop_after, rule):
     run = start(make_config(rule=RULES[rule]))
     run.train(stop_after())
-    blocks = ["0", "1"] if run.experiment.config.rule.name == "drl" else ["1", "2"]
+    blocks = ["1", "2"]
     found = rows(run.folder / "feedback.csv")
     # Compared every 3 of 6 steps.
     assert [row[:3] for row in found] == [[step, epoch, n] for step, epoch in (("0", "1"), ("3", "2")) for n in blocks]
@@ -163,10 +164,12 @@ def test_angles_are_measured_at_the_logging_beta(make_config):
     for beta in (0.5, 0.1):
         made = experiment.build(make_config(rule={**RULES["ldrl"], "beta": beta, "compare_beta": 0.005}))
         with closing(made.train_loader.batches(0)) as batches:
-            made.propose(*next(batches))
-        kept = [array.copy() for pair in made.updates for array in pair]
-        found.append(made.compare())
-        for array, before in zip((a for pair in made.updates for a in pair), kept, strict=True):
+            step = made.forward(*next(batches))
+        made.train_feedback(step)
+        updates = made.updates(step)
+        kept = [array.copy() for pair in updates for array in pair]
+        found.append(made.compare(step, updates))
+        for array, before in zip((a for pair in updates for a in pair), kept, strict=True):
             np.testing.assert_array_equal(array, before)
     # Measured angles to BP do not know of β: its scale cancels, and the targets are those of 0.005.
     assert [entry.angle_deg for entry in found[0]] == [entry.angle_deg for entry in found[1]]

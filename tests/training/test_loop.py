@@ -20,12 +20,14 @@ def by_hand(config):
         totals, images_seen = np.zeros(3), 0
         with closing(made.train_loader.batches(epoch)) as batches:
             for images, labels in batches:
-                score = made.propose(images, labels)
+                one = made.forward(images, labels)
+                made.train_feedback(one)
+                updates = made.updates(one)
                 if step % config.compare.every == 0:
-                    angles += [(step, epoch + 1, found) for found in made.compare()]
-                made.apply(epoch)
-                totals += score.totals
-                images_seen += score.images
+                    angles += [(step, epoch + 1, comparison) for comparison in made.compare(one, updates)]
+                made.apply(one, updates, epoch)
+                totals += one.score.totals
+                images_seen += one.score.images
                 step += 1
         metrics.append([*means(totals, images_seen), *scored(made)])
     return made, metrics, angles

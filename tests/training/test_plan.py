@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from arraytp.config import load_one, parse_config
+from arraytp.data.dataset import Dataset
 from arraytp.errors import UserError
 from arraytp.training.plan import plan
 
-QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.yml"
+QUICKSTART = Path(__file__).parents[2] / "runs" / "quickstart.yml"
 SMALL_NETWORK = {"blocks": [{"type": "dense", "units": 12, "activation": "tanh"}, {"type": "dense", "units": 10}]}
 
 
@@ -29,7 +30,14 @@ def test_a_small_epsilon_is_fine_while_it_is_not_zero(dtype, epsilon):
     assert plan(config).config.optimizer.epsilon == epsilon
 
 
-def test_a_plan_tells_what_will_be_built_without_reading_images():
+def test_a_plan_tells_what_will_be_built_without_reading_images(monkeypatch):
+    """The files of the images may be gigabytes, or on a disk that sleeps."""
+
+    def read(*arguments, **keywords):
+        raise AssertionError("an image was read")
+
+    for method in ("read", "read_into", "load", "_open"):
+        monkeypatch.setattr(Dataset, method, read)
     planned = plan(load_one(QUICKSTART, variant="dfa"))
     assert [block.label for block in planned.blocks] == ["conv1", "conv2", "dense1", "dense2"]
     assert planned.test_split == "test"

@@ -33,7 +33,7 @@ def everything(run):
     experiment = run.experiment
     network = [*experiment.network.weights, *experiment.network.biases]
     moments = [moment for moments in experiment.optimizer_state.moments for moment in moments]
-    arrays = [*network, *moments, *experiment.rule_state.values()]
+    arrays = [*network, *moments, *experiment.rule_state.named().values()]
     return (
         [array.tobytes() for array in arrays],
         experiment.optimizer_state.step,
