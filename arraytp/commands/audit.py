@@ -25,7 +25,7 @@ Line = tuple[str, Check]
 
 @click.command(short_help="Check the math of a config: gradients, adjoints, theorems, bits.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the table here, too.")
+@click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the table to this file as well.")
 @click.option("--variant", metavar="NAME", help="Audit this variant only, for a config that has some.")
 @overriding_but_dtype
 def command(
@@ -39,7 +39,7 @@ def command(
     if json_path is not None:
         check_replaceable(json_path, "checks")
     plans = _plans(config, settings(overrides, backend), variant)
-    found = {}
+    records = {}
     with ended_by_signals():
         for name, planned in plans.items():
             started = time.monotonic()
@@ -48,11 +48,11 @@ def command(
             except MemoryError as error:
                 raise UserError(f"{config}: not enough memory: {error}") from error
             seconds = time.monotonic() - started
-            found[name] = _record(planned, lines, seconds)
+            records[name] = _record(planned, lines, seconds)
             click.echo(_table(name, planned.config, lines, seconds))
         if json_path is not None:
-            write_figures(json_path, found)
-    return int(any(record["failed"] for record in found.values()))
+            write_figures(json_path, records)
+    return int(any(record["failed"] for record in records.values()))
 
 
 def _plans(path: Path, overrides: list[str], variant: str | None) -> dict[str, Plan]:
