@@ -10,7 +10,7 @@ from training import trainer
 from arraytp.backend import NUMPY
 from arraytp.fast.parallel import Workspace
 from arraytp.model.initialise import initial_bias, initial_weight
-from arraytp.ops.activations import activation_backward, activation_forward
+from arraytp.ops.activations import ACTIVATIONS as VALUES
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.ops.patches import make_window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward
@@ -50,7 +50,7 @@ def torch_logits(network, weights, biases, x):
         else:
             out = out.permute(0, 2, 3, 1).flatten(1) if out.ndim == 4 else out
             out = functional.linear(out, as_torch_weight(block, weight), bias)
-        out = ACTIVATION[block.activation](out)
+        out = ACTIVATION[block.activation.name](out)
         if block.pool is not None:
             out = functional.max_pool2d(out, block.pool.kernel, block.pool.stride, block.pool.top)
     return out
@@ -58,7 +58,7 @@ def torch_logits(network, weights, biases, x):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", NAMED)
-def test_bp_is_autograd(name, reduction):
+def test_bps_updates_match_autograd(name, reduction):
     blocks = named_blocks(name)
     network, (x, labels) = random_network(blocks), batch(blocks, 3)
     loss, updates = trainer(network, "bp", SGD(lr=1), NUMPY, 2).propose(x, labels, reduction)
@@ -73,7 +73,7 @@ def test_bp_is_autograd(name, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_loss_is_torchs(reduction):
+def test_the_loss_matches_torchs(reduction):
     logits, labels = 30 * rng(1).standard_normal((9, 7)), rng(2).integers(0, 7, 9)
     loss, cache = cross_entropy_forward(logits, labels, reduction)
     there = tensor(logits, grad=True)
@@ -84,14 +84,14 @@ def test_the_loss_is_torchs(reduction):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_torchs(name):
+def test_activations_match_torchs(name):
     z, ds = 3 * apart((6, 5), 1), rng(2).standard_normal((6, 5))
     there = tensor(z, grad=True)
     wanted = ACTIVATION[name](there)
     wanted.backward(tensor(ds))
-    s = activation_forward(z, name)
+    s = VALUES[name](z)
     np.testing.assert_allclose(s, wanted.detach().numpy(), rtol=1e-14)
-    np.testing.assert_allclose(activation_backward(ds, s, name), there.grad.numpy(), rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(VALUES[name].backward(ds, s), there.grad.numpy(), rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 1), (4, 2, 2)])
@@ -124,14 +124,14 @@ def trajectories(optimizer, make, steps=12):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_sgd_is_torchs(momentum, weight_decay):
+def test_sgd_matches_torchs(momentum, weight_decay):
     numbers = {"lr": 0.1, "momentum": momentum, "weight_decay": weight_decay}
     np.testing.assert_allclose(*trajectories(SGD(**numbers), lambda p: torch.optim.SGD(p, **numbers)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("epsilon", [1e-8, 1e-2])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adam_is_torchs(epsilon, weight_decay):
+def test_adam_matches_torchs(epsilon, weight_decay):
     mine = Adam(lr=0.1, beta1=0.8, beta2=0.99, epsilon=epsilon, weight_decay=weight_decay)
     found, wanted = trajectories(
         mine,

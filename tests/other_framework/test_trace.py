@@ -68,7 +68,13 @@ RULES = {
     "ldrl accumulated": ({"name": "ldrl", "unpool": "accumulate", "feedback": TRAINED | {"optimizer": ADAM}}, (CONV,)),
     "ldrl expected": ({"name": "ldrl", "expected": True, "feedback": TRAINED}, (CONV, DENSE)),
     "ldrl-parallel": ({"name": "ldrl-parallel", "samples": 2, "feedback": TRAINED}, (CONV, DENSE)),
+    "ldrl expected adam": (
+        {"name": "ldrl", "expected": True, "unpool": "accumulate", "feedback": TRAINED | {"optimizer": ADAM}}, (CONV,)
+    ),
+    "ldrl-parallel expected": ({"name": "ldrl-parallel", "expected": True, "feedback": TRAINED}, (DENSE,)),
     "drl": ({"name": "drl", "feedback": TRAINED | {"optimizer": ADAM}}, (CONV, DENSE)),
+    "drl expected": ({"name": "drl", "expected": True, "feedback": TRAINED | {"optimizer": ADAM}}, (CONV, DENSE)),
+    "drl optimum": ({"name": "drl", "expected": "optimum", "feedback": TRAINED}, (CONV, DENSE)),
 }  # fmt: skip
 CASES = [
     pytest.param(rule, layers, id=f"{name}-{len(layers)}") for name, (rule, nets) in RULES.items() for layers in nets
@@ -236,7 +242,7 @@ def difference_loss(trace, n, omega, noise):
     return (-2 * noise["epsilon"] * r_epsilon + r_eta**2).sum() / trace.batch
 
 
-def expected_loss(trace, n, omega, noise):
+def expected_loss(trace, n, omega):
     """σ²/B Σ (−2 ⟨∂Fᵀ, ∂G⟩ + ‖∂G‖²), the Jacobians of the whole batch, diagonal in the samples."""
     s, theta = trace.input(n), trace.weights("forward", n)
     _, s_next, index = forward(trace.blocks[n], s, *theta)
@@ -248,13 +254,29 @@ def expected_loss(trace, n, omega, noise):
     return sigma(trace, n - 1) ** 2 / trace.batch * (-2 * (df.T * dg).sum() + (dg**2).sum())
 
 
+def run_on(trace, n, s):
+    """Return the logits of the network run on from s^n."""
+    for m in range(n, len(trace.blocks)):
+        s = forward(trace.blocks[m], s, *trace.weights("forward", m))[1]
+    return s
+
+
 def direct_loss(trace, n, omega, noise):
-    s = trace.passed(n + 1)
-    logits = s + noise["epsilon"]
-    for m in range(n + 1, len(trace.blocks)):
-        logits = forward(trace.blocks[m], logits, *trace.weights("forward", m))[1]
+    logits = run_on(trace, n, trace.passed(n) + noise["epsilon"])
     residual = (logits - trace.passed(len(trace.blocks))) @ omega[0] - noise["epsilon"].flatten(1)
-    return (residual**2).mean() / sigma(trace, n) ** 2
+    return (residual**2).mean() / sigma(trace, n - 1) ** 2
+
+
+def jacobians(trace, n):
+    """Return ∂ logits / ∂ s^n of every sample, (B, C, D)."""
+    full = torch.autograd.functional.jacobian(lambda s: run_on(trace, n, s).sum(0), trace.passed(n))
+    return full.flatten(2).transpose(0, 1)
+
+
+def expected_direct_loss(trace, n, omega):
+    """The mean over batch and units of ‖J_bᵀ Q − I‖²: the loss's limit for small noise, averaged over it."""
+    residual = jacobians(trace, n).transpose(1, 2) @ omega[0] - torch.eye(omega[0].shape[1], dtype=omega[0].dtype)
+    return (residual**2).sum() / trace.batch / omega[0].shape[1]
 
 
 def sigma(trace, position):
@@ -387,7 +409,7 @@ def learned_targets(trace):
     for n in reversed(range(last + 1)):
         s = trace[f"activations/{n}/out"]
         if trace.rule["name"] == "drl" and n < last:
-            delta = output @ trace[f"weights_after/feedback/{n}/weight"]
+            delta = output @ trace[f"weights_after/feedback/{n + 1}/weight"]
         yield delta.reshape(s.shape), None
         if trace.rule["name"] == "drl" or n == 0:
             continue
@@ -422,7 +444,7 @@ def updates_of(trace):
         return chained(trace, [None] + [trace[f"weights/feedback/{n}/weight"] for n in range(1, last + 1)])
     if trace.rule["name"] == "dfa":
         e = output_gradient(trace)
-        directs = [e @ trace[f"weights/feedback/{n}/weight"] for n in range(last)]
+        directs = [e @ trace[f"weights/feedback/{n}/weight"] for n in range(1, last + 1)]
         return [local_gradients(trace, n, ds) for n, ds in enumerate([*directs, e])]
     return updates_by_targets(trace)
 
@@ -441,7 +463,9 @@ LOSSES = {"tp": reconstruction_loss, "dtp": reconstruction_loss, "ldrl": differe
 def check_feedback_training(trace):
     """Follow ω from before to after the step; return how many gradients were checked."""
     rule, checked = trace.rule, 0
-    loss_of = expected_loss if rule.get("expected") else LOSSES.get(rule["name"])
+    if rule.get("expected"):
+        return sum(check_closed_form(trace, n) for n in range(1, len(trace.blocks)))
+    loss_of = LOSSES.get(rule["name"])
     names = sorted({int(name.split("/")[2]) for name in trace.arrays if name.startswith("weights/feedback/")})
     for n in names:
         start, count = trace.weights("feedback", n), 0
@@ -463,6 +487,45 @@ def check_feedback_training(trace):
             if after is not None:
                 check(trace[f"weights_after/feedback/{n}/{part}"], after)
     return checked
+
+
+def check_closed_form(trace, n):
+    """Do all iterations on block n by autograd's gradients of the expected loss; return 1."""
+    direct, group = trace.rule["name"] == "drl", f"feedback_training/{n}/0"
+    loss_of = expected_direct_loss if direct else expected_loss
+    assert f"{group}/epsilon" not in trace.arrays
+    start, bias = trace.weights("feedback", n)
+    after, gradients, w = trace[f"weights_after/feedback/{n}/weight"], [], start
+
+    def gradient_at(w):
+        w = w.clone().requires_grad_()
+        return torch.autograd.grad(loss_of(trace, n, (w, bias)), w)[0]
+
+    if direct:
+        each = jacobians(trace, n)
+        check(trace[f"{group}/A"], (each @ each.transpose(1, 2)).sum(0))
+        check(trace[f"{group}/J"], each.sum(0))
+    else:
+        scale = 2 * sigma(trace, n - 1) ** 2 / trace.batch
+        theta = trace.weights("forward", n)[0]
+        check(scale * (start * trace[f"{group}/M"] - theta * trace[f"{group}/N"]), gradient_at(start))
+    if trace.rule["expected"] == "optimum":
+        # The least squares solution of least norm, of whose gradient rounding is left.
+        check(after, torch.linalg.lstsq(each.transpose(1, 2).flatten(0, 1), stacked_identity(each), driver="gelsd")[0])
+        assert gradient_at(after).abs().max() < 1e-9 * gradient_at(start).abs().max()
+    else:
+        for _ in range(trace.rule["feedback"]["iterations"]):
+            gradients.append(gradient_at(w))
+            w = optimised(trace.rule["feedback"]["optimizer"], start, gradients)
+        check(after, w)
+    check(trace[f"{group}/loss"], loss_of(trace, n, (after, bias)))
+    if bias is not None:
+        check(trace[f"weights_after/feedback/{n}/bias"], bias)
+    return 1
+
+
+def stacked_identity(each):
+    return torch.eye(each.shape[2], dtype=each.dtype).repeat(len(each), 1)
 
 
 def present(trace, start, gradients):
@@ -506,8 +569,10 @@ def check_updates(trace):
 def test_every_number_of_a_step_can_be_recomputed_from_the_file_alone(dataset, tmp_path, rule, layers):
     assert traced(tmp_path / "t.h5", build(config(dataset, rule, layers))) == ""
     trace = Trace(tmp_path / "t.h5")
+    assert trace.attrs[""]["version"] == 2
     check_activations(trace)
-    iterations = 3 * trace.rule.get("samples", 1) * (len(layers) - 1) if "feedback" in rule else 0
+    trained = len(layers) - 1 if "feedback" in rule else 0
+    iterations = trained * (1 if rule.get("expected") else 3 * trace.rule.get("samples", 1))
     assert check_feedback_training(trace) == iterations
     assert any(name.startswith("targets/") for name in trace.arrays) == (rule["name"] not in ("bp", "fa", "dfa"))
     if "targets" in trace.attrs:
