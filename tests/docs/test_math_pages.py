@@ -16,7 +16,7 @@ PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted(FOLDER.g
 NAMED = sorted({name for page in PAGES.values() for name in re.findall(r"`(arraytp(?:\.\w+)+)`", page)})
 MODULES = [
     *(f"arraytp.ops.{module.name}" for module in pkgutil.iter_modules(arraytp.ops.__path__)),
-    *(rule.__name__ for rule in RULES.values()),
+    *(rule.options.__module__ for rule in RULES.values()),
     "arraytp.model.feedback",
     "arraytp.fast.feedback_training",
     "arraytp.fast.modules",

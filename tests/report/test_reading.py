@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arraytp.errors import UserError
-from arraytp.report.reading import METRICS, read_csv, read_result, read_results
+from arraytp.report.reading import read_csv, read_result, read_results
+from arraytp.training.tables import METRICS_COLUMNS
 
 Make = Callable[..., Path]
 
@@ -29,9 +30,9 @@ def test_every_number_is_read_as_it_was_written(make_result: Make) -> None:
 def test_floats_written_in_full_come_back_the_same(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
     path = tmp_path_factory.mktemp("csv") / "metrics.csv"
     lines = [",".join([str(epoch), *map(repr, row)]) for epoch, row in enumerate(rows)]
-    path.write_text("\n".join([METRICS, *lines]) + "\n")
-    table = read_csv(path, METRICS, ("epoch",), unfinished=False)
-    read = np.stack([table[name] for name in METRICS.split(",")[1:]], axis=1)
+    path.write_text("\n".join([",".join(METRICS_COLUMNS), *lines]) + "\n")
+    table = read_csv(path, METRICS_COLUMNS, ("epoch",), unfinished=False)
+    read = np.stack([table[name] for name in METRICS_COLUMNS[1:]], axis=1)
     np.testing.assert_array_equal(read, np.array(rows).reshape(-1, 8))
 
 
