@@ -99,8 +99,12 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Instead of training: feedback alone on one batch, θ frozen, for `seeds` seeds; see `arraytp.training.study`."""
+    """Instead of a run, for `seeds` seeds: feedback alone on one batch, θ frozen, or the drift of θ from orthogonality.
 
+    See `arraytp.training.study` and `arraytp.training.drift`; `rounds` and `biases` are for feedback.
+    """
+
+    kind: Literal["feedback", "drift"] = "feedback"
     seeds: Size = 5
     rounds: Border = 100
     biases: bool = True

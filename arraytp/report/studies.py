@@ -15,7 +15,7 @@ from arraytp.errors import UserError
 from arraytp.report.figures import new_figure, save_figure, write_bytes
 from arraytp.report.reading import Columns, read_csv
 from arraytp.report.style import RC, shades
-from arraytp.training.tables import FEEDBACK_COLUMNS
+from arraytp.training.tables import DRIFT_COLUMNS, FEEDBACK_COLUMNS
 
 Floats = NDArray[np.float64]
 LAST_STUDY_FIGURE = "updates.png"
@@ -37,8 +37,12 @@ class StudyResult:
     iterations : array of shape (R,)
         Done when ω was looked at.
     angle, distance : arrays of shape (seeds, R, blocks with feedback)
-        Between ω and θ, in degrees and relative; NaN where there is nothing to compare.
+        Between ω and θ, in degrees and relative; NaN where there is nothing to compare. Of a study of drift: angle to
+        BP's update, and drift ‖WWᵀ − I‖/√K, of all blocks.
+    feedback_blocks : list of int
     seconds : float
+    drift : bool
+        Whether the study is one of drift.
     """
 
     label: str
@@ -49,6 +53,7 @@ class StudyResult:
     distance: Floats
     feedback_blocks: list[int]
     seconds: float
+    drift: bool = False
 
 
 def write_study(folders: Sequence[Path], out: Path) -> str:
@@ -63,8 +68,11 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
     table = study_table(studies)
     write_bytes(f"{table}\n".encode(), out / "study.md")
     with matplotlib.rc_context(RC):
-        if any(np.isfinite(study.angle).any() and len(study.iterations) > 1 for study in studies):
-            save_figure(alignment_figure(studies), out / "figures" / "alignment.png")
+        feedback, drifts = ([s for s in studies if s.drift is kind] for kind in (False, True))
+        if any(np.isfinite(study.angle).any() and len(study.iterations) > 1 for study in feedback):
+            save_figure(alignment_figure(feedback), out / "figures" / "alignment.png")
+        if drifts:
+            save_figure(drift_figure(drifts), out / "figures" / "drift.png")
         save_figure(update_figure(studies), out / "figures" / LAST_STUDY_FIGURE)
     return table
 
@@ -72,10 +80,13 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
 def read_study(folder: Path) -> StudyResult:
     """Read a study's folder; an error names the damaged file."""
     summary, updates = _read_summary(folder / "summary.json")
-    tables = _read_tables([folder / f"seed-{n}" / "feedback.csv" for n in range(len(updates))])
+    drift = summary.get("kind") == "drift"
+    file, columns = ("drift.csv", DRIFT_COLUMNS) if drift else ("feedback.csv", FEEDBACK_COLUMNS)
+    tables = _read_tables([folder / f"seed-{n}" / file for n in range(len(updates))], columns)
     blocks = np.unique(tables[0]["block"]).astype(int).tolist()
     angle, distance = (
-        np.stack([table[name].reshape(-1, len(blocks)) for table in tables]) for name in ("angle_deg", "distance")
+        np.stack([table[name].reshape(-1, len(blocks)) for table in tables])
+        for name in ("angle_deg", "drift_rms" if drift else "distance")
     )
     return StudyResult(
         label=folder.name,
@@ -86,6 +97,7 @@ def read_study(folder: Path) -> StudyResult:
         distance=distance,
         feedback_blocks=blocks,
         seconds=summary["seconds"],
+        drift=drift,
     )
 
 
@@ -104,13 +116,13 @@ def _read_summary(path: Path) -> tuple[dict[str, Any], Floats]:
     return summary, updates
 
 
-def _read_tables(paths: list[Path]) -> list[Columns]:
+def _read_tables(paths: list[Path], columns: Sequence[str]) -> list[Columns]:
     """Return the tables of all seeds, which have the same steps and blocks."""
     tables = []
     for path in paths:
         remedy = f"delete {path.parent}, and --resume does the seed again"
         try:
-            tables.append(read_csv(path, FEEDBACK_COLUMNS, ("step", "block"), unfinished=False))
+            tables.append(read_csv(path, columns, ("step", "block"), unfinished=False))
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from error
         rows, first = len(tables[-1]["step"]), len(tables[0]["step"])
@@ -127,14 +139,17 @@ def _read_tables(paths: list[Path]) -> list[Columns]:
 def study_table(studies: Sequence[StudyResult]) -> str:
     """Return a Markdown table: a row a study, mean ± standard deviation over the seeds."""
     blocks = studies[0].blocks
-    head = ["study", "seeds", *(f"update {label} (°)" for label in blocks), "ω to θ, last block (°)", "distance", "s"]
+    last = ["ω to θ, last block (°)", "distance"]
+    if all(study.drift for study in studies):
+        last = ["last block (°)", "its drift"]
+    head = ["study", "seeds", *(f"update {label} (°)" for label in blocks), *last, "s"]
     rows = [
         [
             study.label,
             str(len(study.updates)),
             *(_mean(study.updates[:, n]) for n in range(len(blocks))),
             _mean(study.angle[:, -1, -1]),
-            _mean(study.distance[:, -1, -1], 2),
+            _mean(study.distance[:, -1, -1], 4 if study.drift else 2),
             f"{study.seconds:.0f}",
         ]
         for study in studies
@@ -188,6 +203,24 @@ def _paired_block(study: StudyResult, position: int) -> int:
     """Return the block whose θ an ω is compared with: direct feedback is numbered by the layer that it ends at."""
     n = study.feedback_blocks[position]
     return n + 1 if study.feedback_blocks[0] == 0 else n
+
+
+def drift_figure(studies: Sequence[StudyResult]) -> Any:
+    """Draw each block's angle to BP's update over its drift, a panel a study, the mean over seeds (GP paper, Figure 5).
+
+    The first block, whose matrix is not square, is drawn over the second's drift.
+    """
+    figure = new_figure(3.6 * len(studies), 3.8, "Angle to BP's update over the drift of the weights")
+    panels = figure.subplots(1, len(studies), squeeze=False, sharey=True)[0]
+    for axes, study in zip(panels, studies, strict=True):
+        angle, drift = study.angle.mean(axis=0), study.distance.mean(axis=0)
+        for n, (label, colour) in enumerate(zip(study.blocks, shades(len(study.blocks)), strict=True)):
+            axes.plot(drift[:, max(n, 1)], angle[:, n], color=colour, marker="o", markersize=3, label=label)
+        axes.set(title=study.label, xlabel="drift ‖WWᵀ − I‖/√K")
+        axes.tick_params(axis="x", labelrotation=30)
+    panels[0].set_ylabel("angle (°)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", title="block")
+    return figure
 
 
 def _band(axes: Axes, iterations: Floats, values: Floats, colour: str, label: str) -> None:

@@ -123,6 +123,9 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
     """Refuse a study of nothing, or on a batch larger than the train split."""
     if config.study is None:
         return
+    if config.study.kind == "drift":
+        _check_drift(config)
+        return
     if RULES[config.rule.name].feedback is None:
         trained = ", ".join(name for name, rule in RULES.items() if rule.feedback is not None)
         raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
@@ -133,6 +136,17 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
             f"train.batch_size: {config.train.batch_size}, but the train split of {config.data.dataset} has {images} "
             f"images, and a study takes one batch; at most {images}"
         )
+
+
+def _check_drift(config: Config) -> None:
+    """Refuse a study of drift of a rule that inverts no weights, of no comparisons, or on a device."""
+    if not RULES[config.rule.name].inverts:
+        inverting = ", ".join(name for name, rule in RULES.items() if rule.inverts)
+        raise UserError(f"study.kind: drift: rule {config.rule.name} inverts no weights; use {inverting}")
+    if not config.compare.every:
+        raise UserError("compare.every: 0: a study of drift measures every so many steps; use at least 1")
+    if config.backend != "numpy":
+        raise UserError(f"study.kind: drift: is for backend numpy, not {config.backend}")
 
 
 def make_loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loader:

@@ -1,6 +1,6 @@
-"""Static experiments: feedback trained alone on one batch, θ random and frozen (DTP paper, Sections 5.1 and 5.2).
+"""Studies of several seeds: feedback trained alone on one batch, θ random and frozen (DTP paper, Sections 5.1 and 5.2).
 
-A config with a section `study` does, for every seed,
+A config with a section `study` of kind drift does `arraytp.training.drift` for every seed; one of kind feedback
 
     θ random, [biases 0], one batch of train.batch_size images
     for round = 1 … rounds: the rule trains its feedback on the batch, rule.feedback.iterations at a time
@@ -22,11 +22,11 @@ import numpy as np
 
 from arraytp import __version__
 from arraytp.backend import Array
-from arraytp.config import Study
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
 from arraytp.optim import at_block
 from arraytp.signals import StopRequest
+from arraytp.training.drift import drift_seed
 from arraytp.training.experiment import Experiment, Step, build_planned
 from arraytp.training.finite import is_finite
 from arraytp.training.plan import Plan
@@ -74,14 +74,18 @@ def run_study(
             raise UserError(f"{place}: is a file, but a seed's results need a folder; delete it")
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
-            found = _seed(replace(planned, config=replace(planned.config, seed=planned.config.seed + n)), study, place,
-                          f"{label} seed {n + 1}/{study.seeds}", stop, quiet, plain)  # fmt: skip
-            write_json(place / "summary.json", found)
+            seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
+            do_seed = drift_seed if study.kind == "drift" else _seed
+            write_json(
+                place / "summary.json",
+                do_seed(seeded, place, f"{label} seed {n + 1}/{study.seeds}", stop, quiet, plain),
+            )
         seeds.append(_read_seed(place / "summary.json", len(planned.blocks)))
     config, plan = planned.config, planned
     summary = {
         "name": config.name,
         "rule": config.rule.name,
+        "kind": study.kind,
         "blocks": [block.label for block in plan.blocks],
         "seeds": seeds,
         "seconds": sum(seed["seconds"] for seed in seeds),
@@ -91,11 +95,10 @@ def run_study(
     write_json(folder / "summary.json", summary)
 
 
-def _seed(
-    planned: Plan, study: Study, folder: Path, label: str, stop: StopRequest, quiet: bool, plain: bool
-) -> dict[str, Any]:
+def _seed(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool, plain: bool) -> dict[str, Any]:
     """Train feedback on one seed's batch; write its tables and return its summary."""
-    started = time.monotonic()
+    started, study = time.monotonic(), planned.config.study
+    assert study is not None
     experiment = build_planned(planned, plain)
     if not study.biases:
         for bias in experiment.network.biases:

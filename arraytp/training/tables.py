@@ -9,6 +9,7 @@ METRICS_COLUMNS = (
     "epoch", "seconds", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
 )  # fmt: skip
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
+DRIFT_COLUMNS = ("step", "block", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
 FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance")
 
 

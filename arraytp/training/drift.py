@@ -1,0 +1,114 @@
+"""A study of drift: how the angle to BP grows as square matrices drift from orthogonal ones (GP paper, 2.3).
+
+θ is trained as in a run; every `compare.every` steps and for every block n a row of drift.csv has, besides the loss,
+
+    angle_deg      between the block's update and BP's
+    own_deg        between what the block hands down, (D e) W⁻¹, and (D e) Wᵀ for the same e; NaN for block 0
+    drift_rms      ‖WWᵀ − I‖/√K of the block's K×K matrix: root mean square of σ² − 1 over its singular values σ
+    drift_largest  the largest |σ² − 1|; both NaN where W is not square
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import eigsh
+
+from arraytp.backend import Array
+from arraytp.errors import Interrupted
+from arraytp.model.passes import At
+from arraytp.ops.conv import as_matrix
+from arraytp.signals import StopRequest
+from arraytp.training.compare import angle_degrees
+from arraytp.training.experiment import Experiment, Step, build_planned
+from arraytp.training.plan import Plan
+from arraytp.training.progress import Progress
+from arraytp.training.tables import DRIFT_COLUMNS, CsvTable
+
+
+def drift_seed(
+    planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False, plain: bool = False
+) -> dict[str, Any]:
+    """Train one seed, write its drift.csv and return its summary.
+
+    Raises
+    ------
+    Interrupted
+        When a stop was requested.
+    """
+    started, config = time.monotonic(), planned.config
+    experiment, table = build_planned(planned, plain), CsvTable(folder / "drift.csv", DRIFT_COLUMNS)
+    table.restart([])
+    per_epoch = experiment.train_loader.steps_per_epoch
+    total = min(config.train.steps or config.train.epochs * per_epoch, config.train.epochs * per_epoch)
+    angles: list[float] = []
+    with Progress(label, config.train.epochs, per_epoch, steps=total, quiet=quiet) as progress:
+        for number, (epoch, images, labels) in enumerate(itertools.islice(_batches(experiment), total)):
+            step = experiment.forward(images, labels)
+            experiment.train_feedback(step)
+            updates = experiment.updates(step)
+            if number % config.compare.every == 0:
+                angles = [each.angle_deg for each in experiment.compare(step, updates)]
+                _measure(experiment, step, table, number, angles)
+            experiment.apply(step, updates, epoch)
+            progress.step(len(labels))
+            if stop.requested:
+                raise Interrupted(f"{label}: stopped at step {number}; the seeds before it are done", stop.signal)
+    return {
+        "seed": config.seed,
+        "update_angle_deg": angles,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _batches(experiment: Experiment) -> Iterator[tuple[int, Array, Array]]:
+    """Yield epoch, images and labels of every step."""
+    for epoch in range(experiment.config.train.epochs):
+        with closing(experiment.train_loader.batches(epoch)) as batches:
+            for images, labels in batches:
+                yield epoch, images, labels
+
+
+def _measure(experiment: Experiment, step: Step, table: CsvTable, number: int, angles: list[float]) -> None:
+    loss = float(step.score.totals[0]) / step.score.images
+    for n, (angle, own) in enumerate(zip(angles, own_angles(step), strict=True)):
+        table.append(number, n, loss, angle, own, *drift(experiment.network.weights[n]))
+
+
+def own_angles(step: Step) -> list[float]:
+    """Return by how many degrees W⁻¹ turns what each block hands down, against Wᵀ; NaN for block 0."""
+    batch = replace(step.batch, results="own")
+    e, inverses, angles = batch.dlogits, batch.inverses, []
+    for at in batch.down():
+        if at.n == 0:
+            angles.append(math.nan)
+            break
+        transposed = _handed_down(at, e, at.weight)
+        inverted = _handed_down(at, e, inverses[at.n])
+        angles.append(angle_degrees(inverted, transposed))
+        e = inverted
+    return angles[::-1]
+
+
+def _handed_down(at: At, e: Array, through: Any) -> Array:
+    """Return a copy of the gradient of s^n."""
+    ds = at.backward(e, through=through)[2]
+    assert ds is not None
+    return ds.copy()
+
+
+def drift(weight: Array) -> tuple[float, float]:
+    """Return root mean square and largest absolute value of the eigenvalues of WWᵀ − I; NaN where W is not square."""
+    w = np.asarray(as_matrix(weight))
+    if w.shape[0] != w.shape[1]:
+        return math.nan, math.nan
+    error = w @ w.T
+    error.reshape(-1)[:: len(w) + 1] -= 1
+    largest = eigsh(error, k=1, v0=np.ones(len(w), w.dtype), tol=1e-3, return_eigenvectors=False)
+    return float(np.linalg.norm(error) / len(w) ** 0.5), float(abs(largest[0]))
