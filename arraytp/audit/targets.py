@@ -9,7 +9,6 @@ from arraytp.audit.check import KINKED, ROUNDING, Check, Floats, apart, checked,
 from arraytp.audit.definitions import LOCAL_LOSSES, TARGETS
 from arraytp.audit.differences import gradient_error
 from arraytp.audit.feedback import SUMS
-from arraytp.audit.gradients import exact
 from arraytp.audit.jacobians import jacobians, sums
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
@@ -18,7 +17,7 @@ from arraytp.model.passes import Batch
 from arraytp.rules import drl
 from arraytp.training.compare import angle_degrees
 
-# Updates that point downhill are less than this from BP's, in degrees.
+# What points downhill is less than this from BP's direction, in degrees.
 DOWNHILL = 90.0
 
 
@@ -82,10 +81,10 @@ def _s_next(setting: Setting, n: int, weight: Array, bias: Array) -> Array:
 
 
 def descent(setting: Setting) -> Iterator[Check]:
-    """Check that targets lead downhill: that of the output, and the updates where every ω is its forward weight.
+    """Check that targets lead downhill: that of the output, and what a block hands down where ω is its forward weight.
 
-    Of a rule whose targets are s itself where the loss has no gradient, and which trains an ω for every forward weight
-    but the first. Others have no such property: the line is for information.
+    The latter holds for targets that are s itself where the loss has no gradient, by a rule that trains an ω for every
+    forward weight but the first. Other targets have no such property, nor ReLU at its zeros: the line informs.
     """
     rule, batch = setting.rule, setting.batch
     if rule.targets is None or not batch.dlogits.any():
@@ -96,17 +95,20 @@ def descent(setting: Setting) -> Iterator[Check]:
     yield checked(f"{label}: angle of the output's t − s to −∂L/∂s, degrees", "downhill", rule.targets, angle, DOWNHILL)
     pairs = [] if rule.feedback is None else rule.feedback.pairs(setting.state(), setting.network)
     matched = {n: theta for n, omega, theta in pairs if theta is not None and theta.shape == omega.shape}
-    if list(matched) != list(range(1, len(setting.network))) or not matched:
+    if list(matched) != list(range(1, len(setting.network))):
         return
     state, options = setting.state(), rule.compared(setting.options)
     state.weights |= {n: theta.copy() for n, theta in matched.items()}
     at_rest = rule.targets(options, state, replace(batch, dlogits=batch.dlogits * 0))
-    still = worst(*(float(np.abs(host(target.delta)).max()) for target in at_rest)) <= ROUNDING
-    updates = setting.propose(options=options, state=state)
-    for block, (weight, _), (gradient, _) in zip(setting.network.blocks, updates, exact(batch), strict=True):
-        if gradient.any():
-            yield checked(f"{block.label}: angle of the update to BP's with ω = θ, degrees", "downhill", rule.targets,
-                          angle_degrees(weight, gradient), DOWNHILL if still else None)  # fmt: skip
+    differences = worst(*(float(np.abs(host(target.delta)).max()) for target in at_rest)) <= ROUNDING
+    deltas = [target.delta.copy() for target in rule.targets(options, state, batch)]
+    for at, delta, handed_down in zip(batch.down(), deltas, deltas[1:], strict=False):
+        _, _, expected = at.backward(delta, through=at.weight)
+        if expected is not None and expected.any():
+            angle = angle_degrees(handed_down.reshape(expected.shape), expected)
+            holds = differences and not at.block.activation.flat_below_zero
+            yield checked(f"{at.block.label}: angle of t − s that it hands down to BP's, ω = θ, degrees", "downhill",
+                          rule.targets, angle, DOWNHILL if holds else None)  # fmt: skip
 
 
 def direct_matching(setting: Setting) -> Iterator[Check]:

@@ -180,8 +180,8 @@ MUTANTS = [
         ("(2 / len(self.s)), out=folded)", "(1 / len(self.s)), out=folded)"),
         ("(2 / len(self.s)), out=right)", "(1 / len(self.s)), out=right)"),
         ("array[part], part.start, k, kind", "array[part], 0, k, kind"),
-        ("            self.total -= share", "            self.total += share"),
-        ("returned[number] += run(", "returned[number] = run("),
+        ("            self.total += share", "            self.total -= share"),
+        ("returned.sum() / returned.dtype.type(len(self.s))", "returned.sum()"),
     ),
     *_on(
         "dtp",
