@@ -124,6 +124,18 @@ def test_a_device_trains_as_the_host_does(device, dataset, noise_of_the_host, ru
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_the_plain_engine_trains_as_the_fast_one_does(dataset, rule):
+    """An experiment built with `plain=True`, as `arraytp run --plain` does; SGD, which does not magnify rounding."""
+    fast, plain = (build(config(dataset, rule), plain=plain) for plain in (False, True))
+    assert (type(fast.engine).__name__, type(plain.engine).__name__) == ("Fast", "Plain")
+    np.testing.assert_allclose(train(plain, 4), train(fast, 4), rtol=1e-9)
+    for own, wanted in zip(state_of(plain), state_of(fast), strict=True):
+        np.testing.assert_allclose(own, wanted, rtol=1e-6, atol=1e-9)
+    totals = [sum(score.totals for score in experiment.evaluate()) for experiment in (plain, fast)]
+    np.testing.assert_allclose(*totals, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_step_on_a_device_reads_nothing_back(dataset, rule):
     """Each read would make the host wait for the device. A rule that inverts reads one number per inverted block: ‖E‖.
 
