@@ -32,6 +32,7 @@ if (PACKAGE / "experiment.py").exists():  # before the package had folders
 else:
     from arraytp.training.experiment import build
 
+DATA = {"data": {"dataset": "fashion-mnist-10k"}, "train": {"epochs": 1, "batch_size": 8}, "dtype": "float64"}
 CONV = {"type": "conv", "channels": 4, "kernel": 5}
 POOLED = {**CONV, "padding": 2, "activation": "elu", "pool": {"kernel": 3, "stride": 2, "padding": 1}}
 STRIDED = {**CONV, "stride": 4, "activation": "leaky-relu"}
@@ -65,12 +66,10 @@ def step_lines(label: str, plain: bool) -> Lines:
     name, lines, package = label.partition(",")[0], Lines(), str(PACKAGE) + os.sep
     square = name == "gait-prop"
     settings = {
-        "data": {"dataset": "fashion-mnist-10k"},
+        **DATA,
         "network": SQUARE if square else LENET,
         "rule": {"name": name, **RULES[label]},
         "optimizer": {"name": "adam", "lr": 1e-3, "orthogonality": 0.1 if square else 0},
-        "train": {"epochs": 1, "batch_size": 8},
-        "dtype": "float64",
     }
     (config,) = parse_config(settings).variants.values()
     experiment = build(config, plain=True) if plain else build(config)
