@@ -81,7 +81,7 @@ def test_p_ddtp_trains_feedback_many_times_a_batch(name, steps, lr):
     assert min(config.rule.feedback.iterations) > 20
 
 
-def test_cifar10s_ldrl_is_the_authors_code():
+def test_ldrl_on_cifar10_has_the_settings_of_the_authors_code():
     config = load_one(FOLDER / "cifar10-ldrl.yml")
     assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay) == (0.03618, 0.9, 1e-4)
     assert (config.train.batch_size, config.rule.beta, config.rule.divide_by_beta) == (144, 0.4655, False)

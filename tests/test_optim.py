@@ -12,7 +12,7 @@ from samples import rng
 from arraytp import optim
 from arraytp.backend import NUMPY
 from arraytp.fast.parallel import Workspace
-from arraytp.optim import apply_updates, init_optimizer, learning_rate
+from arraytp.optim import apply_updates, check_gradients, init_optimizer, learning_rate
 from arraytp.options import SGD, Adam, Constant, Cosine
 
 SHAPES = ((3, 2), (2,), (2, 2, 1, 3), (3,))
@@ -172,6 +172,15 @@ def test_single_precision_follows_double_precision(place, optimizer):
     for a, b in zip(single[-1], double[-1], strict=True):
         assert a.dtype == np.float32
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("spoiled", [lambda g: g.T, lambda g: g.astype("float32"), lambda g: g[:2]])
+def test_a_gradient_that_is_not_laid_out_as_its_parameter_is_refused(place, spoiled):
+    """The optimiser works on flat stretches: another order would mix up numbers without a word."""
+    theta, gradient = place.put(np.ones((3, 3))), place.put(np.arange(9.0).reshape(3, 3))
+    check_gradients([theta, theta], [gradient, gradient])
+    with pytest.raises(ValueError, match=r"parameter 1: float64\[3, 3\], C-contiguous: True; its gradient: "):
+        check_gradients([theta, theta], [gradient, spoiled(gradient)])
 
 
 def test_a_missing_gradient_is_noticed():

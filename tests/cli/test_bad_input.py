@@ -87,7 +87,7 @@ SETTINGS = {
     ),
     "auxiliary units that leave nothing": (
         blocks("{type: dense, units: 8, auxiliary: 8}, {type: dense, units: 3}"),
-        ["block 0 (dense1)", "auxiliary: 8 of units: 8 leaves nothing to pass on"],
+        ["block 0 (dense1)", "auxiliary: 8 of units: 8 leaves nothing to hand on"],
     ),
     "an output whose auxiliary units are too many": (
         blocks("{type: dense, units: 8}, {type: dense, units: 8, auxiliary: 6}"),
@@ -137,7 +137,7 @@ SETTINGS = {
     ),
     "direct feedback for another number of blocks": (
         "rule={name: drl, feedback: {iterations: [1]}}",
-        ["rule.feedback.iterations: 1 values [1]", "a list of 2, one per block with feedback: conv1, dense1"],
+        ["rule.feedback.iterations: 1 values [1]", "a list of 2, one per block with feedback: dense1, dense2"],
     ),
     "no noise": (
         "rule={name: ldrl, feedback: {sigma: 0}}",

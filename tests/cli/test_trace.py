@@ -55,7 +55,7 @@ def test_the_file_names_its_rule_and_config(arraytp):
     assert (outcome.status, outcome.err) == (0, "")
     assert re.fullmatch(r"trace: t\.h5, \d+\.\d MB\n", outcome.out)
     found, attributes = arrays("t.h5")
-    wanted = {"format": "arraytp-trace", "version": 1, "rule": "fa", "dtype": "float64", "backend": "numpy", "seed": 4}
+    wanted = {"format": "arraytp-trace", "version": 2, "rule": "fa", "dtype": "float64", "backend": "numpy", "seed": 4}
     assert {key: attributes[f"@{key}"] for key in wanted} == wanted
     Path("again.yml").write_text(attributes["@config"])
     assert load_one("again.yml") == load_one("toy.yml", ["seed=4", "dtype=float64"])

@@ -96,6 +96,8 @@ def test_a_server_that_cannot_go_on_sends_everything_again(server, tmp_path):
 def test_a_part_that_is_whole_is_taken(server, tmp_path):
     (tmp_path / ".x.gz.part").write_bytes(CONTENT)
     fetched(server, tmp_path)
+    # Nothing of it is asked for again: at most what is beyond its end, of which there is nothing.
+    assert all(asked == f"bytes={len(CONTENT)}-" for _, asked in server.asked)
 
 
 @pytest.mark.parametrize("part", [b"", b"wrong", CONTENT + b"more"])

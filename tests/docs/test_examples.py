@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from arraytp.cli import main
+from arraytp.config import parse_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +31,10 @@ EXAMPLES = {page: examples for page, examples in PAGES.items() if examples}
 
 def run(page: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Run a page's examples, one after the other, in one namespace; return what they print."""
-    namespace: dict[str, object] = {}
+    return run_in({}, page, capsys)
+
+
+def run_in(namespace: dict[str, object], page: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     for number, example in enumerate(EXAMPLES[page]):
         exec(compile(example, f"{page}, example {number}", "exec"), namespace)
@@ -62,8 +67,16 @@ def test_the_example_on_traces_recomputes_an_update(folder, capsys):
     assert 45 < angle < 135
 
 
-def test_the_example_on_configs_builds_them(folder, capsys):
-    assert run("docs/config.md", capsys) == ""
+def test_the_example_on_configs_loads_parses_and_writes_out(folder, capsys):
+    made: dict = {}
+    assert run_in(made, "docs/config.md", capsys) == ""
+    variants, config = made["variants"], made["config"]
+    assert (config.rule.name, config.optimizer.lr, config.train.batch_size) == ("fa", 0.1, 32)
+    assert {name: variant.rule.name for name, variant in variants.items()} == {n: n for n in ("bp", "fa", "dfa")}
+    text = YAML(typ="safe").load(made["text"])
+    # With every default, so that it loads as the same config.
+    assert "momentum" in text["optimizer"]
+    assert list(parse_config(text).variants.values()) == [config]
 
 
 def test_the_example_on_results_reads_each_run(folder, capsys):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import arraytp.ops
+from arraytp.fast.feedback_training import Iterations
+from arraytp.ops.activations import Activation
 from arraytp.rules import RULES
 
 FOLDER = Path(__file__).parents[2] / "docs" / "math"
@@ -33,20 +35,23 @@ COMMANDS = re.findall(
     r"\w+",
     """
     alpha arccos begin beta cdot cdots circ cos cr dagger delta Delta dfrac dim dots end epsilon eta exp
-    forall frac gamma hat in lambda langle lceil ldots le left leftarrow lfloor lim log lVert mathbb
+    forall frac gamma hat in lambda langle lceil ldots le left leftarrow lfloor lim log lVert lvert mathbb
     mathcal mathrm max min mu odot omega operatorname overline partial pi prod qquad quad rangle rceil
-    rfloor right rVert sigma sim sqrt star sum tag text tfrac theta tilde times to top triangleq
+    rfloor right rVert rvert sigma sim sqrt star sum tag text tfrac theta tilde times to top triangleq
     varepsilon
     """,
 )
 
 
 def public_functions(module_name: str) -> list[str]:
+    """Return the names of a module's own functions, of the activations, and of what does the iterations."""
     module = importlib.import_module(module_name)
     return [
         f"{module_name}.{name}"
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module_name and not name.startswith("_")
+        for name, value in inspect.getmembers(module)
+        if (inspect.isfunction(value) and value.__module__ == module_name and not name.startswith("_"))
+        or (isinstance(value, Activation) and module_name == Activation.__module__)
+        or (value is Iterations and module_name == Iterations.__module__)
     ]
 
 
