@@ -15,8 +15,8 @@ from samples import (
     close,
     conv_layers,
     fitting_blocks,
-    placed,
     named_blocks,
+    placed,
     random_network,
     rng,
 )

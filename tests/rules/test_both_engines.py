@@ -97,8 +97,8 @@ def step(engine, rule, options, network, x, labels):
     proposed = runner.rule.propose(runner.options, runner.state, one)
     updates = copies(proposed)
     runner.apply(one, proposed)
-    arrays = {f"update of block {n}, {part}": array
-              for n, pair in enumerate(updates) for part, array in zip(("weight", "bias"), pair, strict=True)}  # fmt: skip
+    flat = [array for pair in updates for array in pair]
+    arrays = {f"update {p}": array for p, array in enumerate(flat)}
     arrays |= {f"θ {p}": array for p, array in enumerate(network.parameters())} | runner.state.named()
     return float(loss), [None if each is None else float(each) for each in losses], arrays
 
@@ -106,7 +106,11 @@ def step(engine, rule, options, network, x, labels):
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize(
     ("case", "near"),
-    [(case, near) for case, (rule, _) in CASES.items() for near in ((False, True) if RULES[rule].inverts else (False,))],
+    [
+        (case, near)
+        for case, (rule, _) in CASES.items()
+        for near in ((False, True) if RULES[rule].inverts else (False,))
+    ],
 )
 def test_a_step_by_the_fast_and_by_the_plain_engine_agree(case, count, near):
     rule, options = CASES[case]

@@ -172,7 +172,9 @@ def functions_of(path: Path) -> dict[str, set[int]]:
             if name is not None:
                 lines = {line for *_, line in inner.co_lines() if line is not None}
                 # The line of `def` itself is the prologue's.
-                result.setdefault(name, set()).update(lines - {inner.co_firstlineno} - (definitions - lines_within(inner)))
+                result.setdefault(name, set()).update(
+                    lines - {inner.co_firstlineno} - (definitions - lines_within(inner))
+                )
             walk(inner, name)
 
     walk(compile(source, str(path), "exec"), None)
@@ -210,7 +212,9 @@ FAST = sorted(Path(next(iter(arraytp.fast.__path__))).glob("*.py"))
 def test_nothing_of_the_fast_engine_knows_a_rule(path):
     """Neither by import nor by name: what is fast is the primitives, whatever a rule makes of them."""
     source = path.read_text(encoding="utf-8")
-    imported = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
+    }
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}

@@ -131,7 +131,7 @@ def test_a_rule_writes_neither_to_the_network_nor_to_the_batch_nor_in_propose_to
     fixed = [*runner.network.parameters(), one.dlogits, *(array for array in forward if array is not None)]
     kept = [array.copy() for array in fixed]
     runner.train_feedback(one)
-    state = [array for array in runner.state.named().values()]
+    state = list(runner.state.named().values())
     kept_state = [array.copy() for array in state]
     runner.rule.propose(runner.options, runner.state, one)
     if runner.rule.targets is not None:

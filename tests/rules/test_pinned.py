@@ -1,4 +1,4 @@
-"""Ten losses per rule and dtype that must not change unnoticed: seeds, initialisation, noise, rule and optimiser together.
+"""Ten losses per rule and dtype that must not change unnoticed: seeds, initialisation, noise, rule and optimiser.
 
 `pinned_losses.json` was computed by the code before the rules were written in primitives (a794297), which nine rules'
 traces recomputed by PyTorch had been held to. So these numbers are no snapshot of the code that they test.
@@ -56,7 +56,9 @@ CASES = {
     "dtp": ("dtp", {"feedback": FEEDBACK}, STEEP, False),
     "dtp accumulate": ("dtp", {"feedback": ADAPTIVE, "unpool": "accumulate", "divide_by_beta": True}, STEEP, False),
     "ldrl": ("ldrl", {"feedback": FEEDBACK, "beta": 0.7}, STEEP, False),
-    "ldrl accumulate": ("ldrl", {"feedback": ADAPTIVE, "unpool": "accumulate", "feedback_init": "symmetric"}, STEEP, False),
+    "ldrl accumulate": (
+        "ldrl", {"feedback": ADAPTIVE, "unpool": "accumulate", "feedback_init": "symmetric"}, STEEP, False
+    ),
     "ldrl expected": ("ldrl", {"feedback": FEEDBACK, "beta": 0.7, "expected": True}, STEEP, False),
     "ldrl expected adam": ("ldrl", {"feedback": ADAPTIVE, "expected": True}, STEEP, False),
     "ldrl-parallel": ("ldrl-parallel", {"feedback": FEEDBACK, "samples": 3}, STEEP, False),

@@ -23,10 +23,22 @@ GAIT_PROP = {"gait-prop literal": {"eta": 0.01}, "gait-prop difference": {"form"
 RULES = ("bp", "fa", "dfa", *GAIT_PROP, *LEARNED)
 POOLED = {
     "blocks": [
-        {"type": "conv", "channels": 6, "kernel": 5, "padding": 2, "activation": "elu",
-         "pool": {"kernel": 3, "stride": 2, "padding": 1}},
-        {"type": "conv", "channels": 8, "kernel": 5, "padding": 2, "activation": "elu",
-         "pool": {"kernel": 3, "stride": 2, "padding": 1}},
+        {
+            "type": "conv",
+            "channels": 6,
+            "kernel": 5,
+            "padding": 2,
+            "activation": "elu",
+            "pool": {"kernel": 3, "stride": 2, "padding": 1},
+        },
+        {
+            "type": "conv",
+            "channels": 8,
+            "kernel": 5,
+            "padding": 2,
+            "activation": "elu",
+            "pool": {"kernel": 3, "stride": 2, "padding": 1},
+        },
         {"type": "dense", "units": 20, "activation": "elu"},
         {"type": "dense", "units": 6},
     ]

@@ -82,7 +82,7 @@ def test_host_arrays_and_lists_cannot_be_mixed_in(x, misuse):
         (lambda x: x.flags.writeable, AttributeError),
         (lambda x: x.flat, AttributeError),
         (lambda x: x.tobytes(), AttributeError),
-        (lambda x: xp.nditer(x), AttributeError),
+        (lambda x: xp.nditer([x]), AttributeError),
         (lambda x: xp.add.at(x, 0, 1), AttributeError),
         (bool, ValueError),
         (float, ValueError),

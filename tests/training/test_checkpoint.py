@@ -4,9 +4,9 @@ import h5py
 import numpy as np
 import pytest
 
+from arraytp import files
 from arraytp.config import parse_config
 from arraytp.errors import UserError
-from arraytp import files
 from arraytp.training import experiment
 from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
 from arraytp.training.finite import finite_blocks
