@@ -1,6 +1,5 @@
 """`arraytp run`: configs in, result folders, tables and figures out."""
 
-import fcntl
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from arraytp.commands.folders import check_folder
+from arraytp.commands.holding import Holds
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.config.document import encodable
@@ -82,20 +82,19 @@ def command(
     overridden = settings(overrides, backend, dtype)
     batches = [_jobs(path, overridden, out, len(configs) > 1) for path in configs]
     jobs = [job for batch in batches for job in batch]
-    held: dict[Path, int] = {}
+    _refuse_one_place_twice(jobs)
     try:
-        _hold(jobs, held)
-        _check_folders(jobs, resume, fresh)
-        for job in jobs:
-            for note in job.plan.notes:
-                click.echo(f"arraytp: note: {job.label}: {note}", err=True)
-        with StopRequest() as stop:
-            _run_all(jobs, stop, resume, fresh, quiet, held)
+        with Holds() as held:
+            for job in jobs:
+                held.take(job.folder)
+            _check_folders(jobs, resume, fresh)
+            for job in jobs:
+                for note in job.plan.notes:
+                    click.echo(f"arraytp: note: {job.label}: {note}", err=True)
+            with StopRequest() as stop:
+                _run_all(jobs, stop, resume, fresh, quiet, held)
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with: {_command_to_resume()}", error.signal_number) from error
-    finally:
-        for descriptor in held.values():
-            os.close(descriptor)
     _report(batches)
 
 
@@ -116,24 +115,16 @@ def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool) -> 
     return jobs
 
 
-def _hold(jobs: Sequence[Job], held: dict[Path, int]) -> None:
-    """Keep other processes out of the result folders that exist, until this one ends or closes the descriptors."""
-    for folder in (job.folder for job in jobs):
-        if folder in held or not folder.is_dir():
-            continue
-        held[folder] = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another run is writing here; wait for it, or --out another folder") from error
-
-
-def _check_folders(jobs: list[Job], resume: bool, fresh: bool) -> None:
-    """Refuse what would overwrite results or mix those of two configs."""
+def _refuse_one_place_twice(jobs: Sequence[Job]) -> None:
     folders = [os.path.realpath(job.folder) for job in jobs]
-    for job in jobs:
-        if folders.count(os.path.realpath(job.folder)) > 1:
+    for job, folder in zip(jobs, folders, strict=True):
+        if folders.count(folder) > 1:
             raise UserError(f"{job.folder}: two of the configs write their results here; give them different names")
+
+
+def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
+    """Refuse what would overwrite results or mix those of two configs."""
+    for job in jobs:
         if job.folder.exists() and not job.folder.is_dir():
             raise UserError(f"{job.folder}: is a file; --out needs a folder")
         if job.folder.is_symlink() and not job.folder.exists():
@@ -182,12 +173,10 @@ def _first_difference(there: Any, here: Any, path: str) -> str:
     return _first_difference(there.get(key), here.get(key), f"{path}.{key}")
 
 
-def _run_all(
-    jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: dict[Path, int]
-) -> None:
+def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> None:
     for job in jobs:
         if resume and job.finished:
-            if not (job.folder / "figures" / (LAST_STUDY_FIGURE if job.study else LAST_FIGURE)).exists():
+            if not _drawn(job):
                 _draw(job)
             continue
         with warnings.catch_warnings():
@@ -195,11 +184,10 @@ def _run_all(
             warnings.simplefilter("ignore", RuntimeWarning)
             try:
                 run = None if job.study else Run(build_planned(job.plan), job.folder, job.label, quiet)
-                if fresh and job is jobs[0]:
+                clears = fresh and job is jobs[0]
+                _claim(jobs if clears else [job], resume, fresh, held)
+                if clears:
                     _clear(jobs)
-                job.folder.mkdir(parents=True, exist_ok=True)
-                _hold([job], held)
-                _check_folders([job], resume, fresh)
                 if run is None:
                     _study(job, stop, quiet)
                 else:
@@ -208,6 +196,14 @@ def _run_all(
                 raise UserError(f"{job.label}: not enough memory: {error}") from error
             except OSError as error:
                 raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _claim(jobs: Sequence[Job], resume: bool, fresh: bool, held: Holds) -> None:
+    """Make the folders and keep others out; another command may have come first since they were looked at."""
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        held.take(job.folder)
+    _check_folders(jobs, resume, fresh)
 
 
 def _clear(jobs: Sequence[Job]) -> None:
@@ -243,6 +239,15 @@ def _draw(job: Job) -> None:
         write_study([job.folder], job.folder)
     else:
         write_figures(job.folder)
+
+
+def _drawn(job: Job) -> bool:
+    """Tell whether the folder's figures are of its present results, and not of a run before."""
+    figure = job.folder / "figures" / (LAST_STUDY_FIGURE if job.study else LAST_FIGURE)
+    try:
+        return figure.stat().st_mtime_ns >= (job.folder / "summary.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
 
 
 def _write_config(job: Job) -> None:

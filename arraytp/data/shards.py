@@ -20,6 +20,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from arraytp.data.manifest import ShardEntry
+from arraytp.disk import flush_folder
 from arraytp.errors import UserError
 
 FORMAT = "arraytp-shard"
@@ -152,9 +153,10 @@ class _Sink(io.RawIOBase):
 
 def replace_durably(temporary: Path, path: Path) -> None:
     """Rename a finished file into place; after a power cut there is the old file or the new one, whole."""
-    _flush_to_disk(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
-    _flush_to_disk(path.parent)
+    flush_folder(path.parent)
 
 
 def _leave_cache(path: Path) -> None:
@@ -166,14 +168,6 @@ def _leave_cache(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(checksums: npt.NDArray[np.uint32]) -> str:
