@@ -12,7 +12,7 @@ import click
 
 from arraytp import __version__
 from arraytp.errors import Interrupted, NonFiniteError, UserError
-from arraytp.signals import sent_again_when_swallowed
+from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
 COMMANDS = {
     "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
@@ -41,7 +41,8 @@ class _LazyGroup(click.Group):
         """Import and return a command."""
         if cmd_name not in COMMANDS:
             ctx.fail(f"there is no command {cmd_name!r}; the commands are {', '.join(COMMANDS)}")
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        with held_back():
+            command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -81,8 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A terminal that cannot show a character gets a question mark.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        with sent_again_when_swallowed():
-            status = _status_of(arguments)
+        with sent_again_when_swallowed(), ended_by_signals() as ended:
+            try:
+                status = _status_of(arguments)
+            except Exception:
+                if not ended.signal:
+                    raise
+                status = _complain("interrupted", 128 + ended.signal)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):
         # The reader has left, for example `| head`; click makes a SystemExit of it.
@@ -109,7 +115,7 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         status = _USER_STATUS
     except click.UsageError as error:
         status = _complain(_usage_message(error), _USER_STATUS)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         status = _complain("interrupted", _SIGINT_STATUS)
     except click.ClickException as error:
         status = _complain(error.format_message(), error.exit_code)

@@ -17,8 +17,10 @@ class IllConditionedError(NonFiniteError):
     """A weight matrix has no inverse that its dtype can carry; the message names the block and the condition number."""
 
 
-class Interrupted(Exception):
-    """SIGINT, SIGTERM or SIGHUP arrived and the state was saved; the message says how to go on.
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or the like arrived and the state was saved; the message says how to go on.
+
+    No Exception, so that what expects anything of a damaged file does not take it for damage.
 
     Parameters
     ----------

@@ -70,8 +70,13 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
             raise UserError(f"{place}: is a file, but a seed's results need a folder; delete it")
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
-            found = _seed(replace(planned, config=replace(planned.config, seed=planned.config.seed + n)), study, place,
-                          f"{label} seed {n + 1}/{study.seeds}", stop, quiet)  # fmt: skip
+            seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
+            called = f"{label} seed {n + 1}/{study.seeds}"
+            try:
+                with stop.at_once():
+                    found = _seed(seeded, study, place, called, quiet)
+            except Interrupted as error:
+                raise Interrupted(f"{called}: stopped; the seeds before it are done", error.signal_number) from None
             _write_json(place / "summary.json", found)
         seeds.append(_read_seed(place / "summary.json", len(planned.blocks)))
     config, plan = planned.config, planned
@@ -87,7 +92,7 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
     _write_json(folder / "summary.json", summary)
 
 
-def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopRequest, quiet: bool) -> dict[str, Any]:
+def _seed(planned: Plan, study: Study, folder: Path, label: str, quiet: bool) -> dict[str, Any]:
     """Train feedback on one seed's batch; write its tables and return its summary."""
     started = time.monotonic()
     experiment = build_planned(planned)
@@ -109,8 +114,6 @@ def _seed(planned: Plan, study: Study, folder: Path, label: str, stop: StopReque
             experiment.train_feedback()
             _measure_feedback(experiment, feedback, round_ * per_round)
             progress.step(len(labels))
-            if stop.requested:
-                raise Interrupted(f"{label}: stopped in round {round_}; the seeds before it are done", stop.signal)
     if study.rounds:
         _measure_updates(experiment, angles, study.rounds * per_round)
     last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]

@@ -16,6 +16,7 @@ from arraytp.backend import array_module
 from arraytp.checkpoint import all_finite, finite_moments, read_checkpoint, write_checkpoint
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, Score
+from arraytp.long_steps import LongSteps
 from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals, write_file
 from arraytp.optim import at_block, learning_rates
 from arraytp.progress import Progress
@@ -87,6 +88,7 @@ class Run:
         self._unread: list[Score] = []
         self._clock = time.monotonic()
         self._saved = self._clock
+        self._long_steps = LongSteps(experiment)
 
     def start(self) -> None:
         """Begin at the beginning."""
@@ -178,8 +180,9 @@ class Run:
         while position.feedback_epochs < due and position.batch == 0:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
                 for images, labels in batches:
-                    experiment.run_forward(images, labels)
-                    experiment.train_feedback()
+                    with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
+                        experiment.run_forward(images, labels)
+                        experiment.train_feedback()
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
                     self._check_feedback()
@@ -194,7 +197,8 @@ class Run:
         mark = time.monotonic()
         with closing(experiment.train_loader.batches(position.passes, position.batch)) as batches:
             for images, labels in islice(batches, steps - position.step):
-                score = experiment.propose(images, labels)
+                with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
+                    score = experiment.propose(images, labels)
                 self._check_feedback()
                 if every and position.step % every == 0 and experiment.config.rule.name != "bp":
                     mark += self._compare()

@@ -17,7 +17,6 @@ from arraytp.commands.overrides import overriding_but_dtype, settings
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
 from arraytp.plan import Plan, plan
-from arraytp.signals import ended_by_signals
 
 HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")
 Line = tuple[str, Check]
@@ -40,18 +39,17 @@ def command(
         check_replaceable(json_path, "checks")
     plans = _plans(config, settings(overrides, backend), variant)
     found = {}
-    with ended_by_signals():
-        for name, planned in plans.items():
-            started = time.monotonic()
-            try:
-                lines = _audited(name, planned)
-            except MemoryError as error:
-                raise UserError(f"{config}: not enough memory: {error}") from error
-            seconds = time.monotonic() - started
-            found[name] = _record(planned, lines, seconds)
-            click.echo(_table(name, planned.config, lines, seconds))
-        if json_path is not None:
-            write_figures(json_path, found)
+    for name, planned in plans.items():
+        started = time.monotonic()
+        try:
+            lines = _audited(name, planned)
+        except MemoryError as error:
+            raise UserError(f"{config}: not enough memory: {error}") from error
+        seconds = time.monotonic() - started
+        found[name] = _record(planned, lines, seconds)
+        click.echo(_table(name, planned.config, lines, seconds))
+    if json_path is not None:
+        write_figures(json_path, found)
     return int(any(record["failed"] for record in found.values()))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
 from arraytp.data.writer import SKIPPED_NAME
-from arraytp.errors import UserError
+from arraytp.errors import Interrupted, UserError
 from data_prep import cifar, folder, idx, imagenet, imagenet32
 from data_prep.fetch import SOURCES
 from data_prep.fetch import fetch as fetch_files
@@ -115,7 +116,11 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     """  # noqa: D301 - click's mark for lines that stay as they are is the backspace itself
     _refuse_foreign_options(context, source)
     given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
-    skipped = _pack(source, src, dst, devkit, given)
+    try:
+        skipped = _pack(source, src, dst, devkit, given)
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.signal_number if isinstance(error, Interrupted) else int(signal.SIGINT)
+        raise Interrupted(f"{dst}: interrupted; the same pack goes on where it stopped", number) from error
     _describe(open_dataset(dst))
     if skipped:
         click.echo(f"skipped  {skipped:,} broken file{'s' * (skipped > 1)}, listed in {dst / SKIPPED_NAME}")

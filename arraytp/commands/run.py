@@ -74,8 +74,8 @@ def command(
 ) -> None:
     """Train as the given CONFIG files say and write result folders.
 
-    A config with variants writes one folder per variant into the result folder. Ctrl-C, SIGTERM or SIGHUP writes a
-    checkpoint first; the same command with --resume goes on from there.
+    A config with variants writes one folder per variant into the result folder. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1,
+    SIGUSR2 or SIGXCPU writes a checkpoint first; the same command with --resume goes on from there.
     """
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
