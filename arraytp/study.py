@@ -23,7 +23,8 @@ import numpy as np
 
 from arraytp import __version__
 from arraytp.backend import array_module
-from arraytp.config import Study
+from arraytp.config import Config, Study, dump_config
+from arraytp.config.difference import config_of, first_difference
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, build_planned
 from arraytp.metrics import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable, write_file
@@ -68,9 +69,9 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
         place = folder / f"seed-{n}"
         if place.exists() and not place.is_dir():
             raise UserError(f"{place}: is a file, but a seed's results need a folder; delete it")
+        seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
-            seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
             called = f"{label} seed {n + 1}/{study.seeds}"
             try:
                 with stop.at_once():
@@ -78,7 +79,7 @@ def run_study(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet:
             except Interrupted as error:
                 raise Interrupted(f"{called}: stopped; the seeds before it are done", error.signal_number) from None
             _write_json(place / "summary.json", found)
-        seeds.append(_read_seed(place / "summary.json", len(planned.blocks)))
+        seeds.append(_read_seed(place / "summary.json", seeded.config, len(planned.blocks)))
     config, plan = planned.config, planned
     summary = {
         "name": config.name,
@@ -120,6 +121,7 @@ def _seed(planned: Plan, study: Study, folder: Path, label: str, quiet: bool) ->
     pairs = experiment.compare_feedback()
     return {
         "seed": planned.config.seed,
+        "config": dump_config(planned.config),
         "update_angle_deg": [float(row[3]) for row in last],
         "feedback_block": [pair.block for pair in pairs],
         "feedback_angle_deg": [pair.angle_deg for pair in pairs],
@@ -152,8 +154,8 @@ def _measure_feedback(experiment: Experiment, table: CsvTable, step: int) -> Non
         table.append(step, 0, pair.block, pair.loss, pair.angle_deg, pair.distance)
 
 
-def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
-    """Read the summary of a seed that is done; refuse one that is damaged."""
+def _read_seed(path: Path, config: Config, blocks: int) -> dict[str, Any]:
+    """Read the summary of a seed that is done, without its config; refuse one that is damaged or of another config."""
     try:
         seed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(seed, dict) or not seed.keys() >= {"update_angle_deg", "seconds"}:
@@ -164,6 +166,10 @@ def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
         seed["seconds"] = float(seed["seconds"])
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
+    stored = seed.pop("config", None)
+    difference = first_difference(config_of(str(stored), f"{path}: its config"), config) if stored is not None else ""
+    if difference:
+        raise UserError(f"{path}: is of another config ({difference}); --fresh starts over")
     return seed
 
 

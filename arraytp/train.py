@@ -13,7 +13,7 @@ from typing import Any
 
 from arraytp import __version__
 from arraytp.backend import array_module
-from arraytp.checkpoint import all_finite, finite_moments, read_checkpoint, write_checkpoint
+from arraytp.checkpoint import all_finite, check_owner, finite_moments, read_checkpoint, write_checkpoint
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.experiment import Experiment, Score
 from arraytp.long_steps import LongSteps
@@ -100,10 +100,11 @@ class Run:
         Raises
         ------
         UserError
-            As `read_checkpoint`; also if the config asks for fewer epochs or steps than are trained. The folder is as
-            it was.
+            As `read_checkpoint` and `check_owner`; also if the config asks for fewer epochs or steps than are trained.
+            The folder is as it was.
         """
         path, train = self.folder / "checkpoint.h5", self.experiment.config.train
+        check_owner(path, self.experiment.plan)
         state = read_checkpoint(path, self.experiment)
         try:
             totals = Totals(**state["position"].pop("totals"))

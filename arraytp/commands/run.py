@@ -6,16 +6,17 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
+from arraytp.checkpoint import check_owner, read_owner
 from arraytp.commands.folders import check_folder
 from arraytp.commands.holding import Holds
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
+from arraytp.config.difference import first_difference
 from arraytp.config.document import encodable
 from arraytp.errors import Interrupted, UserError
 from arraytp.experiment import build_planned
@@ -136,7 +137,10 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
                 f"{job.folder}: holds results already; --resume goes on with them, --fresh starts over, "
                 "--out takes another folder"
             )
-        difference = _difference(_stored(job.folder), job.plan.config)
+        checkpoint = job.folder / "checkpoint.h5"
+        if checkpoint.exists() and check_owner(checkpoint, job.plan):
+            continue
+        difference = first_difference(_stored(job.folder), job.plan.config)
         if difference:
             raise UserError(
                 f"{job.folder}: holds a run of another config ({difference}); --fresh starts over, "
@@ -145,37 +149,21 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
 
 
 def _stored(folder: Path) -> Config:
+    """Return the config that a folder's results are of: the checkpoint's own, since anyone may edit config.yml."""
+    checkpoint = folder / "checkpoint.h5"
+    owner = read_owner(checkpoint) if checkpoint.exists() else None
+    if owner is not None:
+        return owner[0]
     try:
         return load_one(folder / "config.yml")
     except UserError as error:
         raise UserError(f"{error}; --fresh starts over, --out takes another folder") from error
 
 
-def _difference(stored: Config, wanted: Config) -> str:
-    """Describe the first setting in which a stored config differs, or "".
-
-    The number of epochs or steps may grow, so that a run can be prolonged, and checkpoints may come more often or less.
-    """
-    free = ("epochs", "steps", "checkpoint_minutes")
-    train = replace(stored.train, **{key: getattr(wanted.train, key) for key in free})
-    return _first_difference(asdict(replace(stored, train=train)), asdict(wanted), "")
-
-
-def _first_difference(there: Any, here: Any, path: str) -> str:
-    """Return the first key in which two trees differ and both values, or ""."""
-    if there == here:
-        return ""
-    if isinstance(there, list) and isinstance(here, list):
-        there, here = dict(enumerate(there)), dict(enumerate(here))
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        return f"{path[1:]} is {there} there and {here} here"
-    key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
-    return _first_difference(there.get(key), here.get(key), f"{path}.{key}")
-
-
 def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> None:
     for job in jobs:
         if resume and job.finished:
+            _write_config(job)
             if not _drawn(job):
                 _draw(job)
             continue
@@ -216,7 +204,7 @@ def _clear(jobs: Sequence[Job]) -> None:
 
 def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
     """Do a study; seeds that are done stay as they are."""
-    _write_config(job)
+    _begin(job)
     run_study(job.plan, job.folder, job.label, stop, quiet)
     _draw(job)
 
@@ -225,9 +213,9 @@ def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
     """Train a run to its end; its folder is not touched before the run is known to start."""
     if resume and (job.folder / "checkpoint.h5").exists():
         run.resume()
-        _write_config(job)
+        _begin(job)
     else:
-        _write_config(job)
+        _begin(job)
         run.start()
     run.train(stop)
     _draw(job)
@@ -241,6 +229,12 @@ def _draw(job: Job) -> None:
         write_figures(job.folder)
 
 
+def _begin(job: Job) -> None:
+    """Let the folder be that of a run which has not finished."""
+    (job.folder / "summary.json").unlink(missing_ok=True)
+    _write_config(job)
+
+
 def _drawn(job: Job) -> bool:
     """Tell whether the folder's figures are of its present results, and not of a run before."""
     figure = job.folder / "figures" / (LAST_STUDY_FIGURE if job.study else LAST_FIGURE)
@@ -251,8 +245,10 @@ def _drawn(job: Job) -> bool:
 
 
 def _write_config(job: Job) -> None:
-    (job.folder / "summary.json").unlink(missing_ok=True)
-    write_file(job.folder / "config.yml", dump_config(job.plan.config).encode())
+    """Write config.yml, unless it says the very same; someone may have edited it."""
+    path, content = job.folder / "config.yml", dump_config(job.plan.config).encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_file(path, content)
 
 
 def _report(batches: list[list[Job]]) -> None:
