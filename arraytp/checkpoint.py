@@ -26,7 +26,7 @@ from arraytp.backend import Array, array_module
 from arraytp.config import Config, dump_config
 from arraytp.config.difference import FREE_ON_RESUME, config_of, first_difference
 from arraytp.disk import system_words
-from arraytp.errors import UserError
+from arraytp.errors import UnreadableError, UserError
 from arraytp.experiment import Experiment
 from arraytp.metrics import write_file
 from arraytp.network import Network
@@ -147,7 +147,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         raise UserError(f"{path}: there is no checkpoint to go on from; --fresh starts over") from error
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         if words := system_words(error):
-            raise UserError(f"{path}: the checkpoint cannot be read: {words}") from error
+            raise UnreadableError(f"{path}: the checkpoint cannot be read: {words}") from error
         text = " ".join(str(error).split())
         raise UserError(f"{path}: the checkpoint is damaged ({text}); --fresh starts over") from error
 

@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class UnreadableError(UserError):
+    """The system does not let something be read, in its own words; nothing is known to be wrong with it."""
+
+
 class NonFiniteError(ArithmeticError):
     """Training left the finite numbers; the message says at which step and in which block. Exit status 1."""
 

@@ -26,7 +26,8 @@ import numpy as np
 from arraytp.backend import Array, Backend
 from arraytp.compare import angle_degrees, relative_distance
 from arraytp.config import dump_config
-from arraytp.errors import Interrupted, UserError
+from arraytp.disk import system_words
+from arraytp.errors import Interrupted, UnreadableError, UserError
 from arraytp.experiment import Experiment
 from arraytp.fused_feedback import EPSILON, ETA
 from arraytp.metrics import replacing
@@ -210,9 +211,11 @@ def check_replaceable(path: Path) -> None:
 
 def _is_trace(path: Path) -> bool:
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             return bool(file.attrs.get("format") == FORMAT)
-    except OSError:
+    except OSError as error:
+        if words := system_words(error):
+            raise UserError(f"--out {path}: exists and cannot be looked at: {words}") from error
         return False
 
 
@@ -286,9 +289,11 @@ def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> n
 def _readable(path: Path) -> Iterator[h5py.File]:
     """Open a file to read from; what HDF5 cannot read in it is the user's to know."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, MemoryError) as error:
+        if words := system_words(error):
+            raise UnreadableError(f"{path}: cannot be read: {words}") from error
         raise UserError(f"{path}: cannot be read as HDF5: {error}") from error

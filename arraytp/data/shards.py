@@ -20,8 +20,8 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from arraytp.data.manifest import ShardEntry
-from arraytp.disk import flush_folder
-from arraytp.errors import UserError
+from arraytp.disk import flush_folder, system_words
+from arraytp.errors import UnreadableError, UserError
 
 FORMAT = "arraytp-shard"
 VERSION = 1
@@ -187,7 +187,7 @@ def check_size(path: Path, entry: ShardEntry) -> None:
     except FileNotFoundError:
         raise UserError(f"{path}: shard is missing (rows 0 to {entry.count - 1})") from None
     except OSError as error:
-        raise UserError(f"{path}: shard cannot be read: {error.strerror}") from error
+        raise UnreadableError(f"{path}: shard cannot be read: {error.strerror}") from error
     if size != entry.bytes:
         what = "truncated" if size < entry.bytes else "not the one that was packed"
         raise UserError(f"{path}: shard is {what}: {size} bytes, expected {entry.bytes} (rows 0 to {entry.count - 1})")
@@ -197,9 +197,9 @@ def check_size(path: Path, entry: ShardEntry) -> None:
 def _damage_is_the_users_to_know(path: Path, rows: str) -> Iterator[None]:
     try:
         yield
-    except PermissionError as error:
-        raise UserError(f"{path}: shard cannot be read: {os.strerror(error.errno or 0)}") from error
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        if words := system_words(error):
+            raise UnreadableError(f"{path}: shard cannot be read: {words} ({rows})") from error
         text = " ".join(str(error).split())
         raise UserError(f"{path}: shard is damaged, {rows} cannot be read: {text}") from error
 
@@ -226,7 +226,7 @@ def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], class
         The file is missing, damaged, of another version, or not the shard that `dataset.json` names.
     """
     check_size(path, entry)
-    with _damage_is_the_users_to_know(path, f"rows 0 to {entry.count - 1}"), h5py.File(path, "r") as file:
+    with _damage_is_the_users_to_know(path, f"rows 0 to {entry.count - 1}"), _opened(path) as file:
         _check_header(path, file, entry, shape)
         return Shard(
             path=path,
@@ -237,6 +237,11 @@ def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], class
             checksums=file["checksums"][()],
             offset=file["images"].id.get_offset() if file["images"].chunks is None else None,
         )
+
+
+def _opened(path: Path) -> h5py.File:
+    # Finished shards are never written to; and many network file systems have no locks to give.
+    return h5py.File(path, "r", locking=False)
 
 
 def _check_header(path: Path, file: h5py.File, entry: ShardEntry, shape: tuple[int, int, int]) -> None:
@@ -293,9 +298,16 @@ def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: 
     """Read a whole shard and yield a line for each damaged range of rows, or one where it cannot be opened.
 
     The parameters are those of `open_shard`.
+
+    Raises
+    ------
+    UnreadableError
+        The system does not let the shard be read.
     """
     try:
         shard = open_shard(path, entry, shape, classes)
+    except UnreadableError:
+        raise
     except UserError as error:
         yield str(error)
         return
@@ -304,6 +316,8 @@ def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: 
         last = min(first + shard.range_rows, shard.count)
         try:
             read_rows(shard, first, last, out[: last - first])
+        except UnreadableError:
+            raise
         except UserError as error:
             yield str(error)
 
@@ -332,7 +346,7 @@ def _reader(shard: Shard) -> Iterator[ReadRows]:
     """
     if shard.offset is None:
         with _damage_is_the_users_to_know(shard.path, f"rows 0 to {shard.count - 1}"):
-            file = h5py.File(shard.path, "r")
+            file = _opened(shard.path)
         with file:
             images = file["images"]
             yield lambda first, last, out: images.read_direct(out, np.s_[first:last])
