@@ -25,7 +25,7 @@ import numpy as np
 from arraytp.backend import Array, array_module
 from arraytp.config import Config, dump_config
 from arraytp.config.difference import FREE_ON_RESUME, config_of, first_difference
-from arraytp.disk import system_words
+from arraytp.disk import refuse_special, system_words
 from arraytp.errors import UnreadableError, UserError
 from arraytp.experiment import Experiment
 from arraytp.metrics import write_file
@@ -137,6 +137,7 @@ def check_owner(path: Path, plan: Plan) -> bool:
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
     """Open a checkpoint to read from; errors of the system are none of the file's, and no reason to start over."""
+    refuse_special(path)
     try:
         # Whole files replace each other: there is nothing to lock, and network file systems often cannot.
         with h5py.File(path, "r", locking=False) as file:

@@ -11,7 +11,7 @@ from contextlib import suppress
 import click
 
 from arraytp import __version__
-from arraytp.errors import Interrupted, NonFiniteError, UserError
+from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors, one_line
 from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
 COMMANDS = {
@@ -26,6 +26,7 @@ _USER_STATUS = 2
 _FAILURE_STATUS = 1
 _SIGINT_STATUS = 130
 _SIGPIPE_STATUS = 141
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # What writing to a stream says when its disk, quota or device takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -119,14 +120,19 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         status = _complain("interrupted", _SIGINT_STATUS)
     except click.ClickException as error:
         status = _complain(error.format_message(), error.exit_code)
+    except UserErrors as error:
+        status = max(_complain(line, _USER_STATUS) for line in error.lines)
     except UserError as error:
         status = _complain(str(error), _USER_STATUS)
     except NonFiniteError as error:
         status = _complain(str(error), _FAILURE_STATUS)
+    except MemoryError:
+        status = _complain("not enough memory", _USER_STATUS)
     except OSError as error:
-        if error.filename is None:
+        message = _system_message(error)
+        if message is None:
             raise
-        status = _complain(f"{error.filename}: {error.strerror}", _USER_STATUS)
+        status = _complain(message, _USER_STATUS)
     except Interrupted as error:
         # After a hangup there may be nobody to tell.
         with suppress(OSError):
@@ -142,8 +148,18 @@ def _usage_message(error: click.UsageError) -> str:
     return f"{error.format_message().rstrip('.')}; see {where} --help"
 
 
+def _system_message(error: OSError) -> str | None:
+    """Return what to say of an error of the system; None for one that nobody foresaw."""
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory is not there any more; change into one that is"
+    return error.strerror if error.errno in _SCARCE else None
+
+
 def _complain(message: str, status: int) -> int:
-    """Print every line of a message as an error and return the exit status."""
-    for line in message.splitlines():
-        click.echo(f"arraytp: error: {line}", err=True)
+    """Print a message as one line and return the exit status."""
+    click.echo(f"arraytp: error: {one_line(message)}", err=True)
     return status

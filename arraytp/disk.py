@@ -4,12 +4,18 @@ import errno
 import fcntl
 import os
 import re
+import select
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from arraytp.errors import UserError
+
 # Another process has the lock; emulations by record locks say EACCES.
 _HELD = (errno.EAGAIN, errno.EACCES)
+# Seconds to wait for the first byte from a pipe.
+_PATIENCE = 2.0
 _ERRNO = re.compile(r"errno = ([0-9]+)")
 
 
@@ -103,3 +109,46 @@ def system_words(error: BaseException) -> str:
     found = _ERRNO.search(str(error))
     number = error.errno or (int(found[1]) if found else 0)
     return os.strerror(number) if number else ""
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Read a file of at most so many bytes; a pipe, too, if someone writes to it.
+
+    Raises
+    ------
+    UserError
+        It holds more, or is a pipe to which nobody writes.
+    OSError
+        It cannot be read.
+    """
+    # Otherwise the very opening of a pipe waits for its other end.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PATIENCE)[0]:
+            raise UserError(f"{path}: is a pipe to which nobody writes; give a file")
+        os.set_blocking(file.fileno(), True)
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path}: holds more than {most:,} bytes; is it the right file?")
+    return content
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse a pipe, socket or device, on which a reader could wait for ever.
+
+    Raises
+    ------
+    UserError
+        The path is one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        # Whoever opens it says so.
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: is a pipe or device; give a file")
+
+
+def real(path: Path) -> Path:
+    """Return the absolute path without links; a link that leads to itself stays, and is told of when it is opened."""
+    return Path(os.path.realpath(path))

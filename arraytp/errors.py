@@ -1,5 +1,11 @@
 """What can go wrong, as the command line reports it."""
 
+import re
+from collections.abc import Sequence
+
+_LONGEST_WORD = 300
+_LONGEST_LINE = 3000
+
 
 class UserError(Exception):
     """A mistake in what the user gave: config, arguments, files, hardware.
@@ -7,6 +13,19 @@ class UserError(Exception):
     The message is one line that names the file or key, the bad value and what would be right.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class UserErrors(UserError):
+    """Several mistakes at once, a line each.
+
+    Parameters
+    ----------
+    lines : sequence of str
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
 
 
 class UnreadableError(UserError):
@@ -35,3 +54,18 @@ class Interrupted(BaseException):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def one_line(text: str) -> str:
+    """Return text as a line to show: what would break or colour it is escaped, the middle of long words is cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    words = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _cut(word[0], _LONGEST_WORD), shown)
+    return _cut(words, _LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Cut the middle out of a text that is too long, and say how much."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2 - 20
+    return f"{text[:half]}…({len(text) - 2 * half:,} characters)…{text[-half:]}"

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
+from arraytp.disk import refuse_special
 from arraytp.errors import UserError
 
 MAX_DEPTH = 4
@@ -75,6 +76,7 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
         state = fingerprint(f"{name} {file_state(src / name)}" for name in names)
         yield Files(src, names, lambda row: (src / names[row]).read_bytes(), state)
         return
+    refuse_special(src)
     try:
         file = src.open("rb")
     except FileNotFoundError:
@@ -82,13 +84,22 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     except OSError as error:
         raise UserError(f"{src}: cannot be read: {error.strerror}") from error
     with file:
-        unpack = next((unpack for magic, unpack in _UNPACKERS.items() if file.peek(8).startswith(magic)), None)
+        unpack = _unpacker(src, file)
         if unpack is None:
             yield _only(src, file)
             return
         with tempfile.TemporaryFile(dir=_existing(scratch)) as plain:
             _unpack(src, unpack(file), plain)
             yield _only(src, plain)
+
+
+def _unpacker(src: Path, file: io.BufferedReader) -> Callable[[BinaryIO], io.BufferedIOBase] | None:
+    """Tell by its first bytes how an archive is packed; None if it is not."""
+    try:
+        start = file.peek(8)
+    except OSError as error:
+        raise UserError(f"{src}: cannot be read: {error.strerror}") from error
+    return next((unpack for magic, unpack in _UNPACKERS.items() if start.startswith(magic)), None)
 
 
 def file_state(path: Path) -> str:

@@ -591,3 +591,82 @@ def test_a_real_process_ends_with_the_same_status_and_one_line(place, words, sta
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("arraytp: error: ")
     assert done.stdout == ""
+
+
+BEYOND = '"\\U00110000"'
+
+
+def test_a_character_beyond_the_last_is_not_valid_yaml(refused, place):
+    (place / "odd.yml").write_text(f"name: {BEYOND}\n")
+    assert refused("run", "odd.yml").startswith("odd.yml: not valid YAML: ")
+    assert refused("run", "toy.yml", "--set", f"name={BEYOND}").startswith(f"--set name={BEYOND}: not valid YAML: ")
+    (place / "config.yml").write_text(f"name: {BEYOND}\n")
+    assert refused("report", ".").startswith("config.yml: not YAML: ")
+
+
+def test_a_working_directory_that_is_gone_is_named(arraytp, place, monkeypatch):
+    (place / "gone").mkdir()
+    monkeypatch.chdir(place / "gone")
+    (place / "gone").rmdir()
+    for words in (["run", place / "toy.yml"], ["trace", place / "toy.yml", "--out", "t.h5"], ["report", "."]):
+        outcome = arraytp(*words)
+        assert (outcome.status, len(outcome.err.splitlines())) == (2, 1), outcome.err
+    outcome = arraytp("run", place / "toy.yml", "--set", f"data.dataset={place / 'toy'}")
+    assert outcome.err == "arraytp: error: the working directory is not there any more; change into one that is\n"
+
+
+def test_a_link_to_itself_is_named(refused, place):
+    (place / "loop").symlink_to("loop")
+    many = "Too many levels of symbolic links"
+    assert refused("run", "loop") == f"loop: cannot be read: {many}"
+    assert refused("bench", "toy.yml", "--steps", 1, "--json", "loop/x").endswith("there is no folder loop")
+    assert refused("report", "loop") == "loop: no such folder; give a result folder written by `arraytp run`"
+    assert refused("run", "toy.yml", "--out", "loop").startswith("loop: is a link that leads nowhere")
+
+
+def test_a_pipe_without_its_other_end_is_not_waited_for(refused, arraytp, place, monkeypatch):
+    monkeypatch.setattr("arraytp.disk._PATIENCE", 0.1)
+    os.mkfifo(place / "pipe")
+    assert refused("run", "pipe") == "pipe: is a pipe to which nobody writes; give a file"
+    assert refused("trace", "toy.yml", "--out", "t.h5", "--weights", "pipe") == "pipe: is a pipe or device; give a file"
+    assert refused("data", "pack", "folder", "pipe", "packed") == "pipe: is a pipe or device; give a file"
+    assert arraytp("bench", "toy.yml", "--steps", 1, "--json", "pipe").err.startswith(
+        "arraytp: error: --json pipe: cannot be written: No such device or address"
+    )
+
+
+def test_a_pipe_to_which_a_config_is_written_is_one(arraytp, place):
+    """As a shell's `<(…)` is."""
+    os.mkfifo(place / "pipe")
+    end = os.open(place / "pipe", os.O_RDWR)
+    text = (place / "toy.yml").read_bytes()
+    os.write(end, text)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.2)"], pass_fds=[end])
+    os.close(end)
+    assert arraytp("run", "pipe", "--quiet").status == 0
+    assert process.wait() == 0
+
+
+def test_a_file_far_too_large_for_a_config_is_not_parsed(refused, place):
+    (place / "big.yml").write_bytes(b"a: 1\n" * 2_000_000)
+    assert refused("run", "big.yml") == "big.yml: holds more than 1,048,576 bytes; is it the right file?"
+    assert refused("run", "/dev/zero") == "/dev/zero: holds more than 1,048,576 bytes; is it the right file?"
+
+
+def test_long_keys_and_values_are_cut_in_the_middle(refused):
+    long = "k" * 100_000
+    message = refused("run", "toy.yml", "--set", f"{long}=1")
+    assert len(message) < 1000
+    assert message.startswith("--set kkk")
+    assert message.count(" characters)…k") == 2
+    assert message.endswith("schedule, train, compare, study, variants")
+    assert refused("run", long).endswith("k: cannot be read: File name too long")
+
+
+def test_what_would_break_or_colour_a_line_is_escaped(refused):
+    assert refused("run", "a\nb\x1b[31m.yml") == "a\\nb\\x1b[31m.yml: no such file"
+
+
+def test_a_report_of_half_a_disk_is_refused(refused, place, monkeypatch):
+    monkeypatch.setattr("arraytp.report.reading._MOST_ENTRIES", 5)
+    assert refused("report", ".") == ".: holds more than 5 files and folders; give one nearer to the results"

@@ -11,7 +11,7 @@ import click
 import pytest
 
 from arraytp import __version__, cli
-from arraytp.errors import Interrupted, NonFiniteError, UserError
+from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def python(code, **options):
 
 OUTCOMES = {
     "a mistake of the user": (UserError("x.yml:3: seed is bad"), 2, "arraytp: error: x.yml:3: seed is bad\n"),
-    "two mistakes": (UserError("first\nsecond"), 2, "arraytp: error: first\narraytp: error: second\n"),
+    "two mistakes": (UserErrors(["first", "second"]), 2, "arraytp: error: first\narraytp: error: second\n"),
     "a file that cannot be had": (
         OSError(36, "File name too long", "x/yy"),
         2,
