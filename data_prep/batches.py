@@ -61,7 +61,8 @@ _ADMITTED: Mapping[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in Python: that in C makes a table as long as the largest number that the pickle gives a value.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in, or refuse."""
         if (module, name) not in _ADMITTED:

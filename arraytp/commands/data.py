@@ -17,7 +17,7 @@ from arraytp.errors import Interrupted, UserError
 from data_prep import cifar, folder, idx, imagenet, imagenet32
 from data_prep.fetch import SOURCES
 from data_prep.fetch import fetch as fetch_files
-from data_prep.options import PackOptions, Resize
+from data_prep.options import Exif, PackOptions, Resize
 
 _FOLDER = click.Path(path_type=Path)
 _DATASET_HELP = (
@@ -94,6 +94,11 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     help="Change the images' aspect, or scale the shorter side and cut off both ends of the longer.",
 )
 @click.option(
+    "--exif",
+    type=click.Choice(get_args(Exif)),
+    help="Turn images as their EXIF orientation says, or not.  [default: ignore for imagenet, apply for folder]",
+)
+@click.option(
     "--max-skipped",
     type=click.IntRange(min=0),
     default=0,
@@ -127,7 +132,13 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
 
 
 def _refuse_foreign_options(context: click.Context, source: str) -> None:
-    allowed = {"size": _DECODING, "resize": _DECODING, "max_skipped": _DECODING, "devkit": ("imagenet",)}
+    allowed = {
+        "size": _DECODING,
+        "resize": _DECODING,
+        "exif": _DECODING,
+        "max_skipped": _DECODING,
+        "devkit": ("imagenet",),
+    }
     for name, sources in allowed.items():
         given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         if given and source not in sources:
