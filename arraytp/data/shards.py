@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
+from arraytp.data.chunks import check_chunks, piece_offset, read_chunk, read_whole
 from arraytp.data.manifest import ShardEntry
 from arraytp.disk import flush_folder, system_words
 from arraytp.errors import UnreadableError, UserError
@@ -233,10 +234,18 @@ def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], class
             shape=shape,
             classes=classes,
             range_rows=int(file.attrs["range_rows"]),
-            labels=file["labels"][()].astype(np.int64),
-            checksums=file["checksums"][()],
-            offset=file["images"].id.get_offset() if file["images"].chunks is None else None,
+            labels=read_whole(file["labels"]).astype(np.int64),
+            checksums=read_whole(file["checksums"]),
+            offset=_images_offset(file),
         )
+
+
+def _images_offset(file: h5py.File) -> int | None:
+    images = file["images"]
+    if images.chunks is None:
+        return piece_offset(images)
+    check_chunks(images, min(int(file.attrs["range_rows"]), len(images)))
+    return None
 
 
 def _opened(path: Path) -> h5py.File:
@@ -258,7 +267,7 @@ def _check_header(path: Path, file: h5py.File, entry: ShardEntry, shape: tuple[i
     if labels.shape != (entry.count,) or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: labels are {labels.dtype} {labels.shape}, expected integers ({entry.count},)")
     rows = int(file.attrs["range_rows"])
-    if rows < 1 or checksums.shape != (-(-entry.count // rows),) or _digest(checksums[()]) != entry.checksum:
+    if rows < 1 or checksums.shape != (-(-entry.count // rows),) or _digest(read_whole(checksums)) != entry.checksum:
         raise UserError(
             f"{path}: not the shard that dataset.json names, or its checksums are damaged (rows 0 to {entry.count - 1})"
         )
@@ -349,7 +358,12 @@ def _reader(shard: Shard) -> Iterator[ReadRows]:
             file = _opened(shard.path)
         with file:
             images = file["images"]
-            yield lambda first, last, out: images.read_direct(out, np.s_[first:last])
+
+            def unpack(first: int, last: int, out: Images) -> None:
+                content = np.frombuffer(read_chunk(images, first), np.uint8)
+                out[...] = content[: out.size].reshape(out.shape)
+
+            yield unpack
         return
     image_bytes = int(np.prod(shard.shape))
     offset = shard.offset
