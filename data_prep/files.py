@@ -234,6 +234,9 @@ def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from error
             for name, start, size in list(_members(str(path), file)):
+                # What another system's archiver leaves beside a file.
+                if PurePosixPath(name).name.startswith("._"):
+                    continue
                 if name.endswith(".tar"):
                     inner = _members(f"{path}: {name}", file, start, start + size)
                     index.extend(file, inner, f"{folder}/{name.removesuffix('.tar')}/")

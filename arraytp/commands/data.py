@@ -106,7 +106,9 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     help="Leave out up to this many broken image files, and list them in skipped.csv.",
 )
 @click.option(
-    "--devkit", type=_FOLDER, help="imagenet: the devkit, where val/ is flat: folder or archive.  [default: in SRC]"
+    "--devkit",
+    type=_FOLDER,
+    help="imagenet with a flat val/, imagenet32: the devkit, folder or archive.  [default: in SRC]",
 )
 @click.pass_context
 def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
@@ -126,7 +128,10 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.signal_number if isinstance(error, Interrupted) else int(signal.SIGINT)
         raise Interrupted(f"{dst}: interrupted; the same pack goes on where it stopped", number) from error
-    _describe(open_dataset(dst))
+    packed = open_dataset(dst)
+    _describe(packed)
+    if source in _DECODING and list(packed.classes) != sorted(packed.classes):
+        click.echo("arraytp: note: the classes are numbers; labels follow the numbers, not the text", err=True)
     if skipped:
         click.echo(f"skipped  {skipped:,} broken file{'s' * (skipped > 1)}, listed in {dst / SKIPPED_NAME}")
 
@@ -137,7 +142,7 @@ def _refuse_foreign_options(context: click.Context, source: str) -> None:
         "resize": _DECODING,
         "exif": _DECODING,
         "max_skipped": _DECODING,
-        "devkit": ("imagenet",),
+        "devkit": ("imagenet", "imagenet32"),
     }
     for name, sources in allowed.items():
         given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
@@ -155,7 +160,7 @@ def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackO
     if source == "imagenet":
         return imagenet.pack(src, dst, options, devkit)
     if source == "imagenet32":
-        imagenet32.pack(src, dst, options)
+        imagenet32.pack(src, dst, options, devkit)
     elif source in cifar.LAYOUTS:
         cifar.pack(source, src, dst, options)
     else:

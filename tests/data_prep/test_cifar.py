@@ -340,3 +340,22 @@ def test_a_pickle_takes_no_more_memory_than_it_is_long(bomb, monkeypatch):
     monkeypatch.setattr("data_prep.batches._MOST_BYTES", 2**26)
     with limited_memory(2**30), pytest.raises(UserError, match=message):
         read(content)
+
+
+def test_the_classes_of_imagenet32_are_wnids_where_a_devkit_is(tmp_path):
+    generator = np.random.default_rng(0)
+    names = [*(f"train_data_batch_{n}" for n in range(1, 11)), "val_data"]
+    rows = generator.integers(0, 256, (2, 3072), np.uint8)
+    contents = {name: pickle.dumps({"data": rows, "labels": [3, 1000]}, protocol=2) for name in names}
+    wnids = [f"n{number:08d}" for number in generator.permutation(1000)]
+    text = "".join(f"{wnid} {number} name\n" for number, wnid in enumerate(wnids, 1))
+    src = write(tmp_path / "s", contents)
+    (tmp_path / "kit").mkdir()
+    (tmp_path / "kit/map_clsloc.txt").write_text(text)
+    imagenet32.pack(src, tmp_path / "d", PackOptions(), tmp_path / "kit")
+    dataset = open_dataset(tmp_path / "d")
+    assert list(dataset.classes) == wnids
+    assert sorted(set(dataset.load("val")[1].tolist())) == [2, 999]
+    (tmp_path / "kit/map_clsloc.txt").write_text(text.partition("\n")[2])
+    with pytest.raises(UserError, match="numbers 999 classes, expected 1 to 1000"):
+        imagenet32.pack(src, tmp_path / "e", PackOptions(), tmp_path / "kit")

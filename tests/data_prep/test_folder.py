@@ -387,3 +387,23 @@ def test_exif_is_ignored_for_imagenet_as_in_published_runs_and_applied_for_folde
 def test_exif_is_no_option_of_sources_without_image_files(tmp_path, capsys):
     assert main(["data", "pack", "mnist", str(tmp_path), str(tmp_path / "d"), "--exif=apply"]) == 2
     assert "--exif is for folder and imagenet, not for mnist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adobe", [True, False])
+def test_cmyk_becomes_rgb_by_the_product_that_libjpeg_has(adobe):
+    """Adobe's files hold 255 less each ink. Pillow, and so torchvision, takes files without the marker for such too."""
+    inks = np.repeat(np.repeat(GENERATOR.integers(0, 256, (4, 4, 4), dtype=np.uint8), 16, 0), 16, 1)
+    content = encoded(Image.fromarray(inks, "CMYK"), "JPEG", quality=100, subsampling=0)
+    if not adobe:
+        at = content.index(b"\xff\xee")
+        content = content[:at] + content[at + 2 + int.from_bytes(content[at + 2 : at + 4], "big") :]
+    light = 255 - inks.astype(float)
+    expected = light[..., :3] * light[..., 3:] / 255
+    assert np.abs(np.asarray(decode(content)).astype(float) - expected).max() < 6
+
+
+def test_a_jpeg_with_extraneous_bytes_is_taken_as_libjpeg_decodes_it():
+    """So do the loaders of published runs; what follows the bytes may be grey."""
+    content = encoded(np.full((64, 64, 3), 200, np.uint8), "JPEG", restart_marker_blocks=4)
+    at = content.index(b"\xff\xd1")
+    assert decode(content[:at] + bytes(5) + content[at:]).size == (64, 64)
