@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedIm
 from arraytp.data.shards import Images
 from data_prep.options import Exif, Resize
 
-# Memory: an image takes 4 bytes a pixel, up to three times at once; all that are being decoded have no more together.
+# Memory: an image takes 4 bytes a pixel, up to five times at once; all that are being decoded have no more together.
 MAX_PIXELS = 2**26
 _FORMATS = (
     JpegImagePlugin.JpegImageFile.format,
