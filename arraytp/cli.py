@@ -11,8 +11,8 @@ from contextlib import suppress
 import click
 
 from arraytp import __version__
-from arraytp.errors import Interrupted, NonFiniteError, UserError
-from arraytp.signals import sent_again_when_swallowed
+from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors, one_line
+from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
 COMMANDS = {
     "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
@@ -26,6 +26,7 @@ _USER_STATUS = 2
 _FAILURE_STATUS = 1
 _SIGINT_STATUS = 130
 _SIGPIPE_STATUS = 141
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # What writing to a stream says when its disk, quota or device takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -41,7 +42,8 @@ class _LazyGroup(click.Group):
         """Import and return a command."""
         if cmd_name not in COMMANDS:
             ctx.fail(f"there is no command {cmd_name!r}; the commands are {', '.join(COMMANDS)}")
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        with held_back():
+            command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -81,8 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A terminal that cannot show a character gets a question mark.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        with sent_again_when_swallowed():
-            status = _status_of(arguments)
+        with sent_again_when_swallowed(), ended_by_signals() as ended:
+            try:
+                status = _status_of(arguments)
+            except Exception:
+                if not ended.signal:
+                    raise
+                status = _complain("interrupted", 128 + ended.signal)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):
         # The reader has left, for example `| head`; click makes a SystemExit of it.
@@ -109,18 +116,23 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         status = _USER_STATUS
     except click.UsageError as error:
         status = _complain(_usage_message(error), _USER_STATUS)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         status = _complain("interrupted", _SIGINT_STATUS)
     except click.ClickException as error:
         status = _complain(error.format_message(), error.exit_code)
+    except UserErrors as error:
+        status = max(_complain(line, _USER_STATUS) for line in error.lines)
     except UserError as error:
         status = _complain(str(error), _USER_STATUS)
     except NonFiniteError as error:
         status = _complain(str(error), _FAILURE_STATUS)
+    except MemoryError:
+        status = _complain("not enough memory", _USER_STATUS)
     except OSError as error:
-        if error.filename is None:
+        message = _system_message(error)
+        if message is None:
             raise
-        status = _complain(f"{error.filename}: {error.strerror}", _USER_STATUS)
+        status = _complain(message, _USER_STATUS)
     except Interrupted as error:
         # After a hangup there may be nobody to tell.
         with suppress(OSError):
@@ -136,8 +148,18 @@ def _usage_message(error: click.UsageError) -> str:
     return f"{error.format_message().rstrip('.')}; see {where} --help"
 
 
+def _system_message(error: OSError) -> str | None:
+    """Return what to say of an error of the system; None for one that nobody foresaw."""
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory is not there any more; change into one that is"
+    return error.strerror if error.errno in _SCARCE else None
+
+
 def _complain(message: str, status: int) -> int:
-    """Print every line of a message as an error and return the exit status."""
-    for line in message.splitlines():
-        click.echo(f"arraytp: error: {line}", err=True)
+    """Print a message as one line and return the exit status."""
+    click.echo(f"arraytp: error: {one_line(message)}", err=True)
     return status

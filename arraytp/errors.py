@@ -1,5 +1,11 @@
 """What can go wrong, as the command line reports it."""
 
+import re
+from collections.abc import Sequence
+
+_LONGEST_WORD = 300
+_LONGEST_LINE = 3000
+
 
 class UserError(Exception):
     """A mistake in what the user gave: config, arguments, files, hardware.
@@ -7,6 +13,23 @@ class UserError(Exception):
     The message is one line that names the file or key, the bad value and what would be right.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class UserErrors(UserError):
+    """Several mistakes at once, a line each.
+
+    Parameters
+    ----------
+    lines : sequence of str
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class UnreadableError(UserError):
+    """The system does not let something be read, in its own words; nothing is known to be wrong with it."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -17,8 +40,10 @@ class IllConditionedError(NonFiniteError):
     """A weight matrix has no inverse that its dtype can carry; the message names the block and the condition number."""
 
 
-class Interrupted(Exception):
-    """SIGINT, SIGTERM or SIGHUP arrived and the state was saved; the message says how to go on.
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or the like arrived and the state was saved; the message says how to go on.
+
+    No Exception, so that what expects anything of a damaged file does not take it for damage.
 
     Parameters
     ----------
@@ -29,3 +54,18 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def one_line(text: str) -> str:
+    """Return text as a line to show: what would break or colour it is escaped, the middle of long words is cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    words = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _cut(word[0], _LONGEST_WORD), shown)
+    return _cut(words, _LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Cut the middle out of a text that is too long, and say how much."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2 - 20
+    return f"{text[:half]}…({len(text) - 2 * half:,} characters)…{text[-half:]}"

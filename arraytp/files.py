@@ -1,12 +1,19 @@
 """Files that are replaced only when the new one is complete and on the disk."""
 
+import errno
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from arraytp.disk import HeldError, flush_folder, open_locked
+
+# Seconds to wait for another process that writes the same file, and between two looks.
+_PATIENCE, _PAUSE = 5.0, 0.02
 
 
 def json_safe(value: Any) -> Any:
@@ -33,22 +40,44 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write to; the one of that name is replaced only when the new one is complete and on the disk.
 
+    Of two processes that write the same file, the second waits; what is there is always one's or the other's, whole.
+
     Raises
     ------
     OSError
-        If the disk is full, say; the former file is still there.
+        If the disk is full, say, or another process does not come to an end; the former file is still there.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w+b") as file:
+    file, partial = _open_partial(path)
+    with file:
+        try:
+            file.truncate(0)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
+            partial.replace(path)
+        except BaseException:
+            # While the lock is held: afterwards the name may be another process's.
+            partial.unlink(missing_ok=True)
+            raise
+    flush_folder(path.parent)
+
+
+def _open_partial(path: Path) -> tuple[BinaryIO, Path]:
+    """Open the file that is to replace another; its name is the same each time, so that one left behind is taken up."""
+    partial = path.with_name(path.name + ".partial")
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            file, locked = open_locked(partial)
+        except HeldError:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "another process is writing it", str(path)) from None
+            time.sleep(_PAUSE)
+            continue
+        if locked:
+            return file, partial
+        # Without locks, only a name of its own keeps a process's bytes apart from another's.
+        file.close()
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        own = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
+        return own.open("w+b"), own

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: as a request that the training loop answers between two steps, or as an exception."""
+"""Ctrl-C, SIGTERM and their like: as a request that the training loop answers between two steps, or as an exception."""
 
 import os
 import signal
@@ -6,20 +6,25 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from arraytp.errors import Interrupted
 
+# What asks a process to end: terminals, systems and, before a job's time is over, clusters (SIGUSR1, SIGUSR2, SIGXCPU).
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _LATER = 0.01
 _PATIENCE = 1.0
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP only sets `requested`; the second acts as without this.
+    """While entered, SIGINT and those of `ENDING` only set `requested`; a second SIGINT acts as without this.
 
-    A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays ignored. Where the answer takes
-    more than a second, as a long step does, a line on standard error says what is waited for.
+    The others may come several times: SIGXCPU does each second, a launcher hands on what the cluster sends too, and a
+    warning is followed by SIGTERM. A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays
+    ignored. Where the answer takes more than a second, as a long step does, a line on standard error says what is
+    waited for.
 
     Attributes
     ----------
@@ -29,6 +34,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._at_once = False
         self._former: dict[int, Any] = {}
         self._notice = threading.Timer(_PATIENCE, _tell_what_is_waited_for)
         self._notice.daemon = True
@@ -40,7 +46,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         """Take over the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, *ENDING):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._former[number] = signal.signal(number, self._receive)
         return self
@@ -50,47 +56,80 @@ class StopRequest:
     ) -> None:
         """Give the signals back."""
         self._notice.cancel()
-        self._restore()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-        # Started already where two signals come at once; and a process may have no thread left.
-        with suppress(RuntimeError):
-            self._notice.start()
-
-    def _restore(self) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former = {}
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While entered, a request raises `Interrupted` wherever the program is: for work that is then given up."""
+        self._at_once = True
+        try:
+            if self.requested:
+                raise Interrupted("arraytp: ended by a signal", self.signal)
+            yield
+        finally:
+            self._at_once = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if self._at_once:
+            raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
+        if number == signal.SIGINT and number in self._former:
+            signal.signal(number, self._former.pop(number))
+        # Started already where two signals come at once; and a process may have no thread left.
+        with suppress(RuntimeError):
+            self._notice.start()
 
 
 def _tell_what_is_waited_for() -> None:
     # After a hangup there may be nobody to tell.
     if sys.stderr is not None:
         with suppress(OSError):
-            print("arraytp: stopping when what is under way is done; a second signal ends at once", file=sys.stderr)
+            print("arraytp: stopping when what is under way is done; a second Ctrl-C ends at once", file=sys.stderr)
+
+
+@dataclass
+class Ended:
+    """The number of the signal that ended what is entered, 0 while none did."""
+
+    signal: int = 0
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """While entered, SIGTERM and SIGHUP raise `Interrupted`, as Ctrl-C raises KeyboardInterrupt.
+def ended_by_signals() -> Iterator[Ended]:
+    """While entered, those of `ENDING` raise `Interrupted`, and SIGINT KeyboardInterrupt, as ever.
 
     So whatever is being written is removed on the way out. A signal that the process was told to ignore stays ignored.
+    Libraries that are being loaded make other errors of these; what is yielded tells that a signal was behind them.
     """
+    ended = Ended()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        ended.signal = number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
 
     former: dict[int, Any] = {}
-    for wanted in (signal.SIGTERM, signal.SIGHUP):
+    for wanted in (signal.SIGINT, *ENDING):
         if signal.getsignal(wanted) is not signal.SIG_IGN:
             former[wanted] = signal.signal(wanted, stop)
     try:
-        yield
+        yield ended
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """While entered, signals wait: extension modules that are interrupted while they load may abort the process."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *ENDING))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 @contextmanager

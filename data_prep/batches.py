@@ -5,10 +5,11 @@ answered here by a stand-in that keeps what it is given, and every other name is
 the raw bytes and a shape that has been checked.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 
@@ -21,13 +22,20 @@ class _RefusedError(Exception):
 
 
 class _Type:
-    """Stands for `numpy.dtype`: keeps the type's code."""
+    """Stands for `numpy.dtype`: keeps the type's code and byte order."""
 
     def __init__(self, code: Any = None, *_flags: Any) -> None:
-        self.code = code.decode("latin-1") if isinstance(code, bytes) else code
+        self.code = _text(code)
+        self.order = "|"
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order, fields and flags: of no meaning for bytes."""
+        """Keep the byte order; fields and flags are of no meaning for numbers."""
+        if isinstance(state, tuple) and len(state) > 1:
+            self.order = _text(state[1])
+
+
+def _text(value: Any) -> Any:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 class _Array:
@@ -38,6 +46,13 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+def _from_buffer(content: Any, kind: Any, shape: Any, order: Any, *_axes: Any) -> _Array:
+    """Stand for `numpy._core.numeric._frombuffer`, as arrays are pickled by protocol 5."""
+    array = _Array()
+    array.state = (1, shape, kind, order != "C", bytes(content) if isinstance(content, bytearray) else content)
+    return array
 
 
 class _Bytes(bytes):
@@ -57,16 +72,46 @@ _ADMITTED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): _Bytes,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
 }
+_INTEGERS = frozenset(f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8))
+# What the bytes in a batch come to at most: the largest of ImageNet 32×32 has 394 MB.
+_MOST_BYTES = 2**29
+_LOOKED_AT = 2**22
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in Python: that in C makes a table as long as the largest number that the pickle gives a value.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in, or refuse."""
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) not in _ADMITTED:
             raise _RefusedError(f"names {module}.{name}")
         return _ADMITTED[module, name]
+
+    _encoded = 0
+
+    def _encode(self, text: Any, encoding: Any) -> _Bytes:
+        """Make bytes of text, which a pickle may ask for again and again."""
+        found = _Bytes(text, encoding)
+        self._encoded += len(found)
+        if self._encoded > _MOST_BYTES:
+            raise _RefusedError(f"makes more than {_MOST_BYTES:,} bytes")
+        return found
+
+
+class _Bounded:
+    """A file of which no more is asked for than is left."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._size - self._file.tell()))
 
 
 def read_batch(
@@ -99,6 +144,8 @@ def read_batch(
     """
     content = _load(file, where)
     data, labels = content.get("data"), content.get(label_key)
+    if isinstance(labels, _Array):
+        labels = _integers(labels, where, label_key)
     if not isinstance(data, _Array) or not isinstance(labels, list):
         found = ", ".join(repr(key) for key in content) or "nothing"
         raise UserError(f"{where}: expected an array 'data' and a list {label_key!r}, found {found}")
@@ -108,17 +155,43 @@ def read_batch(
 
 def _load(file: BinaryIO, where: Path | str) -> dict[str, Any]:
     try:
-        content = _Unpickler(file, encoding="bytes").load()
+        content = _Unpickler(cast(BinaryIO, _Bounded(file)), encoding="bytes").load()
     except _RefusedError as error:
+        file.seek(0)
+        refuse_text_transfer(file.read(_LOOKED_AT), where)
         raise UserError(f"{where}: refused: the pickle {error}, which official batches do not") from None
     # What a damaged pickle can raise is not documented, and is anything from EOFError to MemoryError.
     except Exception as error:
+        file.seek(0)
+        refuse_text_transfer(file.read(_LOOKED_AT), where)
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}: damaged or truncated pickle ({text}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, expected a batch (a dict)")
+    if not all(isinstance(key, bytes | str) for key in content):
+        raise UserError(f"{where}: has keys that are no text, expected a batch")
     # Python 2 wrote the keys as bytes.
-    return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+    return {_text(key): value for key, value in content.items()}
+
+
+def refuse_text_transfer(start: bytes, where: Path | str) -> None:
+    """Raise UserError for a damaged file whose every line end, in its first bytes, has been made one of Windows."""
+    ends = start.count(b"\n")
+    if ends > 3 and start.count(b"\r\n") == ends:
+        raise UserError(
+            f"{where}: was transferred as text: every line end in it has become \\r\\n; fetch it again, as binary"
+        )
+
+
+def _integers(array: _Array, where: Path | str, key: str) -> list[int]:
+    """Return the content of an array of integers (N,)."""
+    match array.state:
+        case (_, (int(count),), _Type(code=str(code), order=str(order)), False | 0, bytes(raw)) if code.lstrip(
+            "<>|="
+        ) in _INTEGERS and len(raw) == count * int(code[-1]):
+            given = code[0] if code[0] in "<>" else order if order in "<>" else "<"
+            return np.frombuffer(raw, given + code.lstrip("<>|=")).tolist()  # type: ignore[no-any-return]
+    raise UserError(f"{where}: {key!r} is no array of integers (N,) with its whole content")
 
 
 def _rows(data: _Array, where: Path | str) -> Images:
@@ -147,7 +220,7 @@ def checked_labels(labels: Sequence[Any], count: int, classes: int, first_label:
     last = first_label + classes - 1
     for position, label in enumerate(labels):
         if type(label) is not int or not first_label <= label <= last:
-            raise UserError(
-                f"{where}: label {position} (from 0) is {str(label)[:40]!r}, expected {first_label} to {last}"
-            )
+            # Lists of lists can be longer as text than memory.
+            shown = str(label)[:40] if isinstance(label, str | bytes | int | float) else f"a {type(label).__name__}"
+            raise UserError(f"{where}: label {position} (from 0) is {shown!r}, expected {first_label} to {last}")
     return np.array(labels, np.int64) - first_label

@@ -10,7 +10,7 @@ import numpy as np
 
 from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import Description, writing
-from arraytp.data_prep.batches import checked_labels, images_of_planes, read_batch
+from arraytp.data_prep.batches import checked_labels, images_of_planes, read_batch, refuse_text_transfer
 from arraytp.data_prep.files import Files, open_files
 from arraytp.data_prep.options import PackOptions, check_limits, chosen_rows
 from arraytp.errors import UserError
@@ -79,6 +79,7 @@ def read_binary(content: bytes, where: str, layout: _Layout) -> tuple[Images, La
     """
     row_bytes = layout.label_bytes + _PIXELS
     if not content or len(content) % row_bytes:
+        refuse_text_transfer(content, where)
         raise UserError(f"{where}: {len(content)} bytes are no whole number of rows of {row_bytes}; fetch it again")
     rows = np.frombuffer(content, np.uint8).reshape(-1, row_bytes)
     labels = checked_labels(rows[:, layout.label_bytes - 1].tolist(), len(rows), len(layout.classes), 0, where)

@@ -1,10 +1,11 @@
 """Image files to RGB arrays of one size: the decoding that all packers of image files share.
 
-JPEG, PNG and WebP are told by their content, not by the name. Turned as EXIF says. Grey, palette, CMYK and 16-bit
-images become RGB, colour profiles are not applied, and what is transparent is laid on white.
+JPEG, PNG and WebP are told by their content, not by the name. Turned as EXIF says, where that is wanted. Grey,
+palette, CMYK and 16-bit images become RGB, colour profiles are not applied, and what is transparent is laid on white.
 """
 
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,9 +13,9 @@ import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from arraytp.data.shards import Images
-from arraytp.data_prep.options import Resize
+from arraytp.data_prep.options import Exif, Resize
 
-# Memory: an image takes 4 bytes a pixel, up to three times at once.
+# Memory: an image takes 4 bytes a pixel, up to five times at once; all that are being decoded have no more together.
 MAX_PIXELS = 2**26
 _FORMATS = (
     JpegImagePlugin.JpegImageFile.format,
@@ -36,8 +37,60 @@ class BrokenImageError(Exception):
     """A file that is no image that can be used; the message is the reason, without the file's name."""
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decode an image file: an upright, opaque RGB image.
+class _Room:
+    """Pixels that may be decoded at once, by all threads."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Wait for so many, and give them back."""
+        with self._changed:
+            self._changed.wait_for(lambda: pixels <= self._free)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room(MAX_PIXELS)
+
+
+@contextmanager
+def room_for(content: bytes) -> Iterator[None]:
+    """Hold room for an image file's pixels while it is worked on: threads together hold no more than `MAX_PIXELS`.
+
+    Raises
+    ------
+    BrokenImageError
+        As `decode`, from the file's header.
+    """
+    with _breakage():
+        pixels = _checked_pixels(Image.open(io.BytesIO(content), formats=_FORMATS))
+    with _ROOM.taken(pixels):
+        yield
+
+
+def _checked_pixels(image: Image.Image) -> int:
+    """Return how many pixels an image's header promises, if they are not too many."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise BrokenImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+    return pixels
+
+
+def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
+    """Decode an image file: an opaque RGB image.
+
+    Parameters
+    ----------
+    content : bytes
+    exif : {"apply", "ignore"}
+        Whether it is turned upright, as its EXIF orientation says.
 
     Raises
     ------
@@ -46,10 +99,9 @@ def decode(content: bytes) -> Image.Image:
     """
     with _breakage():
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BrokenImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        _checked_pixels(image)
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image) if exif == "apply" else image)
 
 
 @contextmanager

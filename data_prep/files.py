@@ -5,13 +5,13 @@ temporary file without a name, which is gone when the process ends, however it e
 """
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
 import itertools
 import lzma
 import os
-import shutil
 import tarfile
 import tempfile
 import zlib
@@ -21,11 +21,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, cast
 
+from arraytp.disk import refuse_special
 from arraytp.errors import UserError
 
 MAX_DEPTH = 4
+# The largest official file of those that are read whole has 155 MB, and images of 2**26 pixels seldom more than 64.
+MAX_FILE_BYTES = 2**28
+# Images hardly compress; small ones, padded by tar, shrink to a twentieth.
+_MOST_RATIO = 100
+_UNSUSPICIOUS = 2**28
+_MOST_HEADER = 2**24
 _BLOCK = 512
 _UNPACKERS: dict[bytes, Callable[[BinaryIO], io.BufferedIOBase]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
@@ -73,8 +80,9 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     if src.is_dir():
         names = sorted(_walk(src, "", MAX_DEPTH))
         state = fingerprint(f"{name} {file_state(src / name)}" for name in names)
-        yield Files(src, names, lambda row: (src / names[row]).read_bytes(), state)
+        yield Files(src, names, lambda row: _read_whole(src / names[row]), state)
         return
+    refuse_special(src)
     try:
         file = src.open("rb")
     except FileNotFoundError:
@@ -82,13 +90,38 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     except OSError as error:
         raise UserError(f"{src}: cannot be read: {error.strerror}") from error
     with file:
-        unpack = next((unpack for magic, unpack in _UNPACKERS.items() if file.peek(8).startswith(magic)), None)
+        unpack = _unpacker(src, file)
         if unpack is None:
             yield _only(src, file)
             return
         with tempfile.TemporaryFile(dir=_existing(scratch)) as plain:
             _unpack(src, unpack(file), plain)
             yield _only(src, plain)
+
+
+def _unpacker(src: Path, file: io.BufferedReader) -> Callable[[BinaryIO], io.BufferedIOBase] | None:
+    """Tell by its first bytes how an archive is packed; None if it is not."""
+    try:
+        start = file.peek(8)
+    except OSError as error:
+        raise UserError(f"{src}: cannot be read: {error.strerror}") from error
+    return next((unpack for magic, unpack in _UNPACKERS.items() if start.startswith(magic)), None)
+
+
+def _read_whole(path: Path) -> bytes:
+    with path.open("rb") as file:
+        _check_length(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def _read_part(handle: int, size: int, start: int) -> bytes:
+    _check_length(size)
+    return os.pread(handle, size, start)
+
+
+def _check_length(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"{size:,} bytes are more than {MAX_FILE_BYTES:,}")
 
 
 def file_state(path: Path) -> str:
@@ -136,7 +169,7 @@ def _existing(folder: Path) -> Path:
 def _unpack(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
     try:
         with packed:
-            shutil.copyfileobj(packed, plain, 2**20)
+            _copy(src, packed, plain)
         plain.seek(0)
     except EOFError:
         raise UserError(f"{src}: truncated archive; fetch it again") from None
@@ -144,6 +177,35 @@ def _unpack(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
         raise UserError(f"{src}: damaged archive ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{src}: cannot be unpacked: {error.strerror or error}") from error
+
+
+def _copy(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
+    """Unpack an archive that begins as a tar archive does, and does not swell as images cannot."""
+    head = packed.read(_BLOCK)
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise UserError(f"{src}: not a tar archive, or damaged ({error}); fetch it again") from error
+    plain.write(head)
+    most = max(_UNSUSPICIOUS, _MOST_RATIO * src.stat().st_size)
+    while block := packed.read(2**20):
+        if plain.tell() > most:
+            raise UserError(
+                f"{src}: unpacks to more than {_MOST_RATIO} times its size, as no archive of images does; refused"
+            )
+        plain.write(block)
+
+
+class _Headers:
+    """A file to read a tar archive's headers from; one that promises to be larger than memory is damage."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int) -> bytes:
+        if size > _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 @contextmanager
@@ -172,6 +234,9 @@ def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from error
             for name, start, size in list(_members(str(path), file)):
+                # What another system's archiver leaves beside a file.
+                if PurePosixPath(name).name.startswith("._"):
+                    continue
                 if name.endswith(".tar"):
                     inner = _members(f"{path}: {name}", file, start, start + size)
                     index.extend(file, inner, f"{folder}/{name.removesuffix('.tar')}/")
@@ -203,7 +268,7 @@ class _Index:
         handles, starts, sizes = (
             array(part.typecode, (part[i] for i in order)) for part in (self._handles, self._starts, self._sizes)
         )
-        return Files(root, names, lambda row: os.pread(handles[row], sizes[row], starts[row]), state)
+        return Files(root, names, lambda row: _read_part(handles[row], sizes[row], starts[row]), state)
 
 
 def _members(where: str, file: IO[bytes], start: int = 0, stop: int | None = None) -> Iterator[_Member]:
@@ -212,7 +277,7 @@ def _members(where: str, file: IO[bytes], start: int = 0, stop: int | None = Non
     stop = os.fstat(handle).st_size if stop is None else stop
     file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 # tarfile would keep a kilobyte for every member.
                 tar.members.clear()  # type: ignore[attr-defined]

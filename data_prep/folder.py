@@ -1,7 +1,7 @@
 """Pack any tree split/class/image, in a folder or a tar archive."""
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -23,10 +23,15 @@ def image_rows(files: Files) -> Iterable[tuple[int, str]]:
             yield row, name
 
 
-def plan_tree(files: Files, leave: Container[int] = ()) -> Plan:
-    """Take the first folder for the split, the second for the class; labels are the classes in alphabetical order.
+def in_order(classes: Collection[str]) -> list[str]:
+    """Return classes in alphabetical order; numbers in that of numbers, where 9 comes before 10."""
+    return sorted(classes, key=int if all(name.isdecimal() for name in classes) else None)
 
-    Rows in `leave` are not looked at.
+
+def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tuple[str, str]] | None = None) -> Plan:
+    """Take the first folder for the split, the second for the class; labels are the classes, `in_order`.
+
+    Rows in `leave` are not looked at; `given` has split and class of rows that lie elsewhere.
 
     Raises
     ------
@@ -37,6 +42,10 @@ def plan_tree(files: Files, leave: Container[int] = ()) -> Plan:
     for row, name in image_rows(files):
         if row in leave:
             continue
+        if given and row in given:
+            split, place = given[row]
+            found.setdefault(split, {}).setdefault(place, []).append(row)
+            continue
         parts = PurePosixPath(name).parts
         if len(parts) != 3 or not _SPLIT.fullmatch(parts[0]) or not parts[1].isprintable():
             raise UserError(
@@ -45,7 +54,7 @@ def plan_tree(files: Files, leave: Container[int] = ()) -> Plan:
         found.setdefault(parts[0], {}).setdefault(parts[1], []).append(row)
     if "train" not in found:
         raise UserError(f"{files.root}: no image train/class/…, found splits: {', '.join(found) or 'none'}")
-    classes = sorted(found["train"])
+    classes = in_order(found["train"])
     splits = {}
     # Train first: the order of the splits in dataset.json should not depend on their names.
     for split in sorted(found, key=lambda name: (name != "train", name)):

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ SHAPE = (28, 28, 1)
 _PREFIXES = {"train": "train", "test": "t10k"}
 _DIMENSIONS = {"images": 3, "labels": 1}
 _UNSIGNED_BYTE = 8
+_GZIP = b"\x1f\x8b"
+_MOST_ENTRIES = 2**20
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "mnist": tuple("0123456789"),
@@ -37,15 +40,15 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def read_idx(path: Path, dimensions: int) -> tuple[npt.NDArray[np.uint8], str]:
-    """Read an IDX file of unsigned bytes.
+def read_idx(path: Path, shape: tuple[int, ...]) -> tuple[npt.NDArray[np.uint8], str]:
+    """Read an IDX file of unsigned bytes; its header first, then no more than that promises.
 
     Parameters
     ----------
     path : Path
-        Gzipped if the name ends in `.gz`.
-    dimensions : int
-        3 for images (N, H, W), 1 for labels (N,).
+        Gzipped or not; the content tells, not the name.
+    shape : tuple of int
+        What each entry must be: (28, 28) for images (N, 28, 28), () for labels (N,).
 
     Returns
     -------
@@ -58,36 +61,51 @@ def read_idx(path: Path, dimensions: int) -> tuple[npt.NDArray[np.uint8], str]:
     UserError
         The file is not such a file, is damaged, too short or too long.
     """
-    content = _content(path)
-    if not content:
-        raise UserError(f"{path}: is empty; fetch it again")
-    header = 4 + 4 * dimensions
-    magic = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
-    if content[:4] != magic:
-        raise UserError(f"{path}: starts with 0x{content[:4].hex()}, expected the IDX magic 0x{magic.hex()}")
-    if len(content) < header:
-        raise UserError(f"{path}: ends within its header, {len(content)} bytes of {header}")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
-    expected = header + int(np.prod(shape, dtype=object))
-    if len(content) != expected:
-        what = "truncated" if len(content) < expected else "too long"
-        raise UserError(f"{path}: {what}: {len(content)} bytes, its header {shape} needs {expected}")
-    array = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-    return array, hashlib.sha256(content).hexdigest()
-
-
-def _content(path: Path) -> bytes:
     try:
-        if path.suffix != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as file:
-            return file.read()
+        with path.open("rb") as raw:
+            packed = raw.peek(2)[:2] == _GZIP
+            with gzip.GzipFile(fileobj=raw) if packed else raw as file:
+                return _read_idx(path, file, shape)
     except EOFError:
         raise UserError(f"{path}: truncated gzip file; fetch it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_idx(path: Path, file: io.BufferedIOBase, entry: tuple[int, ...]) -> tuple[npt.NDArray[np.uint8], str]:
+    dimensions = 1 + len(entry)
+    start = file.read(4 + 4 * dimensions)
+    shape = _checked_header(path, start, dimensions)
+    if shape[1:] != entry:
+        raise UserError(f"{path}: images of {shape[1:]} pixels, expected {entry}")
+    if shape[0] > _MOST_ENTRIES:
+        raise UserError(f"{path}: its header promises {shape[0]:,} entries, expected at most {_MOST_ENTRIES:,}")
+    promised = int(np.prod(shape))
+    # A byte more would be too long; it also makes gzip look at its own checksum.
+    content = file.read(promised + 1)
+    if len(content) != promised:
+        short = len(content) < promised
+        length = (
+            f"{'truncated' if short else 'too long'}: {len(start) + len(content)} bytes{'' if short else ' or more'}"
+        )
+        raise UserError(f"{path}: {length}, its header {shape} needs {len(start) + promised}")
+    array = np.frombuffer(content, np.uint8).reshape(shape)
+    return array, hashlib.sha256(start + content).hexdigest()
+
+
+def _checked_header(path: Path, start: bytes, dimensions: int) -> tuple[int, ...]:
+    """Return the shape that the first bytes of a file state."""
+    if not start:
+        raise UserError(f"{path}: is empty; fetch it again")
+    magic = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
+    if start[:4] != magic:
+        page = "a web page, not the file itself; fetch it again" if start.lstrip()[:1] == b"<" else None
+        raise UserError(f"{path}: {page or f'starts with 0x{start[:4].hex()}, expected the IDX magic 0x{magic.hex()}'}")
+    if len(start) < 4 + 4 * dimensions:
+        raise UserError(f"{path}: ends within its header, {len(start)} bytes of {4 + 4 * dimensions}")
+    return tuple(int(size) for size in np.frombuffer(start, ">u4", dimensions, offset=4))
 
 
 def find_file(folder: Path, split: str, kind: str) -> Path:
@@ -101,7 +119,14 @@ def find_file(folder: Path, split: str, kind: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it should hold the four official files")
     dimensions = _DIMENSIONS[kind]
-    names = [f"{_PREFIXES[split]}-{kind}{dot}idx{dimensions}-ubyte{end}" for end in ("", ".gz") for dot in ("-", ".")]
+    # Some copies name the labels after the images.
+    numbers = (dimensions, 3) if kind == "labels" else (dimensions,)
+    names = [
+        f"{_PREFIXES[split]}-{kind}{dot}idx{number}-ubyte{end}"
+        for number in numbers
+        for end in ("", ".gz")
+        for dot in ("-", ".")
+    ]
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -124,10 +149,8 @@ def read_split(folder: Path, split: str, classes: int) -> tuple[Images, Labels, 
         A file is missing or damaged, or images and labels do not fit together.
     """
     image_path, label_path = find_file(folder, split, "images"), find_file(folder, split, "labels")
-    images, image_sum = read_idx(image_path, _DIMENSIONS["images"])
-    labels, label_sum = read_idx(label_path, _DIMENSIONS["labels"])
-    if images.shape[1:] != SHAPE[:2]:
-        raise UserError(f"{image_path}: images of {images.shape[1:]} pixels, expected {SHAPE[:2]}")
+    images, image_sum = read_idx(image_path, SHAPE[:2])
+    labels, label_sum = read_idx(label_path, ())
     if len(images) != len(labels):
         raise UserError(f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}")
     if not len(images):

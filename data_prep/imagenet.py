@@ -19,14 +19,24 @@ from arraytp.data_prep.files import Files, open_archives, open_files
 from arraytp.data_prep.folder import image_rows, plan_tree
 from arraytp.data_prep.images import Plan, pack_images
 from arraytp.data_prep.options import PackOptions
+from arraytp.disk import read_small, real
 from arraytp.errors import UserError
 
 SIZE = (224, 224)
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_MOST_BYTES = 2**24
 CLASS_MAPS = ("meta.mat", "map_clsloc.txt")
 DEVKIT = "ILSVRC2012_devkit_t12"
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
-_FLAT = re.compile(r"val/ILSVRC2012_val_([0-9]{8})\.JPEG")
+# In the Kaggle competition's archive.
+KAGGLE = Path("ILSVRC/Data/CLS-LOC")
+SOLUTION = "LOC_val_solution.csv"
+_FLAT = re.compile(r"val/ILSVRC2012_val_([0-9]{8})\.JPE?G", re.IGNORECASE)
+_FLAT_TEST = re.compile(r"test/[^/]+")
+# As Hugging Face names them: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG.
+_WITH_WNID = re.compile(r"(train|val)/[^/]+_(n[0-9]{8})\.JPE?G", re.IGNORECASE)
+_SOLVED = re.compile(r"ILSVRC2012_val_([0-9]{8}),\s*(n[0-9]{8})\b.*")
+_OTHER_YEAR = re.compile(r"ILSVRC(?!2012)20[0-9]{2}\w*validation_ground_truth\.txt")
 _WNID = re.compile(r"n[0-9]{8}")
 
 
@@ -78,7 +88,7 @@ def _mat_pairs(document: Document) -> Iterator[tuple[int, str]]:
 
 
 def _text_pairs(document: Document) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(document.content.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(document.content.decode("utf-8-sig").splitlines(), 1):
         words = line.split()
         wnids = [word for word in words if _WNID.fullmatch(word)]
         numbers = [int(word) for word in words if word.isdecimal()]
@@ -96,13 +106,73 @@ def read_truth(document: Document, classes: Mapping[int, str]) -> list[str]:
         The file cannot be read, or a line is not a number of the class map.
     """
     try:
-        lines = document.content.decode("ascii").split()
+        lines = document.content.decode("utf-8-sig").split()
     except ValueError as error:
         raise UserError(f"{document.where}: cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.isdecimal() or int(line) not in classes:
             raise UserError(f"{document.where}: line {number} is {line[:40]!r}, which the class map does not have")
     return [classes[int(line)] for line in lines]
+
+
+def read_solution(document: Document) -> dict[int, str]:
+    """Read Kaggle's `LOC_val_solution.csv`: the number of each validation image → wnid.
+
+    Raises
+    ------
+    UserError
+        A line is not like `ILSVRC2012_val_00000001,n01751748 111 108 432 342`.
+    """
+    head, *lines = document.content.decode("utf-8-sig", "replace").splitlines() or [""]
+    if not head.startswith("ImageId,"):
+        raise UserError(f"{document.where}: line 1 is {head[:60]!r}, expected ImageId,PredictionString")
+    found = {}
+    for number, line in enumerate(lines, 2):
+        match = _SOLVED.fullmatch(line)
+        if match is None:
+            raise UserError(f"{document.where}: line {number} is {line[:60]!r}, expected an image's name and its wnid")
+        found[int(match[1])] = match[2]
+    return found
+
+
+def read_val_labels(src: Path, devkit: Path | None, scratch: Path) -> tuple[str, dict[int, str]]:
+    """Return where the labels of flat validation images are from, and number → wnid: Kaggle's, or the devkit's.
+
+    Raises
+    ------
+    UserError
+        As `read_solution`, `find_devkit` and `read_truth`.
+    """
+    # Kaggle's file lies beside ILSVRC/, whichever of the two folders was named.
+    places = [] if devkit else [src / SOLUTION, *(parent / SOLUTION for parent in real(src).parents[:3])]
+    solution = next((place for place in places if place.is_file()), None)
+    if solution is not None:
+        return str(solution), read_solution(Document(str(solution), read_small(solution, _MOST_BYTES)))
+    document, class_map = find_devkit(src, devkit, scratch)
+    return document.where, dict(enumerate(read_truth(document, read_class_map(class_map)), 1))
+
+
+def _devkit_documents(src: Path, devkit: Path | None, scratch: Path) -> dict[str, Document]:
+    roots = [devkit] if devkit else [src, src / DEVKIT, src / "devkit", src / f"{DEVKIT}.tar.gz"]
+    found: dict[str, Document] = {}
+    for root in roots:
+        found = _documents(root, scratch) | found
+    return found
+
+
+def find_class_map(src: Path, devkit: Path | None, scratch: Path) -> Document | None:
+    """Return the devkit's class map, from `devkit` or from the official places in `src`, if there is one.
+
+    Raises
+    ------
+    UserError
+        It cannot be read, or is not in the `devkit` that was named.
+    """
+    found = _devkit_documents(src, devkit, scratch)
+    class_map = next((found[name] for name in CLASS_MAPS if name in found), None)
+    if devkit and class_map is None:
+        raise UserError(f"{devkit}: no {' or '.join(CLASS_MAPS)}")
+    return class_map
 
 
 def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document, Document]:
@@ -113,12 +183,15 @@ def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document
     UserError
         One of them is missing or cannot be read.
     """
-    roots = [devkit] if devkit else [src, src / DEVKIT, src / "devkit", src / f"{DEVKIT}.tar.gz"]
-    found: dict[str, Document] = {}
-    for root in roots:
-        found = _documents(root, scratch) | found
+    found = _devkit_documents(src, devkit, scratch)
     truth = found.get(TRUTH)
     class_map = next((found[name] for name in CLASS_MAPS if name in found), None)
+    other = next((found[name] for name in found if _OTHER_YEAR.fullmatch(name)), None)
+    if other is not None and (truth is None or (class_map is not None and class_map.where.endswith(".txt"))):
+        raise UserError(
+            f"{other.where}: of another year's devkit, whose numbers need not be those of the images of 2012; "
+            f"give {DEVKIT}"
+        )
     if truth is None or class_map is None:
         missing = TRUTH if truth is None else " or ".join(CLASS_MAPS)
         raise UserError(f"{devkit or src}: val/ is flat, and there is no {missing}; give --devkit")
@@ -132,13 +205,18 @@ def _documents(root: Path, scratch: Path) -> dict[str, Document]:
         with open_files(root, scratch) as files:
             rows = {PurePosixPath(name).name: row for row, name in enumerate(files.names)}
             return {
-                name: Document(f"{root}: {files.names[rows[name]]}", files.read(rows[name]))
-                for name in wanted
-                if name in rows
+                name: Document(f"{root}: {files.names[row]}", files.read(row))
+                for name, row in rows.items()
+                if name in wanted or _OTHER_YEAR.fullmatch(name)
             }
-    paths = {name: folder / name for folder in (root / "data", root) for name in wanted if (folder / name).is_file()}
     try:
-        return {name: Document(str(path), path.read_bytes()) for name, path in paths.items()}
+        folders = [folder for folder in (root / "data", root) if folder.is_dir()]
+        paths = {path.name: path for folder in folders for path in folder.iterdir()}
+        return {
+            name: Document(str(path), read_small(path, _MOST_BYTES))
+            for name, path in paths.items()
+            if (name in wanted or _OTHER_YEAR.fullmatch(name)) and path.is_file()
+        }
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
@@ -152,6 +230,8 @@ def open_tree(src: Path, scratch: Path) -> Iterator[Files]:
     UserError
         As `open_files`.
     """
+    if (src / KAGGLE).is_dir():
+        src = src / KAGGLE
     archives = {split: src / name for split, name in ARCHIVES.items() if (src / name).is_file()}
     if (src / "train").exists() or "train" not in archives:
         with open_files(src, scratch) as files:
@@ -164,34 +244,39 @@ def open_tree(src: Path, scratch: Path) -> Iterator[Files]:
 def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -> Plan:
     """Plan train/<wnid>/ and val/<wnid>/ or flat val/; labels are the wnids in alphabetical order.
 
+    Images may also lie flat in train/ and val/ with their wnids at the ends of their names. A flat test/, which has no
+    labels, is left alone.
+
     Raises
     ------
     UserError
         A class is no wnid, the tree is neither layout, or the ground truth does not fit the images.
     """
-    flat = {}
+    flat, unlabelled, given = {}, set(), {}
     for row, name in image_rows(files):
-        match = _FLAT.fullmatch(name)
-        if match:
+        if match := _FLAT.fullmatch(name):
             flat[row] = int(match[1])
-    plan = plan_tree(files, leave=flat)
+        elif match := _WITH_WNID.fullmatch(name):
+            given[row] = match[1].lower(), match[2]
+        elif _FLAT_TEST.fullmatch(name):
+            unlabelled.add(row)
+    plan = plan_tree(files, leave=flat.keys() | unlabelled, given=given)
     wrong = next((name for name in plan.classes if not _WNID.fullmatch(name)), None)
-    if wrong is not None:
+    if wrong is not None and not all(name.isdecimal() for name in plan.classes):
         raise UserError(f"{files.root}: class folder {wrong!r} is no wnid, like n01440764")
     if not flat:
         return plan
     if "val" in plan.splits:
         raise UserError(f"{files.root}: val/ holds images both flat and in class folders")
-    document, class_map = find_devkit(src, devkit, scratch)
-    truth = read_truth(document, read_class_map(class_map))
+    where, truth = read_val_labels(src, devkit, scratch)
     labels = {wnid: label for label, wnid in enumerate(plan.classes)}
     rows = sorted(flat, key=flat.__getitem__)
     for row in rows:
-        if not 1 <= flat[row] <= len(truth):
-            raise UserError(f"{document.where}: has {len(truth)} lines, none for {files.names[row]!r}")
-        if truth[flat[row] - 1] not in labels:
-            raise UserError(f"{files.root}: {files.names[row]!r} is {truth[flat[row] - 1]}, which has no train image")
-    val = np.array(rows, np.int64), np.array([labels[truth[flat[row] - 1]] for row in rows], np.int64)
+        if flat[row] not in truth:
+            raise UserError(f"{where}: has {len(truth)} lines, none for {files.names[row]!r}")
+        if truth[flat[row]] not in labels:
+            raise UserError(f"{files.root}: {files.names[row]!r} is {truth[flat[row]]}, which has no train image")
+    val = np.array(rows, np.int64), np.array([labels[truth[flat[row]]] for row in rows], np.int64)
     return replace(plan, splits={**plan.splits, "val": val})
 
 
@@ -203,7 +288,8 @@ def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None)
     UserError
         See `plan_imagenet`, `open_tree` and `pack_images`.
     """
-    given = replace(options, name=options.name or "imagenet", size=options.size or SIZE)
+    # As in every published run: the usual loaders leave EXIF alone, and few of the images have any.
+    given = replace(options, name=options.name or "imagenet", size=options.size or SIZE, exif=options.exif or "ignore")
     with open_tree(src, dst) as files:
         plan = plan_imagenet(files, src, devkit, dst)
         return pack_images(plan, dst, given, {"packer": "imagenet", "files": src.name})

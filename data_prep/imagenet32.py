@@ -12,6 +12,7 @@ from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import Description, writing
 from arraytp.data_prep.batches import read_batch
 from arraytp.data_prep.files import file_state, fingerprint
+from arraytp.data_prep.imagenet import find_class_map, read_class_map
 from arraytp.data_prep.options import PackOptions, check_limits, chosen_rows
 from arraytp.errors import UserError
 
@@ -64,8 +65,22 @@ def _in_order(file: BinaryIO, order: Labels) -> Iterator[tuple[Images, Labels]]:
         yield np.frombuffer(content, np.uint8).reshape(-1, *SHAPE), rows
 
 
-def pack(src: Path, dst: Path, options: PackOptions) -> None:
-    """Pack a folder of official files; the classes are named "1" to "1000", as the files number them.
+def _classes(src: Path, devkit: Path | None, scratch: Path) -> list[str]:
+    """Return the classes in the order of the files' numbers: wnids where a devkit says them, else the numbers."""
+    class_map = find_class_map(src, devkit, scratch)
+    if class_map is None:
+        return [str(number) for number in range(1, CLASSES + 1)]
+    wnids = read_class_map(class_map)
+    if sorted(wnids) != list(range(1, CLASSES + 1)):
+        raise UserError(f"{class_map.where}: numbers {len(wnids)} classes, expected 1 to {CLASSES}")
+    return [wnids[number] for number in range(1, CLASSES + 1)]
+
+
+def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None) -> None:
+    """Pack a folder of official files.
+
+    The classes are wnids where ImageNet's devkit is in `src` or `devkit`, so that the set can be compared with
+    ImageNet; otherwise they are named "1" to "1000", as the files number them.
 
     Memory holds one batch. Disk space for the pixels of a split is needed a second time while it is packed, in a file
     without a name in `dst`.
@@ -78,7 +93,7 @@ def pack(src: Path, dst: Path, options: PackOptions) -> None:
     check_limits(options, BATCHES)
     found = _find(src)
     made = {"packer": "imagenet32", "limits": dict(options.limits), "seed": options.seed}
-    classes = [str(number) for number in range(1, CLASSES + 1)]
+    classes = _classes(src, devkit, dst)
     state = fingerprint(file_state(path) for paths in found.values() for path in paths)
     description = Description(options.name or "imagenet32", SHAPE, classes, made, state)
     with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:

@@ -15,9 +15,9 @@ import PIL
 
 from arraytp.data.shards import Images, Labels
 from arraytp.data.writer import DatasetWriter, Description, writing
-from arraytp.data_prep.decode import BrokenImageError, decode, fit
+from arraytp.data_prep.decode import BrokenImageError, decode, fit, room_for
 from arraytp.data_prep.files import Files, fingerprint
-from arraytp.data_prep.options import PackOptions, check_limits, chosen_rows
+from arraytp.data_prep.options import Exif, PackOptions, check_limits, chosen_rows
 from arraytp.errors import UserError
 
 BLOCK_BYTES = 2**23
@@ -58,14 +58,15 @@ class _Decoder:
         broken = []
         for position, row in enumerate(rows):
             try:
-                image = decode(self.files.read(int(row)))
+                content = self.files.read(int(row))
+                with room_for(content):
+                    image = decode(content, self.options.exif or "apply")
+                    self._check_size(int(row), (image.height, image.width))
+                    out[position] = fit(image, self.size, self.options.resize)
             except OSError as error:
                 broken.append((position, f"cannot be read: {error.strerror or error}"))
             except BrokenImageError as error:
                 broken.append((position, str(error)))
-            else:
-                self._check_size(int(row), (image.height, image.width))
-                out[position] = fit(image, self.size, self.options.resize)
         return broken
 
     def _check_size(self, row: int, size: tuple[int, int]) -> None:
@@ -84,7 +85,7 @@ def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, A
     plan : Plan
     dst : Path
     options : PackOptions
-        `options.name` must be given.
+        `options.name` must be given; EXIF is applied unless `options.exif` says otherwise.
     source : dict
         What `dataset.json` says of where the images are from; the packing's own settings are added.
     workers : int, optional
@@ -108,12 +109,13 @@ def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, A
     with warnings.catch_warnings():
         # Pillow warns of damaged EXIF data and the like, without the file's name; the image is good all the same.
         warnings.filterwarnings("ignore", module="PIL")
-        size = options.size or _first_size(plan)
+        size = options.size or _first_size(plan, options.exif or "apply")
         decoder = _Decoder(plan.files, size, options)
         made = source | {
             "limits": dict(options.limits),
             "seed": options.seed,
             "resize": options.resize if options.size else None,
+            "exif": options.exif or "apply",
             "pillow": PIL.__version__,
         }
         description = Description(
@@ -133,11 +135,11 @@ def _state(plan: Plan, chosen: Mapping[str, tuple[Rows, Labels]], options: PackO
     return fingerprint([plan.files.state, str(options.max_skipped), *orders])
 
 
-def _first_size(plan: Plan) -> tuple[int, int]:
+def _first_size(plan: Plan, exif: Exif) -> tuple[int, int]:
     for rows, _ in plan.splits.values():
         for row in rows:
             try:
-                image = decode(plan.files.read(int(row)))
+                image = decode(plan.files.read(int(row)), exif)
             except (OSError, BrokenImageError):
                 continue
             return image.height, image.width

@@ -12,14 +12,16 @@ from arraytp.errors import UserError
 from arraytp.streams import stream
 
 Resize = Literal["stretch", "shorter-crop"]
+Exif = Literal["apply", "ignore"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
     """How to pack; `limits` maps a split to how many of its images to take.
 
-    The last three are for packers that decode image files: `size` is (H, W), or None for the size the images have;
-    more than `max_skipped` broken files are an error.
+    The last four are for packers that decode image files: `size` is (H, W), or None for the size the images have;
+    more than `max_skipped` broken files are an error; `exif` says whether images are turned as their EXIF data say,
+    None that the packer decides.
     """
 
     name: str | None = None
@@ -30,6 +32,7 @@ class PackOptions:
     size: tuple[int, int] | None = None
     resize: Resize = "stretch"
     max_skipped: int = 0
+    exif: Exif | None = None
 
 
 def take_evenly(labels: Labels, limit: int) -> npt.NDArray[np.int64]:

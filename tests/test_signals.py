@@ -8,7 +8,7 @@ import pytest
 
 from arraytp import signals
 from arraytp.errors import Interrupted
-from arraytp.signals import StopRequest, ended_by_signals, sent_again_when_swallowed
+from arraytp.signals import ENDING, StopRequest, ended_by_signals, sent_again_when_swallowed
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.0, ""), (0.2, "stopping when what is under way is done")])
@@ -22,6 +22,35 @@ def test_who_has_to_wait_for_a_step_is_told(monkeypatch, capsys, seconds, said):
     told = capsys.readouterr().err
     assert said in told
     assert len(told.splitlines()) == bool(said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING], ids=str)
+def test_every_signal_that_ends_a_job_is_a_request(number):
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert stop.requested
+        assert stop.signal == number
+
+
+def test_only_ctrl_c_ends_at_once_when_it_comes_again():
+    """SIGXCPU comes every second, a launcher hands on what the cluster sends, and SIGTERM follows on a warning."""
+    with StopRequest() as stop:
+        for number in (*ENDING, *ENDING, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING], ids=str)
+def test_every_signal_ends_at_once_what_is_given_up_anyway(number):
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted) as caught, stop.at_once():
+            signal.raise_signal(number)
+        assert caught.value.signal_number == number
+        with pytest.raises(Interrupted), stop.at_once():
+            raise AssertionError("not reached: the request came before")
+    assert stop.signal == number
 
 
 def test_two_signals_at_once_are_one_request():

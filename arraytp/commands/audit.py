@@ -16,7 +16,6 @@ from arraytp.commands.figures_file import check_replaceable, write_figures
 from arraytp.commands.overrides import overriding_but_dtype, settings
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
-from arraytp.signals import ended_by_signals
 from arraytp.training.plan import Plan, plan
 
 HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")
@@ -25,7 +24,9 @@ Line = tuple[str, Check]
 
 @click.command(short_help="Check the math of a config: gradients, adjoints, theorems, bits.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the table to this file as well.")
+@click.option(
+    "--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the table to this file as well."
+)
 @click.option("--variant", metavar="NAME", help="Audit this variant only, for a config that has some.")
 @overriding_but_dtype
 def command(
@@ -40,18 +41,17 @@ def command(
         check_replaceable(json_path, "checks")
     plans = _plans(config, settings(overrides, backend), variant)
     records = {}
-    with ended_by_signals():
-        for name, planned in plans.items():
-            started = time.monotonic()
-            try:
-                lines = _audited(name, planned)
-            except MemoryError as error:
-                raise UserError(f"{config}: not enough memory: {error}") from error
-            seconds = time.monotonic() - started
-            records[name] = _record(planned, lines, seconds)
-            click.echo(_table(name, planned.config, lines, seconds))
-        if json_path is not None:
-            write_figures(json_path, records)
+    for name, planned in plans.items():
+        started = time.monotonic()
+        try:
+            lines = _audited(name, planned)
+        except MemoryError as error:
+            raise UserError(f"{config}: not enough memory: {error}") from error
+        seconds = time.monotonic() - started
+        records[name] = _record(planned, lines, seconds)
+        click.echo(_table(name, planned.config, lines, seconds))
+    if json_path is not None:
+        write_figures(json_path, records)
     return int(any(record["failed"] for record in records.values()))
 
 

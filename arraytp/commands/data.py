@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -15,8 +16,8 @@ from arraytp.data.writer import SKIPPED_NAME
 from arraytp.data_prep import cifar, folder, idx, imagenet, imagenet32
 from arraytp.data_prep.fetch import SOURCES
 from arraytp.data_prep.fetch import fetch as fetch_files
-from arraytp.data_prep.options import PackOptions, Resize
-from arraytp.errors import UserError
+from arraytp.data_prep.options import Exif, PackOptions, Resize
+from arraytp.errors import Interrupted, UserError
 
 _FOLDER = click.Path(path_type=Path)
 _DATASET_HELP = (
@@ -93,6 +94,11 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     help="Change the images' aspect, or scale the shorter side and cut off both ends of the longer.",
 )
 @click.option(
+    "--exif",
+    type=click.Choice(get_args(Exif)),
+    help="Turn images as their EXIF orientation says, or not.  [default: ignore for imagenet, apply for folder]",
+)
+@click.option(
     "--max-skipped",
     type=click.IntRange(min=0),
     default=0,
@@ -100,7 +106,9 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     help="Leave out up to this many broken image files, and list them in skipped.csv.",
 )
 @click.option(
-    "--devkit", type=_FOLDER, help="imagenet: the devkit, where val/ is flat: folder or archive.  [default: in SRC]"
+    "--devkit",
+    type=_FOLDER,
+    help="imagenet with a flat val/, imagenet32: the devkit, folder or archive.  [default: in SRC]",
 )
 @click.pass_context
 def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
@@ -115,14 +123,27 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     """  # noqa: D301 - click's mark for lines that stay as they are is the backspace itself
     _refuse_foreign_options(context, source)
     given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
-    skipped = _pack(source, src, dst, devkit, given)
-    _describe(open_dataset(dst))
+    try:
+        skipped = _pack(source, src, dst, devkit, given)
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.signal_number if isinstance(error, Interrupted) else int(signal.SIGINT)
+        raise Interrupted(f"{dst}: interrupted; the same pack goes on where it stopped", number) from error
+    packed = open_dataset(dst)
+    _describe(packed)
+    if source in _DECODING and list(packed.classes) != sorted(packed.classes):
+        click.echo("arraytp: note: the classes are numbers; labels follow the numbers, not the text", err=True)
     if skipped:
         click.echo(f"skipped  {skipped:,} broken file{'s' * (skipped > 1)}, listed in {dst / SKIPPED_NAME}")
 
 
 def _refuse_foreign_options(context: click.Context, source: str) -> None:
-    allowed = {"size": _DECODING, "resize": _DECODING, "max_skipped": _DECODING, "devkit": ("imagenet",)}
+    allowed = {
+        "size": _DECODING,
+        "resize": _DECODING,
+        "exif": _DECODING,
+        "max_skipped": _DECODING,
+        "devkit": ("imagenet", "imagenet32"),
+    }
     for name, sources in allowed.items():
         given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         if given and source not in sources:
@@ -139,7 +160,7 @@ def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackO
     if source == "imagenet":
         return imagenet.pack(src, dst, options, devkit)
     if source == "imagenet32":
-        imagenet32.pack(src, dst, options)
+        imagenet32.pack(src, dst, options, devkit)
     elif source in cifar.LAYOUTS:
         cifar.pack(source, src, dst, options)
     else:

@@ -1,9 +1,11 @@
 """`--json FILE` of the commands that measure: what they print, for programs."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from arraytp.disk import real
 from arraytp.errors import UserError
 from arraytp.files import write_file
 
@@ -22,7 +24,7 @@ def check_replaceable(path: Path, key: str) -> None:
     UserError
         Names the path and what would do.
     """
-    if not path.resolve().parent.is_dir():
+    if not real(path).parent.is_dir():
         raise UserError(f"--json {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise UserError(f"--json {path}: is a folder; give a file, for example {path / 'figures.json'}")
@@ -52,8 +54,11 @@ def write_figures(path: Path, figures: dict[str, Any]) -> None:
     content = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(content)
+            # A pipe that nobody reads from is not waited for.
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:
+                os.set_blocking(file.fileno(), True)
+                file.write(content)
         else:
-            write_file(path.resolve(), content)
+            write_file(real(path), content)
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written: {error.strerror or error}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from arraytp.commands.folders import check_folder, check_folders
+from arraytp.disk import real
 from arraytp.report.figures import write_comparison, write_figures
 from arraytp.report.reading import common_parent, read_results
 from arraytp.report.tables import comparison_table
@@ -32,7 +33,7 @@ def command(folders: tuple[Path, ...], out: Path | None) -> None:
     """
     results = read_results(folders)
     click.echo(comparison_table(results, _terminal_width()), nl=False)
-    parent = out or common_parent([result.path.resolve() for result in results])
+    parent = out or common_parent([real(result.path) for result in results])
     for result in results:
         write_figures(result, parent / result.label / "figures")
     runs = "<run>" if len(results) > 1 else results[0].label

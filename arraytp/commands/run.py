@@ -1,21 +1,21 @@
 """`arraytp run`: configs in, result folders, tables and figures out."""
 
-import fcntl
 import os
 import re
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 from arraytp.commands.folders import check_folder
+from arraytp.commands.holding import Holds
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
+from arraytp.config.difference import first_difference
 from arraytp.config.document import encodable
 from arraytp.errors import Interrupted, UserError
 from arraytp.files import write_file
@@ -24,6 +24,7 @@ from arraytp.report.figures import LAST_FIGURE
 from arraytp.report.studies import LAST_STUDY_FIGURE
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest
+from arraytp.training.checkpoint import check_owner, read_owner
 from arraytp.training.experiment import build_planned
 from arraytp.training.loop import Run
 from arraytp.training.plan import Plan, plan
@@ -77,29 +78,28 @@ def command(
 ) -> None:
     """Train as the given CONFIG files say and write result folders.
 
-    A config with variants writes one folder per variant into the result folder. Ctrl-C, SIGTERM or SIGHUP writes a
-    checkpoint first; the same command with --resume goes on from there. With --plain the numbers are the same to
-    rounding, and take several times as long.
+    A config with variants writes one folder per variant into the result folder. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1,
+    SIGUSR2 or SIGXCPU writes a checkpoint first; the same command with --resume goes on from there. With
+    --plain the numbers are the same to rounding, and take several times as long.
     """
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
     overridden = settings(overrides, backend, dtype)
     batches = [_jobs(path, overridden, out, len(configs) > 1, plain) for path in configs]
     jobs = [job for batch in batches for job in batch]
-    held: dict[Path, int] = {}
+    _refuse_one_place_twice(jobs)
     try:
-        _hold(jobs, held)
-        _check_folders(jobs, resume, fresh)
-        for job in jobs:
-            for note in job.plan.notes:
-                click.echo(f"arraytp: note: {job.label}: {note}", err=True)
-        with StopRequest() as stop:
-            _run_all(jobs, stop, resume, fresh, quiet, held)
+        with Holds() as held:
+            for job in jobs:
+                held.take(job.folder)
+            _check_folders(jobs, resume, fresh)
+            for job in jobs:
+                for note in job.plan.notes:
+                    click.echo(f"arraytp: note: {job.label}: {note}", err=True)
+            with StopRequest() as stop:
+                _run_all(jobs, stop, resume, fresh, quiet, held)
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with: {_command_to_resume()}", error.signal_number) from error
-    finally:
-        for descriptor in held.values():
-            os.close(descriptor)
     _report(batches)
 
 
@@ -120,24 +120,16 @@ def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool, pla
     return jobs
 
 
-def _hold(jobs: Sequence[Job], held: dict[Path, int]) -> None:
-    """Keep other processes out of the result folders that exist, until this one ends or closes the descriptors."""
-    for folder in (job.folder for job in jobs):
-        if folder in held or not folder.is_dir():
-            continue
-        held[folder] = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another run is writing here; wait for it, or --out another folder") from error
-
-
-def _check_folders(jobs: list[Job], resume: bool, fresh: bool) -> None:
-    """Refuse what would overwrite results or mix those of two configs."""
+def _refuse_one_place_twice(jobs: Sequence[Job]) -> None:
     folders = [os.path.realpath(job.folder) for job in jobs]
-    for job in jobs:
-        if folders.count(os.path.realpath(job.folder)) > 1:
+    for job, folder in zip(jobs, folders, strict=True):
+        if folders.count(folder) > 1:
             raise UserError(f"{job.folder}: two of the configs write their results here; give them different names")
+
+
+def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
+    """Refuse what would overwrite results or mix those of two configs."""
+    for job in jobs:
         if job.folder.exists() and not job.folder.is_dir():
             raise UserError(f"{job.folder}: is a file; --out needs a folder")
         if job.folder.is_symlink() and not job.folder.exists():
@@ -149,7 +141,10 @@ def _check_folders(jobs: list[Job], resume: bool, fresh: bool) -> None:
                 f"{job.folder}: holds results already; --resume goes on with them, --fresh starts over, "
                 "--out takes another folder"
             )
-        difference = _difference(_stored(job.folder), job.plan.config)
+        checkpoint = job.folder / "checkpoint.h5"
+        if checkpoint.exists() and check_owner(checkpoint, job.plan):
+            continue
+        difference = first_difference(_stored(job.folder), job.plan.config)
         if difference:
             raise UserError(
                 f"{job.folder}: holds a run of another config ({difference}); --fresh starts over, "
@@ -158,40 +153,22 @@ def _check_folders(jobs: list[Job], resume: bool, fresh: bool) -> None:
 
 
 def _stored(folder: Path) -> Config:
+    """Return the config that a folder's results are of: the checkpoint's own, since anyone may edit config.yml."""
+    checkpoint = folder / "checkpoint.h5"
+    owner = read_owner(checkpoint) if checkpoint.exists() else None
+    if owner is not None:
+        return owner[0]
     try:
         return load_one(folder / "config.yml")
     except UserError as error:
         raise UserError(f"{error}; --fresh starts over, --out takes another folder") from error
 
 
-def _difference(stored: Config, wanted: Config) -> str:
-    """Describe the first setting in which a stored config differs, or "".
-
-    The number of epochs or steps may grow, so that a run can be prolonged, and checkpoints may come more often or less.
-    """
-    free = ("epochs", "steps", "checkpoint_minutes")
-    train = replace(stored.train, **{key: getattr(wanted.train, key) for key in free})
-    return _first_difference(asdict(replace(stored, train=train)), asdict(wanted), "")
-
-
-def _first_difference(there: Any, here: Any, path: str) -> str:
-    """Return the first key in which two trees differ and both values, or ""."""
-    if there == here:
-        return ""
-    if isinstance(there, list) and isinstance(here, list):
-        there, here = dict(enumerate(there)), dict(enumerate(here))
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        return f"{path[1:]} is {there} there and {here} here"
-    key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
-    return _first_difference(there.get(key), here.get(key), f"{path}.{key}")
-
-
-def _run_all(
-    jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: dict[Path, int]
-) -> None:
+def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> None:
     for job in jobs:
         if resume and job.finished:
-            if not (job.folder / "figures" / (LAST_STUDY_FIGURE if job.study else LAST_FIGURE)).exists():
+            _write_config(job)
+            if not _drawn(job):
                 _draw(job)
             continue
         with warnings.catch_warnings():
@@ -199,11 +176,10 @@ def _run_all(
             warnings.simplefilter("ignore", RuntimeWarning)
             try:
                 run = None if job.study else Run(build_planned(job.plan, job.plain), job.folder, job.label, quiet)
-                if fresh and job is jobs[0]:
+                clears = fresh and job is jobs[0]
+                _claim(jobs if clears else [job], resume, fresh, held)
+                if clears:
                     _clear(jobs)
-                job.folder.mkdir(parents=True, exist_ok=True)
-                _hold([job], held)
-                _check_folders([job], resume, fresh)
                 if run is None:
                     _study(job, stop, quiet)
                 else:
@@ -212,6 +188,14 @@ def _run_all(
                 raise UserError(f"{job.label}: not enough memory: {error}") from error
             except OSError as error:
                 raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _claim(jobs: Sequence[Job], resume: bool, fresh: bool, held: Holds) -> None:
+    """Make the folders and keep others out; another command may have come first since they were looked at."""
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        held.take(job.folder)
+    _check_folders(jobs, resume, fresh)
 
 
 def _clear(jobs: Sequence[Job]) -> None:
@@ -224,7 +208,7 @@ def _clear(jobs: Sequence[Job]) -> None:
 
 def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
     """Do a study; seeds that are done stay as they are."""
-    _write_config(job)
+    _begin(job)
     run_study(job.plan, job.folder, job.label, stop, quiet, job.plain)
     _draw(job)
 
@@ -233,9 +217,9 @@ def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
     """Train a run to its end; its folder is not touched before the run is known to start."""
     if resume and (job.folder / "checkpoint.h5").exists():
         run.resume()
-        _write_config(job)
+        _begin(job)
     else:
-        _write_config(job)
+        _begin(job)
         run.start()
     run.train(stop)
     _draw(job)
@@ -249,9 +233,26 @@ def _draw(job: Job) -> None:
         write_figures(job.folder)
 
 
-def _write_config(job: Job) -> None:
+def _begin(job: Job) -> None:
+    """Let the folder be that of a run which has not finished."""
     (job.folder / "summary.json").unlink(missing_ok=True)
-    write_file(job.folder / "config.yml", dump_config(job.plan.config).encode())
+    _write_config(job)
+
+
+def _drawn(job: Job) -> bool:
+    """Tell whether the folder's figures are of its present results, and not of a run before."""
+    figure = job.folder / "figures" / (LAST_STUDY_FIGURE if job.study else LAST_FIGURE)
+    try:
+        return figure.stat().st_mtime_ns >= (job.folder / "summary.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
+def _write_config(job: Job) -> None:
+    """Write config.yml, unless it says the very same; someone may have edited it."""
+    path, content = job.folder / "config.yml", dump_config(job.plan.config).encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_file(path, content)
 
 
 def _report(batches: list[list[Job]]) -> None:

@@ -10,6 +10,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
+from arraytp.disk import read_small
 from arraytp.errors import UserError
 
 KeyPath = tuple[str | int, ...]
@@ -19,6 +20,7 @@ _CORE = "tag:yaml.org,2002:"
 _MAXIMUM_DEPTH = 50
 # An alias of aliases of aliases is a short text that means more entries than memory holds.
 _MOST_ENTRIES = 100_000
+MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def read_document(path: str | Path) -> Document:
         If there is no such file, or it is not one YAML document in UTF-8; names the file and the line.
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_small(Path(path), MOST_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -107,6 +109,9 @@ def parse_text(text: str, source: str, place: Callable[[int], str]) -> Document:
         raise UserError(f"{place(line)}: not valid YAML: the character {character} must not appear") from None
     except RecursionError:
         raise UserError(f"{source}: nested too deeply") from None
+    except (ValueError, OverflowError) as error:
+        # Such as an escape of a character beyond the last one.
+        raise UserError(f"{source}: not valid YAML: {error}") from None
     return Document(tree, places, source)
 
 

@@ -14,7 +14,7 @@ from arraytp.config.document import Document, KeyPath, Tree, dotted, parse_text
 from arraytp.config.merge import assign, overlay
 from arraytp.config.problems import Problem, explain, plain_problems
 from arraytp.config.schema import LONGEST_NAME, Config
-from arraytp.errors import UserError
+from arraytp.errors import UserError, UserErrors
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 # What `arraytp run` writes beside the variants' folders.
@@ -81,7 +81,7 @@ def resolve(document: Document, name: str, overrides: Sequence[str]) -> ConfigFi
         for problem in outcome:
             found.setdefault(places.finding(problem), []).append(variant)
     if found:
-        raise UserError(_report(found, len(variants)))
+        raise UserErrors(_report(found, len(variants)))
     return ConfigFile(next(iter(configs.values())).name, configs)
 
 
@@ -208,8 +208,8 @@ def _as_text(layer: Mapping[KeyPath, str]) -> dict[KeyPath, str]:
     return {tuple(map(str, path)): place for path, place in layer.items()}
 
 
-def _report(found: Mapping[_Finding, Sequence[str]], variants: int) -> str:
-    """Join messages, one a line; one that holds for only some variants, and does not say so, names them."""
+def _report(found: Mapping[_Finding, Sequence[str]], variants: int) -> list[str]:
+    """Return messages, one a line; one that holds for only some variants, and does not say so, names them."""
     lines = [
         finding.text
         if finding.names_variant or len(names) >= variants
@@ -217,4 +217,4 @@ def _report(found: Mapping[_Finding, Sequence[str]], variants: int) -> str:
         for finding, names in found.items()
     ]
     more = [f"… and {len(lines) - _MOST_PROBLEMS} more problems"] if len(lines) > _MOST_PROBLEMS else []
-    return "\n".join(lines[:_MOST_PROBLEMS] + more)
+    return lines[:_MOST_PROBLEMS] + more

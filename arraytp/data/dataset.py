@@ -1,5 +1,7 @@
 """A data set as the rest of the package sees it: names, counts, statistics and verified rows."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +53,16 @@ class Dataset:
     def std(self) -> tuple[float, ...]:
         """Standard deviation of each channel over the train split, pixels in [0, 1]."""
         return tuple(self.manifest.std)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over shape, classes, and the checksums of all images and labels; the same wherever the folder is."""
+        splits = {
+            name: [[shard.count, shard.checksum] for shard in split.shards]
+            for name, split in self.manifest.splits.items()
+        }
+        text = json.dumps([self.shape, self.classes, splits], sort_keys=True)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()
 
     @property
     def counts(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt, Len, MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from arraytp.disk import refuse_special
 from arraytp.errors import UserError
 
 FILE_NAME = "dataset.json"
@@ -116,6 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
+    refuse_special(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

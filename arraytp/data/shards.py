@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
+from arraytp.data.chunks import check_chunks, piece_offset, read_chunk, read_whole
 from arraytp.data.manifest import ShardEntry
-from arraytp.errors import UserError
+from arraytp.disk import flush_folder, system_words
+from arraytp.errors import UnreadableError, UserError
 
 FORMAT = "arraytp-shard"
 VERSION = 1
@@ -152,9 +154,10 @@ class _Sink(io.RawIOBase):
 
 def replace_durably(temporary: Path, path: Path) -> None:
     """Rename a finished file into place; after a power cut there is the old file or the new one, whole."""
-    _flush_to_disk(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
-    _flush_to_disk(path.parent)
+    flush_folder(path.parent)
 
 
 def _leave_cache(path: Path) -> None:
@@ -166,14 +169,6 @@ def _leave_cache(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(checksums: npt.NDArray[np.uint32]) -> str:
@@ -193,7 +188,7 @@ def check_size(path: Path, entry: ShardEntry) -> None:
     except FileNotFoundError:
         raise UserError(f"{path}: shard is missing (rows 0 to {entry.count - 1})") from None
     except OSError as error:
-        raise UserError(f"{path}: shard cannot be read: {error.strerror}") from error
+        raise UnreadableError(f"{path}: shard cannot be read: {error.strerror}") from error
     if size != entry.bytes:
         what = "truncated" if size < entry.bytes else "not the one that was packed"
         raise UserError(f"{path}: shard is {what}: {size} bytes, expected {entry.bytes} (rows 0 to {entry.count - 1})")
@@ -203,9 +198,9 @@ def check_size(path: Path, entry: ShardEntry) -> None:
 def _damage_is_the_users_to_know(path: Path, rows: str) -> Iterator[None]:
     try:
         yield
-    except PermissionError as error:
-        raise UserError(f"{path}: shard cannot be read: {os.strerror(error.errno or 0)}") from error
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        if words := system_words(error):
+            raise UnreadableError(f"{path}: shard cannot be read: {words} ({rows})") from error
         text = " ".join(str(error).split())
         raise UserError(f"{path}: shard is damaged, {rows} cannot be read: {text}") from error
 
@@ -232,17 +227,30 @@ def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], class
         The file is missing, damaged, of another version, or not the shard that `dataset.json` names.
     """
     check_size(path, entry)
-    with _damage_is_the_users_to_know(path, f"rows 0 to {entry.count - 1}"), h5py.File(path, "r") as file:
+    with _damage_is_the_users_to_know(path, f"rows 0 to {entry.count - 1}"), _opened(path) as file:
         _check_header(path, file, entry, shape)
         return Shard(
             path=path,
             shape=shape,
             classes=classes,
             range_rows=int(file.attrs["range_rows"]),
-            labels=file["labels"][()].astype(np.int64),
-            checksums=file["checksums"][()],
-            offset=file["images"].id.get_offset() if file["images"].chunks is None else None,
+            labels=read_whole(file["labels"]).astype(np.int64),
+            checksums=read_whole(file["checksums"]),
+            offset=_images_offset(file),
         )
+
+
+def _images_offset(file: h5py.File) -> int | None:
+    images = file["images"]
+    if images.chunks is None:
+        return piece_offset(images)
+    check_chunks(images, min(int(file.attrs["range_rows"]), len(images)))
+    return None
+
+
+def _opened(path: Path) -> h5py.File:
+    # Finished shards are never written to; and many network file systems have no locks to give.
+    return h5py.File(path, "r", locking=False)
 
 
 def _check_header(path: Path, file: h5py.File, entry: ShardEntry, shape: tuple[int, int, int]) -> None:
@@ -259,7 +267,7 @@ def _check_header(path: Path, file: h5py.File, entry: ShardEntry, shape: tuple[i
     if labels.shape != (entry.count,) or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: labels are {labels.dtype} {labels.shape}, expected integers ({entry.count},)")
     rows = int(file.attrs["range_rows"])
-    if rows < 1 or checksums.shape != (-(-entry.count // rows),) or _digest(checksums[()]) != entry.checksum:
+    if rows < 1 or checksums.shape != (-(-entry.count // rows),) or _digest(read_whole(checksums)) != entry.checksum:
         raise UserError(
             f"{path}: not the shard that dataset.json names, or its checksums are damaged (rows 0 to {entry.count - 1})"
         )
@@ -299,9 +307,16 @@ def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: 
     """Read a whole shard and yield a line for each damaged range of rows, or one where it cannot be opened.
 
     The parameters are those of `open_shard`.
+
+    Raises
+    ------
+    UnreadableError
+        The system does not let the shard be read.
     """
     try:
         shard = open_shard(path, entry, shape, classes)
+    except UnreadableError:
+        raise
     except UserError as error:
         yield str(error)
         return
@@ -310,6 +325,8 @@ def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: 
         last = min(first + shard.range_rows, shard.count)
         try:
             read_rows(shard, first, last, out[: last - first])
+        except UnreadableError:
+            raise
         except UserError as error:
             yield str(error)
 
@@ -338,10 +355,15 @@ def _reader(shard: Shard) -> Iterator[ReadRows]:
     """
     if shard.offset is None:
         with _damage_is_the_users_to_know(shard.path, f"rows 0 to {shard.count - 1}"):
-            file = h5py.File(shard.path, "r")
+            file = _opened(shard.path)
         with file:
             images = file["images"]
-            yield lambda first, last, out: images.read_direct(out, np.s_[first:last])
+
+            def unpack(first: int, last: int, out: Images) -> None:
+                content = np.frombuffer(read_chunk(images, first), np.uint8)
+                out[...] = content[: out.size].reshape(out.shape)
+
+            yield unpack
         return
     image_bytes = int(np.prod(shard.shape))
     offset = shard.offset

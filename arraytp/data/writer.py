@@ -6,7 +6,7 @@ first image that is in none of them.
 
 import csv
 import errno
-import fcntl
+import os
 import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -24,7 +24,8 @@ from arraytp.data.journal import Finished, Journal, Skipped
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, SplitEntry, manifest_text
 from arraytp.data.shards import Images, Labels, damage, replace_durably, write_shard
 from arraytp.data.statistics import PixelSums, mean_and_std, pixel_sums
-from arraytp.errors import UserError
+from arraytp.disk import HeldError, open_locked
+from arraytp.errors import Interrupted, UserError
 
 SHARD_BYTES = 2**26
 _MARKER = ".arraytp-pack"
@@ -249,13 +250,15 @@ def writing(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_files(folder)
-        with (folder / _MARKER).open("a+b") as marker:
-            _lock(folder, marker)
+        with _locked_marker(folder) as marker:
             # Another process may have finished between the first look and the lock.
             _refuse_foreign_files(folder)
             journal = Journal(marker, identity)
             finished = _sound_shards(folder, description, journal.read())
             if (folder / FILE_NAME).exists() and not finished:
+                if not marker.seek(0, os.SEEK_END):
+                    # The other process has removed its own.
+                    (folder / _MARKER).unlink()
                 raise UserError(_occupied(folder))
             journal.restart(finished)
             _remove_own_files(folder, keep=[shard.entry.file for shard in finished])
@@ -288,7 +291,7 @@ def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
             writer.finish()
         finally:
             writer.close()
-    except OSError:
+    except (OSError, Interrupted):
         for path in writer.folder.glob("*.tmp"):
             path.unlink()
         raise
@@ -328,10 +331,11 @@ def _refuse_foreign_files(folder: Path) -> None:
         raise UserError(f"{folder}: not empty (it holds {foreign[0]!r}); choose a new or empty folder")
 
 
-def _lock(folder: Path, marker: BinaryIO) -> None:
+def _locked_marker(folder: Path) -> BinaryIO:
+    """Open the journal; on a file system without locks nothing keeps a second pack out."""
     try:
-        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return open_locked(folder / _MARKER)[0]
+    except HeldError:
         raise UserError(f"{folder}: another process is packing into this folder") from None
 
 

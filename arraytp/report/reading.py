@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from numpy.typing import NDArray
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from arraytp.config.document import encodable
+from arraytp.config.document import MOST_BYTES, encodable
+from arraytp.disk import read_small, real
 from arraytp.errors import UserError
 from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS
 
 Columns = dict[str, NDArray[np.float64]]
+
+# A walk over so many takes a second.
+_MOST_ENTRIES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ def read_results(folders: Sequence[Path | str]) -> list[Result]:
     UserError
         As `read_result`; also a folder that neither is a result folder nor holds one.
     """
-    paths = {path.resolve(): path for folder in folders for path in _expand(Path(folder))}
+    paths = {real(path): path for folder in folders for path in _expand(Path(folder))}
     parent = common_parent(list(paths))
     return [read_result(path, place.relative_to(parent).as_posix()) for place, path in paths.items()]
 
@@ -105,10 +110,28 @@ def common_parent(paths: Sequence[Path]) -> Path:
 def _expand(folder: Path) -> list[Path]:
     if (folder / "config.yml").is_file() or not folder.is_dir():
         return [folder]
-    inside = [path.parent for path in folder.rglob("config.yml")]
+    inside = list(_holding_results(folder))
     if not inside:
         raise UserError(f"{folder} is not a result folder: neither it nor a folder in it holds a config.yml")
     return sorted(inside, key=lambda path: [(name != "bp", _natural(name)) for name in path.relative_to(folder).parts])
+
+
+def _holding_results(folder: Path) -> Iterator[Path]:
+    """Yield the folders at any depth that hold a config.yml; links are not followed, nor folders that are closed."""
+    waiting, seen = [folder], 0
+    while waiting:
+        place = waiting.pop()
+        with suppress(PermissionError), os.scandir(place) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > _MOST_ENTRIES:
+                    raise UserError(
+                        f"{folder}: holds more than {_MOST_ENTRIES:,} files and folders; give one nearer to the results"
+                    )
+                if entry.name == "config.yml":
+                    yield place
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -138,10 +161,10 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         raise UserError(f"{path}: {what}; give a result folder written by `arraytp run`")
     if not (path / "config.yml").is_file():
         raise UserError(f"{path} is not a result folder: it holds no config.yml")
-    label = label or path.resolve().name
+    label = label or real(path).name
     if not encodable(label):
         raise UserError(f"{str(path)!r}: the folder's name is no UTF-8 text, so that no figure can show it; rename it")
-    text = _text(path / "config.yml")
+    text = _text(path / "config.yml", MOST_BYTES)
     config = _read_config(path / "config.yml", text)
     if "study" in config:
         raise UserError(
@@ -199,9 +222,9 @@ def _check_ends(result: Result) -> None:
         )
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, most: int | None = None) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return (path.read_bytes() if most is None else read_small(path, most)).decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8 text; the file is damaged") from error
@@ -215,7 +238,7 @@ def _read_config(path: Path, text: str) -> dict[str, Any]:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}, line {line}: not YAML: {error.problem}") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     for section, key in (("rule", "name"), ("train", "epochs")):
         inner = tree.get(section) if isinstance(tree, dict) else None

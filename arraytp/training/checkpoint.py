@@ -1,19 +1,20 @@
 """The state of a run in one HDF5 file: θ, the rule's arrays, the optimiser, the position. Written atomically.
 
-attrs: format="arraytp-checkpoint", version=1
+attrs: format="arraytp-checkpoint", version=2
 /network/<n>/{weight,bias}
 /rule/…                             the rule's arrays by their names
 /optimizer  attrs: step, feedback_step
 /optimizer/<parameter>/<moment>
 /run/state  JSON of the run's position and tables, as bytes
+/run/owner  JSON of the config, as YAML text, and the digest of the data set that the run is of, as bytes
 
-All arrays, /run/state too, have checksums (Fletcher-32), and HDF5's own structures, attributes among them, have others
-(its v110 layout).
+All arrays, those under /run too, have checksums (Fletcher-32), and HDF5's own structures, attributes among them, have
+others (its v110 layout).
 """
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ import h5py
 import numpy as np
 
 from arraytp.backend import Array
-from arraytp.errors import UserError
+from arraytp.config import Config, dump_config
+from arraytp.config.difference import FREE_ON_RESUME, config_of, first_difference
+from arraytp.disk import refuse_special, system_words
+from arraytp.errors import UnreadableError, UserError
 from arraytp.files import write_file
 from arraytp.training.experiment import Experiment
+from arraytp.training.plan import Plan
 
-FORMAT, VERSION = "arraytp-checkpoint", 1
+FORMAT, VERSION = "arraytp-checkpoint", 2
+# Version 1 has the same layout, but counts direct feedback (rules dfa, drl) from 0.
+READABLE = (1, VERSION)
 
 
 def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any]) -> None:
@@ -50,8 +57,9 @@ def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any])
     with h5py.File(image, "w", libver=("v110", "v110")) as file:
         # Text of variable length would lie in a heap without a checksum, over whose damage HDF5 can loop for ever.
         file.attrs["format"], file.attrs["version"] = np.bytes_(FORMAT), VERSION
-        state = np.frombuffer(json.dumps(run).encode(), np.uint8)
-        file.create_dataset("run/state", data=state, fletcher32=True)
+        _put_json(file, "run/state", run)
+        plan = experiment.plan
+        _put_json(file, "run/owner", {"config": dump_config(experiment.config), "data": plan.dataset.digest})
         counts = file.create_group("optimizer").attrs
         counts["step"], counts["feedback_step"] = experiment.optimizer_state.step, experiment.feedback_step
         for name, array in _arrays(experiment).items():
@@ -67,24 +75,95 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
     UserError
         If the file is missing, damaged, or of another network or rule; names the array.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("version") != VERSION:
-                raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
-            found = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
-            step, feedback_step = (int(file["optimizer"].attrs[name]) for name in ("step", "feedback_step"))
-            run: dict[str, Any] = json.loads(bytes(file["run/state"][()]))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no checkpoint to go on from; --fresh starts over") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: the checkpoint cannot be read: {os.strerror(error.errno or 0)}") from error
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{path}: the checkpoint is damaged ({text}); --fresh starts over") from error
+    with _opened(path) as file:
+        found = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
+        step, feedback_step = (int(file["optimizer"].attrs[name]) for name in ("step", "feedback_step"))
+        run: dict[str, Any] = _get_json(file, "run/state")
     for name, array in _arrays(experiment).items():
         array[...] = experiment.plan.backend.asarray(found[name])
     experiment.optimizer_state.step, experiment.feedback_step = step, feedback_step
     return run
+
+
+def read_owner(path: Path) -> tuple[Config, str] | None:
+    """Return the config and the digest of the data that a checkpoint's run is of; None where it holds neither.
+
+    Raises
+    ------
+    UserError
+        As `read_checkpoint`; also a config that this version of arraytp does not know.
+    """
+    with _opened(path) as file:
+        owner = _get_json(file, "run/owner") if "run/owner" in file else None
+        if owner is None:
+            # Checkpoints of the first versions do not say.
+            return None
+        text, digest = str(owner["config"]), str(owner["data"])
+    return config_of(text, f"{path}: its config"), digest
+
+
+def check_owner(path: Path, plan: Plan) -> bool:
+    """Refuse to go on with a run of another config, whatever the config.yml beside the checkpoint says, or other data.
+
+    Data that have only moved are the same.
+
+    Returns
+    -------
+    bool
+        Whether the checkpoint says whose it is.
+
+    Raises
+    ------
+    UserError
+        As `read_owner`; names the first key that differs and both values.
+    """
+    owner = read_owner(path)
+    if owner is None:
+        return False
+    stored, digest = owner
+    difference = first_difference(stored, plan.config, (*FREE_ON_RESUME, "data.dataset"))
+    if not difference and digest != plan.dataset.digest:
+        difference = (
+            f"data.dataset {stored.data.dataset} held other images or labels there than {plan.config.data.dataset} here"
+        )
+    if difference:
+        raise UserError(
+            f"{path.parent}: holds a run of another config ({difference}); --fresh starts over, --out takes another "
+            "folder"
+        )
+    return True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """Open a checkpoint to read from; errors of the system are none of the file's, and no reason to start over."""
+    refuse_special(path)
+    try:
+        # Whole files replace each other: there is nothing to lock, and network file systems often cannot.
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("version") not in READABLE:
+                raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
+            if "rule/feedback/0" in file:
+                raise UserError(
+                    f"{path}: is of version 1, which numbers the feedback of rules dfa and drl otherwise; --fresh "
+                    "starts over"
+                )
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no checkpoint to go on from; --fresh starts over") from error
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        if words := system_words(error):
+            raise UnreadableError(f"{path}: the checkpoint cannot be read: {words}") from error
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}: the checkpoint is damaged ({text}); --fresh starts over") from error
+
+
+def _put_json(file: h5py.File, name: str, content: Any) -> None:
+    file.create_dataset(name, data=np.frombuffer(json.dumps(content).encode(), np.uint8), fletcher32=True)
+
+
+def _get_json(file: h5py.File, name: str) -> Any:
+    return json.loads(bytes(file[name][()]))
 
 
 def _arrays(experiment: Experiment) -> dict[str, Array]:

@@ -21,10 +21,9 @@ import numpy as np
 from scipy.sparse.linalg import eigsh
 
 from arraytp.backend import Array
-from arraytp.errors import Interrupted
+from arraytp.config import dump_config
 from arraytp.model.passes import At
 from arraytp.ops.conv import as_matrix
-from arraytp.signals import StopRequest
 from arraytp.training.compare import angle_degrees
 from arraytp.training.experiment import Experiment, Step, build_planned
 from arraytp.training.plan import Plan
@@ -32,16 +31,8 @@ from arraytp.training.progress import Progress
 from arraytp.training.tables import DRIFT_COLUMNS, CsvTable
 
 
-def drift_seed(
-    planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False, plain: bool = False
-) -> dict[str, Any]:
-    """Train one seed, write its drift.csv and return its summary.
-
-    Raises
-    ------
-    Interrupted
-        When a stop was requested.
-    """
+def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
+    """Train one seed, write its drift.csv and return its summary."""
     started, config = time.monotonic(), planned.config
     experiment, table = build_planned(planned, plain), CsvTable(folder / "drift.csv", DRIFT_COLUMNS)
     table.restart([])
@@ -58,10 +49,9 @@ def drift_seed(
                 _measure(experiment, step, table, number, angles)
             experiment.apply(step, updates, epoch)
             progress.step(len(labels))
-            if stop.requested:
-                raise Interrupted(f"{label}: stopped at step {number}; the seeds before it are done", stop.signal)
     return {
         "seed": config.seed,
+        "config": dump_config(config),
         "update_angle_deg": angles,
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -18,9 +18,10 @@ from arraytp.optim import at_block, learning_rates
 from arraytp.rules import bp
 from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
-from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
+from arraytp.training.checkpoint import check_owner, read_checkpoint, write_checkpoint
 from arraytp.training.experiment import Experiment, Score, Step
 from arraytp.training.finite import finite_blocks, finite_moments, is_finite
+from arraytp.training.long_steps import LongSteps
 from arraytp.training.progress import Progress
 from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals
 
@@ -92,6 +93,7 @@ class Run:
         self._step: Step | None = None
         self._clock = time.monotonic()
         self._saved = self._clock
+        self._long_steps = LongSteps(experiment)
 
     def start(self) -> None:
         """Begin at the beginning."""
@@ -103,10 +105,11 @@ class Run:
         Raises
         ------
         UserError
-            As `read_checkpoint`; also if the config asks for fewer epochs or steps than are trained. The folder is as
-            it was.
+            As `read_checkpoint` and `check_owner`; also if the config asks for fewer epochs or steps than are trained.
+            The folder is as it was.
         """
         path, train = self.folder / "checkpoint.h5", self.experiment.config.train
+        check_owner(path, self.experiment.plan)
         state = read_checkpoint(path, self.experiment)
         try:
             totals = Totals(**state["position"].pop("totals"))
@@ -183,8 +186,9 @@ class Run:
         while position.feedback_epochs < due and position.batch == 0:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
                 for images, labels in batches:
-                    step = self._step = experiment.forward(images, labels)
-                    losses = experiment.train_feedback(step)
+                    with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
+                        step = self._step = experiment.forward(images, labels)
+                        losses = experiment.train_feedback(step)
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
                     self._check_feedback(step, losses)
@@ -199,10 +203,11 @@ class Run:
         mark = time.monotonic()
         with closing(experiment.train_loader.batches(position.passes, position.batch)) as batches:
             for images, labels in islice(batches, steps - position.step):
-                step = self._step = experiment.forward(images, labels)
-                losses = experiment.train_feedback(step)
-                self._check_feedback(step, losses)
-                updates = experiment.updates(step)
+                with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
+                    step = self._step = experiment.forward(images, labels)
+                    losses = experiment.train_feedback(step)
+                    self._check_feedback(step, losses)
+                    updates = experiment.updates(step)
                 if every and position.step % every == 0 and experiment.rule is not bp.RULE:
                     mark += self._compare(step, updates, losses)
                 experiment.apply(step, updates, position.epoch)

@@ -22,6 +22,8 @@ import numpy as np
 
 from arraytp import __version__
 from arraytp.backend import Array
+from arraytp.config import Config, dump_config
+from arraytp.config.difference import config_of, first_difference
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
 from arraytp.optim import at_block
@@ -72,15 +74,18 @@ def run_study(
         place = folder / f"seed-{n}"
         if place.exists() and not place.is_dir():
             raise UserError(f"{place}: is a file, but a seed's results need a folder; delete it")
+        seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
-            seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
+            called = f"{label} seed {n + 1}/{study.seeds}"
             do_seed = drift_seed if study.kind == "drift" else _seed
-            write_json(
-                place / "summary.json",
-                do_seed(seeded, place, f"{label} seed {n + 1}/{study.seeds}", stop, quiet, plain),
-            )
-        seeds.append(_read_seed(place / "summary.json", len(planned.blocks)))
+            try:
+                with stop.at_once():
+                    summary_of_seed = do_seed(seeded, place, called, quiet, plain)
+            except Interrupted as error:
+                raise Interrupted(f"{called}: stopped; the seeds before it are done", error.signal_number) from None
+            write_json(place / "summary.json", summary_of_seed)
+        seeds.append(_read_seed(place / "summary.json", seeded.config, len(planned.blocks)))
     config, plan = planned.config, planned
     summary = {
         "name": config.name,
@@ -95,7 +100,7 @@ def run_study(
     write_json(folder / "summary.json", summary)
 
 
-def _seed(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool, plain: bool) -> dict[str, Any]:
+def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
     """Train feedback on one seed's batch; write its tables and return its summary."""
     started, study = time.monotonic(), planned.config.study
     assert study is not None
@@ -117,14 +122,13 @@ def _seed(planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: boo
         for round_ in range(1, study.rounds + 1):
             losses = _measure_feedback(experiment, experiment.train_feedback(step), feedback, round_ * per_round)
             progress.step(len(labels))
-            if stop.requested:
-                raise Interrupted(f"{label}: stopped in round {round_}; the seeds before it are done", stop.signal)
     if study.rounds:
         _measure_updates(experiment, step, angles, study.rounds * per_round)
     last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]
     pairs = experiment.compare_feedback(losses)
     return {
         "seed": planned.config.seed,
+        "config": dump_config(planned.config),
         "update_angle_deg": [float(row[3]) for row in last],
         "feedback_block": [pair.block for pair in pairs],
         "feedback_angle_deg": [pair.angle_deg for pair in pairs],
@@ -160,8 +164,8 @@ def _measure_feedback(
     return losses
 
 
-def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
-    """Read the summary of a seed that is done; refuse one that is damaged."""
+def _read_seed(path: Path, config: Config, blocks: int) -> dict[str, Any]:
+    """Read the summary of a seed that is done, without its config; refuse one that is damaged or of another config."""
     try:
         seed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(seed, dict) or not seed.keys() >= {"update_angle_deg", "seconds"}:
@@ -172,4 +176,8 @@ def _read_seed(path: Path, blocks: int) -> dict[str, Any]:
         seed["seconds"] = float(seed["seconds"])
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
+    stored = seed.pop("config", None)
+    difference = first_difference(config_of(str(stored), f"{path}: its config"), config) if stored is not None else ""
+    if difference:
+        raise UserError(f"{path}: is of another config ({difference}); --fresh starts over")
     return seed

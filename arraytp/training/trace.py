@@ -25,7 +25,8 @@ import numpy as np
 
 from arraytp.backend import Array, Backend
 from arraytp.config import dump_config
-from arraytp.errors import Interrupted, UserError
+from arraytp.disk import real, refuse_special, system_words
+from arraytp.errors import Interrupted, UnreadableError, UserError
 from arraytp.files import replacing
 from arraytp.model.plain import block_forward, pad_auxiliary
 from arraytp.ops.noise import EPSILON, ETA
@@ -99,7 +100,7 @@ def write_trace(
         When a stop was requested; nothing is written.
     """
     # Through a Python file: HDF5's own can take the process with it when the disk is full.
-    with replacing(path.resolve()) as raw, h5py.File(raw, "w") as file:
+    with replacing(real(path)) as raw, h5py.File(raw, "w") as file:
         sink = Sink(file, experiment.plan.backend, stop or StopRequest())
         _step(sink, experiment, images, labels, noise)
     return sink.not_finite
@@ -201,7 +202,7 @@ def check_replaceable(path: Path) -> None:
     UserError
         Names the path and what would do.
     """
-    if not path.resolve().parent.is_dir():
+    if not real(path).parent.is_dir():
         raise UserError(f"--out {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; give a file, for example {path / 'trace.h5'}")
@@ -211,9 +212,11 @@ def check_replaceable(path: Path) -> None:
 
 def _is_trace(path: Path) -> bool:
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             return bool(file.attrs.get("format") == FORMAT)
-    except OSError:
+    except OSError as error:
+        if words := system_words(error):
+            raise UserError(f"--out {path}: exists and cannot be looked at: {words}") from error
         return False
 
 
@@ -286,10 +289,13 @@ def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> n
 @contextmanager
 def _readable(path: Path) -> Iterator[h5py.File]:
     """Open a file to read from; what HDF5 cannot read in it is the user's to know."""
+    refuse_special(path)
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, MemoryError) as error:
+        if words := system_words(error):
+            raise UnreadableError(f"{path}: cannot be read: {words}") from error
         raise UserError(f"{path}: cannot be read as HDF5: {error}") from error

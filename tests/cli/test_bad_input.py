@@ -331,6 +331,7 @@ def test_results_without_their_config_are_not_overwritten_either(arraytp, refuse
     arraytp("run", "toy.yml", "--quiet")
     (place / "results/toy/config.yml").unlink()
     assert "results/toy: holds results already" in refused("run", "toy.yml")
+    (place / "results/toy/checkpoint.h5").unlink()
     assert "results/toy/config.yml: no such file; --fresh starts over" in refused("run", "toy.yml", "--resume")
 
 
@@ -351,6 +352,82 @@ def test_going_on_with_another_config_is_refused(arraytp, refused, setting, said
     assert message.startswith(f"results/toy: holds a run of another config ({said}); --fresh starts over")
 
 
+EDITS = {
+    "lr: 0.05": ("lr: 0.01", "optimizer.lr is 0.05 there and 0.01 here"),
+    "weight_decay: 0.0": ("weight_decay: 0.1", "optimizer.weight_decay is 0.0 there and 0.1 here"),
+    "seed: 0": ("seed: 1", "seed is 0 there and 1 here"),
+    "batch_size: 16": ("batch_size: 15", "train.batch_size is 16 there and 15 here"),
+}
+
+
+@pytest.mark.parametrize("former", EDITS)
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
+def test_an_edited_config_of_the_results_themselves_is_noticed(arraytp, refused, place, former, finished):
+    """Its own config.yml cannot tell; the checkpoint knows."""
+    arraytp("run", "toy.yml", "--quiet")
+    edited, said = EDITS[former]
+    path = place / "results/toy/config.yml"
+    assert path.read_text().count(former) == 1
+    path.write_text(path.read_text().replace(former, edited))
+    if not finished:
+        (place / "results/toy/summary.json").unlink()
+    message = refused("run", "results/toy/config.yml", "--resume", "--out", "results/toy")
+    assert message.startswith(f"results/toy: holds a run of another config ({said}); ")
+
+
+def test_more_of_the_same_in_the_results_own_config_goes_on(arraytp, place, numbers):
+    arraytp("run", "toy.yml", "--quiet")
+    path = place / "results/toy/config.yml"
+    path.write_text(path.read_text().replace("epochs: 1", "epochs: 2"))
+    assert arraytp("run", "results/toy/config.yml", "--quiet", "--resume", "--out", "results/toy").status == 0
+    arraytp("run", "toy.yml", "--quiet", "--out", "whole", "--set", "train.epochs=2")
+    assert numbers(place / "results/toy") == numbers(place / "whole")
+
+
+@pytest.mark.parametrize("text", ["seed: [", None], ids=["damaged", "missing"])
+def test_a_run_goes_on_without_its_config_file(arraytp, place, text):
+    """To start over for that would be to throw a training away."""
+    arraytp("run", "toy.yml", "--quiet")
+    path = place / "results/toy/config.yml"
+    whole = path.read_text()
+    path.unlink() if text is None else path.write_text(text)
+    assert arraytp("run", "toy.yml", "--quiet", "--resume").status == 0
+    assert path.read_text() == whole
+
+
+def test_data_that_have_moved_are_the_same_and_others_in_their_place_are_not(arraytp, refused, place, pack, numbers):
+    arraytp("run", "toy.yml", "--quiet")
+    more = ("run", "toy.yml", "--quiet", "--resume", "--set", "train.epochs=2")
+    (place / "toy").rename(place / "moved")
+    assert arraytp(*more, "--set", "data.dataset=moved").status == 0
+    pack(place / "toy", train=46)
+    message = refused(*more)
+    assert "(data.dataset moved held other images or labels there than toy here)" in message
+
+
+def test_a_checkpoint_that_does_not_say_whose_it_is_is_held_against_the_config_file(arraytp, refused, place):
+    """As those of the first versions."""
+    arraytp("run", "toy.yml", "--quiet")
+    with h5py.File(place / "results/toy/checkpoint.h5", "r+") as file:
+        del file["run/owner"]
+    assert "(seed is 0 there and 1 here)" in refused("run", "toy.yml", "--resume", "--set", "seed=1")
+    assert arraytp("run", "toy.yml", "--quiet", "--resume", "--set", "train.epochs=2").status == 0
+
+
+def test_a_seed_of_an_edited_study_is_noticed(arraytp, place):
+    study = "rule: {name: ldrl}\nstudy: {seeds: 2, rounds: 1}\n"
+    (place / "study.yml").write_text((place / "toy.yml").read_text().replace("rule: {name: fa}\n", study))
+    assert arraytp("run", "study.yml", "--quiet").status == 0
+    path = place / "results/study/config.yml"
+    path.write_text(path.read_text().replace("rounds: 1", "rounds: 2"))
+    (place / "results/study/seed-1/summary.json").unlink()
+    outcome = arraytp("run", "results/study/config.yml", "--resume", "--out", "results/study", "--quiet")
+    assert outcome.status == 2
+    assert outcome.err.startswith(
+        "arraytp: error: results/study/seed-0/summary.json: is of another config (study.rounds is 1 there and 2 here)"
+    )
+
+
 def test_going_on_with_fewer_epochs_is_refused(arraytp, refused):
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=2")
     message = refused("run", "toy.yml", "--resume", "--set", "train.epochs=1")
@@ -360,6 +437,7 @@ def test_going_on_with_fewer_epochs_is_refused(arraytp, refused):
 def test_a_damaged_stored_config_is_named(arraytp, refused, place):
     arraytp("run", "toy.yml", "--quiet")
     (place / "results/toy/config.yml").write_text("seed: [")
+    (place / "results/toy/checkpoint.h5").unlink()
     message = refused("run", "toy.yml", "--resume")
     assert message.startswith("results/toy/config.yml:1: not valid YAML")
     assert "--fresh starts over" in message
@@ -513,3 +591,82 @@ def test_a_real_process_ends_with_the_same_status_and_one_line(place, words, sta
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("arraytp: error: ")
     assert done.stdout == ""
+
+
+BEYOND = '"\\U00110000"'
+
+
+def test_a_character_beyond_the_last_is_not_valid_yaml(refused, place):
+    (place / "odd.yml").write_text(f"name: {BEYOND}\n")
+    assert refused("run", "odd.yml").startswith("odd.yml: not valid YAML: ")
+    assert refused("run", "toy.yml", "--set", f"name={BEYOND}").startswith(f"--set name={BEYOND}: not valid YAML: ")
+    (place / "config.yml").write_text(f"name: {BEYOND}\n")
+    assert refused("report", ".").startswith("config.yml: not YAML: ")
+
+
+def test_a_working_directory_that_is_gone_is_named(arraytp, place, monkeypatch):
+    (place / "gone").mkdir()
+    monkeypatch.chdir(place / "gone")
+    (place / "gone").rmdir()
+    for words in (["run", place / "toy.yml"], ["trace", place / "toy.yml", "--out", "t.h5"], ["report", "."]):
+        outcome = arraytp(*words)
+        assert (outcome.status, len(outcome.err.splitlines())) == (2, 1), outcome.err
+    outcome = arraytp("run", place / "toy.yml", "--set", f"data.dataset={place / 'toy'}")
+    assert outcome.err == "arraytp: error: the working directory is not there any more; change into one that is\n"
+
+
+def test_a_link_to_itself_is_named(refused, place):
+    (place / "loop").symlink_to("loop")
+    many = "Too many levels of symbolic links"
+    assert refused("run", "loop") == f"loop: cannot be read: {many}"
+    assert refused("bench", "toy.yml", "--steps", 1, "--json", "loop/x").endswith("there is no folder loop")
+    assert refused("report", "loop") == "loop: no such folder; give a result folder written by `arraytp run`"
+    assert refused("run", "toy.yml", "--out", "loop").startswith("loop: is a link that leads nowhere")
+
+
+def test_a_pipe_without_its_other_end_is_not_waited_for(refused, arraytp, place, monkeypatch):
+    monkeypatch.setattr("arraytp.disk._PATIENCE", 0.1)
+    os.mkfifo(place / "pipe")
+    assert refused("run", "pipe") == "pipe: is a pipe to which nobody writes; give a file"
+    assert refused("trace", "toy.yml", "--out", "t.h5", "--weights", "pipe") == "pipe: is a pipe or device; give a file"
+    assert refused("data", "pack", "folder", "pipe", "packed") == "pipe: is a pipe or device; give a file"
+    assert arraytp("bench", "toy.yml", "--steps", 1, "--json", "pipe").err.startswith(
+        "arraytp: error: --json pipe: cannot be written: No such device or address"
+    )
+
+
+def test_a_pipe_to_which_a_config_is_written_is_one(arraytp, place):
+    """As a shell's `<(…)` is."""
+    os.mkfifo(place / "pipe")
+    end = os.open(place / "pipe", os.O_RDWR)
+    text = (place / "toy.yml").read_bytes()
+    os.write(end, text)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.2)"], pass_fds=[end])
+    os.close(end)
+    assert arraytp("run", "pipe", "--quiet").status == 0
+    assert process.wait() == 0
+
+
+def test_a_file_far_too_large_for_a_config_is_not_parsed(refused, place):
+    (place / "big.yml").write_bytes(b"a: 1\n" * 2_000_000)
+    assert refused("run", "big.yml") == "big.yml: holds more than 1,048,576 bytes; is it the right file?"
+    assert refused("run", "/dev/zero") == "/dev/zero: holds more than 1,048,576 bytes; is it the right file?"
+
+
+def test_long_keys_and_values_are_cut_in_the_middle(refused):
+    long = "k" * 100_000
+    message = refused("run", "toy.yml", "--set", f"{long}=1")
+    assert len(message) < 1000
+    assert message.startswith("--set kkk")
+    assert message.count(" characters)…k") == 2
+    assert message.endswith("schedule, train, compare, study, variants")
+    assert refused("run", long).endswith("k: cannot be read: File name too long")
+
+
+def test_what_would_break_or_colour_a_line_is_escaped(refused):
+    assert refused("run", "a\nb\x1b[31m.yml") == "a\\nb\\x1b[31m.yml: no such file"
+
+
+def test_a_report_of_half_a_disk_is_refused(refused, place, monkeypatch):
+    monkeypatch.setattr("arraytp.report.reading._MOST_ENTRIES", 5)
+    assert refused("report", ".") == ".: holds more than 5 files and folders; give one nearer to the results"

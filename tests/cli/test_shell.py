@@ -11,7 +11,7 @@ import click
 import pytest
 
 from arraytp import __version__, cli
-from arraytp.errors import Interrupted, NonFiniteError, UserError
+from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def python(code, **options):
 
 OUTCOMES = {
     "a mistake of the user": (UserError("x.yml:3: seed is bad"), 2, "arraytp: error: x.yml:3: seed is bad\n"),
-    "two mistakes": (UserError("first\nsecond"), 2, "arraytp: error: first\narraytp: error: second\n"),
+    "two mistakes": (UserErrors(["first", "second"]), 2, "arraytp: error: first\narraytp: error: second\n"),
     "a file that cannot be had": (
         OSError(36, "File name too long", "x/yy"),
         2,
@@ -239,3 +239,38 @@ def test_an_output_that_cannot_show_a_character_shows_a_question_mark():
     done = python(code, env={**os.environ, "PYTHONIOENCODING": "latin1"}, encoding="latin1")
     assert done.returncode == 2
     assert done.stderr == "arraytp: error: Zürich??: no such folder; give a result folder written by `arraytp run`\n"
+
+
+def test_ctrl_c_while_the_program_is_loading_gives_no_traceback(tmp_path):
+    """Half of the first second goes into imports."""
+    click = tmp_path / "click.py"
+    click.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n")
+    code = "import sys; from arraytp.__main__ import main; sys.exit(main())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code, "run"], env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_a_signal_that_a_shell_ignores_for_its_background_stays_ignored():
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from arraytp.__main__ import main; "
+        "import arraytp.cli; load = arraytp.cli.main; "
+        "arraytp.cli.main = lambda: (os.kill(os.getpid(), signal.SIGINT), load(['--version']))[1]; sys.exit(main())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_of_which_a_library_makes_an_error_is_a_signal_all_the_same(probe, capsys, number):
+    """While extension modules and class bodies are loaded, whatever is raised becomes an error of theirs."""
+
+    def loading():
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise ImportError("initialization failed") from None
+
+    probe(loading)
+    assert cli.main(["probe"]) == 128 + number
+    assert capsys.readouterr().err == "arraytp: error: interrupted\n"

@@ -1,6 +1,5 @@
 """Stopping a real process by SIGINT, SIGTERM and SIGKILL, and going on as it says; disks that fill up; threads."""
 
-import fcntl
 import os
 import re
 import shlex
@@ -270,15 +269,3 @@ main()
     one, two = numbers(place / "1"), numbers(place / "2")
     assert one[3] == 2
     assert one == two
-
-
-def test_a_folder_that_a_run_is_writing_to_is_refused(arraytp, refused, place):
-    """Two runs that write one folder would mix their tables."""
-    arraytp("run", "toy.yml", "--quiet")
-    descriptor = os.open(place / "results/toy", os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        assert "another run is writing here" in refused("run", "toy.yml", "--quiet", "--resume")
-    finally:
-        os.close(descriptor)
-    arraytp("run", "toy.yml", "--quiet", "--resume")

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import resource
 import shutil
 import time
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import arraytp.data.writer as writer_module
+from arraytp import disk
 from arraytp.data.dataset import open_dataset
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
@@ -238,3 +240,25 @@ def test_a_pack_killed_at_its_very_end_is_the_same_packs_to_finish(tmp_path):
         packed(tmp_path / "d", replace(DESCRIPTION, name="y"))
     packed(tmp_path / "d")
     assert content(tmp_path / "d") == content(tmp_path / "e")
+
+
+def test_a_pack_that_another_has_finished_meanwhile_is_refused_and_leaves_no_journal(tiny, monkeypatch):
+    """Between the first look at the folder and the lock, the other has written its data set and left."""
+    looks, refuse = iter([True]), writer_module._refuse_foreign_files
+    monkeypatch.setattr(
+        writer_module, "_refuse_foreign_files", lambda folder: None if next(looks, False) else refuse(folder)
+    )
+    before = sorted(path.name for path in tiny.folder.iterdir())
+    with pytest.raises(UserError, match="already holds a data set"), writing(tiny.folder, DESCRIPTION):
+        pass
+    assert sorted(path.name for path in tiny.folder.iterdir()) == before
+
+
+def test_a_file_system_without_locks_takes_a_pack(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(disk.fcntl, "flock", refuse)
+    with writing(tmp_path / "d", DESCRIPTION) as writer:
+        writer.add("train", IMAGES, LABELS)
+    assert open_dataset(tmp_path / "d").counts["train"] == len(IMAGES)

@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from limits import limited_memory
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
@@ -274,3 +275,87 @@ def test_a_bad_imagenet32_file_is_named_and_nothing_stays(tmp_path, name, conten
         imagenet32.pack(src, tmp_path / "d", PackOptions())
     assert name in str(caught.value)
     assert not (tmp_path / "d").exists() or not list((tmp_path / "d").iterdir())
+
+
+ROWS, ROW_LABELS = CIFAR10["data_batch_1"]
+
+
+def read(content):
+    return read_batch(io.BytesIO(content), "batch", "labels", 10, 0)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", [list, np.int64, np.uint8, ">i4"], ids=str)
+@pytest.mark.parametrize("module", ["numpy._core", "numpy.core"])
+def test_batches_of_every_protocol_and_with_labels_as_an_array_are_read(protocol, kind, module):
+    """Protocol 5 names a function of its own, and NumPy 1 called the same one otherwise."""
+    labels = ROW_LABELS if kind is list else np.array(ROW_LABELS, kind)
+    content = pickle.dumps({"data": ROWS, "labels": labels}, protocol=protocol)
+    if protocol < 4:
+        content = content.replace(b"cnumpy._core.", b"c" + module.encode() + b".")
+    images, found = read(content)
+    np.testing.assert_array_equal(images.transpose(0, 3, 1, 2).reshape(-1, 3072), ROWS)
+    np.testing.assert_array_equal(found, ROW_LABELS)
+
+
+@pytest.mark.parametrize("labels", [np.array(ROW_LABELS, float), np.array([ROW_LABELS]), np.array(["a"] * 12)], ids=str)
+def test_an_array_of_anything_but_labels_is_refused(labels):
+    with pytest.raises(UserError, match="'labels' is no array of integers"):
+        read(pickle.dumps({"data": ROWS, "labels": labels}))
+
+
+@pytest.mark.parametrize("form", ["pickle", "binary"])
+def test_a_file_that_was_transferred_as_text_is_told_from_damage(tmp_path, form):
+    contents = files10("python" if form == "pickle" else "binary")
+    name = next(iter(contents))
+    contents[name] = contents[name].replace(b"\n", b"\r\n")
+    with pytest.raises(UserError, match=r"was transferred as text: every line end in it has become \\r\\n"):
+        cifar.pack("cifar10", write(tmp_path / "s", contents), tmp_path / "d", PackOptions())
+
+
+def nested(depth):
+    return [nested(depth - 1)] * 2 if depth else []
+
+
+TEXT = b"X\x00\x00\x00\x01" + b"a" * 2**24
+BOMBS = {
+    "a table as long as a number": (b"\x80\x02K\x01r\xff\xff\xff\x7f.", "holds a int"),
+    "bytes that are not there": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00.", "EOFError"),
+    "a frame that is not there": (b"\x80\x04\x95\xff\xff\xff\xff\xff\x00\x00\x00.", "damaged"),
+    "bytes made again and again": (
+        b"\x80\x02c_codecs\nencode\nq\x00" + TEXT + b"X\x06\x00\x00\x00latin1\x86q\x01(" + b"h\x00h\x01R" * 100 + b"l.",
+        "makes more than 67,108,864 bytes",
+    ),
+    "lists of lists for labels": (
+        pickle.dumps({"data": ROWS, "labels": [nested(40)] * len(ROWS)}),
+        "label 0 .from 0. is 'a list'",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_takes_no_more_memory_than_it_is_long(bomb, monkeypatch):
+    """Each would take gigabytes; the system grants a few hundred megabytes more than is taken already."""
+    content, message = BOMBS[bomb]
+    monkeypatch.setattr("data_prep.batches._MOST_BYTES", 2**26)
+    with limited_memory(2**30), pytest.raises(UserError, match=message):
+        read(content)
+
+
+def test_the_classes_of_imagenet32_are_wnids_where_a_devkit_is(tmp_path):
+    generator = np.random.default_rng(0)
+    names = [*(f"train_data_batch_{n}" for n in range(1, 11)), "val_data"]
+    rows = generator.integers(0, 256, (2, 3072), np.uint8)
+    contents = {name: pickle.dumps({"data": rows, "labels": [3, 1000]}, protocol=2) for name in names}
+    wnids = [f"n{number:08d}" for number in generator.permutation(1000)]
+    text = "".join(f"{wnid} {number} name\n" for number, wnid in enumerate(wnids, 1))
+    src = write(tmp_path / "s", contents)
+    (tmp_path / "kit").mkdir()
+    (tmp_path / "kit/map_clsloc.txt").write_text(text)
+    imagenet32.pack(src, tmp_path / "d", PackOptions(), tmp_path / "kit")
+    dataset = open_dataset(tmp_path / "d")
+    assert list(dataset.classes) == wnids
+    assert sorted(set(dataset.load("val")[1].tolist())) == [2, 999]
+    (tmp_path / "kit/map_clsloc.txt").write_text(text.partition("\n")[2])
+    with pytest.raises(UserError, match="numbers 999 classes, expected 1 to 1000"):
+        imagenet32.pack(src, tmp_path / "e", PackOptions(), tmp_path / "kit")

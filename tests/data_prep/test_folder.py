@@ -361,3 +361,49 @@ def test_options_of_other_sources_are_refused(tmp_path, capsys):
     for source, option in [("mnist", "--size=28"), ("cifar10", "--max-skipped=1"), ("folder", "--devkit=x")]:
         assert main(["data", "pack", source, str(tmp_path), str(tmp_path / "d"), option]) == 2
         assert f"{option.partition('=')[0]} is for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "turned"),
+    [
+        ("imagenet", [], False),
+        ("folder", [], True),
+        ("imagenet", ["--exif=apply"], True),
+        ("folder", ["--exif=ignore"], False),
+    ],
+)
+def test_exif_is_ignored_for_imagenet_as_in_published_runs_and_applied_for_folders(tmp_path, source, flags, turned):
+    image = noise(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {f"{split}/n01440764/a.png": encoded(image, exif=exif) for split in ("train", "val")}
+    write_tree(tmp_path / "src", files)
+    assert main(["data", "pack", source, str(tmp_path / "src"), str(tmp_path / "d"), "--size=8", *flags]) == 0
+    dataset = open_dataset(tmp_path / "d")
+    np.testing.assert_array_equal(dataset.load("val")[0][0], np.rot90(image, -1) if turned else image)
+    assert dataset.manifest.source["exif"] == ("apply" if turned else "ignore")
+
+
+def test_exif_is_no_option_of_sources_without_image_files(tmp_path, capsys):
+    assert main(["data", "pack", "mnist", str(tmp_path), str(tmp_path / "d"), "--exif=apply"]) == 2
+    assert "--exif is for folder and imagenet, not for mnist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adobe", [True, False])
+def test_cmyk_becomes_rgb_by_the_product_that_libjpeg_has(adobe):
+    """Adobe's files hold 255 less each ink. Pillow, and so torchvision, takes files without the marker for such too."""
+    inks = np.repeat(np.repeat(GENERATOR.integers(0, 256, (4, 4, 4), dtype=np.uint8), 16, 0), 16, 1)
+    content = encoded(Image.fromarray(inks, "CMYK"), "JPEG", quality=100, subsampling=0)
+    if not adobe:
+        at = content.index(b"\xff\xee")
+        content = content[:at] + content[at + 2 + int.from_bytes(content[at + 2 : at + 4], "big") :]
+    light = 255 - inks.astype(float)
+    expected = light[..., :3] * light[..., 3:] / 255
+    assert np.abs(np.asarray(decode(content)).astype(float) - expected).max() < 6
+
+
+def test_a_jpeg_with_extraneous_bytes_is_taken_as_libjpeg_decodes_it():
+    """So do the loaders of published runs; what follows the bytes may be grey."""
+    content = encoded(np.full((64, 64, 3), 200, np.uint8), "JPEG", restart_marker_blocks=4)
+    at = content.index(b"\xff\xd1")
+    assert decode(content[:at] + bytes(5) + content[at:]).size == (64, 64)

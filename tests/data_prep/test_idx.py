@@ -127,7 +127,9 @@ TRAIN_IMAGES, TRAIN_LABELS = NAMES[:2]
         (changed(TRAIN_IMAGES, lambda c: c[:10]), "ends within its header, 10 bytes of 16"),
         (changed(TRAIN_IMAGES, lambda c: c[:-1]), "truncated: 39215 bytes"),
         (changed(TRAIN_IMAGES, lambda c: c + b"x"), "too long: 39217 bytes"),
-        (changed(TRAIN_IMAGES, lambda c: c[:4] + b"\xff" * 12 + c[16:]), "truncated"),
+        (changed(TRAIN_IMAGES, lambda c: c[:4] + b"\xff" * 12 + c[16:]), r"images of \(4294967295, "),
+        (changed(TRAIN_IMAGES, lambda c: c[:4] + b"\xff" * 4 + c[8:]), "its header promises 4,294,967,295 entries"),
+        (changed(TRAIN_IMAGES, lambda c: b"\n<!DOCTYPE html>" + c), "a web page, not the file itself; fetch it again"),
         (changed(TRAIN_LABELS, lambda c: c[:-1]), r"train-labels-idx1-ubyte(\.gz)?: truncated"),
         (changed(TRAIN_LABELS, lambda c: idx_bytes(np.zeros(49))), "49 labels for the 50 images of train-images"),
         (changed(TRAIN_LABELS, lambda c: c[:-1] + b"\x0a"), "label 49 .from 0. is 10, expected 0 to 9"),
@@ -152,12 +154,27 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
         (whole[: len(whole) // 2], "truncated gzip file"),
         (whole[:-3], "truncated gzip file"),
         (flipped, "damaged gzip file"),
-        (b"no gzip", "damaged gzip file"),
-        (whole[:20] + b"\xff" * 40 + whole[60:], "damaged gzip file"),
+        (b"no gzip", "starts with 0x6e6f2067, expected the IDX magic"),
+        (whole[:200] + b"\xff" * 40 + whole[240:], "damaged gzip file"),
     ]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"train-images-idx3-ubyte\.gz: {message}"):
-            read_idx(path, 3)
+            read_idx(path, (28, 28))
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_the_content_tells_what_is_gzipped_and_labels_may_be_named_as_images(tmp_path, kind):
+    contents = official()
+    name = f"t10k-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+    cases = [(name, gzip.compress), (f"{name}.gz", bytes)]
+    for changed_name, change in cases + [("t10k-labels-idx3-ubyte", bytes)] * (kind == "labels"):
+        src = write(tmp_path / changed_name, contents)
+        content = (src / name).read_bytes()
+        (src / name).unlink()
+        (src / changed_name).write_bytes(change(content))
+        pack("mnist", src, tmp_path / f"{changed_name} packed", PackOptions(limits={}))
+        whole = open_dataset(tmp_path / f"{changed_name} packed").load("test")
+        np.testing.assert_array_equal(whole[1], arrays(contents, "t10k")[1])
 
 
 def test_the_command_packs_and_describes_what_it_made(tmp_path, capsys):

@@ -195,3 +195,109 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path, changes, message):
 def test_a_text_that_is_no_class_map_is_refused(lines):
     with pytest.raises(UserError, match=r"map\.txt: "):
         read_class_map(Document("map.txt", lines.encode()))
+
+
+def packed(tmp_path, contents, *flags):
+    src = write(tmp_path / "s", contents)
+    assert main(["data", "pack", "imagenet", str(src), str(tmp_path / "d"), "--size=8", *flags]) == 0
+    return open_dataset(tmp_path / "d")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The data set that the official tree gives."""
+    place = tmp_path_factory.mktemp("official")
+    pack(write(place / "s", tree()), place / "d", PackOptions(size=(8, 8)))
+    return open_dataset(place / "d")
+
+
+def same(dataset, expected):
+    """Hold one against the other; images in an order of their own have their labels in the same."""
+    assert dataset.classes == expected.classes
+    for split in ("train", "val"):
+        pairs = [
+            sorted((image.tobytes(), label) for image, label in zip(*found.load(split), strict=True))
+            for found in (dataset, expected)
+        ]
+        assert pairs[0] == pairs[1]
+
+
+def without_devkit():
+    return {name: content for name, content in tree().items() if not name.startswith(DEVKIT)}
+
+
+SOLUTION = "ImageId,PredictionString\n" + "".join(
+    f"ILSVRC2012_val_{number:08d},{WNIDS[label]} 85 1 499 272 {WNIDS[label]} 1 2 3 4 \n"
+    for number, label in reversed(list(enumerate(TRUTH, 1)))
+)
+
+
+@pytest.mark.parametrize("inside", ["", "ILSVRC/Data/CLS-LOC"])
+def test_kaggles_tree_is_read_from_any_of_its_folders(tmp_path, expected, inside):
+    contents = {f"ILSVRC/Data/CLS-LOC/{name}": content for name, content in without_devkit().items()}
+    contents["ILSVRC/Data/CLS-LOC/test/ILSVRC2012_test_00000001.JPEG"] = jpeg(7)
+    contents |= {"LOC_val_solution.csv": SOLUTION.encode(), "LOC_synset_mapping.txt": b"n01440764 tench\n"}
+    write(tmp_path / "s", contents)
+    pack(tmp_path / "s" / inside, tmp_path / "d", PackOptions(size=(8, 8)))
+    same(open_dataset(tmp_path / "d"), expected)
+
+
+@pytest.mark.parametrize("text", ["", "ImageId\n", "ImageId,PredictionString\nval_1,n01440764\n", "\xff"])
+def test_a_solution_that_is_none_is_named(tmp_path, text):
+    contents = without_devkit() | {"LOC_val_solution.csv": text.encode("latin-1")}
+    with pytest.raises(UserError, match=r"LOC_val_solution\.csv: line [12] is "):
+        pack(write(tmp_path / "s", contents), tmp_path / "d", PackOptions(size=(8, 8)))
+
+
+def test_images_whose_names_end_with_their_wnids_may_lie_flat(tmp_path, expected):
+    contents = {}
+    for name, content in tree(flat=False).items():
+        split, wnid, file = name.split("/")
+        contents[f"{split}/{file.removesuffix('.JPEG')}_{wnid}.JPEG"] = content
+    same(packed(tmp_path, contents), expected)
+
+
+def test_flat_validation_images_may_be_named_in_small_letters(tmp_path, expected):
+    contents = {
+        name.replace(".JPEG", ".jpeg") if name.startswith("val/") else name: content for name, content in tree().items()
+    }
+    same(packed(tmp_path, contents), expected)
+
+
+def test_a_byte_order_mark_in_ground_truth_and_class_map_is_none_of_their_content(tmp_path, expected):
+    contents = tree(class_map="map_clsloc.txt")
+    for name in contents:
+        if name.startswith(DEVKIT):
+            contents[name] = b"\xef\xbb\xbf" + contents[name].replace(b"\n", b"\r\n")
+    same(packed(tmp_path, contents), expected)
+
+
+@pytest.mark.parametrize("with_truth", [True, False])
+def test_the_devkit_of_another_year_is_refused(tmp_path, with_truth):
+    contents = tree(class_map="map_clsloc.txt")
+    contents[DEVKIT + "ILSVRC2014_clsloc_validation_ground_truth.txt"] = contents[GROUND]
+    if not with_truth:
+        del contents[GROUND]
+    with pytest.raises(UserError, match=r"ILSVRC2014_clsloc.*: of another year's devkit"):
+        pack(write(tmp_path / "s", contents), tmp_path / "d", PackOptions(size=(8, 8)))
+
+
+@pytest.mark.parametrize("source", ["imagenet", "folder"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_classes_that_are_numbers_are_labelled_in_the_order_of_numbers(tmp_path, capsys, source, first):
+    files = {f"{split}/{n}/{n}.jpg": jpeg(10 * n) for n in range(first, first + 12) for split in ("train", "val")}
+    src = write(tmp_path / "s", files)
+    assert main(["data", "pack", source, str(src), str(tmp_path / "d"), "--size=8"]) == 0
+    assert "labels follow the numbers, not the text" in capsys.readouterr().err
+    images, labels = open_dataset(tmp_path / "d").load("val")
+    assert [round(float(image.mean()) / 10) for image in images] == (labels + first).tolist()
+
+
+def test_what_another_archiver_leaves_in_the_official_archives_is_no_file(tmp_path, expected):
+    inner, contents = archives()
+    inner = {name: content for part in inner for name, content in ((f"._{part}", b"finder"), (part, inner[part]))}
+    first = next(name for name in inner if not name.startswith("._"))
+    with tarfile.open(fileobj=io.BytesIO(inner[first])) as archive:
+        names = {member.name: archive.extractfile(member).read() for member in archive}
+    inner[first] = tar({f"._{name}": b"finder" for name in names} | names)
+    same(packed(tmp_path, contents | {TRAIN: tar(inner)}), expected)

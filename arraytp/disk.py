@@ -1,0 +1,154 @@
+"""What disks do to programs: others write there too, power goes, and the system refuses in words of its own."""
+
+import errno
+import fcntl
+import os
+import re
+import select
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from arraytp.errors import UserError
+
+# Another process has the lock; emulations by record locks say EACCES.
+_HELD = (errno.EAGAIN, errno.EACCES)
+# Seconds to wait for the first byte from a pipe.
+_PATIENCE = 2.0
+_ERRNO = re.compile(r"errno = ([0-9]+)")
+
+
+class HeldError(Exception):
+    """Another process has locked the file."""
+
+
+def open_locked(path: Path) -> tuple[BinaryIO, bool]:
+    """Open a file to read and write, made where missing, and keep out all others that open it so.
+
+    The lock ends with the file, however the process ends.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder exists.
+
+    Returns
+    -------
+    file : binary file
+        As it was; at its beginning.
+    locked : bool
+        False where the file system has no locks: then nobody is kept out.
+
+    Raises
+    ------
+    HeldError
+        Another process has it.
+    OSError
+        It cannot be opened.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        try:
+            locked = _lock(file)
+            if _is_at(file, path):
+                return file, locked
+        except BaseException:
+            file.close()
+            raise
+        # Whoever had the lock before has moved or removed the file: what is locked now is not what others open.
+        file.close()
+
+
+def remove_locked(file: BinaryIO, path: Path) -> None:
+    """Remove a file that `open_locked` has opened, then let others open a new one."""
+    with file, suppress(OSError):
+        path.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            raise HeldError from None
+        # ENOLCK, EIO, EOPNOTSUPP, ENOSYS, 524 …: network file systems have many words for having no locks.
+        return False
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk; some network file systems do so by themselves and know no such call."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(handle)
+
+
+def system_words(error: BaseException) -> str:
+    """Return the system's words for an error that comes from the system, "" for one that comes from the content.
+
+    Too many open files, no rights, a server that is gone: nothing is wrong with the file then. HDF5 tells of the
+    system's errors in the middle of its own text.
+    """
+    if isinstance(error, MemoryError):
+        return os.strerror(errno.ENOMEM)
+    if not isinstance(error, OSError):
+        return ""
+    found = _ERRNO.search(str(error))
+    number = error.errno or (int(found[1]) if found else 0)
+    return os.strerror(number) if number else ""
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Read a file of at most so many bytes; a pipe, too, if someone writes to it.
+
+    Raises
+    ------
+    UserError
+        It holds more, or is a pipe to which nobody writes.
+    OSError
+        It cannot be read.
+    """
+    # Otherwise the very opening of a pipe waits for its other end.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PATIENCE)[0]:
+            raise UserError(f"{path}: is a pipe to which nobody writes; give a file")
+        os.set_blocking(file.fileno(), True)
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path}: holds more than {most:,} bytes; is it the right file?")
+    return content
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse a pipe, socket or device, on which a reader could wait for ever.
+
+    Raises
+    ------
+    UserError
+        The path is one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        # Whoever opens it says so.
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: is a pipe or device; give a file")
+
+
+def real(path: Path) -> Path:
+    """Return the absolute path without links; a link that leads to itself stays, and is told of when it is opened."""
+    return Path(os.path.realpath(path))

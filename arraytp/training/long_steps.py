@@ -1,0 +1,48 @@
+"""Steps that take so long that a run which is to stop does not wait for their end."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from arraytp.errors import Interrupted
+from arraytp.signals import StopRequest
+from arraytp.training.experiment import Experiment
+
+# Seconds. Clusters leave a job some tens of them to write its checkpoint.
+LONG = 1.0
+
+
+class LongSteps:
+    """Gives a step up in the middle where the one before was long; how long the first takes is not known.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._seconds = math.inf
+
+    @contextmanager
+    def given_up(self, stop: StopRequest, save: Callable[[], None]) -> Iterator[None]:
+        """While entered, in what comes before the optimiser's step, a long step is left as soon as `stop` is requested.
+
+        The experiment then is as it was before, and `save` is called, which raises. Until the optimiser's step nothing
+        but feedback weights, their moments and their count changes.
+        """
+        started, experiment = time.monotonic(), self._experiment
+        if self._seconds < LONG:
+            yield
+        else:
+            state, count = experiment.rule_state.copy(), experiment.feedback_step
+            try:
+                with stop.at_once():
+                    yield
+            except Interrupted:
+                # The copies themselves: threads of the step may still write to the arrays.
+                experiment.rule_state, experiment.feedback_step = state, count
+                save()
+                raise
+        self._seconds = time.monotonic() - started

@@ -1,0 +1,17 @@
+"""Memory that the system grants for a while, as `ulimit -v` does."""
+
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def limited_memory(more):
+    """Grant so many bytes of address space beyond what is taken now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
