@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from arraytp.data.writer import DatasetWriter
-from arraytp.rules import drl, ldrl
+from arraytp.rules import feedback
 from arraytp.training.experiment import Experiment
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU]
@@ -45,9 +45,9 @@ PHASES = {
     "evaluation before training": (Experiment, "evaluate", 1, []),
     "evaluation after an epoch": (Experiment, "evaluate", 2, []),
     "a step": (Experiment, "apply", 2, []),
-    "the iterations of the first step": (ldrl, "step_feedback", 2, LDRL),
-    "the iterations of a later step": (ldrl, "step_feedback", 9, LDRL),
-    "an epoch of feedback alone": (drl, "step_feedback", 5, DRL),
+    "the iterations of the first step": (feedback, "step_feedback", 2, LDRL),
+    "the iterations of a later step": (feedback, "step_feedback", 9, LDRL),
+    "an epoch of feedback alone": (feedback, "step_feedback", 5, DRL),
 }
 
 
@@ -70,7 +70,7 @@ def test_a_long_step_is_left_in_its_middle(arraytp, after, monkeypatch, long):
     """A cluster gives tens of seconds, and a step may take minutes; short ones are finished."""
     if not long:
         monkeypatch.setattr("arraytp.training.long_steps.math.inf", 0.0)
-    calls = after(ldrl, "step_feedback", 2, signal.SIGUSR1)
+    calls = after(feedback, "step_feedback", 2, signal.SIGUSR1)
     assert arraytp("run", "toy.yml", "--quiet", *LDRL).status == 128 + signal.SIGUSR1
     # Two blocks with feedback, three iterations each.
     assert calls() == (2 if long else 6)
@@ -82,7 +82,7 @@ def test_a_study_is_stopped_in_the_middle_of_a_round(arraytp, place, after, numb
         + "study: {seeds: 2, rounds: 3}\n"
     )
     # Eighteen steps a seed, and some in the second.
-    after(ldrl, "step_feedback", 20, number)
+    after(feedback, "step_feedback", 20, number)
     outcome = arraytp("run", "study.yml", "--quiet")
     assert outcome.status == 128 + number
     assert outcome.err.startswith("study seed 2/2: stopped; the seeds before it are done; go on with: ")
@@ -93,7 +93,7 @@ def test_a_study_is_stopped_in_the_middle_of_a_round(arraytp, place, after, numb
 
 
 def test_a_trace_is_stopped_in_the_middle_of_its_iterations(arraytp, place, after, number):
-    after(ldrl, "step_feedback", 2, number)
+    after(feedback, "step_feedback", 2, number)
     outcome = arraytp("trace", "toy.yml", "--out", "t.h5", *LDRL)
     assert (outcome.status, len(outcome.err.splitlines())) == (128 + number, 1)
     assert not list(place.glob("t.h5*"))

@@ -8,13 +8,13 @@ import h5py
 import numpy as np
 import pytest
 
-from arraytp.training import experiment
 from arraytp.cli import main
 from arraytp.config import parse_config
 from arraytp.data.dataset import open_dataset
 from arraytp.data.writer import Description, writing
 from arraytp.disk import flush_folder, system_words
 from arraytp.errors import UnreadableError
+from arraytp.training import experiment
 from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
 from arraytp.training.trace import read_batch, write_trace
 
