@@ -17,11 +17,13 @@ from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES, Check, Floats, apart, checked, host, worst
 from arraytp.audit.definitions import FEEDBACK_LOSSES, Loss
 from arraytp.audit.differences import gradient_error
+from arraytp.audit.gradients import COPIES_FLOPS
 from arraytp.audit.observed import BATCHES, PARTS, Observed, in_closed_form, watch
 from arraytp.audit.setting import Setting
-from arraytp.backend import Array
+from arraytp.backend import Array, array_module
 from arraytp.fast.engine import Fast
 from arraytp.fast.parallel import Workspace
+from arraytp.model.blocks import block_flops
 from arraytp.model.passes import Batch
 from arraytp.ops.noise import gaussian
 from arraytp.optim import at_block
@@ -193,4 +195,26 @@ def _steps(setting: Setting, trained: Feedback[Any], of_block: list[Observed], s
                   feedback.step_feedback, largest, STEP_ROUNDING)  # fmt: skip
 
 
-CHECKS = (training,)
+def copies(setting: Setting) -> Iterator[Check]:
+    """Check an iteration on a batch of the run's size, copies of the small one: it is cut into more slices."""
+    trained = setting.rule.feedback
+    if trained is None or in_closed_form(setting):
+        return
+    state, count = setting.state(), len(setting.batch)
+    for n, block in enumerate(setting.network.blocks[1:], start=1):
+        affordable = int(COPIES_FLOPS / (8 * block_flops(block)))
+        times = max(2, min(setting.batch_size, affordable) // count)
+        xp = array_module(setting.images)
+        images, labels = (xp.concatenate([array] * times) for array in (setting.images, setting.labels))
+        fast = setting.pass_over(images=images, labels=labels)
+        results = []
+        for batch in (fast, replace(fast, engine=setting.plain.engine)):
+            result = trained.begin(setting.options, batch.at(n), _sigma(setting, trained, n), 1)(state, 0, True)
+            loss = np.array(math.nan if result.loss is None else float(result.loss))
+            results.append([*(gradient.copy() for gradient in result.gradients.values()), loss])
+        error = worst(*(apart(a, b) for a, b in zip(*results, strict=True)))
+        yield checked(f"{block.label}: feedback gradient of {times * count} samples, fast engine against plain",
+                      "sums over samples", trained.begin, error, SUMS * _room(setting, trained, n))  # fmt: skip
+
+
+CHECKS = (training, copies)

@@ -26,6 +26,7 @@ CONFIGS = {
     "orthogonal": ("quickstart-gait-prop", "fa", (SQUARE,)),
     "dfa": ("quickstart", "dfa", (CONV,)),
     "ldrl": ("quickstart", "ldrl", (CONV, *SGD)),
+    "batch": ("quickstart", "ldrl", ("train.batch_size=128",)),
     "accumulate": ("quickstart", "ldrl", (CONV, "rule={name: ldrl, unpool: accumulate, divide_by_beta: true}")),
     "dtp": (
         "quickstart",
@@ -188,6 +189,13 @@ MUTANTS = [
         "fast/feedback_training.py",
         ("biases.sum(axis=0) * omega.dtype.type(2 /", "biases.sum(axis=0) * omega.dtype.type(1 /"),
         ("at.batch.seed, at.batch.number, at.n", "at.batch.number, at.batch.seed, at.n"),
+    ),
+    # Of several slices a lane, as batches of a run have them.
+    *_on(
+        "batch",
+        "fast/feedback_training.py",
+        ("            self.total -= share", "            self.total += share"),
+        ("returned[number] += run(", "returned[number] = run("),
     ),
     *_on("ldrl", "model/plain.py", ("omega.dtype.type(2 / batch)", "omega.dtype.type(1 / batch)")),
     *_on(
