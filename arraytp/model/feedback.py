@@ -138,12 +138,3 @@ def picked(block: Block, values: Array, index: Array) -> Array:
             out, bordered[(slice(None), *pool.offset(*divmod(element, pool.kernel)))], where=index == xp.uint8(element)
         )
     return out
-
-
-def expected_gradient(block: Block, theta: Array, omega: Array, overlap: tuple[Array, Array], batch: int) -> Array:
-    """Return lim E[∂L/∂ω] / σ² for small noise, 2/B (−θ N + ω M): half of it is Theorem 4.2's gradient (Eq. 17).
-
-    `overlap` is from `jacobian_overlap`, `batch` is B; the result has weight_shape. It is 0 at ω = θ N / M.
-    """
-    n, m = overlap
-    return (omega * m - theta * n) * omega.dtype.type(2 / batch)

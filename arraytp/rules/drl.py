@@ -121,7 +121,9 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
     xp, q = array_module(A), state.weights[at.n]
     scale = A.dtype.type(2 / (len(at.batch) * q.shape[1]))
     if options.expected == "optimum":
-        q[...] = xp.linalg.pinv(A.astype(xp.float64)) @ J
+        # What A, computed in its dtype, has in directions that no sample's J reaches is rounding.
+        rcond = len(A) * float(np.finfo(A.dtype).eps)
+        q[...] = xp.linalg.pinv(A.astype(xp.float64), rcond=rcond) @ J
     else:
         for k in range(descent.iterations):
             gradient = at.batch.product(A, q, "gradient")

@@ -337,7 +337,7 @@ BOMBS = {
 def test_a_pickle_takes_no_more_memory_than_it_is_long(bomb, monkeypatch):
     """Each would take gigabytes; the system grants a few hundred megabytes more than is taken already."""
     content, message = BOMBS[bomb]
-    monkeypatch.setattr("data_prep.batches._MOST_BYTES", 2**26)
+    monkeypatch.setattr("arraytp.data_prep.batches._MOST_BYTES", 2**26)
     with limited_memory(2**30), pytest.raises(UserError, match=message):
         read(content)
 

@@ -68,13 +68,25 @@ def test_the_file_is_as_documented(build, tmp_path):
     fill(made, 1)
     write_checkpoint(tmp_path / "c.h5", made, RUN)
     with h5py.File(tmp_path / "c.h5") as file:
-        assert (file.attrs["format"], file.attrs["version"]) == (b"arraytp-checkpoint", 1)
+        assert (file.attrs["format"], file.attrs["version"]) == (b"arraytp-checkpoint", 2)
         assert set(file) == {"network", "rule", "optimizer", "run"}
         np.testing.assert_array_equal(file["network/1/weight"], made.network.weights[1])
         np.testing.assert_array_equal(file["network/0/bias"], made.network.biases[0])
         np.testing.assert_array_equal(file["rule/feedback/1/weight"], made.rule_state.weights[1])
         assert set(file["optimizer"]) == {"0", "1", "2", "3"}
         assert file["optimizer/0/1"].shape == (784, 4)
+
+
+def test_a_checkpoint_of_version_1_goes_on_unless_its_feedback_is_numbered_otherwise(build, tmp_path):
+    made, path = build(), tmp_path / "c.h5"
+    write_checkpoint(path, made, RUN)
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 1
+    assert read_checkpoint(path, build()) == RUN
+    with h5py.File(path, "r+") as file:
+        file["rule/feedback/0/weight"] = np.zeros(3)
+    with pytest.raises(UserError, match="is of version 1, which numbers the feedback of rules dfa and drl otherwise"):
+        read_checkpoint(path, build())
 
 
 @pytest.mark.parametrize("seed", range(4))
