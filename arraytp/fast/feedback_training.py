@@ -108,8 +108,10 @@ class Iterations:
 
         def lane(number: int, scratch: Buffers) -> None:
             returned[number], sums = 0, LaneSum(totals[number], scratch)
-            for part in slices(lanes[number].stop, length, lanes[number].start):
+            parts = slices(lanes[number].stop, length, lanes[number].start)
+            for part in parts:
                 returned[number] += run(part, sums, scratch)
+            _check_products(sums.taken, self._products * len(parts))
 
         self.workspace.run([*(partial(lane, number) for number in range(len(lanes))), *ahead])
         gradient = self.own.array("gradient", omega.shape, omega.dtype)
@@ -126,7 +128,9 @@ class Iterations:
         factors = Factors(self, self._products, omega)
 
         def samples(number: int, scratch: Buffers) -> None:
-            returned[number] = run(parts[number], Gathering(factors, parts[number]), scratch)
+            gathering = Gathering(factors, parts[number])
+            returned[number] = run(parts[number], gathering, scratch)
+            _check_products(gathering.taken, self._products)
 
         self.workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
         left, right = factors.gathered()
@@ -139,6 +143,18 @@ class Iterations:
         tiles = ROW_TILES if matrix.size > TILED_SIZE else 1
         self.workspace.run([partial(weight_rows, part) for part in even_slices(len(matrix), tiles)])
         return gradient, returned
+
+
+def _check_products(taken: int, announced: int) -> None:
+    """Refuse an `iterate` that adds more or fewer products than were announced: some would be those of before.
+
+    Raises
+    ------
+    ValueError
+        Names both numbers.
+    """
+    if taken != announced:
+        raise ValueError(f"iterate added {taken} products x ⋆ d where NoiseAndProducts.products announced {announced}")
 
 
 Run = Callable[[slice, "Summing", Buffers], Array]
@@ -261,7 +277,7 @@ class LaneSum:
     """Sums up the products of a lane's slices."""
 
     def __init__(self, total: Array, scratch: Buffers) -> None:
-        self.total, self.scratch, self.empty = total, scratch, True
+        self.total, self.scratch, self.taken = total, scratch, 0
 
     def room(self) -> None:
         """Return None: rows go to scratch."""
@@ -269,11 +285,11 @@ class LaneSum:
 
     def add(self, sign: int, rows: Array, stacked: Array) -> None:
         """Write the first product to the sum, add others to it."""
-        if self.empty:
+        self.taken += 1
+        if self.taken == 1:
             matmul(rows.T, stacked, self.total)
             if sign < 0:
                 array_module(self.total).negative(self.total, out=self.total)
-            self.empty = False
             return
         share = self.scratch.of(OWNER).array("share", self.total.shape, self.total.dtype)
         matmul(rows.T, stacked, share)
@@ -302,22 +318,25 @@ class Gathering:
 
     def __init__(self, factors: Factors, part: slice) -> None:
         self._rows = slice(part.start * factors.per_sample, part.stop * factors.per_sample)
-        self._factors, self._taken = factors, 0
+        self._factors, self.taken = factors, 0
         self._room: Array | None = None
 
-    def room(self) -> Array:
-        """Return where the rows of the next product's x belong."""
-        if self._room is None:
-            self._room = self._factors.x[self._taken, self._rows]
+    def room(self) -> Array | None:
+        """Return where the rows of the next product's x belong, None after the last."""
+        if self._room is None and self.taken < len(self._factors.x):
+            self._room = self._factors.x[self.taken, self._rows]
         return self._room
 
     def add(self, sign: int, rows: Array, stacked: Array) -> None:
         """Take the factors of a product."""
-        room, d = self.room(), self._factors.d[self._taken, self._rows]
-        if rows is not room:
+        room = self.room()
+        if room is None:
+            _check_products(self.taken + 1, len(self._factors.x))
+        elif rows is not room:
             room[...] = rows
+        d = self._factors.d[self.taken, self._rows]
         array_module(d).multiply(stacked, d.dtype.type(sign), out=d)
-        self._room, self._taken = None, self._taken + 1
+        self._room, self.taken = None, self.taken + 1
 
 
 class Noise:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from feedback_blocks import at_block, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, close, named_blocks, placed, random_network, rng
@@ -224,3 +225,20 @@ def test_targets_are_the_modules(place, blocks, count, seed, unpool):
         target = at.feedback(*put, place.put(s + delta), unpool)
         assert target.shape == at.s.shape
         close(place.get(target).reshape(g[0].shape), g[0], ROUNDING)
+
+
+@pytest.mark.parametrize("layer", ["dense", "pooled"])
+@pytest.mark.parametrize(("announced", "added"), [(2, 1), (1, 2)])
+def test_an_iterate_that_adds_other_products_than_announced_is_refused(layer, announced, added):
+    """Too few would leave the factors of the iteration before in the sum."""
+    block, theta, omega, s = made(layer, "linear", 40)
+
+    def iterate(at, omega, bias, epsilon, eta):
+        d = at.a(at.s_next + 0, at.index)
+        for _ in range(added):
+            at.add(epsilon, d)
+        return at.square(d)
+
+    shared = at_block(block, theta, s, fast()).iterations("overwrite", NoiseAndProducts(0.1, 1, announced, False))
+    with pytest.raises(ValueError, match=f"iterate added .* products .* announced {announced}"):
+        shared.sums(iterate, 0, omega[0])
