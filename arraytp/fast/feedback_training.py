@@ -130,7 +130,7 @@ class Iterations:
         def samples(number: int, scratch: Buffers) -> None:
             gathering = Gathering(factors, parts[number])
             returned[number] = run(parts[number], gathering, scratch)
-            _check_products(gathering.taken, self._products)
+            gathering.finish()
 
         self.workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
         left, right = factors.gathered()
@@ -215,7 +215,7 @@ class Slice:
         products, self._rows = self._shared.products, None
         self._given["transposed"] += 1
         # A dense block's rows are ω ∘ d itself.
-        room = self._sums.room() if isinstance(products, Dense) else None
+        room = self._sums.result_room() if isinstance(products, Dense) else None
         r = products.transposed(self._stack_of(d), omega, len(d), self._scratch, room, self._given["transposed"])
         if room is not None:
             self._rows = r, room
@@ -269,6 +269,9 @@ class Summing(Protocol):
     def room(self) -> Array | None:
         """Return where the rows of x may be written so that `add` need not copy them."""
 
+    def result_room(self) -> Array | None:
+        """Return where a result may be written that is itself the rows of a product's x."""
+
     def add(self, sign: int, rows: Array, stacked: Array) -> None:
         """Take sign · Rᵀ V."""
 
@@ -281,6 +284,10 @@ class LaneSum:
 
     def room(self) -> None:
         """Return None: rows go to scratch."""
+        return
+
+    def result_room(self) -> None:
+        """Return None: results go to scratch."""
         return
 
     def add(self, sign: int, rows: Array, stacked: Array) -> None:
@@ -314,29 +321,58 @@ class Factors:
 
 
 class Gathering:
-    """Takes the factors of some samples' products."""
+    """Takes the factors of some samples' products, each in a place of its own.
+
+    A result of `transposed` is written to the last free place, where it need not be copied if it is added.
+    """
 
     def __init__(self, factors: Factors, part: slice) -> None:
-        self._rows = slice(part.start * factors.per_sample, part.stop * factors.per_sample)
-        self._factors, self.taken = factors, 0
+        rows = slice(part.start * factors.per_sample, part.stop * factors.per_sample)
+        self._x, self._d, self._free, self.taken = factors.x[:, rows], factors.d[:, rows], [*range(len(factors.x))], 0
         self._room: Array | None = None
+        # The place that holds a result, the result, and rows that need the place although the rule may hold the result.
+        self._held: int | None = None
+        self._result: Array | None = None
+        self._late: Array | None = None
+
+    def _next(self) -> int | None:
+        """Return the first place that is free and holds no result."""
+        return next((place for place in self._free if place != self._held), None)
 
     def room(self) -> Array | None:
-        """Return where the rows of the next product's x belong, None after the last."""
-        if self._room is None and self.taken < len(self._factors.x):
-            self._room = self._factors.x[self.taken, self._rows]
+        """Return where the rows of the next product's x may be written, None where there is no place."""
+        place = self._next()
+        if self._room is None and place is not None:
+            self._room = self._x[place]
         return self._room
+
+    def result_room(self) -> Array | None:
+        """Return where a result may be written that is to be x of a product, None where there is no place."""
+        if self._held is not None or not self._free:
+            return None
+        self._held, self._room = self._free[-1], None
+        self._result = self._x[self._held]
+        return self._result
 
     def add(self, sign: int, rows: Array, stacked: Array) -> None:
         """Take the factors of a product."""
-        room = self.room()
-        if room is None:
-            _check_products(self.taken + 1, len(self._factors.x))
-        elif rows is not room:
-            room[...] = rows
-        d = self._factors.d[self.taken, self._rows]
-        array_module(d).multiply(stacked, d.dtype.type(sign), out=d)
-        self._room, self.taken = None, self.taken + 1
+        self.taken += 1
+        place = self._held if rows is self._result else self._next()
+        if place is None or place not in self._free:
+            if not self._free:
+                _check_products(self.taken, len(self._x))
+            place, self._late = self._free[0], rows.copy()
+        elif rows is not self._result and rows is not self._room:
+            self._x[place] = rows
+        self._free.remove(place)
+        array_module(stacked).multiply(stacked, stacked.dtype.type(sign), out=self._d[place])
+        self._room = None
+
+    def finish(self) -> None:
+        """Put what had to wait into its place: the rule holds no result any more."""
+        _check_products(self.taken, len(self._x))
+        if self._late is not None and self._held is not None:
+            self._x[self._held] = self._late
 
 
 class Noise:
