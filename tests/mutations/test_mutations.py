@@ -339,14 +339,14 @@ MUTATIONS = [
     ),
     *_in(
         "fast/overlaps.py",
-        "rules/test_both_engines.py rules/test_pinned.py",
+        "fast/test_closed_forms.py",
         ("* _kept(places, len(s) * pixels, own)", ""),
         ("slope = _slope(block, u[places])", "slope = _slope(block, s)"),
         ("np.remainder(places, pixels, out=places)", "np.minimum(places, pixels - 1, out=places)"),
     ),
     *_in(
         "fast/jacobians.py",
-        "rules/test_both_engines.py other_framework/test_trace.py",
+        "fast/test_closed_forms.py",
         ("grams[at.n][number] += wide @ wide.T", "grams[at.n][number] = wide @ wide.T"),
         ("sums[at.n][number] += j.sum(axis=1)", "sums[at.n][number] += j.mean(axis=1)"),
         ("df *= block.activation.derivative(s)", "pass"),

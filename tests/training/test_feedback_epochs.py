@@ -176,6 +176,22 @@ def test_angles_are_measured_at_the_logging_beta(make_config):
     assert all(np.isfinite(entry.angle_deg) for entry in found[0])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_every_batch_has_noise_of_its_own(make_config, rule):
+    """By the number of batches before it: with one and the same noise ω would learn that noise."""
+    made = experiment.build(make_config(rule=RULES[rule]))
+    with closing(made.train_loader.batches(0)) as batches:
+        step = made.forward(*next(batches))
+    seen = []
+    for _ in range(3):
+        made.train_feedback(step, observe=lambda n, k, arrays: seen.append(arrays["epsilon"].tobytes()))
+    assert len(set(seen)) == len(seen) >= 3 * (len(made.network) - 1)
+    again = experiment.build(make_config(rule=RULES[rule]))
+    again.feedback_step, repeated = 2, []
+    again.train_feedback(step, observe=lambda n, k, arrays: repeated.append(arrays["epsilon"].tobytes()))
+    assert repeated == seen[-len(repeated) :]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_feedback_that_diverges_stops_the_run_with_its_block_and_rate(make_config, start, stop_after):
     rule = {"name": "ldrl", "feedback": {"iterations": 50, "sigma": 5.0, "optimizer": {"name": "sgd", "lr": 1e3}}}

@@ -1,0 +1,59 @@
+"""What closed forms of feedback need, N and M of Theorem 4.2 and sums of Jacobians: fast against plain, in slices."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import ACTIVATIONS, NAMED, batch, chains, close, placed, random_network
+from training import fast, pass_of, plain
+
+from arraytp.fast import cuts, overlaps
+from arraytp.model.architectures import plan_network
+from arraytp.options import NetworkOptions
+
+ROUNDING = 1e-12
+
+
+def check(place, blocks, count, seed=0):
+    """Compare both kinds of sums of every block with feedback."""
+    network, (x, _) = random_network(blocks, seed), batch(blocks, count, seed)
+    one = pass_of(placed(network, place.put), place.put(x), engine=fast(place.backend))
+    reference = pass_of(network, x, engine=plain())
+    for n in range(1, len(blocks)):
+        for own, exact in zip(one.jacobian_sums[n], reference.jacobian_sums[n], strict=True):
+            close(place.get(own), exact, ROUNDING)
+        for unpool in ("overwrite", "accumulate"):
+            sums, exact = (each.at(n).jacobian_overlap(unpool) for each in (one, reference))
+            for own, wanted in zip(sums, exact, strict=True):
+                close(place.get(own), wanted, ROUNDING)
+
+
+@given(blocks=chains(largest=7), count=st.sampled_from([1, 2, 17]), seed=st.integers(0, 2**16))
+@settings(max_examples=10)
+def test_sums_on_drawn_networks_equal_the_plain_ones(place, blocks, count, seed):
+    check(place, blocks, count, seed)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sums_with_every_activation_equal_the_plain_ones(place, activation):
+    check(place, plan_network(NetworkOptions(name="lenet", activation=activation), *NAMED["lenet"]), 3)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_slices_of_one_sample_add_up(place, monkeypatch, count):
+    """Several slices a lane: the second must not take the place of the first."""
+    monkeypatch.setattr(cuts, "ITERATION_BYTES", 1)
+    monkeypatch.setattr(cuts, "DEVICE_BYTES", 1)
+    monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
+    check(place, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), count)
+
+
+def test_threads_change_no_bit():
+    blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)
+    network, (x, _) = random_network(blocks, 0, "float32"), batch(blocks, 9, 0, "float32")
+    results = set()
+    for threads in (1, 2, 3):
+        one = pass_of(network, x, engine=fast(threads=threads))
+        sums = [a for n in (1, 2, 3) for a in (*one.jacobian_sums[n], *one.at(n).jacobian_overlap("overwrite"))]
+        results.add(b"".join(np.ascontiguousarray(array).tobytes() for array in sums))
+    assert len(results) == 1
