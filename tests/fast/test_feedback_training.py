@@ -136,7 +136,7 @@ def test_iterations_may_come_in_any_order():
         iterate = gradients("ldrl", batch_.at(1), omega_of(blocks[1]), 4, "overwrite")
         by_number = {k: iterate(k).gradients["weight"].copy() for k in order}
         results.append([by_number[k].tobytes() for k in range(4)])
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
     assert len(set(results[0])) == 4
 
 
