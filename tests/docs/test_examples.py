@@ -71,7 +71,7 @@ def test_the_example_on_configs_loads_parses_and_writes_out(folder, capsys):
     made: dict = {}
     assert run_in(made, "docs/config.md", capsys) == ""
     variants, config = made["variants"], made["config"]
-    assert (config.rule.name, config.optimizer.lr, config.train.batch_size) == ("fa", 0.1, 64)
+    assert (config.rule.name, config.optimizer.lr, config.train.batch_size) == ("fa", 0.1, 32)
     assert {name: variant.rule.name for name, variant in variants.items()} == {
         name: name.partition("-")[0] for name in variants
     }
