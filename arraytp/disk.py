@@ -106,8 +106,8 @@ def system_words(error: BaseException) -> str:
         return os.strerror(errno.ENOMEM)
     if not isinstance(error, OSError):
         return ""
-    found = _ERRNO.search(str(error))
-    number = error.errno or (int(found[1]) if found else 0)
+    match = _ERRNO.search(str(error))
+    number = error.errno or (int(match[1]) if match else 0)
     return os.strerror(number) if number else ""
 
 

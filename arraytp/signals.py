@@ -112,9 +112,9 @@ def ended_by_signals() -> Iterator[Ended]:
         raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
 
     former: dict[int, Any] = {}
-    for wanted in (signal.SIGINT, *ENDING):
-        if signal.getsignal(wanted) is not signal.SIG_IGN:
-            former[wanted] = signal.signal(wanted, stop)
+    for ending in (signal.SIGINT, *ENDING):
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            former[ending] = signal.signal(ending, stop)
     try:
         yield ended
     finally:

@@ -98,13 +98,13 @@ def _find(files: Files, layout: _Layout) -> tuple[_Reader, dict[str, list[int]]]
         for prefix in (f"{folder}/", ""):
             names = {split: [f"{prefix}{name}{ending}" for name in names] for split, names in layout.batches.items()}
             rows = {split: [files.find(name) for name in names[split]] for split in names}
-            found = {split: [row for row in part if row is not None] for split, part in rows.items()}
-            if not any(found.values()):
+            rows_of = {split: [row for row in part if row is not None] for split, part in rows.items()}
+            if not any(rows_of.values()):
                 continue
             for split, part in rows.items():
                 if None in part:
                     raise UserError(f"{files.root}: no {names[split][part.index(None)]}, but other batches are there")
-            return reader, found
+            return reader, rows_of
     first = next(iter(layout.batches.values()))[0]
     raise UserError(f"{files.root}: no {layout.folders[0]}/{first} and no {layout.folders[1]}/{first}.bin")
 
@@ -131,8 +131,8 @@ def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     sums = {}
     splits = {}
     with open_files(src, dst) as files:
-        reader, found = _find(files, layout)
-        for split, rows in found.items():
+        reader, rows_of = _find(files, layout)
+        for split, rows in rows_of.items():
             parts = []
             for row in rows:
                 content = files.read(row)

@@ -117,16 +117,16 @@ def _download(requests: Any, url: str, part: Path, progress: Callable[[int, int 
     requests.RequestException
         The server cannot be reached, refuses, or ends too early.
     """
-    there = part.stat().st_size if part.exists() else 0
+    present = part.stat().st_size if part.exists() else 0
     # Files are to be had as they are: some servers unpack what is gzipped.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={present}-"} if present else {})
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as response:
-        if there and response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        if present and response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             # Nothing is missing; the checksum tells whether it is right.
             return
         response.raise_for_status()
         goes_on = response.status_code == HTTPStatus.PARTIAL_CONTENT
-        done = there if goes_on else 0
+        done = present if goes_on else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
         with part.open("ab" if goes_on else "wb") as file:

@@ -135,10 +135,10 @@ def file_state(path: Path) -> str:
 
 def fingerprint(parts: Iterable[str]) -> str:
     """Return the SHA-256 of texts."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        found.update(part.encode("utf-8", "surrogateescape") + b"\0")
-    return found.hexdigest()
+        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def _only(src: Path, file: IO[bytes]) -> Files:

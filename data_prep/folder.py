@@ -38,30 +38,30 @@ def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tupl
     UserError
         An image lies elsewhere, there are no train images, or another split has a class that train has not.
     """
-    found: dict[str, dict[str, list[int]]] = {}
+    rows_of: dict[str, dict[str, list[int]]] = {}
     for row, name in image_rows(files):
         if row in leave:
             continue
         if given and row in given:
             split, place = given[row]
-            found.setdefault(split, {}).setdefault(place, []).append(row)
+            rows_of.setdefault(split, {}).setdefault(place, []).append(row)
             continue
         parts = PurePosixPath(name).parts
         if len(parts) != 3 or not _SPLIT.fullmatch(parts[0]) or not parts[1].isprintable():
             raise UserError(
                 f"{files.root}: {name!r} is not split/class/image, the split in small letters, such as train/cat/1.jpg"
             )
-        found.setdefault(parts[0], {}).setdefault(parts[1], []).append(row)
-    if "train" not in found:
-        raise UserError(f"{files.root}: no image train/class/…, found splits: {', '.join(found) or 'none'}")
-    classes = in_order(found["train"])
+        rows_of.setdefault(parts[0], {}).setdefault(parts[1], []).append(row)
+    if "train" not in rows_of:
+        raise UserError(f"{files.root}: no image train/class/…, found splits: {', '.join(rows_of) or 'none'}")
+    classes = in_order(rows_of["train"])
     splits = {}
     # Train first: the order of the splits in dataset.json should not depend on their names.
-    for split in sorted(found, key=lambda name: (name != "train", name)):
-        foreign = sorted(set(found[split]) - set(classes))
+    for split in sorted(rows_of, key=lambda name: (name != "train", name)):
+        foreign = sorted(set(rows_of[split]) - set(classes))
         if foreign:
             raise UserError(f"{files.root}: class {foreign[0]!r} of split {split!r} has no train image")
-        rows = [found[split].get(name, []) for name in classes]
+        rows = [rows_of[split].get(name, []) for name in classes]
         labels = np.repeat(np.arange(len(classes)), [len(part) for part in rows])
         splits[split] = np.array([row for part in rows for row in part], np.int64), labels.astype(np.int64)
     return Plan(files, classes, splits)

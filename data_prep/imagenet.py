@@ -126,13 +126,13 @@ def read_solution(document: Document) -> dict[int, str]:
     head, *lines = document.content.decode("utf-8-sig", "replace").splitlines() or [""]
     if not head.startswith("ImageId,"):
         raise UserError(f"{document.where}: line 1 is {head[:60]!r}, expected ImageId,PredictionString")
-    found = {}
+    documents = {}
     for number, line in enumerate(lines, 2):
         match = _SOLVED.fullmatch(line)
         if match is None:
             raise UserError(f"{document.where}: line {number} is {line[:60]!r}, expected an image's name and its wnid")
-        found[int(match[1])] = match[2]
-    return found
+        documents[int(match[1])] = match[2]
+    return documents
 
 
 def read_val_labels(src: Path, devkit: Path | None, scratch: Path) -> tuple[str, dict[int, str]]:
@@ -154,10 +154,10 @@ def read_val_labels(src: Path, devkit: Path | None, scratch: Path) -> tuple[str,
 
 def _devkit_documents(src: Path, devkit: Path | None, scratch: Path) -> dict[str, Document]:
     roots = [devkit] if devkit else [src, src / DEVKIT, src / "devkit", src / f"{DEVKIT}.tar.gz"]
-    found: dict[str, Document] = {}
+    documents: dict[str, Document] = {}
     for root in roots:
-        found = _documents(root, scratch) | found
-    return found
+        documents = _documents(root, scratch) | documents
+    return documents
 
 
 def find_class_map(src: Path, devkit: Path | None, scratch: Path) -> Document | None:
@@ -168,8 +168,8 @@ def find_class_map(src: Path, devkit: Path | None, scratch: Path) -> Document | 
     UserError
         It cannot be read, or is not in the `devkit` that was named.
     """
-    found = _devkit_documents(src, devkit, scratch)
-    class_map = next((found[name] for name in CLASS_MAPS if name in found), None)
+    documents = _devkit_documents(src, devkit, scratch)
+    class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
     if devkit and class_map is None:
         raise UserError(f"{devkit}: no {' or '.join(CLASS_MAPS)}")
     return class_map
@@ -183,10 +183,10 @@ def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document
     UserError
         One of them is missing or cannot be read.
     """
-    found = _devkit_documents(src, devkit, scratch)
-    truth = found.get(TRUTH)
-    class_map = next((found[name] for name in CLASS_MAPS if name in found), None)
-    other = next((found[name] for name in found if _OTHER_YEAR.fullmatch(name)), None)
+    documents = _devkit_documents(src, devkit, scratch)
+    truth = documents.get(TRUTH)
+    class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
+    other = next((documents[name] for name in documents if _OTHER_YEAR.fullmatch(name)), None)
     if other is not None and (truth is None or (class_map is not None and class_map.where.endswith(".txt"))):
         raise UserError(
             f"{other.where}: of another year's devkit, whose numbers need not be those of the images of 2012; "
@@ -200,14 +200,14 @@ def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document
 
 def _documents(root: Path, scratch: Path) -> dict[str, Document]:
     """Read the devkit's files that a folder, its `data/` or an archive has, by their names."""
-    wanted = (TRUTH, *CLASS_MAPS)
+    needed = (TRUTH, *CLASS_MAPS)
     if root.is_file():
         with open_files(root, scratch) as files:
             rows = {PurePosixPath(name).name: row for row, name in enumerate(files.names)}
             return {
                 name: Document(f"{root}: {files.names[row]}", files.read(row))
                 for name, row in rows.items()
-                if name in wanted or _OTHER_YEAR.fullmatch(name)
+                if name in needed or _OTHER_YEAR.fullmatch(name)
             }
     try:
         folders = [folder for folder in (root / "data", root) if folder.is_dir()]
@@ -215,7 +215,7 @@ def _documents(root: Path, scratch: Path) -> dict[str, Document]:
         return {
             name: Document(str(path), read_small(path, _MOST_BYTES))
             for name, path in paths.items()
-            if (name in wanted or _OTHER_YEAR.fullmatch(name)) and path.is_file()
+            if (name in needed or _OTHER_YEAR.fullmatch(name)) and path.is_file()
         }
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error

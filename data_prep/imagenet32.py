@@ -34,15 +34,15 @@ def _read(path: Path) -> tuple[Images, Labels]:
 def _find(src: Path) -> dict[str, list[Path]]:
     """Find the files in a folder, or in the folders that the official archives make: one for train, one for val."""
     folders = (src, src / "Imagenet32_train", src / "Imagenet32_val")
-    found: dict[str, list[Path]] = {}
+    batches: dict[str, list[Path]] = {}
     for split, names in BATCHES.items():
-        found[split] = []
+        batches[split] = []
         for name in names:
             path = next((folder / name for folder in folders if (folder / name).is_file()), None)
             if path is None:
                 raise UserError(f"{src}: no {name}, expected train_data_batch_1 to _10 and val_data")
-            found[split].append(path)
-    return found
+            batches[split].append(path)
+    return batches
 
 
 def _spool(paths: list[Path], file: BinaryIO) -> Labels:
@@ -91,13 +91,13 @@ def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None)
         A file is missing, damaged or hostile, a limit is more than there is, or `dst` is not free.
     """
     check_limits(options, BATCHES)
-    found = _find(src)
+    batches = _find(src)
     made = {"packer": "imagenet32", "limits": dict(options.limits), "seed": options.seed}
     classes = _classes(src, devkit, dst)
-    state = fingerprint(file_state(path) for paths in found.values() for path in paths)
+    state = fingerprint(file_state(path) for paths in batches.values() for path in paths)
     description = Description(options.name or "imagenet32", SHAPE, classes, made, state)
     with writing(dst, description, compression=options.compression, shard_images=options.shard_images) as writer:
-        for split, paths in found.items():
+        for split, paths in batches.items():
             with tempfile.TemporaryFile(dir=dst) as file:
                 labels = _spool(paths, file)
                 order = chosen_rows(split, labels, options)

@@ -193,14 +193,14 @@ def fetch(name: str, dst: Path) -> None:
 @click.argument("dataset")
 def check(dataset: str) -> None:
     """Read all images and labels of a data set and list all damage, a line each; exit status 2 if there is any."""
-    found = find_dataset(dataset)
-    problems = list(found.problems())
+    opened = find_dataset(dataset)
+    problems = list(opened.problems())
     for problem in problems:
         click.echo(problem)
     if problems:
-        raise UserError(f"{found.folder}: {len(problems)} problem{'s' * (len(problems) > 1)} found; pack it again")
-    images = ", ".join(f"{count:,} {split}" for split, count in found.counts.items())
-    click.echo(f"{found.name}: {images} images verified, no damage")
+        raise UserError(f"{opened.folder}: {len(problems)} problem{'s' * (len(problems) > 1)} found; pack it again")
+    images = ", ".join(f"{count:,} {split}" for split, count in opened.counts.items())
+    click.echo(f"{opened.name}: {images} images verified, no damage")
 
 
 @command.command(epilog=_DATASET_HELP)
@@ -208,11 +208,11 @@ def check(dataset: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print dataset.json's content, for programs.")
 def info(dataset: str, as_json: bool) -> None:
     """Describe a data set."""
-    found = open_dataset(dataset)
+    opened = open_dataset(dataset)
     if as_json:
-        click.echo(json.dumps(found.manifest.model_dump(mode="json"), indent=2))
+        click.echo(json.dumps(opened.manifest.model_dump(mode="json"), indent=2))
     else:
-        _describe(found)
+        _describe(opened)
 
 
 def _describe(dataset: Dataset) -> None:

@@ -23,7 +23,7 @@ def overriding_but_dtype(function: Function) -> Function:
 
 def settings(overrides: Sequence[str], backend: str | None, dtype: str | None = None) -> list[str]:
     """Return what the options say as `load_config` takes it."""
-    found = [*overrides]
-    found += [f"backend={backend}"] if backend else []
-    found += [f"dtype={dtype}"] if dtype else []
-    return found
+    collected = [*overrides]
+    collected += [f"backend={backend}"] if backend else []
+    collected += [f"dtype={dtype}"] if dtype else []
+    return collected

@@ -12,20 +12,20 @@ FREE_ON_RESUME = ("train.epochs", "train.steps", "train.checkpoint_minutes")
 """A run may be prolonged, and save more often or less."""
 
 
-def first_difference(stored: Config, wanted: Config, free: tuple[str, ...] = FREE_ON_RESUME) -> str:
+def first_difference(stored: Config, asked: Config, free: tuple[str, ...] = FREE_ON_RESUME) -> str:
     """Say in which key that is not `free` two configs differ first, and both values; "" if in none."""
-    return _first(asdict(stored), asdict(wanted), "", free)
+    return _first(asdict(stored), asdict(asked), "", free)
 
 
-def _first(there: Any, here: Any, path: str, free: tuple[str, ...]) -> str:
-    if there == here or path[1:] in free:
+def _first(stored: Any, asked: Any, path: str, free: tuple[str, ...]) -> str:
+    if stored == asked or path[1:] in free:
         return ""
-    if isinstance(there, list | tuple) and isinstance(here, list | tuple):
-        there, here = dict(enumerate(there)), dict(enumerate(here))
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        return f"{path[1:]} is {flow(there, quoted=False)} there and {flow(here, quoted=False)} here"
-    keys = list({**there, **here})
-    return next((text for key in keys if (text := _first(there.get(key), here.get(key), f"{path}.{key}", free))), "")
+    if isinstance(stored, list | tuple) and isinstance(asked, list | tuple):
+        stored, asked = dict(enumerate(stored)), dict(enumerate(asked))
+    if not (isinstance(stored, dict) and isinstance(asked, dict)):
+        return f"{path[1:]} is {flow(stored, quoted=False)} there and {flow(asked, quoted=False)} here"
+    keys = list({**stored, **asked})
+    return next((text for key in keys if (text := _first(stored.get(key), asked.get(key), f"{path}.{key}", free))), "")
 
 
 def config_of(text: str, source: str) -> Config:

@@ -167,12 +167,17 @@ def _nearest(value: Tree, names: list[str]) -> str:
 
 def _hint(spot: _Spot) -> str:
     """Say what was probably meant by a refused value."""
-    value, wanted = spot.node, allowed(spot.annotation)
-    if isinstance(value, float) and value.is_integer() and 0 <= value <= _LARGEST_INTEGER and "whole number" in wanted:
+    value, accepted = spot.node, allowed(spot.annotation)
+    if (
+        isinstance(value, float)
+        and value.is_integer()
+        and 0 <= value <= _LARGEST_INTEGER
+        and "whole number" in accepted
+    ):
         return f"; write {int(value)}"
     if not isinstance(value, str):
         return ""
-    if "number" in wanted and _reads_as_number(value):
+    if "number" in accepted and _reads_as_number(value):
         return f"; write it without quotes: {value}"
     for option in sections(spot.annotation):
         if (tag := tag_of(option)) and tag[1] == value:

@@ -70,18 +70,18 @@ def resolve(document: Document, name: str, overrides: Sequence[str]) -> ConfigFi
     base, variants = _split(document)
     sets = [_parse_override(text, list(variants)) for text in overrides]
     configs: dict[str, Config] = {}
-    found: dict[_Finding, list[str]] = {}
+    findings: dict[_Finding, list[str]] = {}
     for variant, own in (variants or {"": {}}).items():
-        mine = [entry for entry in sets if entry.variant in (None, variant)]
-        outcome = _check(_laid(overlay({"name": name, **base}, own), mine))
+        applying = [entry for entry in sets if entry.variant in (None, variant)]
+        outcome = _check(_laid(overlay({"name": name, **base}, own), applying))
         if isinstance(outcome, Config):
             configs[variant] = outcome
             continue
-        places = _Places(document, variant, mine)
+        places = _Places(document, variant, applying)
         for problem in outcome:
-            found.setdefault(places.finding(problem), []).append(variant)
-    if found:
-        raise UserErrors(_report(found, len(variants)))
+            findings.setdefault(places.finding(problem), []).append(variant)
+    if findings:
+        raise UserErrors(_report(findings, len(variants)))
     return ConfigFile(next(iter(configs.values())).name, configs)
 
 
@@ -208,13 +208,13 @@ def _as_text(layer: Mapping[KeyPath, str]) -> dict[KeyPath, str]:
     return {tuple(map(str, path)): place for path, place in layer.items()}
 
 
-def _report(found: Mapping[_Finding, Sequence[str]], variants: int) -> list[str]:
+def _report(findings: Mapping[_Finding, Sequence[str]], variants: int) -> list[str]:
     """Return messages, one a line; one that holds for only some variants, and does not say so, names them."""
     lines = [
         finding.text
         if finding.names_variant or len(names) >= variants
         else f"{finding.text} (in variant {', '.join(names)})"
-        for finding, names in found.items()
+        for finding, names in findings.items()
     ]
     more = [f"… and {len(lines) - _MOST_PROBLEMS} more problems"] if len(lines) > _MOST_PROBLEMS else []
     return lines[:_MOST_PROBLEMS] + more

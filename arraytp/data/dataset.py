@@ -120,14 +120,14 @@ class Dataset:
 
         Opens every shard of the split, so a damaged header shows here.
         """
-        found = []
+        ranges = []
         # More than the processor's caches hold would be fetched from memory again on its way into the pool.
         rows = min(_READ_ROWS, max(1, _READ_BYTES // int(np.prod(self.shape))))
         for entry, end in self._entries(split):
             step = self._open(entry).range_rows
             step *= -(-rows // step)
-            found += [(row, min(row + step, end)) for row in range(end - entry.count, end, step)]
-        return found
+            ranges += [(row, min(row + step, end)) for row in range(end - entry.count, end, step)]
+        return ranges
 
     def problems(self) -> Iterator[str]:
         """Read everything and yield one line for each damaged shard or range of rows."""

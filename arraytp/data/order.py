@@ -76,8 +76,8 @@ def pool_plan(chunks: Sequence[tuple[int, int]], pool_images: int, seed: int, ep
         table = table[generator.permutation(len(table))]
     arrived = np.concatenate(([0], np.cumsum(table[:, 1] - table[:, 0])))
     total = int(arrived[-1])
-    wanted = min(total, max(pool_images, int(np.diff(arrived).max())))
-    first = int(np.searchsorted(arrived, wanted))
+    needed = min(total, max(pool_images, int(np.diff(arrived).max())))
+    first = int(np.searchsorted(arrived, needed))
     capacity = int(arrived[first])
     if not shuffle:
         return PoolPlan(table, arrived, capacity, np.arange(total) % capacity)

@@ -93,8 +93,8 @@ def even_slices(count: int, parts: int) -> list[slice]:
 
 def default_threads() -> int:
     """Return `OMP_NUM_THREADS` if it is a positive number, else the number of cores this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
 
 
 @contextmanager

@@ -37,8 +37,8 @@ def blas(name: str, *arguments: str | int | float | np.ndarray) -> None:
     arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
     dtype = arrays[0].dtype
     if any(array.dtype != dtype or array.strides[1] != array.itemsize for array in arrays):
-        found = ", ".join(f"{array.dtype} with strides {array.strides}" for array in arrays)
-        raise ValueError(f"{name} needs arrays of one dtype with contiguous rows, not {found}")
+        given = ", ".join(f"{array.dtype} with strides {array.strides}" for array in arrays)
+        raise ValueError(f"{name} needs arrays of one dtype with contiguous rows, not {given}")
     letter, number = _TYPES[str(dtype)]
     passed: list[Any] = []
     for argument in arguments:

@@ -76,11 +76,11 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
         If the file is missing, damaged, or of another network or rule; names the array.
     """
     with _opened(path) as file:
-        found = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
+        arrays = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
         step, feedback_step = (int(file["optimizer"].attrs[name]) for name in ("step", "feedback_step"))
         run: dict[str, Any] = _get_json(file, "run/state")
     for name, array in _arrays(experiment).items():
-        array[...] = experiment.plan.backend.asarray(found[name])
+        array[...] = experiment.plan.backend.asarray(arrays[name])
     experiment.optimizer_state.step, experiment.feedback_step = step, feedback_step
     return run
 

@@ -231,9 +231,9 @@ def read_weights(path: Path, experiment: Experiment) -> None:
     """
     named = _weights(experiment)
     _refuse_more_blocks(path, experiment)
-    found = {name: _read(path, f"weights/{name}", array.shape, str(array.dtype)) for name, array in named.items()}
+    arrays = {name: _read(path, f"weights/{name}", array.shape, str(array.dtype)) for name, array in named.items()}
     for name, array in named.items():
-        array[...] = experiment.plan.backend.asarray(found[name])
+        array[...] = experiment.plan.backend.asarray(arrays[name])
 
 
 def _refuse_more_blocks(path: Path, experiment: Experiment) -> None:
@@ -263,8 +263,8 @@ def read_batch(path: Path, experiment: Experiment) -> tuple[Array, Array]:
     images = _read(path, "input/x", None, experiment.config.dtype)
     if images.size == 0 or images.shape[1:] not in (shape, flat):
         also = "" if flat == shape else f" or [B, {flat[0]}]"
-        wanted = f"[B, {', '.join(map(str, shape))}]{also}, B at least 1"
-        raise UserError(f"{path}: input/x is {list(images.shape)}; this config needs {wanted}")
+        needed = f"[B, {', '.join(map(str, shape))}]{also}, B at least 1"
+        raise UserError(f"{path}: input/x is {list(images.shape)}; this config needs {needed}")
     labels = _read(path, "input/y", images.shape[:1], "int64")
     classes = len(plan.dataset.classes)
     if labels.min() < 0 or labels.max() >= classes:
@@ -278,11 +278,11 @@ def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> n
     with _readable(path) as file:
         item = file.get(name)
         array = np.asarray(item[()]) if isinstance(item, h5py.Dataset) else None
-    wanted = dtype + ("" if shape is None else f"{list(shape)}")
+    needed = dtype + ("" if shape is None else f"{list(shape)}")
     if array is None:
-        raise UserError(f"{path}: has no array {name}, needed as {wanted}")
+        raise UserError(f"{path}: has no array {name}, needed as {needed}")
     if array.dtype != dtype or shape not in (None, array.shape):
-        raise UserError(f"{path}: {name} is {array.dtype}{list(array.shape)}; this config needs {wanted}")
+        raise UserError(f"{path}: {name} is {array.dtype}{list(array.shape)}; this config needs {needed}")
     return array
 
 
