@@ -34,7 +34,11 @@ CONFIGS = {
         (CONV, "rule={name: dtp, feedback: {iterations: 2, optimizer: {name: adam, lr: 1e-3}}}"),
     ),
     "tp": ("quickstart", "ldrl-noise", (CONV, "rule={name: tp, feedback: {iterations: 2}}")),
-    "parallel": ("quickstart", "ldrl-noise", (CONV, "rule={name: ldrl-parallel, samples: 3, feedback: {iterations: 2}}")),
+    "parallel": (
+        "quickstart",
+        "ldrl-noise",
+        (CONV, "rule={name: ldrl-parallel, samples: 3, feedback: {iterations: 2}}"),
+    ),
     "expected": ("quickstart", "ldrl-noise", (CONV, "rule={name: ldrl, expected: true}")),
     "drl": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl}")),
     "drl expected": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl, expected: true}")),
