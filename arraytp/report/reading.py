@@ -215,7 +215,8 @@ def _check_ends(result: Result) -> None:
             f"{summary['steps']} steps make {measured}; rows are missing or of another run"
         )
     trained = result.feedback["step"].size
-    if "feedback" in there and times and (trained % times or not trained):
+    # A network of one block has no feedback to train.
+    if "feedback" in there and times and len(result.blocks) > 1 and (trained % times or not trained):
         raise UserError(
             f"{result.path / 'feedback.csv'}: {trained} rows, but every {every} of {summary['steps']} steps each block "
             f"has one, {times} in all; rows are missing or of another run"

@@ -193,7 +193,12 @@ def flops(options: Options, network: Network) -> int:
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample: the network run on, two with Q."""
+    """Return the operations of the products of feedback training for one sample: the network run on, two with Q.
+
+    In closed form it is one backward pass to s^1 per class; products with A, once per batch, are not counted.
+    """
+    if options.expected:
+        return network.blocks[-1].next_shape[0] * sum(map(block_flops, network.blocks[1:]))
     return sum(
         int(at_block(options.feedback.iterations, n - 1)) * (2 * direct + sum(map(block_flops, network.blocks[n:])))
         for n, direct in enumerate(direct_flops(network), start=1)

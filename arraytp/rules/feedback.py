@@ -203,6 +203,11 @@ def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block
     """
     if reduction != "mean":
         raise UserError(f"loss.reduction: {reduction}: rule {rule} is defined for the mean loss; use reduction: mean")
+    if training.optimizer.orthogonality:
+        raise UserError(
+            f"rule.feedback.optimizer.orthogonality: {training.optimizer.orthogonality:g}: the regulariser is for θ, "
+            "optimizer.orthogonality; leave it out here"
+        )
     labels = [block.label for block in blocks[1:]]
     for key, values in (
         ("iterations", training.iterations),

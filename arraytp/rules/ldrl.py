@@ -111,7 +111,7 @@ def expected_gradient(at: At, omega: Array, a: Array, b: Array) -> Array:
 
 def feedback_flops(options: LDRLOptions, network: Network) -> int:
     """Return the operations of the products of feedback training for one sample: four an iteration, θ ∘ s once."""
-    return feedback_products(options.feedback, network, 0 if options.expected else 4)
+    return 0 if options.expected else feedback_products(options.feedback, network, 4)
 
 
 RULE: Rule[Any] = replace(

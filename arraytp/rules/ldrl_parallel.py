@@ -25,7 +25,7 @@ class Options(ldrl.LDRLOptions):
 
 def feedback_flops(options: Options, network: Network) -> int:
     """Return the operations of the products of feedback training for one sample: four a noise, θ ∘ s once."""
-    return feedback_products(options.feedback, network, 0 if options.expected else 4 * options.samples)
+    return 0 if options.expected else feedback_products(options.feedback, network, 4 * options.samples)
 
 
 assert ldrl.RULE.feedback is not None

@@ -237,3 +237,19 @@ def test_an_outer_product_is_the_gradient_of_the_transposed_map():
     at = at_block(block, (omega[0], np.zeros(block.weight_shape[-1])), s)
     value = float((s * at.feedback(omega[0], np.zeros(block.in_shape[-1]), d, "overwrite")).sum())
     assert value == pytest.approx(float((omega[0] * outer(block, s, d)).sum()))
+
+
+@pytest.mark.parametrize("rule", ["dtp", "ldrl", "drl"])
+def test_the_orthogonality_regulariser_is_refused_for_feedback(rule):
+    """It would be taken and have no effect: it is θ's."""
+    settings = options(rule, SGD(lr=0.1, orthogonality=1.0))
+    with pytest.raises(UserError, match=r"rule\.feedback\.optimizer\.orthogonality: 1"):
+        RULES[rule].check(settings, named_blocks("lenet"), "float64", "mean")
+
+
+def test_closed_forms_count_the_products_that_they_take():
+    blocks = named_blocks("lenet")
+    network = random_network(blocks)
+    few, many = (options("drl", SGD(lr=0.1), iterations=k, expected=True) for k in (1, 500))
+    assert RULES["drl"].feedback.flops(few, network) == RULES["drl"].feedback.flops(many, network) > 0
+    assert RULES["ldrl"].feedback.flops(options("ldrl", SGD(lr=0.1), expected=True), network) == 0
