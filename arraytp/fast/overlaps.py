@@ -19,7 +19,7 @@ from arraytp.model import feedback
 from arraytp.model.blocks import Block
 from arraytp.model.passes import At
 from arraytp.ops.patches import Window, im2col
-from arraytp.ops.pool import overlaps, window_corners
+from arraytp.ops.pool import find_maxima, overlaps, window_corners
 from arraytp.options import Unpool
 
 OWNER = "overlaps"
@@ -84,13 +84,9 @@ def _places(block: Block, window: Window, index: Array, own: Scratch) -> Array:
     corner = own.cached(
         ("corners", window, channels), len(index), partial(window_corners, len(index), window, channels)
     )
-    rows, columns = np.divmod(np.arange(window.kernel**2), window.kernel)
-    offsets = ((rows - window.top) * window.width + columns - window.left) * channels
     places = own.array("places", index.shape, np.intp)
-    np.take(offsets, index, out=places, mode="clip")
-    places += corner
-    # A maximum is never in the border, unless all is NaN: then any place will do, as long as it is one.
-    return np.clip(places, 0, len(index) * int(np.prod(block.pre_shape)) - 1, out=places)
+    find_maxima(index, window, corner, places, len(index) * int(np.prod(block.pre_shape)))
+    return places
 
 
 def _kept(places: Array, pixels: int, own: Scratch) -> Array:

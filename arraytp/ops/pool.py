@@ -146,7 +146,7 @@ def max_pool_scatter(dout: Array, index: Array, window: Window, corner: Array, p
     out : array of shape (B, H, W, C)
         Overwritten; C-contiguous.
     """
-    _find_maxima(index, window, corner, position, out.size)
+    find_maxima(index, window, corner, position, out.size)
     out.fill(0)
     np.add.at(out.reshape(-1), position.reshape(-1), dout.reshape(-1))
 
@@ -163,13 +163,21 @@ def max_unpool_scatter(t: Array, index: Array, window: Window, corner: Array, po
     corner, position, out
         As in `max_pool_scatter`.
     """
-    _find_maxima(index, window, corner, position, out.size)
+    find_maxima(index, window, corner, position, out.size)
     out.fill(0)
     out.reshape(-1)[position.reshape(-1)] = t.reshape(-1)
 
 
-def _find_maxima(index: Array, window: Window, corner: Array, position: Array, size: int) -> None:
-    """Write the flat place of every window's maximum, in an array of `size` elements, to `position`."""
+def find_maxima(index: Array, window: Window, corner: Array, position: Array, size: int) -> None:
+    """Write the flat place of every window's maximum to `position`; on the host only.
+
+    Parameters
+    ----------
+    index, window, corner, position
+        As in `max_pool_scatter`.
+    size : int
+        The number of elements of the array of shape (B, H, W, C) that the places are in.
+    """
     rows, columns = np.divmod(np.arange(window.kernel**2), window.kernel)
     offsets = ((rows - window.top) * window.width + columns - window.left) * index.shape[-1]
     # A maximum is never in the border, unless all is NaN: then any place will do, as long as it is one.
