@@ -3,7 +3,8 @@
 import math
 import platform
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -188,10 +189,9 @@ class Run:
                 for images, labels in batches:
                     with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
                         step = self._step = experiment.forward(images, labels)
-                        losses = experiment.train_feedback(step)
+                        self._train_feedback(step)
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
-                    self._check_feedback(step, losses)
                     self._pause(stop, progress)
             position.passes, position.feedback_epochs = position.passes + 1, position.feedback_epochs + 1
             position.feedback_batch = 0
@@ -205,9 +205,9 @@ class Run:
             for images, labels in islice(batches, steps - position.step):
                 with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
                     step = self._step = experiment.forward(images, labels)
-                    losses = experiment.train_feedback(step)
-                    self._check_feedback(step, losses)
-                    updates = experiment.updates(step)
+                    losses = self._train_feedback(step)
+                    with self._located():
+                        updates = experiment.updates(step)
                 if every and position.step % every == 0 and experiment.rule is not bp.RULE:
                     mark += self._compare(step, updates, losses)
                 experiment.apply(step, updates, position.epoch)
@@ -228,15 +228,19 @@ class Run:
             self._read_scores(progress)
             self._save()
 
-    def _check_feedback(self, step: Step, losses: list[Array | None]) -> None:
-        """Stop at once when feedback training diverges; on a device its losses are not read back for that."""
-        if not self.experiment.plan.backend.on_host:
-            return
-        for (n, *_), loss in zip(self.experiment.feedback_pairs(), losses, strict=True):
-            if loss is not None and not math.isfinite(loss):
-                self._fail(
-                    f"at step {self.position.step}", self._feedback_of(n) if is_finite(step.batch.logits) else None
-                )
+    def _train_feedback(self, step: Step) -> list[Array | None]:
+        """Train feedback and return its losses; stop at once when it diverges.
+
+        On a device the losses are not read back for that.
+        """
+        with self._located():
+            losses = self.experiment.train_feedback(step)
+        if self.experiment.plan.backend.on_host:
+            for (n, *_), loss in zip(self.experiment.feedback_pairs(), losses, strict=True):
+                if loss is not None and not math.isfinite(loss):
+                    culprit = self._feedback_of(n) if is_finite(step.batch.logits) else None
+                    self._fail(f"at step {self.position.step}", culprit)
+        return losses
 
     def _collect(self, score: Score, progress: Progress) -> None:
         """Take a step's score; look at it now on the CPU, every so many steps on a device."""
@@ -320,14 +324,25 @@ class Run:
     def _feedback_of(self, n: int) -> str:
         return f"feedback weights of block {n} ({self.experiment.network.blocks[n].label})"
 
+    @contextmanager
+    def _located(self) -> Iterator[None]:
+        """Let an error of the rule's own, which names block and numbers, also name run, step and checkpoint."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise type(error)(f"{self.label}: at step {self.position.step}: {error}; {self._saved_where()}") from None
+
     def _fail(self, when: str, culprit: str | None = None) -> None:
         """Raise NonFiniteError that says when and in which block the numbers left the finite ones."""
         remedy = f"a smaller {'rule.feedback.' if culprit else ''}optimizer.lr may help"
         if not self.position.step and culprit is None:
             remedy = "see data.normalize and network.init"
+        where = self._saved_where()
+        raise NonFiniteError(f"{self.label}: not finite {when}: {culprit or self._culprit()}; {where}; {remedy}")
+
+    def _saved_where(self) -> str:
         checkpoint = self.folder / "checkpoint.h5"
-        saved = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-        raise NonFiniteError(f"{self.label}: not finite {when}: {culprit or self._culprit()}; {saved}; {remedy}")
+        return f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
 
     def _culprit(self) -> str:
         """Name what is not finite, the first in the order of the forward pass.

@@ -532,6 +532,17 @@ def test_a_run_that_diverges_says_when_and_where(arraytp, place, settings):
     assert arraytp(*words, "--resume") == outcome
 
 
+def test_a_closed_form_that_diverges_names_run_step_block_and_checkpoint(arraytp):
+    """The rule knows block and numbers, the loop the rest."""
+    feedback = "{iterations: 5, sigma: 0.1, optimizer: {name: sgd, lr: 1e9}}"
+    outcome = arraytp("run", "toy.yml", "--quiet", "--set", f"rule={{name: ldrl, expected: true, feedback: {feedback}}}")
+    assert outcome.status == 1
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("arraytp: error: toy: at step 0: feedback of block 1 (")
+    assert "iterations in closed form diverge at " in outcome.err
+    assert outcome.err.endswith("; there is no checkpoint yet\n")
+
+
 def test_the_first_block_that_is_not_finite_is_named(arraytp):
     """Step 0 makes the weights huge; at step 1 the product of two such layers overflows in the second block."""
     outcome = arraytp("run", "toy.yml", "--quiet", "--set", UNBOUNDED, "--set", "optimizer.lr=1e30")
