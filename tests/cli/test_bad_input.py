@@ -535,7 +535,8 @@ def test_a_run_that_diverges_says_when_and_where(arraytp, place, settings):
 def test_a_closed_form_that_diverges_names_run_step_block_and_checkpoint(arraytp):
     """The rule knows block and numbers, the loop the rest."""
     feedback = "{iterations: 5, sigma: 0.1, optimizer: {name: sgd, lr: 1e9}}"
-    outcome = arraytp("run", "toy.yml", "--quiet", "--set", f"rule={{name: ldrl, expected: true, feedback: {feedback}}}")
+    rule = f"rule={{name: ldrl, expected: true, feedback: {feedback}}}"
+    outcome = arraytp("run", "toy.yml", "--quiet", "--set", rule)
     assert outcome.status == 1
     assert len(outcome.err.splitlines()) == 1
     assert outcome.err.startswith("arraytp: error: toy: at step 0: feedback of block 1 (")
