@@ -6,7 +6,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -17,10 +17,11 @@ from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.config.difference import first_difference
 from arraytp.config.document import encodable
-from arraytp.errors import Interrupted, UserError
+from arraytp.errors import Interrupted, NonFiniteError, UserError, one_line
 from arraytp.files import write_file
 from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.figures import LAST_FIGURE
+from arraytp.report.seeds import seeds_table
 from arraytp.report.studies import LAST_STUDY_FIGURE
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest
@@ -30,6 +31,7 @@ from arraytp.training.loop import Run
 from arraytp.training.plan import Plan, plan
 from arraytp.training.study import run_study
 
+MOST_SEEDS = 1000
 OWN_FILES = ("config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
 
 
@@ -41,6 +43,8 @@ class Job:
     label: str
     folder: Path
     plain: bool
+    home: Path
+    of_seeds: bool
 
     @property
     def study(self) -> bool:
@@ -57,6 +61,25 @@ class Job:
         return written and _stored(self.folder) == self.plan.config
 
 
+def _checked_seeds(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> int | tuple[int, ...] | None:
+    """Return how many seeds, or which."""
+    if value is None:
+        return None
+    numbers = [word.strip() for word in value.removesuffix(",").split(",")]
+    if not all(word.isascii() and word.isdecimal() for word in numbers):
+        raise UserError(f"--seeds {value}: must be a number of seeds, or seeds such as 0,1,2")
+    seeds = tuple(int(word) for word in numbers)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {value}: names a seed twice")
+    if "," in value:
+        return seeds
+    if not 1 <= seeds[0] <= MOST_SEEDS:
+        raise UserError(f"--seeds {value}: must be a number of seeds from 1 to {MOST_SEEDS}, or seeds such as 0,1,2")
+    return seeds[0]
+
+
 @click.command(short_help="Train as the given configs say and write result folders.")
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG...", type=click.Path(path_type=Path))
 @overriding
@@ -64,6 +87,7 @@ class Job:
 @click.option("--resume", is_flag=True, help="Go on with runs that were stopped; skip finished ones.")
 @click.option("--fresh", is_flag=True, help="Start over, replacing results that are there.")
 @click.option("--quiet", is_flag=True, help="No progress, only the final table.")
+@click.option("--seeds", metavar="N|a,b,c", callback=_checked_seeds, help="Run every variant with each of these seeds.")
 @click.option("--plain", is_flag=True, help="Compute with the readable primitives, whole batches at a time.")
 def command(
     configs: tuple[Path, ...],
@@ -74,18 +98,21 @@ def command(
     resume: bool,
     fresh: bool,
     quiet: bool,
+    seeds: int | tuple[int, ...] | None,
     plain: bool,
-) -> None:
+) -> int:
     """Train as the given CONFIG files say and write result folders.
 
-    A config with variants writes one folder per variant into the result folder. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1,
-    SIGUSR2 or SIGXCPU writes a checkpoint first; the same command with --resume goes on from there. With
-    --plain the numbers are the same to rounding, and take several times as long.
+    A config with variants writes one folder per variant into the result folder. --seeds 5 (from the config's seed on)
+    or --seeds 0,1,2 writes one folder seed-<n> per seed; a run that fails is named, and the others go on.
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU writes a checkpoint first; the same command with --resume goes
+    on from there. With --plain the numbers are the same to rounding, and take several times as long.
     """
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
     overridden = settings(overrides, backend, dtype)
-    batches = [_jobs(path, overridden, out, len(configs) > 1, plain) for path in configs]
+    batches = [_jobs(path, overridden, out, len(configs) > 1, plain, seeds) for path in configs]
     jobs = [job for batch in batches for job in batch]
     _refuse_one_place_twice(jobs)
     try:
@@ -97,13 +124,21 @@ def command(
                 for note in job.plan.notes:
                     click.echo(f"arraytp: note: {job.label}: {note}", err=True)
             with StopRequest() as stop:
-                _run_all(jobs, stop, resume, fresh, quiet, held)
+                status = _run_all(jobs, stop, resume, fresh, quiet, held)
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with: {_command_to_resume()}", error.signal_number) from error
     _report(batches)
+    return status
 
 
-def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool, plain: bool) -> list[Job]:
+def _jobs(
+    path: Path,
+    overrides: list[str],
+    out: Path | None,
+    several: bool,
+    plain: bool,
+    seeds: int | tuple[int, ...] | None,
+) -> list[Job]:
     """Check every variant of a config before any of them starts; of several configs, each has a folder in `--out`."""
     file = load_config(path, overrides)
     folder = Path("results", file.name) if out is None else out / file.name if several else out
@@ -116,7 +151,15 @@ def _jobs(path: Path, overrides: list[str], out: Path | None, several: bool, pla
         place = folder / variant if variant else folder
         if not encodable(os.path.basename(os.path.realpath(place))):
             raise UserError(f"{str(place)!r}: the folder's name is no UTF-8 text, so that no figure can show it")
-        jobs.append(Job(planned, variant or file.name, place, plain))
+        label = variant or file.name
+        if seeds is None:
+            jobs.append(Job(planned, label, place, plain, folder, of_seeds=False))
+            continue
+        if config.study is not None:
+            raise UserError(f"--seeds: {path} is a study, which has seeds of its own; set study.seeds")
+        for seed in range(config.seed, config.seed + seeds) if isinstance(seeds, int) else seeds:
+            seeded = replace(planned, config=replace(config, seed=seed))
+            jobs.append(Job(seeded, f"{label} seed {seed}", place / f"seed-{seed}", plain, folder, of_seeds=True))
     return jobs
 
 
@@ -134,6 +177,10 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
             raise UserError(f"{job.folder}: is a file; --out needs a folder")
         if job.folder.is_symlink() and not job.folder.exists():
             raise UserError(f"{job.folder}: is a link that leads nowhere; --out needs a folder")
+        if job.of_seeds and any((job.folder.parent / name).exists() for name in OWN_FILES):
+            raise UserError(f"{job.folder.parent}: holds results of a run without --seeds; --out takes another folder")
+        if not (fresh or job.of_seeds or job.study) and any(job.folder.glob("seed-*/config.yml")):
+            raise UserError(f"{job.folder}: holds results of a run with --seeds; --out takes another folder")
         if fresh or not any((job.folder / name).exists() for name in OWN_FILES):
             continue
         if not resume:
@@ -164,30 +211,43 @@ def _stored(folder: Path) -> Config:
         raise UserError(f"{error}; --fresh starts over, --out takes another folder") from error
 
 
-def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> None:
+def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> int:
+    """Do all jobs and return the exit status; of runs of several seeds, one that fails does not keep the others."""
+    status = 0
     for job in jobs:
-        if resume and job.finished:
-            _write_config(job)
-            if not _drawn(job):
-                _draw(job)
-            continue
-        with warnings.catch_warnings():
-            # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            try:
-                run = None if job.study else Run(build_planned(job.plan, job.plain), job.folder, job.label, quiet)
-                clears = fresh and job is jobs[0]
-                _claim(jobs if clears else [job], resume, fresh, held)
-                if clears:
-                    _clear(jobs)
-                if run is None:
-                    _study(job, stop, quiet)
-                else:
-                    _run(job, run, stop, resume)
-            except MemoryError as error:
-                raise UserError(f"{job.label}: not enough memory: {error}") from error
-            except OSError as error:
-                raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
+        try:
+            _do(job, jobs, stop, resume, fresh, quiet, held)
+        except (UserError, NonFiniteError) as error:
+            if not job.of_seeds:
+                raise
+            click.echo(f"arraytp: error: {one_line(str(error))}", err=True)
+            status = 1
+    return status
+
+
+def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> None:
+    if resume and job.finished:
+        _write_config(job)
+        if not _drawn(job):
+            _draw(job)
+        return
+    with warnings.catch_warnings():
+        # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            run = None if job.study else Run(build_planned(job.plan, job.plain), job.folder, job.label, quiet)
+            clears = fresh and job is jobs[0]
+            _claim(jobs if clears else [job], resume, fresh, held)
+            if clears:
+                _clear(jobs)
+            if run is None:
+                _study(job, stop, quiet)
+            else:
+                _run(job, run, stop, resume)
+        except MemoryError as error:
+            raise UserError(f"{job.label}: not enough memory: {error}") from error
+        except OSError as error:
+            raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
 
 
 def _claim(jobs: Sequence[Job], resume: bool, fresh: bool, held: Holds) -> None:
@@ -258,16 +318,23 @@ def _write_config(job: Job) -> None:
 def _report(batches: list[list[Job]]) -> None:
     """Print one table of all results, and one a study; draw a comparison where a config has variants."""
     for jobs in batches:
-        folders, parent = [job.folder for job in jobs], jobs[0].folder.parent
+        # A run that could not begin has left none.
+        folders, home = [job.folder for job in jobs if (job.folder / "config.yml").exists()], jobs[0].home
+        if not folders:
+            continue
         if jobs[0].study:
-            click.echo(write_study(folders, parent if len(jobs) > 1 else folders[0]))
-        elif len(jobs) > 1:
-            write_comparison(read_results(folders), parent)
-    trained = [job.folder for batch in batches for job in batch if not job.study]
+            click.echo(write_study(folders, home))
+        elif len(jobs) > 1 or jobs[0].of_seeds:
+            write_comparison(read_results(folders), home)
+        if jobs[0].of_seeds:
+            write_file(home / "seeds.csv", seeds_table(read_results([home]), home).encode())
+    trained = [
+        job.folder for batch in batches for job in batch if not job.study and (job.folder / "config.yml").exists()
+    ]
     if trained:
         click.echo(comparison_table(read_results(trained)))
     for jobs in batches:
-        click.echo(f"results: {jobs[0].folder.parent if len(jobs) > 1 else jobs[0].folder}")
+        click.echo(f"results: {jobs[0].home}")
 
 
 def _command_to_resume() -> str:

@@ -30,7 +30,9 @@ class BlockAngle:
 
 
 def block_angles(result: Result) -> list[BlockAngle]:
-    """Return the summary of every block, from the input's on."""
+    """Return the summary of every block, from the input's on; of several seeds, of their means."""
+    if result.seeds:
+        return [_over_seeds(angles) for angles in zip(*map(block_angles, result.seeds), strict=True)]
     block, angle = result.angles["block"], result.angles["angle_deg"]
     return [_summary(angle[block == n]) for n in range(len(result.blocks))]
 
@@ -39,6 +41,12 @@ def _summary(angles: NDArray[np.float64]) -> BlockAngle:
     defined = angles[~np.isnan(angles)]
     mean, deviation = (float(defined.mean()), float(defined.std())) if defined.size else (np.nan, np.nan)
     return BlockAngle(mean, deviation, angles.size, angles.size - defined.size)
+
+
+def _over_seeds(angles: Sequence[BlockAngle]) -> BlockAngle:
+    means = np.array([angle.mean for angle in angles])
+    counts = sum(angle.measured for angle in angles), sum(angle.undefined for angle in angles)
+    return BlockAngle(float(means.mean()), float(means.std(ddof=1)), *counts)
 
 
 def block_series(result: Result, block: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

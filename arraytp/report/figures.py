@@ -13,6 +13,7 @@ from arraytp.files import write_file
 from arraytp.report.angles import common_blocks, differs_from_bp
 from arraytp.report.panels import angle_bars, angle_lines, block_lines, epoch_line, epoch_lines, finish_epochs
 from arraytp.report.reading import Result, read_result
+from arraytp.report.seeds import averaged
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
 
@@ -112,7 +113,11 @@ def angles_over_time(result: Result) -> Figure:
 
 
 def comparison(results: Sequence[Result]) -> Figure:
-    """Draw four panels: angle per block, angle over the steps, train and test accuracy over the epochs."""
+    """Draw four panels: angle per block, angle over the steps, train and test accuracy over the epochs.
+
+    Runs of several seeds are one line with a band of mean ± standard deviation.
+    """
+    results = averaged(results)
     given, blocks = looks(results), common_blocks(results)
     labels = [wrapped(result.label) for result in results]
     columns = legend_columns(labels, width=110)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from arraytp.report.angles import SHOWN_AS_ZERO, block_angles, block_series, differs_from_bp, hidden_mean
 from arraytp.report.reading import Result
+from arraytp.report.seeds import over_seeds
 from arraytp.report.style import NOTE_COLOUR, Look, note, shades, wrapped
 
 _MOST_MARKED = 30
@@ -17,6 +18,7 @@ _MOST_RAW = 80
 _RIGHT_ANGLE = 90.0
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+"Places and values of a line."
 
 
 def angle_bars(axes: Axes, results: Sequence[Result], looks: Sequence[Look], blocks: Sequence[str]) -> None:
@@ -54,6 +56,9 @@ def angle_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look]) ->
     shown = [(result, look) for result, look in zip(results, looks, strict=True) if differs_from_bp(result)]
     series = [(hidden_mean(result), look, result.label) for result, look in shown]
     _draw_angles(axes, series, _no_angles(results))
+    for result, look in shown:
+        if result.seeds:
+            _band(axes, [hidden_mean(run) for run in result.seeds], look)
 
 
 def block_lines(axes: Axes, result: Result) -> None:
@@ -115,7 +120,16 @@ def epoch_line(axes: Axes, result: Result, look: Look, column: str, label: str, 
     marker = "o" if epochs.size <= _MOST_MARKED else ""
     style: dict[str, Any] = {"linestyle": look.dash, "marker": marker, "markersize": 3.5, "alpha": alpha}
     axes.plot(epochs, values, color=look.colour, label=label, **style)
+    if result.seeds:
+        _band(axes, [(run.metrics["epoch"], run.metrics[column]) for run in result.seeds], look)
     return True
+
+
+def _band(axes: Axes, series: Sequence[Series], look: Look) -> None:
+    """Draw mean ± standard deviation of one line's values over seeds."""
+    mean, deviation = over_seeds([values for _, values in series])
+    places = series[0][0][: len(mean)]
+    axes.fill_between(places, mean - deviation, mean + deviation, color=look.colour, alpha=0.2, linewidth=0)
 
 
 def finish_epochs(axes: Axes, results: Sequence[Result], ylabel: str, drawn: bool) -> None:

@@ -41,6 +41,10 @@ class Result:
         The columns of the CSV files, float64, one array of shape (rows,) each; no rows where the file is missing.
     summary : dict or None
         summary.json; None while the run has not finished.
+    seeds : tuple of Result
+        The runs that the numbers are means of, for runs of several seeds taken together (`arraytp.report.seeds`).
+    missing : tuple of str
+        The labels of such runs that have not finished.
     """
 
     path: Path
@@ -51,6 +55,8 @@ class Result:
     angles: Columns
     feedback: Columns
     summary: dict[str, Any] | None
+    seeds: "tuple[Result, ...]" = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def rule(self) -> str:
@@ -60,7 +66,7 @@ class Result:
     @property
     def finished(self) -> bool:
         """Whether the run has come to its end."""
-        return self.summary is not None
+        return self.summary is not None and not self.missing
 
     @property
     def epochs_planned(self) -> int:

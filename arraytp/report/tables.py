@@ -4,13 +4,14 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from arraytp.report.angles import BlockAngle, block_angles, common_blocks
 from arraytp.report.reading import Result
+from arraytp.report.seeds import averaged, each_seed
 
 _LONGEST_LABEL = 28
 _NOT_MEASURED = "\N{EN DASH}"
@@ -20,6 +21,8 @@ _METRICS = ("train_loss", "train_top1", "train_top5", "test_loss", "test_top1", 
 
 def comparison_table(results: Sequence[Result], width: int = 100) -> str:
     """Return the comparison as aligned text: one row a run, then notes on what the numbers mean.
+
+    Runs of several seeds are one row, mean ± standard deviation.
 
     Parameters
     ----------
@@ -33,6 +36,7 @@ def comparison_table(results: Sequence[Result], width: int = 100) -> str:
     str
         Lines without trailing blanks; ends with a line end.
     """
+    results = averaged(results)
     columns = [_column(cells) for cells in zip(*_cells(results), strict=True)]
     parts = [_joined(part) for part in _parts(columns, width)]
     notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in _notes(results)]
@@ -41,6 +45,7 @@ def comparison_table(results: Sequence[Result], width: int = 100) -> str:
 
 def markdown_table(results: Sequence[Result]) -> str:
     """Return the same table and notes in Markdown."""
+    results = averaged(results)
     headers, *rows = _cells(results)
     rule = ["---" if header in ("run", "rule") else "---:" for header in headers]
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in [headers, rule, *rows]]
@@ -80,7 +85,7 @@ def _cells(results: Sequence[Result]) -> list[list[str]]:
     rows = [[*_HEADERS, *(f"{name} angle°" for name in blocks)]]
     for result in results:
         angles = _padded(block_angles(result), len(blocks))[: len(blocks)]
-        rows.append([*_performance(result), *(_angle(angle) for angle in angles)])
+        rows.append([*_performance(result), *(_angle(angle, bool(result.seeds)) for angle in angles)])
     return rows
 
 
@@ -91,21 +96,29 @@ def _performance(result: Result) -> list[str]:
     return [
         result.label,
         result.rule,
-        str(done) if result.finished else f"{done} of {planned}",
-        _number(loss, ".3f" if 0.01 <= abs(loss) < 1e5 else ".2e"),
-        _number(_last(result, "test_top1"), ".2f"),
-        _number(_best(result), ".2f"),
-        _number(_last(result, "test_top5"), ".2f"),
+        str(done) if result.summary is not None else f"{done} of {planned}",
+        _spread(result, lambda run: _last(run, "train_loss"), ".3f" if 0.01 <= abs(loss) < 1e5 else ".2e"),
+        _spread(result, lambda run: _last(run, "test_top1"), ".2f"),
+        _spread(result, _best, ".2f"),
+        _spread(result, lambda run: _last(run, "test_top5"), ".2f"),
         _number(math.nan if speed is None else speed, ",.0f"),
     ]
 
 
-def _angle(angle: BlockAngle | None) -> str:
+def _spread(result: Result, number: Callable[[Result], float], form: str) -> str:
+    """Return a number of a run, or mean ± standard deviation over seeds."""
+    values = each_seed(result, number)
+    mean = _number(float(values.mean()), form)
+    return f"{mean} ± {values.std(ddof=1):{form}}" if len(values) > 1 and mean != _NOT_MEASURED else mean
+
+
+def _angle(angle: BlockAngle | None, spread: bool) -> str:
     if angle is None or not angle.measured:
         return _NOT_MEASURED
-    if angle.undefined == angle.measured:
+    if angle.undefined == angle.measured or math.isnan(angle.mean):
         return "undef."
-    return f"{angle.mean:.1f}{'*' if angle.undefined else ''}"
+    deviation = f" ± {angle.deviation:.1f}" if spread else ""
+    return f"{angle.mean:.1f}{deviation}{'*' if angle.undefined else ''}"
 
 
 def _number(value: float, form: str) -> str:
@@ -148,7 +161,10 @@ def _notes(results: Sequence[Result]) -> list[str]:
     never = [result.label for result, angle in angles if 0 < angle.undefined == angle.measured]
     if never:
         notes.append(f"undef.: at every step an update was zero or not finite ({', '.join(_unique(never))}).")
-    unfinished = [result.label for result in results if not result.finished]
+    if any(result.seeds for result in results):
+        counts = [f"{len(result.seeds)} ({result.label})" for result in results if result.seeds]
+        notes.append(f"±: standard deviation over seeds (n − 1), seeds: {', '.join(counts)}.")
+    unfinished = [label for result in results if not result.finished for label in result.missing or [result.label]]
     if unfinished:
         notes.append(f"Not finished: {', '.join(unfinished)}.")
     return notes

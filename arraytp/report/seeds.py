@@ -1,0 +1,96 @@
+"""Runs that differ in nothing but their seed, taken together: means, and standard deviations over the seeds.
+
+Such runs lie in folders `seed-<n>` beside each other, as `arraytp run --seeds` writes them. Standard deviations are
+those of a sample, with n − 1.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arraytp.disk import real
+from arraytp.report.reading import Columns, Result
+
+Floats = NDArray[np.float64]
+SEED = re.compile(r"seed-(\d+)")
+SEED_COLUMNS = ("variant", "seed", "final_test_top1", "final_test_top5", "best_test_top1", "best_test_top5")
+
+
+def averaged(results: Sequence[Result]) -> list[Result]:
+    """Return the results with runs of several seeds replaced by one that has their means and holds them as `seeds`.
+
+    Means are over the finished runs where there are any.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        place, config = real(result.path), repr({**result.config, "seed": None})
+        beside = place.parent if SEED.fullmatch(place.name) else place
+        groups.setdefault((str(beside), config), []).append(result)
+    return [_mean(runs) if len(runs) > 1 else runs[0] for runs in groups.values()]
+
+
+def _mean(runs: Sequence[Result]) -> Result:
+    place = real(runs[0].path).parent
+    above = runs[0].label.rpartition("/")[0] or place.name
+    finished = [run for run in runs if run.finished]
+    counted = finished or list(runs)
+    speeds = [speed for run in finished if (speed := (run.summary or {}).get("images_per_second")) is not None]
+    summary = counted[0].summary
+    if summary is not None:
+        summary = summary | {"images_per_second": float(np.mean(speeds)) if speeds else None}
+    return replace(
+        runs[0],
+        path=place,
+        label=above,
+        metrics=_mean_columns([run.metrics for run in counted]),
+        angles=_mean_columns([run.angles for run in counted]),
+        feedback=_mean_columns([run.feedback for run in counted]),
+        summary=summary,
+        seeds=tuple(counted),
+        missing=tuple(run.label for run in runs if not run.finished),
+    )
+
+
+def _mean_columns(tables: Sequence[Columns]) -> Columns:
+    """Return the means of the rows that all tables have."""
+    return {name: over_seeds([table[name] for table in tables])[0] for name in tables[0]}
+
+
+def over_seeds(values: Sequence[Floats]) -> tuple[Floats, Floats]:
+    """Return mean and standard deviation over runs, as far as all of them go; undefined where one is."""
+    length = min(map(len, values))
+    stacked = np.stack([each[:length] for each in values])
+    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1)
+
+
+def each_seed(result: Result, number: Callable[[Result], float]) -> Floats:
+    """Return a number of every run of a result: of itself where it is one run."""
+    return np.array([number(run) for run in result.seeds or (result,)])
+
+
+def seeds_table(results: Sequence[Result], home: Path) -> str:
+    """Return seeds.csv, a row for every run in a folder [<variant>/]seed-<n> of `home`.
+
+    Cells of a run that has not finished are empty.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(SEED_COLUMNS)
+    for result in results:
+        match = SEED.fullmatch(real(result.path).name)
+        if match:
+            variant = real(result.path).parent.relative_to(real(home)).as_posix().removeprefix(".")
+            writer.writerow([variant, int(match[1]), *(_final_and_best(result) if result.finished else [""] * 4)])
+    return file.getvalue()
+
+
+def _final_and_best(result: Result) -> list[float]:
+    top1, top5 = result.metrics["test_top1"], result.metrics["test_top5"]
+    best = int(np.nanargmax(top1))
+    return [float(values[row]) for row in (-1, best) for values in (top1, top5)]

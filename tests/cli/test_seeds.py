@@ -1,0 +1,63 @@
+"""`arraytp run --seeds`, held against runs of one seed each."""
+
+import csv
+
+import pytest
+
+
+def test_every_variant_runs_with_every_seed_as_if_alone(arraytp, place, numbers):
+    outcome = arraytp("run", "variants.yml", "--quiet", "--seeds", "2")
+    assert outcome.status == 0
+    assert "±" in outcome.out
+    arraytp("run", "variants.yml", "--quiet", "--set", "seed=1", "--out", "alone")
+    assert numbers(place / "results/variants/dfa/seed-1") == numbers(place / "alone/dfa")
+    with (place / "results/variants/seeds.csv").open() as file:
+        rows = [(row["variant"], row["seed"]) for row in csv.DictReader(file)]
+    assert rows == [("bp", "0"), ("bp", "1"), ("dfa", "0"), ("dfa", "1")]
+
+
+def test_seeds_can_be_named(arraytp, place):
+    assert arraytp("run", "toy.yml", "--quiet", "--seeds", "7,3").status == 0
+    assert {path.name for path in (place / "results/toy").iterdir() if path.is_dir()} == {"seed-3", "seed-7"}
+
+
+def test_a_failed_seed_is_named_and_the_others_go_on(arraytp, place):
+    text = (place / "toy.yml").read_text().replace("lr: 0.05", "lr: 1e30")
+    (place / "bad.yml").write_text(text + "variants: {good: {optimizer: {lr: 0.05}}, bad: {}}\n")
+    outcome = arraytp("run", "bad.yml", "--quiet", "--seeds", "2")
+    assert outcome.status == 1
+    errors = [line for line in outcome.err.splitlines() if "error" in line]
+    assert len(errors) == 2
+    assert all(f"bad seed {n}: not finite" in line for n, line in enumerate(errors))
+    assert (place / "results/bad/good/seed-1/summary.json").exists()
+    assert "Not finished: bad/seed-0, bad/seed-1." in outcome.out
+
+
+def test_resume_does_the_seeds_that_are_missing(arraytp, place, tree):
+    arraytp("run", "toy.yml", "--quiet", "--seeds", "0,1")
+    before = tree()
+    outcome = arraytp("run", "toy.yml", "--quiet", "--seeds", "3", "--resume")
+    assert outcome.status == 0
+    after = tree()
+    assert {path: after[path] for path in before if "seed-" in path} == {
+        path: content for path, content in before.items() if "seed-" in path
+    }
+    assert "results/toy/seed-2/summary.json" in after
+
+
+def test_runs_with_and_without_seeds_do_not_mix(arraytp, refused):
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
+    assert "without --seeds" in refused("run", "toy.yml", "--seeds", "2")
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "2", "--out", "other")
+    assert "with --seeds" in refused("run", "toy.yml", "--out", "other")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1,1", "", "1,,2", "1.5", "10000000"])
+def test_what_are_no_seeds_is_refused(refused, value):
+    assert refused("run", "toy.yml", "--seeds", value).startswith(f"--seeds {value}")
+
+
+def test_a_study_has_seeds_of_its_own(refused, place):
+    text = (place / "toy.yml").read_text().replace("rule: {name: fa}", "rule: {name: ldrl}")
+    (place / "study.yml").write_text(text + "study: {seeds: 2, rounds: 1}\n")
+    assert "study.seeds" in refused("run", "study.yml", "--seeds", "2")
