@@ -17,7 +17,7 @@ from arraytp.fast.parallel import Workspace, slices
 HOST_ELEMENTS = 1 << 19
 
 OptimizerOptions = options.SGD | options.Adam
-ScheduleOptions = options.Constant | options.Cosine
+ScheduleOptions = options.Constant | options.Cosine | options.Staircase
 
 
 @dataclass
@@ -198,24 +198,30 @@ def adam_step(
     theta -= work
 
 
-def learning_rates(schedule: ScheduleOptions, lr: float | Sequence[float], epoch: int) -> float | list[float]:
+def learning_rates(
+    schedule: ScheduleOptions, lr: float | Sequence[float], epoch: int, step: int = 0
+) -> float | list[float]:
     """Return `learning_rate` of every block's initial learning rate, or of the one that all share."""
     if isinstance(lr, Sequence):
-        return [learning_rate(schedule, each, epoch) for each in lr]
-    return learning_rate(schedule, lr, epoch)
+        return [learning_rate(schedule, each, epoch, step) for each in lr]
+    return learning_rate(schedule, lr, epoch, step)
 
 
-def learning_rate(schedule: ScheduleOptions, lr: float, epoch: int) -> float:
-    """Return the learning rate of an epoch, counted from 0.
+def learning_rate(schedule: ScheduleOptions, lr: float, epoch: int, step: int = 0) -> float:
+    """Return the learning rate of a step.
 
     Parameters
     ----------
-    schedule : Constant or Cosine options
+    schedule : Constant, Cosine or Staircase options
         Cosine: eta_min + (lr − eta_min)(1 + cos(π·epoch/t_max))/2, which rises again past t_max.
+        Staircase: lr / factor^(how many of its `epochs` are over). Warm-up: times (step + 1)/W, at most 1.
     lr : float
         The initial learning rate lr0.
-    epoch : int
+    epoch, step : int
+        How many are over in the run.
     """
-    if isinstance(schedule, options.Constant):
-        return lr
-    return schedule.eta_min + (lr - schedule.eta_min) * (1 + math.cos(math.pi * epoch / schedule.t_max)) / 2
+    if isinstance(schedule, options.Cosine):
+        lr = schedule.eta_min + (lr - schedule.eta_min) * (1 + math.cos(math.pi * epoch / schedule.t_max)) / 2
+    elif isinstance(schedule, options.Staircase):
+        lr /= schedule.factor ** sum(epoch >= end for end in schedule.epochs)
+    return lr if step + 1 >= schedule.warmup_steps else lr * (step + 1) / schedule.warmup_steps

@@ -138,9 +138,13 @@ class FeedbackTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The learning rate stays as it is."""
+    """The learning rate stays as it is.
+
+    `warmup_steps`, here and in the other schedules: W steps over which the rate rises, lr·t/W at step t = 1 … W.
+    """
 
     name: Literal["constant"] = "constant"
+    warmup_steps: Border = 0
 
     __pydantic_config__ = STRICT
 
@@ -152,5 +156,22 @@ class Cosine:
     name: Literal["cosine"] = "cosine"
     t_max: Size = 85
     eta_min: NonNegative = 1e-5
+    warmup_steps: Border = 0
 
     __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staircase:
+    """After each of so many `epochs` the learning rate is divided by `factor`."""
+
+    name: Literal["step"] = "step"
+    epochs: Annotated[tuple[Size, ...], MinLen(1)]
+    factor: Annotated[float, Gt(1)] = 10.0
+    warmup_steps: Border = 0
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if list(self.epochs) != sorted(set(self.epochs)):
+            raise ValueError(f"needs epochs that increase, such as [30, 60], got {list(self.epochs)} in epochs")

@@ -1,6 +1,7 @@
 """SGD and Adam against loops over numbers and against closed forms; schedules at points known by hand."""
 
 import math
+from functools import partial
 
 import naive
 import numpy as np
@@ -13,7 +14,7 @@ from arraytp import optim
 from arraytp.backend import NUMPY
 from arraytp.fast.parallel import Workspace
 from arraytp.optim import apply_updates, check_gradients, init_optimizer, learning_rate
-from arraytp.options import SGD, Adam, Constant, Cosine
+from arraytp.options import SGD, Adam, Constant, Cosine, Staircase
 
 SHAPES = ((3, 2), (2,), (2, 2, 1, 3), (3,))
 
@@ -211,3 +212,18 @@ def test_the_cosine_schedule_of_the_papers_rises_again_after_epoch_85():
 
 def test_the_constant_schedule_is_constant():
     assert {learning_rate(Constant(), 0.04, epoch) for epoch in range(100)} == {0.04}
+
+
+def test_the_step_schedule_divides_after_each_of_its_epochs():
+    """Epochs are those that are over: with [2, 3] the third is the first at the lower rate."""
+    rates = [learning_rate(Staircase(epochs=(2, 3), factor=4), 0.8, epoch) for epoch in range(6)]
+    assert rates == [0.8, 0.8, 0.2, 0.05, 0.05, 0.05]
+
+
+@pytest.mark.parametrize("schedule", [Constant, Cosine, partial(Staircase, epochs=(1,))])
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+def test_warm_up_multiplies_any_schedule_by_a_ramp_that_ends_at_1(schedule, epoch):
+    whole = learning_rate(schedule(), 0.4, epoch)
+    rates = [learning_rate(schedule(warmup_steps=4), 0.4, epoch, step) for step in range(7)]
+    assert rates == pytest.approx([whole * share for share in (0.25, 0.5, 0.75, 1, 1, 1, 1)], rel=1e-15)
+    assert rates[3:] == [whole] * 4

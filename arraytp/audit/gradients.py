@@ -33,19 +33,24 @@ def exact(batch: Batch) -> Updates:
     return copied(bp.RULE.propose(bp.Options(), State(), batch))
 
 
-def cross_entropy(setting: Setting) -> Iterator[Check]:
+# By the loss's name: its value and its gradient.
+FORMULAS = {"cross-entropy": ("−Σ y log softmax(z)", "softmax(z) − y"), "mse": ("½ Σ ‖z − y‖²", "z − y")}
+
+
+def losses(setting: Setting) -> Iterator[Check]:
     """Check the loss on the batch's logits, its gradient, and the rank of the labels."""
-    reduction, logits = setting.config.loss.reduction, setting.batch.logits
-    value, cache = loss.cross_entropy_forward(logits, setting.labels, reduction)
-    expected = reference.cross_entropy(host(logits), host(setting.labels), reduction)
-    yield checked(f"loss: value, {reduction}", "−Σ log softmax(z)[y]", loss.cross_entropy_forward,
+    options, logits = setting.config.loss, setting.batch.logits
+    forward, backward = loss.LOSSES[options.name]
+    value_formula, gradient_formula = FORMULAS[options.name]
+    value, cache = forward(logits, setting.labels, options.reduction, options.label_smoothing)
+    expected = reference.loss(options, host(logits), host(setting.labels))
+    yield checked(f"loss: value, {options.reduction}", value_formula, forward,
                   abs(float(value) - expected) / (abs(expected) or 1.0), ROUNDING)  # fmt: skip
     error = gradient_error(
-        lambda z: reference.cross_entropy(host(z), host(setting.labels), reduction),
-        logits, loss.cross_entropy_backward(cache, reduction), setting.generator(20),
+        lambda z: reference.loss(options, host(z), host(setting.labels)),
+        logits, backward(cache, options.reduction), setting.generator(20),
     )  # fmt: skip
-    yield checked("loss: gradient of the logits", "softmax(z) − onehot(y)", loss.cross_entropy_backward, error,
-                  DIFFERENCES)  # fmt: skip
+    yield checked("loss: gradient of the logits", gradient_formula, backward, error, DIFFERENCES)
     z, y = host(logits), host(setting.labels)
     ranks = [int(np.flatnonzero(np.argsort(-row, kind="stable") == label)[0])
              for row, label in zip(z, y, strict=True)]  # fmt: skip
@@ -155,7 +160,7 @@ def _loss_from(setting: Setting, batch: Batch, first: int, changed: dict[int, tu
     rest = Network(network.blocks[first:], [w for w, _ in pairs], [b for _, b in pairs])
     logits = batch.engine.forward(rest, batch.at(first).s, "audit").logits
     base, labels = host(batch.logits), host(setting.labels[: len(batch)])
-    return reference.cross_entropy_change(host(logits), base, labels, setting.config.loss.reduction)
+    return reference.loss_change(setting.config.loss, host(logits), base, labels)
 
 
 def _whole_error(setting: Setting, batch: Batch, updates: Updates) -> float:
@@ -212,4 +217,4 @@ def threads(setting: Setting) -> Iterator[Check]:
     yield checked("one thread and three", "same bits", bp.updates, error, 0.0)
 
 
-CHECKS = (cross_entropy, initial, passes, backpropagation, copies, threads)
+CHECKS = (losses, initial, passes, backpropagation, copies, threads)

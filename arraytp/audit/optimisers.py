@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from arraytp.fast.parallel import Workspace
 from arraytp.model.plain import PlainGramErrors
 from arraytp.ops.conv import as_matrix
 from arraytp.optim import at_block
-from arraytp.options import Cosine
+from arraytp.options import Cosine, Staircase
 
 STEPS = 2
 # Of the sums of a few steps, each the difference of numbers a million times larger.
@@ -39,7 +40,7 @@ def steps(setting: Setting) -> Iterator[Check]:
         gradients = [setting.normal(array.shape, 60, t, p) * 0.1 for p, array in enumerate(theta)]
         for p, g in enumerate(gradients):
             total = host(g) + _regulariser(options.orthogonality, expected[p]) if options.orthogonality else host(g)
-            lr = at_block(options.lr, p // 2)
+            lr = _expected_rate(setting.config.schedule, at_block(options.lr, p // 2), 0, t - 1)
             expected[p] = reference.optimiser_step(options, lr, p // 2, t, expected[p], total, moments[p])
         step = experiment.forward(setting.images, setting.labels)
         experiment.apply(step, list(zip(gradients[::2], gradients[1::2], strict=True)))
@@ -103,21 +104,30 @@ def orthogonality(setting: Setting) -> Iterator[Check]:
 
 
 def schedule(setting: Setting) -> Iterator[Check]:
-    """Check the learning rate of the first, the middle and the last epochs."""
+    """Check the learning rate of the first, the middle and the last epochs and, for each, of steps of the warm-up."""
     options, config = setting.config.schedule, setting.config
     length = options.t_max if isinstance(options, Cosine) else config.train.epochs
-    largest = 0.0
-    for epoch in sorted({0, 1, length // 2, length, length + 5}):
-        rates = optim.learning_rates(options, config.optimizer.lr, epoch)
+    epochs = {0, 1, length // 2, length, length + 5}
+    if isinstance(options, Staircase):
+        epochs |= {epoch + after for epoch in options.epochs for after in (-1, 0)}
+    largest, end = 0.0, options.warmup_steps
+    for epoch, step in product(sorted(epochs), sorted({0, end // 2, max(end - 1, 0), end, end + 3})):
+        rates = optim.learning_rates(options, config.optimizer.lr, epoch, step)
         for n in range(len(setting.network)):
             lr = at_block(config.optimizer.lr, n)
-            expected = lr
-            if isinstance(options, Cosine):
-                expected = (
-                    options.eta_min + (lr - options.eta_min) * math.cos(math.pi * epoch / (2 * options.t_max)) ** 2
-                )
+            expected = _expected_rate(options, lr, epoch, step)
             largest = worst(largest, abs(at_block(rates, n) - expected) / max(abs(expected), FLOOR * lr))
     yield checked(f"learning rates, {options.name}", f"schedule {options.name}", optim.learning_rate, largest, ROUNDING)
+
+
+def _expected_rate(options: optim.ScheduleOptions, lr: float, epoch: int, step: int) -> float:
+    """Return the rate after so many epochs and steps of the run."""
+    if isinstance(options, Cosine):
+        lr = options.eta_min + (lr - options.eta_min) * math.cos(math.pi * epoch / (2 * options.t_max)) ** 2
+    if isinstance(options, Staircase):
+        for end in options.epochs:
+            lr = lr / options.factor if epoch >= end else lr
+    return lr * min(1, (step + 1) / max(options.warmup_steps, 1))
 
 
 CHECKS = (steps, orthogonality, schedule)

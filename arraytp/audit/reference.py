@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from arraytp.audit.check import Floats
+from arraytp.config import Loss
 from arraytp.model.blocks import Block, Network
 from arraytp.ops.patches import Window
 from arraytp.optim import OptimizerOptions
@@ -188,24 +189,36 @@ def backward(network: Network, through: list[Floats], x: Floats, dlogits: Floats
     return updates[::-1]
 
 
-def cross_entropy(logits: Floats, labels: Index, reduction: str) -> float:
-    """Return −Σ log p[label] or its mean, p by the definition of softmax, sample by sample."""
+def smoothed(options: Loss, labels: Index, classes: int) -> Floats:
+    """Return y = (1 − e) onehot + e/M, of shape (B, M)."""
+    y: Floats = (1 - options.label_smoothing) * np.eye(classes)[labels] + options.label_smoothing / classes
+    return y
+
+
+def loss(options: Loss, logits: Floats, labels: Index) -> float:
+    """Return −Σ y log p, p by the definition of softmax, or ½ Σ ‖z − y‖², or its mean, sample by sample."""
     total = 0.0
-    for row, label in zip(logits, labels, strict=True):
-        total -= float(row[label]) - float(row.max()) - math.log(math.fsum(np.exp(row - row.max())))
-    return total if reduction == "sum" else total / len(labels)
+    for z, y in zip(logits, smoothed(options, labels, logits.shape[1]), strict=True):
+        if options.name == "mse":
+            total += math.fsum((z - y) ** 2) / 2
+        else:
+            total += math.fsum(y * (z.max() + math.log(math.fsum(np.exp(z - z.max()))) - z))
+    return total if options.reduction == "sum" else total / len(labels)
 
 
-def cross_entropy_change(logits: Floats, base: Floats, labels: Index, reduction: str) -> float:
-    """Return how much larger `cross_entropy` is than at the logits `base`, to rounding of the change's own size.
+def loss_change(options: Loss, logits: Floats, base: Floats, labels: Index) -> float:
+    """Return how much larger `loss` is than at the logits `base`, to rounding of the change's own size.
 
-    log Σ exp(z) − log Σ exp(z0) = log(1 + Σ p0 (exp(z − z0) − 1)).
+    log Σ exp(z) − log Σ exp(z0) = log(1 + Σ p0 (exp(z − z0) − 1)); ‖z − y‖² − ‖z0 − y‖² = ⟨z − z0, z + z0 − 2y⟩.
     """
-    p = np.exp(base - base.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    change = logits - base
-    total = float(np.sum(np.log1p((p * np.expm1(change)).sum(axis=1)) - change[np.arange(len(labels)), labels]))
-    return total if reduction == "sum" else total / len(labels)
+    change, y = logits - base, smoothed(options, labels, logits.shape[1])
+    if options.name == "mse":
+        total = float((change * (logits + base - 2 * y)).sum()) / 2
+    else:
+        p = np.exp(base - base.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        total = float(np.sum(np.log1p((p * np.expm1(change)).sum(axis=1)) - (y * change).sum(axis=1)))
+    return total if options.reduction == "sum" else total / len(labels)
 
 
 def sgd(options: SGD, lr: float, theta: Floats, g: Floats, moments: list[Floats]) -> Floats:

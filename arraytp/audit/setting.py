@@ -25,7 +25,7 @@ from arraytp.model.blocks import Network, block_flops
 from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch
 from arraytp.model.plain import Plain
-from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
+from arraytp.ops.loss import LOSSES
 from arraytp.optim import init_optimizer
 from arraytp.options import FeedbackTraining, Unpool
 from arraytp.rules.protocol import Rule, State, Updates
@@ -108,9 +108,7 @@ class Setting:
         workspace = Workspace(self.workspace.backend, threads)
         network, images = network or self.network, self.images if images is None else images
         forward = Fast(workspace).forward(network, images)
-        reduction = self.config.loss.reduction
-        _, cache = cross_entropy_forward(forward.logits, self.labels if labels is None else labels, reduction)
-        dlogits = cross_entropy_backward(cache, reduction)
+        dlogits = _gradient(self.config, forward.logits, self.labels if labels is None else labels)
         return Batch(Fast(workspace), network, forward, dlogits, self.config.seed)
 
     def propose(self, batch: Batch | None = None, options: Any = None, state: State | None = None) -> Updates:
@@ -205,9 +203,15 @@ def prepare(planned: Plan) -> Setting:
     biases = [host(bias) + BIAS * generator.standard_normal(bias.shape) for bias in experiment.network.biases]
     network = Network(planned.blocks, experiment.network.weights, [planned.backend.asarray(bias) for bias in biases])
     forward = engine.forward(network, images)
-    _, cache = cross_entropy_forward(forward.logits, labels, config.loss.reduction)
-    batch = Batch(engine, network, forward, cross_entropy_backward(cache, config.loss.reduction), config.seed)
+    batch = Batch(engine, network, forward, _gradient(config, forward.logits, labels), config.seed)
     return Setting(experiment, raw, labels, images, network, batch, workspace, planned.config.train.batch_size)
+
+
+def _gradient(config: Config, logits: Array, labels: Array) -> Array:
+    """Return ∂L/∂logits of the config's loss."""
+    loss = LOSSES[config.loss.name]
+    _, cache = loss.forward(logits, labels, config.loss.reduction, config.loss.label_smoothing)
+    return loss.backward(cache, config.loss.reduction)
 
 
 def _check_finite(experiment: Experiment, images: Array, engine: Fast) -> None:

@@ -7,7 +7,20 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 from pydantic import AfterValidator, Discriminator, Field
 
-from arraytp.options import SGD, STRICT, Adam, Border, Constant, Cosine, NetworkOptions, Positive, Probability, Size
+from arraytp.options import (
+    SGD,
+    STRICT,
+    Adam,
+    Border,
+    Constant,
+    Cosine,
+    Decay,
+    NetworkOptions,
+    Positive,
+    Probability,
+    Size,
+    Staircase,
+)
 from arraytp.rules import RuleOptions, bp
 
 # File systems take 255 bytes.
@@ -68,9 +81,11 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """How the losses of a batch's samples become one number."""
+    """What the logits cost, and how the losses of a batch's samples become one number."""
 
+    name: Literal["cross-entropy", "mse"] = "cross-entropy"
     reduction: Literal["mean", "sum"] = "mean"
+    label_smoothing: Decay = 0.0
 
     __pydantic_config__ = STRICT
 
@@ -125,7 +140,7 @@ class Config:
     rule: Annotated[RuleOptions, Discriminator("name")] = field(default_factory=bp.Options)
     loss: Loss = Loss()
     optimizer: Annotated[SGD | Adam, Discriminator("name")]
-    schedule: Annotated[Constant | Cosine, Discriminator("name")] = field(default_factory=Constant)
+    schedule: Annotated[Constant | Cosine | Staircase, Discriminator("name")] = field(default_factory=Constant)
     train: Train
     compare: Compare = Compare()
     study: Study | None = None

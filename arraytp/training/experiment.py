@@ -27,7 +27,7 @@ from arraytp.model.blocks import Network
 from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch, Engine
 from arraytp.model.plain import Plain
-from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
+from arraytp.ops.loss import LOSSES, label_rank
 from arraytp.optim import OptimizerState, apply_updates, check_gradients, init_optimizer, learning_rates
 from arraytp.rules import RULES, bp, feedback
 from arraytp.rules.protocol import Observe, Rule, State, Target, Updates
@@ -157,12 +157,13 @@ class Experiment:
         """Run the network on a batch; raises as `step`."""
         if self.plan.backend.on_host:
             _check_labels(labels, len(self.plan.dataset.classes))
-        reduction = self.config.loss.reduction
+        settings = self.config.loss
         forward = self.engine.forward(self.network, images)
-        loss, cache = cross_entropy_forward(forward.logits, labels, reduction)
-        dlogits = cross_entropy_backward(cache, reduction)
+        compute = LOSSES[settings.name]
+        loss, cache = compute.forward(forward.logits, labels, settings.reduction, settings.label_smoothing)
+        dlogits = compute.backward(cache, settings.reduction)
         batch = Batch(self.engine, self.network, forward, dlogits, self.config.seed)
-        return Step(batch, _score(loss, forward.logits, labels, reduction))
+        return Step(batch, _score(loss, forward.logits, labels, settings.reduction))
 
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
         """Let the rule train its feedback weights, if it has any, on a batch; θ stays.
@@ -249,7 +250,7 @@ class Experiment:
         if optimizer.orthogonality:
             weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
             add_orthogonality(optimizer.orthogonality, self.network, weights, errors, self.workspace)
-        rates = learning_rates(self.config.schedule, optimizer.lr, epoch)
+        rates = learning_rates(self.config.schedule, optimizer.lr, epoch, self.optimizer_state.step)
         apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace)
 
     def evaluate(self) -> Iterator[Score]:
@@ -260,10 +261,10 @@ class Experiment:
 
     def score(self, images: Array, labels: Array) -> Score:
         """Score a batch without learning from it; arrays of earlier steps are overwritten."""
-        reduction = self.config.loss.reduction
+        settings = self.config.loss
         logits = self.engine.forward(self.network, images).logits
-        loss, _ = cross_entropy_forward(logits, labels, reduction)
-        return _score(loss, logits, labels, reduction)
+        loss, _ = LOSSES[settings.name].forward(logits, labels, settings.reduction, settings.label_smoothing)
+        return _score(loss, logits, labels, settings.reduction)
 
 
 def build(config: Config, backend: Backend | None = None, plain: bool = False) -> Experiment:

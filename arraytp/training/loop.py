@@ -288,7 +288,8 @@ class Run:
         if not math.isfinite(totals.loss):
             self._fail(f"in the evaluation after {position.step} steps")
         self._tick()
-        lr = at_block(learning_rates(config.schedule, config.optimizer.lr, max(epoch - 1, 0)), 0)
+        over = max(epoch - 1, 0), max(position.step - 1, 0)
+        lr = at_block(learning_rates(config.schedule, config.optimizer.lr, *over), 0)
         row = (epoch, round(position.seconds, 3), lr, *position.totals.means(), *totals.means())
         self.metrics.append(*row)
         progress.epoch(dict(zip(METRICS_COLUMNS, row, strict=True)))

@@ -75,6 +75,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     for key, section in (
         ("data.normalize", config.data.normalize),
         ("rule", config.rule),
+        ("loss", config.loss),
         ("optimizer", config.optimizer),
         ("schedule", config.schedule),
     ):

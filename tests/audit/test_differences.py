@@ -9,6 +9,7 @@ from arraytp.audit import reference
 from arraytp.audit.check import apart, checked, worst
 from arraytp.audit.differences import adjoint_error, derivative, gradient_error
 from arraytp.audit.theorems import GROUPS, shrinking
+from arraytp.config import Loss
 from arraytp.ops.patches import make_window
 
 
@@ -99,11 +100,13 @@ def test_the_references_are_what_loops_compute(kernel, stride, padding):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_the_change_of_the_loss_is_that_of_its_values(reduction):
+@pytest.mark.parametrize("name", ["cross-entropy", "mse"])
+def test_the_change_of_the_loss_is_that_of_its_values(name, reduction):
+    options = Loss(name=name, reduction=reduction, label_smoothing=0.2)
     base, labels = rng(1).standard_normal((3, 4)), np.array([0, 3, 2])
     changed = base + rng(2).standard_normal(base.shape)
-    values = [reference.cross_entropy(logits, labels, reduction) for logits in (changed, base)]
-    assert reference.cross_entropy_change(changed, base, labels, reduction) == pytest.approx(values[0] - values[1])
+    values = [reference.loss(options, logits, labels) for logits in (changed, base)]
+    assert reference.loss_change(options, changed, base, labels) == pytest.approx(values[0] - values[1])
 
 
 @pytest.mark.parametrize("mode", ["overwrite", "accumulate"])

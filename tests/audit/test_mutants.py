@@ -85,9 +85,8 @@ MUTANTS = [
     *_on(
         "bp",
         "ops/loss.py",
-        ("labels] -= dlogits", "labels] += dlogits"),
-        ("dlogits /= dlogits.dtype.type(len(labels))", "dlogits /= dlogits.dtype.type(1)"),
-        ("loss / loss.dtype.type(len(labels))", "loss / loss.dtype.type(logits.shape[1])"),
+        ("labels] -= number(1 - smoothing)", "labels] += number(1 - smoothing)"),
+        ("total /= total.dtype.type(len(labels))", "total /= total.dtype.type(1)"),
         ("(logits > own)", "(logits < own)"),
     ),
     *_on(

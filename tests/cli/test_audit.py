@@ -31,6 +31,15 @@ RULES = {
     "drl": ("--set", "rule={name: drl}", "--set", "schedule={name: cosine}"),
     "ldrl expected": ("--set", "rule={name: ldrl, expected: true}"),
     "drl expected": ("--set", "rule={name: drl, expected: true}"),
+    "ldrl mse": (*LDRL, "--set", "loss={name: mse, label_smoothing: 0.1}"),
+    "bp smoothed": (
+        "--set",
+        "rule={name: bp}",
+        "--set",
+        "loss={label_smoothing: 0.1, reduction: sum}",
+        "--set",
+        "schedule={name: step, epochs: [2, 5], warmup_steps: 10}",
+    ),
     "drl optimum": ("--set", "rule={name: drl, expected: optimum}"),
 }
 

@@ -51,6 +51,14 @@ def test_the_learning_rate_of_a_row_is_the_one_its_epoch_was_trained_with(arrayt
     assert column == pytest.approx([0.05, 0.05, (0.05 + 1e-5) / 2, 1e-5])
 
 
+def test_the_learning_rate_of_a_row_is_that_of_its_epochs_last_step(arraytp, place):
+    """Epochs have 3 steps, so the warm-up's 4 end in the second."""
+    schedule = "schedule={name: step, epochs: [2], warmup_steps: 4}"
+    arraytp("run", "toy.yml", "--quiet", "--set", schedule, "--set", "train.epochs=3")
+    column = [float(row["lr"]) for row in rows(place / "results/toy/metrics.csv")]
+    assert column == pytest.approx([0.05 / 4, 0.05 * 3 / 4, 0.05, 0.005])
+
+
 def test_angles_are_measured_every_so_many_steps_for_every_block(arraytp, place):
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=2")
     table = rows(place / "results/toy/angles.csv")

@@ -175,6 +175,27 @@ CHOICES = {
     "an unknown rule": (good(rule="{name: gradient}"), "bad.yml:5: rule.name must be one of bp, fa"),
     "a capital letter": (good(rule="{name: FA}"), 'got "FA"; did you mean fa?'),
     "a rule as a word": (good(rule="fa"), 'got "fa"; write rule: {name: fa}'),
+    "an unknown loss": (good(loss="{name: l2}"), 'loss.name must be one of cross-entropy or mse, got "l2"'),
+    "labels smoothed away": (
+        good(loss="{label_smoothing: 1}"),
+        "loss.label_smoothing must be a number from 0 to below 1, got 1",
+    ),
+    "a step schedule of no epochs": (
+        good(schedule="{name: step}"),
+        "schedule.epochs is missing; for example epochs: [1]",
+    ),
+    "epochs that do not increase": (
+        good(schedule="{name: step, epochs: [3, 2]}"),
+        "schedule needs epochs that increase, such as [30, 60], got [3, 2] in epochs",
+    ),
+    "a rate divided by less than 1": (
+        good(schedule="{name: step, epochs: [3], factor: 0.1}"),
+        "schedule.factor must be a number above 1, got 0.1",
+    ),
+    "a warm-up of half a step": (
+        good(schedule="{name: constant, warmup_steps: 0.5}"),
+        "schedule.warmup_steps must be a whole number of",
+    ),
     "a schedule without a name": (good(schedule="{t_max: 3}"), "schedule.name is missing; it must be one of constant"),
     "an unknown network": (
         good(network="{name: lenett}"),

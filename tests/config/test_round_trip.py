@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from arraytp.config import Config, dump_config, load_one, parse_config
 from arraytp.config.describe import keys, members
 from arraytp.config.document import parse_text
-from arraytp.options import Conv, Dense, NetworkOptions
+from arraytp.options import Conv, Dense, NetworkOptions, Staircase
 
 NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="/\\"), min_size=1).filter(
     lambda name: not name.startswith(".")
@@ -51,6 +51,9 @@ def values_of(annotation):
         return st.sampled_from(get_args(bare))
     if get_origin(bare) in (list, tuple):
         return st.lists(values(get_args(bare)[0]), min_size=1, max_size=3).map(get_origin(bare))
+    if bare is Staircase:
+        epochs = st.lists(st.integers(1, 99), min_size=1, max_size=3, unique=True).map(sorted).map(tuple)
+        return sections(bare, epochs=epochs)
     if is_dataclass(bare):
         return sections(bare)
     return (

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and ranks against loops, finite differences, large logits, ties and NaN."""
+"""Losses and ranks against loops, finite differences, closed forms, large logits, ties and NaN."""
 
 import math
 
@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import rng
 
-from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward, label_rank
+from arraytp.ops.loss import LOSSES, cross_entropy_backward, cross_entropy_forward, label_rank
 
 SIZES = {"count": st.integers(1, 6), "classes": st.integers(1, 7), "seed": st.integers(0, 999)}
 REDUCTIONS = pytest.mark.parametrize("reduction", ["sum", "mean"])
+EVERY_LOSS = pytest.mark.parametrize(("name", "smoothing"), [(name, e) for name in LOSSES for e in (0.0, 0.2)])
 
 
 def drawn(count, classes, seed):
@@ -32,16 +33,52 @@ def test_loss_and_gradient_are_the_loops(place, reduction, count, classes, seed)
     np.testing.assert_allclose(place.get(cross_entropy_backward(cache, reduction)), wanted, rtol=1e-11, atol=1e-15)
 
 
+@EVERY_LOSS
 @REDUCTIONS
 @given(**SIZES)
-@settings(max_examples=20)
-def test_the_gradient_is_the_finite_difference(reduction, count, classes, seed):
+@settings(max_examples=10)
+def test_the_gradient_is_the_finite_difference(name, smoothing, reduction, count, classes, seed):
     logits, labels = drawn(count, classes, seed)
-    _, cache = cross_entropy_forward(logits, labels, reduction)
+    forward, backward = LOSSES[name]
+    _, cache = forward(logits, labels, reduction, smoothing)
     gradients.check(
-        lambda logits: (float(cross_entropy_forward(logits, labels, reduction)[0]), b""),
-        logits, cross_entropy_backward(cache, reduction), rng(seed, 2),
+        lambda logits: (float(forward(logits, labels, reduction, smoothing)[0]), b""),
+        logits, backward(cache, reduction), rng(seed, 2),
     )  # fmt: skip
+
+
+@EVERY_LOSS
+@REDUCTIONS
+def test_every_loss_is_its_definition_on_every_kind_of_array(place, name, smoothing, reduction):
+    logits, labels = drawn(5, 4, 1)
+    y = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    total, gradient = (
+        ((logits - y) ** 2).sum() / 2 if name == "mse" else -(y * np.log(p)).sum(),
+        (logits if name == "mse" else p) - y,
+    )
+    share = 1 if reduction == "sum" else 1 / 5
+    forward, backward = LOSSES[name]
+    loss, cache = forward(place.put(logits), place.put(labels), reduction, smoothing)
+    assert loss.shape == ()
+    assert float(loss) == pytest.approx(share * total, rel=1e-13)
+    np.testing.assert_allclose(place.get(backward(cache, reduction)), share * gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_the_smoothed_cross_entropy_is_least_at_the_smoothed_labels():
+    """Its minimum, at softmax = y, is the entropy of y; without smoothing there is none."""
+    y = 0.9 * np.eye(4)[[2]] + 0.1 / 4
+    loss, cache = cross_entropy_forward(np.log(y), np.array([2]), "sum", 0.1)
+    assert float(loss) == pytest.approx(-(y * np.log(y)).sum(), rel=1e-14)
+    np.testing.assert_allclose(cross_entropy_backward(cache, "sum"), 0, atol=1e-15)
+
+
+def test_a_whole_step_down_the_squared_error_has_the_one_hot_label_as_target():
+    """What target propagation with β = 1 makes of it: t^N = s^N − ∂L/∂s^N = y."""
+    logits, labels = drawn(5, 4, 3)
+    forward, backward = LOSSES["mse"]
+    _, cache = forward(logits, labels, "sum", 0.0)
+    np.testing.assert_allclose(logits - backward(cache, "sum"), np.eye(4)[labels], atol=1e-15)
 
 
 def test_equal_logits_cost_the_logarithm_of_the_number_of_classes():
@@ -67,11 +104,13 @@ def test_a_sum_is_the_batch_size_times_the_mean():
     np.testing.assert_allclose(gradient["sum"], 7 * gradient["mean"], rtol=1e-13)
 
 
-def test_the_backward_pass_leaves_its_cache_alone():
+@EVERY_LOSS
+def test_the_backward_pass_leaves_its_cache_alone(name, smoothing):
     logits, labels = drawn(3, 4, 0)
-    _, cache = cross_entropy_forward(logits, labels, "mean")
-    first = cross_entropy_backward(cache, "mean")
-    np.testing.assert_array_equal(cross_entropy_backward(cache, "mean"), first)
+    forward, backward = LOSSES[name]
+    _, cache = forward(logits, labels, "mean", smoothing)
+    first = backward(cache, "mean")
+    np.testing.assert_array_equal(backward(cache, "mean"), first)
 
 
 @given(**SIZES)

@@ -11,11 +11,11 @@ from arraytp.backend import NUMPY
 from arraytp.fast.parallel import Workspace
 from arraytp.model.initialise import initial_bias, initial_weight
 from arraytp.ops.activations import ACTIVATIONS as VALUES
-from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
+from arraytp.ops.loss import LOSSES, cross_entropy_backward, cross_entropy_forward
 from arraytp.ops.patches import make_window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward
 from arraytp.optim import apply_updates, init_optimizer, learning_rate
-from arraytp.options import SGD, Adam, Cosine
+from arraytp.options import SGD, Adam, Cosine, Staircase
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -81,6 +81,25 @@ def test_the_loss_matches_torchs(reduction):
     wanted.backward()
     assert float(loss) == pytest.approx(wanted.item(), rel=1e-13)
     np.testing.assert_allclose(cross_entropy_backward(cache, reduction), there.grad.numpy(), rtol=1e-11, atol=1e-16)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_matches_torchs(name, reduction, smoothing):
+    """Of the squared error PyTorch's mean is over the classes too, and without the ½."""
+    logits, labels = 3 * rng(1).standard_normal((9, 7)), rng(2).integers(0, 7, 9)
+    forward, backward = LOSSES[name]
+    loss, cache = forward(logits, labels, reduction, smoothing)
+    there = tensor(logits, grad=True)
+    if name == "mse":
+        y = (1 - smoothing) * functional.one_hot(tensor(labels), 7).double() + smoothing / 7
+        wanted = functional.mse_loss(there, y, reduction=reduction) * (7 / 2 if reduction == "mean" else 1 / 2)
+    else:
+        wanted = functional.cross_entropy(there, tensor(labels), reduction=reduction, label_smoothing=smoothing)
+    wanted.backward()
+    assert float(loss) == pytest.approx(wanted.item(), rel=1e-13)
+    np.testing.assert_allclose(backward(cache, reduction), there.grad.numpy(), rtol=1e-11, atol=1e-16)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -157,6 +176,16 @@ def test_the_cosine_schedule_is_torchs():
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(twin, T_max=85, eta_min=1e-5)
     for epoch in range(90):
         assert learning_rate(Cosine(), 0.04, epoch) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        twin.step()
+        schedule.step()
+
+
+def test_the_step_schedule_is_torchs():
+    twin = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.04)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(twin, milestones=[3, 5, 6], gamma=0.2)
+    for epoch in range(9):
+        mine = learning_rate(Staircase(epochs=(3, 5, 6), factor=5), 0.04, epoch)
+        assert mine == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
         twin.step()
         schedule.step()
 

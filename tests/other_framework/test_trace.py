@@ -106,7 +106,7 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def config(dataset, rule, layers, dtype="float64"):
+def config(dataset, rule, layers, dtype="float64", **sections):
     square = rule["name"] == "gait-prop"
     return parse_config({
         "name": "traced",
@@ -117,7 +117,7 @@ def config(dataset, rule, layers, dtype="float64"):
         "rule": rule,
         "optimizer": ADAM | {"epsilon_form": "keras", "orthogonality": 0.1} if square else SGD,
         "train": {"epochs": 1, "batch_size": 4 if rule.get("expected") else 18},
-    }).variants[""]  # fmt: skip
+    } | sections).variants[""]  # fmt: skip
 
 
 def traced(path, experiment, noise=True):
@@ -314,9 +314,15 @@ def orthogonality(trace, weight):
 
 
 def output_gradient(trace):
-    """Return ∂L/∂logits by the config's reduction."""
-    logits = trace.passed(len(trace.blocks)).clone().requires_grad_()
-    loss = functional.cross_entropy(logits, trace["input/y"], reduction=trace.config["loss"]["reduction"])
+    """Return ∂L/∂logits of the config's loss."""
+    logits, options = trace.passed(len(trace.blocks)).clone().requires_grad_(), trace.config["loss"]
+    e, labels, classes = options["label_smoothing"], trace["input/y"], logits.shape[1]
+    if options["name"] == "mse":
+        y = (1 - e) * functional.one_hot(labels, classes).to(logits.dtype) + e / classes
+        share = 2 * len(labels) if options["reduction"] == "mean" else 2
+        loss = functional.mse_loss(logits, y, reduction="sum") / share
+    else:
+        loss = functional.cross_entropy(logits, labels, reduction=options["reduction"], label_smoothing=e)
     assert trace.attrs["activations"]["loss"] == pytest.approx(loss.item(), rel=TOLERANCE)
     return torch.autograd.grad(loss, logits)[0]
 
@@ -575,6 +581,21 @@ def test_every_number_of_a_step_can_be_recomputed_from_the_file_alone(dataset, t
     iterations = trained * (1 if rule.get("expected") else 3 * trace.rule.get("samples", 1))
     assert check_feedback_training(trace) == iterations
     assert any(name.startswith("targets/") for name in trace.arrays) == (rule["name"] not in ("bp", "fa", "dfa"))
+    if "targets" in trace.attrs:
+        check_targets(trace)
+    check_updates(trace)
+
+
+@pytest.mark.parametrize("rule", ["bp", "gait-prop literal", "tp", "ldrl", "drl"])
+@pytest.mark.parametrize("loss", [{"name": "mse"}, {"label_smoothing": 0.1}, {"name": "mse", "label_smoothing": 0.2}])
+def test_every_kind_of_rule_starts_from_the_gradient_of_the_configs_loss(dataset, tmp_path, rule, loss):
+    """Output targets and updates; the warm-up's first step is a fifth of a step at the full rate."""
+    options, (layers, *_) = RULES[rule]
+    sections = {"loss": loss, "schedule": {"name": "step", "epochs": [1], "warmup_steps": 5}}
+    assert traced(tmp_path / "t.h5", build(config(dataset, options, layers, **sections))) == ""
+    trace = Trace(tmp_path / "t.h5")
+    trace.config["optimizer"]["lr"] /= 5
+    check_activations(trace)
     if "targets" in trace.attrs:
         check_targets(trace)
     check_updates(trace)

@@ -100,13 +100,16 @@ def test_number_format_and_loss_make_no_difference(make_config, start, stop_afte
     assert {weight.dtype.name for weight in resumed.experiment.network.weights} == {dtype}
 
 
-def test_more_epochs_give_what_they_would_have_given_at_once(make_config, start, stop_after):
+@pytest.mark.parametrize(
+    "schedule", [{"name": "cosine", "t_max": 3}, {"name": "step", "epochs": [1, 2], "warmup_steps": 5}]
+)
+def test_more_epochs_give_what_they_would_have_given_at_once(make_config, start, stop_after, schedule):
     def epochs(count):
         return make_config(
             rule={"name": "fa"},
             optimizer=ADAM,
             train={"epochs": count, "batch_size": 16, "eval_batch_size": 12},
-            schedule={"name": "cosine", "t_max": 3},
+            schedule=schedule,
         )
 
     whole, _ = looks_of(start, stop_after, epochs(3))
