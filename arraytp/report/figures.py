@@ -113,7 +113,7 @@ def angles_over_time(result: Result) -> Figure:
 
 
 def comparison(results: Sequence[Result]) -> Figure:
-    """Draw four panels: angle per block, angle over the steps, train and test accuracy over the epochs.
+    """Draw four panels: angle over the steps, the largest; angle per block; train and test accuracy over the epochs.
 
     Runs of several seeds are one line with a band of mean ± standard deviation.
     """
@@ -122,18 +122,19 @@ def comparison(results: Sequence[Result]) -> Figure:
     labels = [wrapped(result.label) for result in results]
     columns = legend_columns(labels, width=110)
     rows = -(-len(labels) // columns) * max((label.count("\n") + 1 for label in labels), default=1)
-    figure = new_figure(10, 7 + 0.22 * rows)
-    a, b, c, d = figure.subplots(2, 2).flat
+    figure = new_figure(10, 7.4 + 0.22 * rows)
+    panels = figure.subplot_mosaic([["A"] * 4, ["B", "B", "C", "D"]], height_ratios=[1.25, 1])
+    a, b, c, d = panels.values()
     d.sharey(c)
-    angle_bars(a, results, given, blocks)
-    angle_lines(b, results, given)
+    angle_lines(a, results, given)
+    angle_bars(b, results, given, blocks)
     epoch_lines(c, results, given, "train_top1", "train top-1 (%)")
     epoch_lines(d, results, given, "test_top1", "test top-1 (%)")
     titles = (
+        "Angle to BP's update during training, mean of the hidden blocks",
         "Angle to BP's update per block, mean ± s.d.",
-        "Angle to BP's update, mean of hidden blocks",
-        "Accuracy on training data",
-        "Accuracy on test data",
+        "Training accuracy",
+        "Test accuracy",
     )
     for axes, letter, title in zip((a, b, c, d), "ABCD", titles, strict=True):
         axes.set_title(f"$\\bf{{{letter}}}$   {title}")
