@@ -15,6 +15,7 @@ from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors, o
 from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
 COMMANDS = {
+    "init": ("arraytp.commands.init", "Write a commented config to start from."),
     "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
     "trace": ("arraytp.commands.trace", "Write down every number of one training step."),
     "audit": ("arraytp.commands.audit", "Check the math of a config: gradients, adjoints, theorems, bits."),

@@ -81,7 +81,7 @@ def _checked_seeds(
 
 
 @click.command(short_help="Train as the given configs say and write result folders.")
-@click.argument("configs", nargs=-1, required=True, metavar="CONFIG...", type=click.Path(path_type=Path))
+@click.argument("configs", nargs=-1, metavar="CONFIG...", type=click.Path(path_type=Path))
 @overriding
 @click.option("--out", metavar="DIR", callback=check_folder, help="Result folder; default results/<config name>.")
 @click.option("--resume", is_flag=True, help="Go on with runs that were stopped; skip finished ones.")
@@ -109,6 +109,10 @@ def command(
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU writes a checkpoint first; the same command with --resume goes
     on from there. With --plain the numbers are the same to rounding, and take several times as long.
     """
+    if not configs:
+        raise UserError(
+            "give a config, such as runs/quickstart.yml in a clone; `arraytp init my.yml` writes one to start from"
+        )
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
     overridden = settings(overrides, backend, dtype)

@@ -153,7 +153,7 @@ def _elu(z: Array, out: Array | None) -> Array:
     """Return max(z, 0) + (exp(min(z, 0)) − 1), the latter as 2u / (1 − u) with u = tanh(min(z, 0) / 2).
 
     The identity is exact, loses no digits near 0 (measured: 1.6 ulp, as u ≤ 0 leaves nothing to cancel), and NumPy's
-    vectorised tanh makes it 2.4 times as fast in float32 as expm1 (docs/performance.md).
+    vectorised tanh makes it 2.4 times as fast in float32 as expm1 (docs/performance/design.md).
     """
     xp = array_module(z)
     u = xp.minimum(z, z.dtype.type(0))

@@ -100,6 +100,18 @@ def test_no_page_has_examples_that_nothing_runs():
     assert set(EXAMPLES) == {"README.md", "docs/config.md", "docs/results-format.md", "docs/trace.md"}
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_a_link_leads_to_a_file(link):
-    assert (ROOT / link).is_file()
+TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "paper.md", "tests/README.md")]
+TEXTS += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "runs").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_leads_to_a_file(page):
+    text = re.sub(r"^```.*?^```$|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = set(re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text))
+    assert not [link for link in links if not (page.parent / link).is_file()]
+
+
+def test_readmes_rule_is_the_rule_that_runs():
+    """The reader is told that these lines run."""
+    (lines,) = blocks(README, "py")
+    assert lines in (ROOT / "arraytp" / "rules" / "ldrl.py").read_text(encoding="utf-8")

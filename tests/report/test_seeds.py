@@ -63,7 +63,7 @@ def test_bands_are_one_deviation_wide(three_seeds: Path) -> None:
     vertices = band.get_paths()[0].vertices
     assert vertices[np.isclose(vertices[:, 0], 2), 1].min() == pytest.approx(60)
     assert vertices[np.isclose(vertices[:, 0], 2), 1].max() == pytest.approx(64)
-    (angles,) = figure.axes[1].collections
+    (angles,) = figure.axes[0].collections
     assert np.ptp(angles.get_paths()[0].vertices[:, 1]) == pytest.approx(2)
 
 

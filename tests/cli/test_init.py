@@ -1,0 +1,31 @@
+"""`arraytp init` writes a config that runs, and never over a file."""
+
+from arraytp.cli import main
+from arraytp.config import load_config
+
+
+def test_the_starter_config_loads_and_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "my.yml"]) == 0
+    assert "arraytp run my.yml" in capsys.readouterr().out
+    assert list(load_config("my.yml").variants) == ["bp", "fa", "ldrl"]
+    assert main(["run", "my.yml", "--quiet", "--set", "train.steps=1", "--set", "train.batch_size=4"]) == 0
+    assert (tmp_path / "results" / "my" / "ldrl" / "summary.json").is_file()
+
+
+def test_a_file_that_is_there_is_left_as_it_is(tmp_path, capsys):
+    file = tmp_path / "my.yml"
+    file.write_text("mine")
+    assert main(["init", str(file)]) == 2
+    assert file.read_text() == "mine"
+    assert "exists already; give another name" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+    assert main(["init", str(tmp_path / "nowhere" / "my.yml")]) == 2
+    assert "nowhere/my.yml: cannot be written: No such file" in capsys.readouterr().err
+
+
+def test_run_without_a_config_says_what_to_do(capsys):
+    assert main(["run"]) == 2
+    assert "give a config, such as runs/quickstart.yml" in capsys.readouterr().err
