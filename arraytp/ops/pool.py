@@ -58,7 +58,7 @@ def max_pool_forward(
     stack.max(axis=0, out=out)
     # Earlier elements have higher ranks, so that the largest rank among the maxima is that of the first.
     rank = (stack == out).view(xp.uint8)
-    rank *= xp.arange(k * k, 0, -1, dtype=xp.uint8)[:, None, None, None, None]
+    rank *= (xp.uint8(k * k) - xp.arange(k * k, dtype=xp.uint8))[:, None, None, None, None]
     rank.max(axis=0, out=index)
     xp.subtract(xp.uint8(k * k), index, out=index)
     return out, index
