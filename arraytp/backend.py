@@ -3,6 +3,7 @@
 import importlib
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -80,6 +81,10 @@ class Backend:
     def to_host(self, array: Array) -> np.ndarray:
         """Move an array of the device to the host; no copy on the CPU."""
         return array if isinstance(array, np.ndarray) else np.asarray(self.xp.asnumpy(array))
+
+    def numbers(self, arrays: Sequence[Array]) -> list[float]:
+        """Return arrays of shape () and one dtype as numbers; from a device in one copy."""
+        return self.to_host(self.xp.stack(arrays)).tolist() if arrays else []
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""

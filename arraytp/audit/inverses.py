@@ -41,7 +41,7 @@ def round_trips(setting: Setting) -> Iterator[Check]:
 
 def _round_trip(setting: Setting, batch: Batch, at: At, when: str) -> Iterator[Check]:
     factors, matrix, label = batch.inverses[at.n], as_matrix(at.weight), at.block.label
-    number = solve.condition(solve.factor(matrix))
+    number = float(solve.condition(solve.factor(matrix)))
     rows = setting.normal((3, len(factors.matrix)), 50, at.n)
     error = apart(solve.right_solve(factors, rows) @ matrix, rows)
     yield checked(f"{label}: solving x W = y{when}", "x W = y", solve.right_solve, error, INVERSE * number)
@@ -65,7 +65,7 @@ def conditions(setting: Setting) -> Iterator[Check]:
     if not setting.rule.inverts:
         return
     for block, weight in zip(setting.network.blocks[1:], setting.network.weights[1:], strict=True):
-        estimate, w = solve.condition(solve.factor(as_matrix(weight))), host(as_matrix(weight))
+        estimate, w = float(solve.condition(solve.factor(as_matrix(weight)))), host(as_matrix(weight))
         true = float(np.abs(w).sum(axis=1).max() * np.abs(np.linalg.inv(w)).sum(axis=1).max())
         yield checked(f"{block.label}: condition number of W", "‖W‖·‖W⁻¹‖", solve.condition, true)
         yield checked(f"{block.label}: true condition over estimate, − 1", "‖W‖·‖W⁻¹‖", solve.condition,

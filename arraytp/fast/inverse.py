@@ -41,20 +41,27 @@ def inverses(batch: Batch, workspace: Workspace) -> Mapping[int, Factors]:
     network, own = batch.network, workspace.of(OWNER)
     errors = batch.gram_errors.of(range(1, len(network)))
     triangles = {n: own.array(("triangle", n), e.shape, e.dtype) for n, e in errors.items()}
-    factorised: dict[int, tuple[Factors, float]] = {}
+    norms, factors, conditions = dict[int, Array](), dict[int, Factors](), dict[int, Array]()
 
-    def task(n: int, scratch: Buffers) -> None:
+    def measure(n: int, scratch: Buffers) -> None:
+        norms[n] = excess_norm(errors[n])
+
+    def factorise(n: int, scratch: Buffers) -> None:
         w = as_matrix(network.weights[n])
-        if excess_norm(errors[n]) <= NEAR_ORTHOGONAL:
-            factorised[n] = cholesky(w, errors[n], triangles[n]), 1
+        if near[n]:
+            factors[n] = cholesky(w, errors[n], triangles[n])
         else:
-            factors = factor(w)
-            factorised[n] = factors, condition(factors)
+            factors[n] = lu = factor(w)
+            conditions[n] = condition(lu)
 
-    workspace.run([partial(task, n) for n in sorted(errors, key=lambda n: network.weights[n].size, reverse=True)])
-    for n in sorted(factorised):
-        check_condition(network.blocks[n], n, network.weights[n].dtype, factorised[n][1])
-    return {n: factors for n, (factors, _) in factorised.items()}
+    numbers, order = workspace.backend.numbers, sorted(errors, key=lambda n: network.weights[n].size, reverse=True)
+    workspace.run([partial(measure, n) for n in order])
+    # Of a device all are read at once: the host waits for it.
+    near = {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(norms, numbers([*norms.values()]), strict=True)}
+    workspace.run([partial(factorise, n) for n in order])
+    for n, number in sorted(zip(conditions, numbers([*conditions.values()]), strict=True)):
+        check_condition(network.blocks[n], n, network.weights[n].dtype, number)
+    return factors
 
 
 def inverse(at: At, factors: Factors, y: Array, workspace: Workspace) -> Array:

@@ -30,14 +30,14 @@ def excess_rows(w: Array, rows: slice, out: Array) -> None:
     out.reshape(-1)[rows.start * (n + 1) : (rows.stop - 1) * (n + 1) + 1 : n + 1] -= 1
 
 
-def excess_norm(excess: Array) -> float:
-    """Return ‖E‖, the root of the sum of all squared entries; NaN or infinite where E has such."""
+def excess_norm(excess: Array) -> Array:
+    """Return ‖E‖ of shape (), the root of the sum of all squared entries; NaN or infinite where E has such."""
     xp, flat = array_module(excess), excess.reshape(-1)
-    squares = float(xp.dot(flat, flat))
-    if xp is np:
-        diagonal = flat[:: len(excess) + 1]
-        squares = 2 * squares - float(np.dot(diagonal, diagonal))
-    return float(np.sqrt(squares))
+    squares = xp.dot(flat, flat)
+    if xp is not np:
+        return xp.sqrt(squares)
+    diagonal = flat[:: len(excess) + 1]
+    return np.sqrt(2 * float(squares) - float(np.dot(diagonal, diagonal)))
 
 
 def add_excess_product(factor: float, excess: Array, w: Array, columns: slice, out: Array) -> None:

@@ -8,6 +8,7 @@ Any W has LU factors. One near an orthogonal matrix has the cheaper Cholesky fac
 `arraytp.ops.excess`: W⁻¹ = Wᵀ(I + E)⁻¹.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from arraytp.ops.blas import blas
 NEAR_ORTHOGONAL = 0.8
 """Up to this ‖E‖ the eigenvalues of WWᵀ are between 0.2 and 1.8, so that its condition number is at most 9: of the
 digits that a dtype has, solving with it costs one at most, and W's own number is at most 3."""
+# Of the estimate of a condition number; LAPACK's own takes at most 5 and stops when nothing grows any more.
+DEVICE_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def factor(matrix: Array) -> LU:
     xp = array_module(matrix)
     norm = xp.absolute(matrix).sum(axis=1).max()
     if xp is not np:
-        lu, pivots = device_linalg(matrix).lu_factor(matrix.T, check_finite=False)
+        with warnings.catch_warnings():
+            # CuPy warns of a singular matrix; its condition number says so.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            lu, pivots = device_linalg(matrix).lu_factor(matrix.T, check_finite=False)
         return LU(matrix, lu, pivots, norm)
     getrf = get_lapack_funcs("getrf", (matrix,))
     lu, pivots, _ = getrf(matrix.T)
@@ -123,14 +129,15 @@ def symmetric_solve(factors: Cholesky, z: Array) -> Array:
     return z
 
 
-def _substitute(factors: LU, y: Array) -> Array:
-    """Solve by the two triangular factors."""
+def _substitute(factors: LU, y: Array, transposed: bool = False) -> Array:
+    """Return x with x W = y, or x Wᵀ = y, by the two triangular factors."""
+    trans = int(transposed)
     if array_module(y) is not np:
         linalg = device_linalg(y)
-        return linalg.lu_solve((factors.lu, factors.pivots), y.T, check_finite=False).T
+        return linalg.lu_solve((factors.lu, factors.pivots), y.T, trans=trans, check_finite=False).T
     getrs = get_lapack_funcs("getrs", (y,))
     # SciPy's wrapper counts the pivots up and down again in place, so that threads cannot share them.
-    x, _ = getrs(factors.lu, factors.pivots.copy(), y.T)
+    x, _ = getrs(factors.lu, factors.pivots.copy(), y.T, trans=trans)
     return x.T
 
 
@@ -145,26 +152,40 @@ def inverse_rows(factors: Factors, rows: slice) -> Array:
     return right_solve(factors, unit)
 
 
-def condition(factors: LU) -> float:
-    """Return an estimate from below of the condition number ‖W‖·‖W⁻¹‖ in the largest-row-sum norm.
+def condition(factors: LU) -> Array:
+    """Return an estimate from below of the condition number ‖W‖·‖W⁻¹‖ in the largest-row-sum norm, of shape ().
 
-    On the host it is LAPACK's gecon, rarely too small by more than 3; on a device the growth of four fixed vectors of
-    ±1 that are solved for. Infinite for a singular matrix, NaN for one that is not finite.
+    It is Hager's and Higham's, LAPACK's gecon on the host; rarely too small by more than 3. Infinite for a singular
+    matrix, NaN for one that is not finite. On a device nothing is read back for it.
     """
+    xp = array_module(factors.lu)
+    if xp is not np:
+        inverse_norm = _inverse_norm(factors)
+        number = factors.norm * xp.where(xp.isfinite(inverse_norm), inverse_norm, xp.inf)
+        return xp.where(xp.isfinite(factors.norm), number, xp.nan)
     norm = float(factors.norm)
     if not np.isfinite(norm):
-        return float("nan")
-    if array_module(factors.lu) is not np:
-        growth = _growth(factors)
-        return norm * growth if np.isfinite(growth) else float("inf")
+        return np.float64("nan")
     gecon = get_lapack_funcs("gecon", (factors.lu,))
     reciprocal, _ = gecon(factors.lu, norm)
-    return 1 / float(reciprocal) if reciprocal > 0 else float("inf")
+    return np.float64(1 / float(reciprocal) if reciprocal > 0 else "inf")
 
 
-def _growth(factors: LU) -> float:
-    """Return the largest ‖x‖₁ / ‖y‖₁ among x W = y for four rows y of ±1 that have nothing in common."""
-    xp, order = array_module(factors.lu), len(factors.lu)
-    chirps = np.cos(np.outer(np.arange(1, 5), np.arange(order) ** 2))
-    x = right_solve(factors, xp.asarray(np.where(chirps < 0, -1, 1).astype(factors.lu.dtype)))
-    return float(xp.absolute(x).sum(axis=1).max()) / order
+def _inverse_norm(factors: LU) -> Array:
+    """Return an estimate of ‖W⁻ᵀ‖₁, the largest ‖x‖₁ / ‖y‖₁ among some x W = y, without reading which y it is at.
+
+    ‖x‖₁ is convex in y, so that it is largest at a unit vector. Each step takes the one along which it grows most from
+    the last y (Hager 1984); a last y of alternating signs catches what the steps miss (Higham 1988).
+    """
+    xp, order, dtype = array_module(factors.lu), len(factors.lu), factors.lu.dtype
+    places = xp.arange(order)
+    y = xp.full((1, order), 1 / order, dtype=dtype)
+    found = []
+    for _ in range(DEVICE_STEPS):
+        x = _substitute(factors, y)
+        found.append(xp.absolute(x).sum())
+        growth = _substitute(factors, xp.where(x < 0, dtype.type(-1), dtype.type(1)), transposed=True)
+        y = (places == xp.absolute(growth).argmax()).astype(dtype)[None]
+    alternating = (1 - 2 * (places % 2)) * (1 + places / max(1, order - 1))
+    found.append(xp.absolute(_substitute(factors, alternating.astype(dtype)[None])).sum() * dtype.type(2 / (3 * order)))
+    return xp.stack(found).max()

@@ -30,7 +30,7 @@ def test_rows_of_the_excess_are_the_formulas(place, order, cuts, dtype):
 @pytest.mark.parametrize("order", [1, 2, 30])
 def test_the_norm_is_the_whole_matrixs(place, order):
     w = rng(order).standard_normal((order, order))
-    assert excess_norm(excess_of(place, w)) == pytest.approx(np.linalg.norm(w @ w.T - np.eye(order)), rel=1e-12)
+    assert float(excess_norm(excess_of(place, w))) == pytest.approx(np.linalg.norm(w @ w.T - np.eye(order)), rel=1e-12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
@@ -38,7 +38,7 @@ def test_what_is_not_finite_has_no_small_norm(place, value):
     w = np.eye(5, dtype="float32")
     w[2, 1] = value
     with np.errstate(all="ignore"):
-        assert not excess_norm(excess_of(place, w)) < 1e10
+        assert not float(excess_norm(excess_of(place, w))) < 1e10
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 7)])

@@ -44,13 +44,30 @@ LOPSIDED[:, 0] += 100
 
 @pytest.mark.parametrize(
     "w",
-    [well_conditioned(20, 1, 1), 0.01 * well_conditioned(20, 1e3, 1), 30 * well_conditioned(20, 1e9, 1), LOPSIDED],
-    ids=["orthogonal", "small", "large", "rows and columns apart"],
+    [
+        well_conditioned(20, 1, 1),
+        well_conditioned(256, 1, 1),
+        0.01 * well_conditioned(20, 1e3, 1),
+        30 * well_conditioned(20, 1e9, 1),
+        LOPSIDED,
+        LOPSIDED.T.copy(),
+        np.eye(1),
+    ],
+    ids=["orthogonal", "large orthogonal", "small", "ill", "rows and columns apart", "columns and rows apart", "one"],
 )
 def test_the_condition_number_is_estimated_within_its_norms(place, w):
     """It is that of the largest row sum, and estimated from below."""
     exact = np.linalg.cond(w, np.inf)
-    assert exact / 40 <= condition(factor(place.put(w))) <= exact * 1.001
+    assert exact / 1.5 <= float(condition(factor(place.put(w)))) <= exact * 1.001
+
+
+@given(order=st.integers(2, 40), number=st.sampled_from([1, 1e3, 1e8]), seed=st.integers(0, 999))
+@settings(max_examples=40)
+def test_a_device_estimates_the_condition_number_as_well_as_lapack(device, order, number, seed):
+    """Seen in 1000 draws: never below 0.72 of LAPACK's. Both estimate from below."""
+    w = well_conditioned(order, number, seed)
+    found, lapack = float(condition(factor(device.put(w)))), float(condition(factor(w)))
+    assert lapack * 0.5 <= found <= np.linalg.cond(w, np.inf) * 1.001
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -58,14 +75,14 @@ def test_a_singular_matrix_has_a_condition_number_beyond_its_dtype(place, dtype)
     w = rng(1).standard_normal((6, 6)).astype(dtype)
     w[4] = 0
     with np.errstate(all="ignore"):
-        assert condition(factor(place.put(w))) > 1 / np.finfo(dtype).eps
+        assert float(condition(factor(place.put(w)))) > 1 / np.finfo(dtype).eps
 
 
 def test_a_matrix_that_is_not_finite_has_no_condition_number(place):
     w = np.eye(3)
     w[1, 1] = np.nan
     with np.errstate(all="ignore"):
-        assert np.isnan(condition(factor(place.put(w))))
+        assert np.isnan(float(condition(factor(place.put(w)))))
 
 
 def near_orthogonal(order, norm, seed=0, lopsided=False):
