@@ -136,6 +136,7 @@ class Loader:
         self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._chunks = dataset.chunks(split)
         self._memory = None if self.streamed else dataset.load(split)
+        self._stream: Any = None if backend.on_host else copy_stream(backend)
         # What epochs that have ended leave to the next: the system takes its time to clear new memory.
         self._spare_memory: list[Memory] = []
         self._spare_buffers: list[_HostBuffer] = []
@@ -216,7 +217,7 @@ class Loader:
         return worked_ahead(spans, fill, work, buffers, self._threads, ended)
 
     def _device_batches(self, spans: list[_Span], source: _Source, draws: augment.Draws | None) -> Batches:
-        to_device, stream = self._backend.asarray, copy_stream(self._backend)
+        to_device, stream = self._backend.asarray, self._stream
         size = self._most_images()
         scale, shift = (to_device(values.astype(self.dtype)) for values in (self._scale, self._shift))
 
@@ -238,7 +239,13 @@ class Loader:
             _DeviceBuffer(*(Upload(self._backend, stream, shape, dtype) for shape, dtype in shapes))
             for _ in range(BUFFERS)
         ]
-        ahead = worked_ahead(spans, fill, work, buffers, self._threads, lambda _: self._keep(source))
+
+        def ended(_: list[_DeviceBuffer]) -> None:
+            self._keep(source)
+            # The buffers' memory is about to be handed on, and copies of batches that nobody took may be on their way.
+            stream.synchronize()
+
+        ahead = worked_ahead(spans, fill, work, buffers, self._threads, ended)
         with closing(ahead) as prepared:
             for (first, last), buffer in prepared:
                 images, labels = (upload.received(last - first) for upload in buffer)

@@ -1,6 +1,5 @@
-import copy
 import threading
-import types
+import time
 from contextlib import closing
 
 import h5py
@@ -179,24 +178,41 @@ def test_what_a_device_computes_equals_the_host(tiny, in_memory_bytes):
         assert equal([tuple(map(strict_device.asnumpy, batch)) for batch in found], copies(host.batches(1, start)))
 
 
-def test_a_copy_to_the_device_waits_for_what_uses_its_place_and_for_nothing_else(tiny):
-    streams = []
+@pytest.fixture
+def streams(monkeypatch):
+    """Collect the streams that are made on the device double."""
+    made = []
 
     class Stream(strict_device.Stream):
         def __init__(self, *arguments, **keywords):
             super().__init__(*arguments, **keywords)
-            streams.append(self)
+            made.append(self)
 
-    double = types.ModuleType("strict_device")
-    vars(double).update(vars(strict_device), cuda=copy.copy(strict_device.cuda))
-    double.cuda.Stream = Stream
-    device = Loader(tiny, "train", 64, backend=Backend("strict", double), **AUGMENTED)
+    monkeypatch.setattr(strict_device.cuda, "Stream", Stream)
+    return made
+
+
+def test_a_copy_to_the_device_waits_for_what_uses_its_place_and_for_nothing_else(tiny, streams):
+    device = Loader(tiny, "train", 64, backend=Backend("strict", strict_device), **AUGMENTED)
     before = strict_device.reads.total()
     steps = len(list(device.batches(0)))
     assert len(streams) == 1
     # Images and labels of each batch: a wait for the place to be free.
     assert streams[0].waited == 2 * steps * [strict_device.current_stream]
     assert strict_device.reads.total() == before
+
+
+def test_an_epoch_that_is_left_early_leaves_no_copy_on_its_way(tiny, streams):
+    """It would arrive in memory that others have by then."""
+    device = Loader(tiny, "train", 8, backend=Backend("strict", strict_device), **AUGMENTED)
+    for epoch in range(2):
+        with closing(device.batches(epoch)) as batches:
+            next(batches)
+            # Images and labels of the batch that was asked for, and of some ahead.
+            while len(streams[0]._work) < 6 * (epoch + 1):
+                time.sleep(0.001)
+        assert streams[0]._done == len(streams[0]._work)
+    assert len(streams) == 1
 
 
 def test_batches_go_round_in_four_buffers(tiny):
