@@ -12,11 +12,11 @@ flags tell only contiguity. It is stricter than CuPy in three ways: memory of `e
 integer), so that reading it shows; views made by `as_strided` cannot be written to; NumPy's ufuncs are not dispatched
 to the device.
 
-`reads` counts what makes the host wait for the device: `asnumpy`, `item`, `float(x)`, `bool(x)`, masks as an index.
+`reads` counts what makes the host wait for the device: `asnumpy`, `item`, `float(x)`, `bool(x)`, masks as an index, and
+cuSOLVER's info, which CuPy's LU functions look at.
 `writes` counts what the host copies to it: `asarray` of anything but a device array, `set`.
 """
 
-import operator
 import threading
 from collections import Counter
 from types import SimpleNamespace
@@ -70,9 +70,6 @@ class ndarray:
     def __int__(self):
         return int(self.item())
 
-    def __index__(self):
-        return operator.index(self.item())
-
     def __bool__(self):
         return bool(self.item())
 
@@ -125,7 +122,7 @@ class ndarray:
     def copy(self):
         return ndarray(self._host.copy())
 
-    def astype(self, dtype, copy=True):
+    def astype(self, dtype, *, copy=True):
         return ndarray(self._host.astype(dtype, copy=copy))
 
     def fill(self, value):
@@ -269,8 +266,8 @@ def asarray(a, dtype=None):
     return ndarray(np.array(a, dtype=dtype, order="C"))
 
 
-def array(a, dtype=None):
-    return asarray(a, dtype).copy()
+def array(obj, dtype=None):
+    return asarray(obj, dtype).copy()
 
 
 def asnumpy(a):
@@ -297,12 +294,12 @@ def ones(shape, dtype=float):
     return full(shape, 1, dtype)
 
 
-def eye(N, dtype=float):
+def eye(N, *, dtype=float):
     return ndarray(np.eye(N, dtype=dtype))
 
 
-def empty_like(a):
-    return empty(a.shape, a.dtype)
+def empty_like(prototype):
+    return empty(prototype.shape, prototype.dtype)
 
 
 def zeros_like(a):
@@ -314,7 +311,11 @@ def ones_like(a):
 
 
 def arange(start, stop=None, step=1, dtype=None):
-    return ndarray(np.arange(start, stop, step, dtype=dtype) if stop is not None else np.arange(start, dtype=dtype))
+    """Return a range; unlike NumPy, CuPy casts start and step themselves, and refuses what the dtype has not."""
+    found = np.arange(start, stop, step) if stop is not None else np.arange(start)
+    if dtype is not None and found.size:
+        np.dtype(dtype).type(0 if stop is None else start), np.dtype(dtype).type(step)
+    return ndarray(found if dtype is None else found.astype(dtype))
 
 
 def ascontiguousarray(a, dtype=None):
@@ -324,12 +325,12 @@ def ascontiguousarray(a, dtype=None):
 # Joining, choosing, shaping.
 
 
-def stack(arrays, axis=0):
-    return ndarray(np.stack([_operand(a, scalars=False) for a in arrays], axis))
+def stack(tup, axis=0):
+    return ndarray(np.stack([_operand(a, scalars=False) for a in tup], axis))
 
 
-def concatenate(arrays, axis=0):
-    return ndarray(np.concatenate([_operand(a, scalars=False) for a in arrays], axis))
+def concatenate(tup, axis=0):
+    return ndarray(np.concatenate([_operand(a, scalars=False) for a in tup], axis))
 
 
 def where(condition, x, y):
@@ -344,15 +345,15 @@ def take(a, indices, axis=None):
     return _wrap(np.take(_operand(a, scalars=False), _operand(indices), axis=axis))
 
 
-def reshape(a, shape):
-    return ndarray(np.reshape(_operand(a, scalars=False), shape))
+def reshape(a, newshape):
+    return ndarray(np.reshape(_operand(a, scalars=False), newshape))
 
 
 def broadcast_to(array, shape):
     return ndarray(np.broadcast_to(_operand(array, scalars=False), shape))
 
 
-def matmul(x1, x2, out=None):
+def matmul(x1, x2, /, *, out=None):
     found = np.matmul(_operand(x1, scalars=False), _operand(x2, scalars=False), **_out(out))
     return _wrap(found) if out is None else out
 
@@ -361,11 +362,11 @@ def dot(a, b):
     return _wrap(np.dot(_operand(a, scalars=False), _operand(b, scalars=False)))
 
 
-def einsum(subscripts, *operands):
+def einsum(subscripts, /, *operands):
     return _wrap(np.einsum(subscripts, *(_operand(a, scalars=False) for a in operands)))
 
 
-def copyto(dst, src, where=None):
+def copyto(dst, src, *, where=None):
     mask = True if where is None else _operand(where, scalars=False)
     np.copyto(_operand(dst, scalars=False), _operand(src), where=mask)
 
@@ -409,7 +410,7 @@ class Generator:
     def __init__(self, bit_generator):
         self._host = np.random.Generator(bit_generator._host)
 
-    def standard_normal(self, size=None, dtype=float, out=None):
+    def standard_normal(self, size=None, dtype=np.float64, out=None):
         if out is None:
             return ndarray(np.asarray(self._host.standard_normal(size, dtype)))
         host = _operand(out, scalars=False)

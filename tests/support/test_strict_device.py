@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import strict_device as xp
 
+from arraytp.backend import device_linalg
+
 HOST = np.arange(6.0).reshape(2, 3)
 
 
@@ -154,6 +156,18 @@ def test_numbers_and_numpy_scalars_mix_without_changing_the_dtype():
     for result in (x * 2, 2 * x, x * 2.5, np.float32(2) * x, x - np.float32(1), 1 - x):
         assert result.dtype == np.float32
     assert (np.float64(2) * x).dtype == np.float64
+
+
+def test_a_range_casts_its_start_and_step_as_cupy_does():
+    """NumPy casts the numbers of the range only: a step of -1 to uint8 works there."""
+    np.testing.assert_array_equal(xp.asnumpy(xp.arange(3, dtype=xp.uint8)), np.arange(3))
+    with pytest.raises(OverflowError):
+        xp.arange(9, 0, -1, dtype=xp.uint8)
+
+
+def test_a_singular_matrix_is_warned_of_as_by_cupy(x):
+    with pytest.warns(RuntimeWarning, match="Diagonal number 2 is exactly zero"):
+        device_linalg(x).lu_factor(xp.ones((2, 2)), check_finite=False)
 
 
 def test_empty_memory_shows_when_it_is_read():
