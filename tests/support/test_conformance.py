@@ -1,4 +1,4 @@
-"""The double admits no call that CuPy does not: its functions' signatures against those of an installed CuPy; no GPU."""
+"""The double admits no call that CuPy does not: its signatures against those of an installed CuPy; no GPU."""
 
 import importlib
 import inspect
