@@ -34,7 +34,7 @@ def test_a_row_with_kept_summaries_is_their_mean(collect, tmp_path, monkeypatch)
     row = "DTP,Table 1,CIFAR-10,BP,86.34,0.35,,,,not run,arraytp run x.yml,,,seed-*.json:final.test_top1"
     (tmp_path / "published.csv").write_text(f"{head}\n{row}\n", encoding="utf-8")
     (made,) = collect.read()
-    assert (made["ours"], made["ours_sd"], made["seeds"], made["verdict"]) == ("85.50", "0.50", "2", "not reproduced")
+    assert (made["ours"], made["ours_sd"], made["seeds"], made["verdict"]) == ("85.50", "0.71", "2", "not reproduced")
     assert collect.verdict(86.34, 0.35, 85.7) == "reproduced"
     assert collect.verdict(53.2, 0, 54.3) == "not reproduced"
 
