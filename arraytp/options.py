@@ -12,6 +12,7 @@ from pydantic import Discriminator
 ActivationName = Literal["linear", "leaky-relu", "elu", "relu", "tanh"]
 InitName = Literal["kaiming-uniform", "xavier-normal", "orthogonal"]
 Unpool = Literal["overwrite", "accumulate"]
+Regularised = Literal["square", "all-but-first"]
 Size = Annotated[int, Ge(1)]
 Border = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
@@ -91,7 +92,8 @@ class NetworkOptions:
 class SGD:
     """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v.
 
-    `orthogonality` λ adds 4λ(WWᵀ − I)W to g where W's matrix is square. `lr` may be a list, one value per block.
+    `orthogonality` λ adds 4λ(WWᵀ − I)W, or 4λW(WᵀW − I) if W has more rows than columns, to g of the blocks that
+    `orthogonality_on` names. `lr` may be a list, one value per block.
     """
 
     name: Literal["sgd"] = "sgd"
@@ -99,6 +101,7 @@ class SGD:
     momentum: Decay = 0.0
     weight_decay: NonNegative = 0.0
     orthogonality: NonNegative = 0.0
+    orthogonality_on: Regularised = "square"
 
     __pydantic_config__ = STRICT
 
@@ -118,6 +121,7 @@ class Adam:
     epsilon_form: Literal["pytorch", "keras"] = "pytorch"
     weight_decay: NonNegative = 0.0
     orthogonality: NonNegative = 0.0
+    orthogonality_on: Regularised = "square"
 
     __pydantic_config__ = STRICT
 

@@ -1,4 +1,4 @@
-"""Weights off where the initialisation put them, and back at the nearest orthogonal matrix."""
+"""Weights off where the initialisation put them, and back at the nearest semi-orthogonal matrix."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,19 +9,18 @@ from arraytp.audit.setting import Setting
 from arraytp.model.blocks import Network
 from arraytp.ops.conv import as_matrix
 
-# How far W is moved before it is taken back to its nearest orthogonal matrix, in its own size.
+# How far W is moved before it is taken back to its nearest semi-orthogonal matrix, in its own size.
 DRIFT = 0.05
 # As far as this W is inverted by LU factors, not by the Cholesky factor of WWᵀ.
 FAR = 0.3
 
 
 def drifted(setting: Setting, share: float = DRIFT) -> Network:
-    """Return the network with every square W moved by a random matrix of a share of its size."""
+    """Return the network with every W but the first moved by a random matrix of a share of its size."""
     weights = list(setting.network.weights)
-    for n, block in enumerate(setting.network.blocks):
-        if n > 0 and block.is_square:
-            noise, w = setting.generator(51, n).standard_normal(weights[n].shape), host(weights[n])
-            weights[n] = setting.put(w + share * noise * (np.linalg.norm(w) / np.linalg.norm(noise)))
+    for n in range(1, len(weights)):
+        noise, w = setting.generator(51, n).standard_normal(weights[n].shape), host(weights[n])
+        weights[n] = setting.put(w + share * noise * (np.linalg.norm(w) / np.linalg.norm(noise)))
     return Network(setting.network.blocks, weights, setting.network.biases)
 
 
@@ -37,12 +36,12 @@ def ways(setting: Setting, network: Network, shares: Sequence[float]) -> Iterato
 
 
 def polar_factor(w: Floats) -> Floats:
-    """Return the orthogonal matrix nearest to W, by Newton's iteration X ← (X + X⁻ᵀ)/2."""
-    x = w
+    """Return the semi-orthogonal matrix nearest to W, by Newton's iteration X ← (X + X(XᵀX)⁻¹)/2, X⁻ᵀ if square."""
+    x = w if len(w) >= w.shape[1] else w.T
     for _ in range(50):
-        following = (x + np.linalg.inv(x).T) / 2
+        following = (x + x @ np.linalg.inv(x.T @ x)) / 2
         # Digits double with every iteration.
         if np.abs(following - x).max() < 1e-9:
-            return following
+            break
         x = following
-    return x
+    return following if len(w) >= w.shape[1] else following.T

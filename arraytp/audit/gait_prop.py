@@ -62,6 +62,9 @@ def forms(setting: Setting) -> Iterator[Check]:
     error = updates_apart(setting.propose(plain, options), difference)
     yield checked("all blocks: difference form, fast engine against plain", "the same", gait_prop.difference, error,
                   INVERSE * 10)  # fmt: skip
+    if setting.options.inverse == "pseudo":
+        yield from _own_scale(setting, batch, difference)
+        return
     eta, literal_options = _without_crossings(setting, batch)
     for on, each in (("", batch), (", plain engine", plain)):
         literal = setting.propose(each, literal_options)
@@ -92,11 +95,12 @@ def _own_scale(setting: Setting, batch: Batch, rescaled: Updates) -> Iterator[Ch
 
 
 def _by_definition(network: Network, x: Floats, dlogits: Floats) -> list[tuple[Floats, Floats]]:
-    """Return the updates of the difference form: BP's recursion with the inverse of W in place of its transpose."""
+    """Return the updates of the difference form: BP's recursion with W⁻¹, or W⁺, in place of the transpose."""
     through = [network.weights[0]]
     for weight in network.weights[1:]:
         matrix = weight.reshape(-1, weight.shape[-1])
-        through.append(np.ascontiguousarray(np.linalg.inv(matrix).T).reshape(weight.shape))
+        inverse = np.linalg.inv(matrix) if len(matrix) == matrix.shape[1] else np.linalg.pinv(matrix)
+        through.append(np.ascontiguousarray(inverse.T).reshape(weight.shape))
     return reference.backward(network, through, x, dlogits)
 
 

@@ -1,6 +1,6 @@
-"""Inverses of square blocks, for rules that invert: solving, condition numbers, round trips, W nearly orthogonal."""
+"""Inverses, for rules that invert: solving, condition numbers, round trips, W nearly semi-orthogonal; W⁺ of any W."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ from arraytp.audit.check import Check, apart, checked, host, worst
 from arraytp.audit.drift import DRIFT, FAR, drifted, ways
 from arraytp.audit.gradients import exact
 from arraytp.audit.setting import Setting
-from arraytp.fast import inverse
+from arraytp.fast import inverse as fast
 from arraytp.model import plain
 from arraytp.model.passes import At, Batch
 from arraytp.ops import solve
@@ -35,12 +35,33 @@ def round_trips(setting: Setting) -> Iterator[Check]:
         (", W drifted", setting.pass_over(drifted(setting))),
         (", W far off", setting.pass_over(drifted(setting, FAR))),
     ):
-        for n in range(1, len(batch.network)):
-            yield from _round_trip(setting, batch, batch.at(n), when)
+        for n, factors in _inverses(setting, batch).items():
+            if isinstance(factors, solve.PseudoInverse):
+                yield from _pseudo_inverse(setting, batch.at(n), factors, when)
+            else:
+                yield from _round_trip(setting, batch, batch.at(n), factors, when)
 
 
-def _round_trip(setting: Setting, batch: Batch, at: At, when: str) -> Iterator[Check]:
-    factors, matrix, label = batch.inverses[at.n], as_matrix(at.weight), at.block.label
+def _inverses(setting: Setting, batch: Batch) -> Mapping[int, solve.Factors | solve.PseudoInverse]:
+    assert setting.rule.inverses is not None
+    return setting.rule.inverses(setting.options, batch)
+
+
+def _pseudo_inverse(setting: Setting, at: At, inverse: solve.PseudoInverse, when: str) -> Iterator[Check]:
+    """Check a gradient through W⁺ against NumPy's of the singular values; shapes of the batch decide how it goes."""
+    w, u = host(as_matrix(at.weight)), setting.normal(at.s_next.shape, 52, at.n)
+    number = float(np.linalg.cond(w)) ** 2
+    through = setting.put(np.ascontiguousarray(np.linalg.pinv(w).T).reshape(at.weight.shape))
+    plain_at = replace(at.batch, engine=setting.plain.engine).at(at.n)
+    _, _, expected = plain_at.backward(u, through=through)
+    for engine, each in (("fast", at), ("plain", plain_at)):
+        _, _, ds = each.backward(u, through=inverse)
+        yield checked(f"{at.block.label}: gradient through W⁺, {engine} engine{when}", "ds = (D unpool u) W⁺",
+                      fast.backward_through_pseudo_inverse, apart(ds, expected), INVERSE * number)  # fmt: skip
+
+
+def _round_trip(setting: Setting, batch: Batch, at: At, factors: solve.Factors, when: str) -> Iterator[Check]:
+    matrix, label = as_matrix(at.weight), at.block.label
     number = float(solve.condition(solve.factor(matrix)))
     rows = setting.normal((3, len(factors.matrix)), 50, at.n)
     error = apart(solve.right_solve(factors, rows) @ matrix, rows)
@@ -49,7 +70,7 @@ def _round_trip(setting: Setting, batch: Batch, at: At, when: str) -> Iterator[C
     # What saturation takes of an activation's digits, its inverse cannot give back.
     room = INVERSE * number / float(reference.slope(host(z), at.block.activation.name).min() + TINY)
     back = plain.block_inverse(at.block, at.weight, at.bias, y, at.s)
-    for function, x in ((plain.block_inverse, back), (inverse.inverse, at.inverse(factors, y))):
+    for function, x in ((plain.block_inverse, back), (fast.inverse, at.inverse(factors, y))):
         yield checked(f"{label}: round trip{when}", "G(F(x)) = x", function, apart(x.reshape(at.s.shape), at.s),
                       room)  # fmt: skip
     u = setting.normal(at.s_next.shape, 52, at.n)
@@ -57,15 +78,20 @@ def _round_trip(setting: Setting, batch: Batch, at: At, when: str) -> Iterator[C
     _, _, expected = plain_at.backward(u, through=solve.factor(matrix))
     _, _, ds = at.backward(u, through=factors)
     yield checked(f"{label}: gradient through W⁻¹, fast engine against plain{when}", "ds = (D u) W⁻¹",
-                  inverse.backward_through_inverse, apart(ds, expected), INVERSE * number)  # fmt: skip
+                  fast.backward_through_inverse, apart(ds, expected), INVERSE * number)  # fmt: skip
 
 
 def conditions(setting: Setting) -> Iterator[Check]:
     """Check the estimate of every condition number, which is never too large, and show it."""
     if not setting.rule.inverts:
         return
-    for block, weight in zip(setting.network.blocks[1:], setting.network.weights[1:], strict=True):
-        estimate, w = float(solve.condition(solve.factor(as_matrix(weight)))), host(as_matrix(weight))
+    for n, inverse in _inverses(setting, setting.pass_over()).items():
+        block, matrix = setting.network.blocks[n], as_matrix(setting.network.weights[n])
+        if isinstance(inverse, solve.PseudoInverse):
+            yield checked(f"{block.label}: condition number of W", "‖W‖·‖W⁺‖", solve.factor_gram,
+                          np.linalg.cond(host(matrix)))  # fmt: skip
+            continue
+        estimate, w = float(solve.condition(solve.factor(matrix))), host(matrix)
         true = float(np.abs(w).sum(axis=1).max() * np.abs(np.linalg.inv(w)).sum(axis=1).max())
         yield checked(f"{block.label}: condition number of W", "‖W‖·‖W⁻¹‖", solve.condition, true)
         yield checked(f"{block.label}: true condition over estimate, − 1", "‖W‖·‖W⁻¹‖", solve.condition,
@@ -82,7 +108,7 @@ def to_orthogonal(setting: Setting) -> Iterator[Check]:
     ):
         yield checked(f"{block.label}: angle to BP now, degrees", "W⁻¹ in place of Wᵀ", function,
                       angle_degrees(weight, gradient))  # fmt: skip
-    # The difference form is BP with W⁻¹ in place of Wᵀ; of other rules nothing is known there.
+    # The difference form is BP with W⁻¹, or W⁺, in place of Wᵀ; of other rules nothing is known there.
     is_bp, options = setting.rule.updates is gait_prop.updates, setting.rule.compared(setting.options)
     if is_bp:
         options = replace(setting.options, form="difference", rescale_updates=True)

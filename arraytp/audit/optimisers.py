@@ -13,7 +13,7 @@ from arraytp.audit.differences import gradient_error
 from arraytp.audit.drift import drifted
 from arraytp.audit.setting import Setting, fresh
 from arraytp.backend import Array
-from arraytp.fast.orthogonality import GramErrors, add_orthogonality
+from arraytp.fast.orthogonality import GramErrors, add_orthogonality, regularised
 from arraytp.fast.parallel import Workspace
 from arraytp.model.plain import PlainGramErrors
 from arraytp.ops.conv import as_matrix
@@ -35,11 +35,14 @@ def steps(setting: Setting) -> Iterator[Check]:
     theta, state = experiment.network.parameters(), optim.init_optimizer(options, network.parameters())
     experiment.optimizer_state = state
     start = [host(array).copy() for array in theta]
+    regularised_weights = {2 * n for n in regularised(network.blocks, options.orthogonality_on)}
     expected, moments = [array.copy() for array in start], [[] for _ in start]  # type: ignore[var-annotated]
     for t in range(1, STEPS + 1):
         gradients = [setting.normal(array.shape, 60, t, p) * 0.1 for p, array in enumerate(theta)]
         for p, g in enumerate(gradients):
-            total = host(g) + _regulariser(options.orthogonality, expected[p]) if options.orthogonality else host(g)
+            total = host(g)
+            if options.orthogonality and p in regularised_weights:
+                total = total + _regulariser(options.orthogonality, expected[p])
             lr = _expected_rate(setting.config.schedule, at_block(options.lr, p // 2), 0, t - 1)
             expected[p] = reference.optimiser_step(options, lr, p // 2, t, expected[p], total, moments[p])
         step = experiment.forward(setting.images, setting.labels)
@@ -65,42 +68,43 @@ def _moments_error(actual: list[tuple[object, ...]], expected: list[list[Floats]
 
 
 def _regulariser(strength: float, theta: Floats) -> Floats:
-    """Return λ·4(WWᵀ − I)W of a square W, else 0."""
-    w = theta.reshape(-1, theta.shape[-1]) if theta.ndim > 1 else theta[None]
-    if w.shape[0] != w.shape[1] or theta.ndim == 1:
-        return np.zeros_like(theta)
+    """Return λ·4(WWᵀ − I)W, which is λ·4W(WᵀW − I)."""
+    w = theta.reshape(-1, theta.shape[-1])
     return (4 * strength * (w @ w.T @ w - w)).reshape(theta.shape)
 
 
 def orthogonality(setting: Setting) -> Iterator[Check]:
-    """Check E = WWᵀ − I and the regulariser's gradient of every square block, W drifted.
+    """Check E and the regulariser's gradient of every regularised block, W drifted.
 
-    The gradient is held against finite differences of λ‖WWᵀ − I‖².
+    The gradient is held against finite differences of λ‖WWᵀ − I‖², or λ‖WᵀW − I‖² of a W with more rows than columns.
     """
-    strength = setting.config.optimizer.orthogonality
+    strength, on = setting.config.optimizer.orthogonality, setting.config.optimizer.orthogonality_on
     if not strength:
         return
     network, workspace = drifted(setting), Workspace(setting.workspace.backend)
     gradients = [setting.put(np.zeros(weight.shape)) for weight in network.weights]
     errors = GramErrors(network, workspace)
-    add_orthogonality(strength, network, gradients, errors, workspace)
-    for n, block in enumerate(network.blocks):
-        if not block.is_square:
-            continue
-        eye, w = setting.put(np.eye(block.weight_shape[-1])), as_matrix(network.weights[n])
+    add_orthogonality(strength, network, gradients, errors, workspace, on)
+    for n in regularised(network.blocks, on):
+        block, w = network.blocks[n], host(as_matrix(network.weights[n]))
 
-        def penalty(weight: Array, eye: Array = eye) -> float:
-            w = as_matrix(weight)
-            e = w @ w.T - eye
+        def penalty(weight: Array) -> float:
+            e = _excess(host(as_matrix(weight)))
             return strength * inner(e, e)
 
         error = gradient_error(penalty, network.weights[n], gradients[n], setting.generator(61, n), 1)
         yield checked(f"{block.label}: gradient of the regulariser", "4λ(WWᵀ − I)W", add_orthogonality, error,
                       DIFFERENCES)  # fmt: skip
         upper, plain = (np.triu(host(each.of([n])[n])) for each in (errors, PlainGramErrors(network)))
-        expected = np.triu(host(w) @ host(w).T - host(eye))
+        expected = np.triu(_excess(w))
         error = worst(apart(upper, expected), apart(plain, expected))
         yield checked(f"{block.label}: E", "E = WWᵀ − I", GramErrors.of, error, SUMS)
+
+
+def _excess(w: Floats) -> Floats:
+    """Return WWᵀ − I, or WᵀW − I if that is smaller."""
+    gram: Floats = w.T @ w if len(w) > w.shape[1] else w @ w.T
+    return gram - np.eye(len(gram))
 
 
 def schedule(setting: Setting) -> Iterator[Check]:

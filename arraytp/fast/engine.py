@@ -8,9 +8,9 @@ from arraytp.fast import feedback_training, inverse, jacobians, modules, orthogo
 from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Task, Workspace, even_slices, slices
 from arraytp.model.blocks import Network, Shape
-from arraytp.model.passes import At, Batch, ForwardPass, Gradients, GramErrors, Iterations, NoiseAndProducts
+from arraytp.model.passes import At, Batch, ForwardPass, Gradients, GramErrors, Iterations, NoiseAndProducts, Through
 from arraytp.ops.noise import CHUNK, gaussian
-from arraytp.ops.solve import LU, Cholesky, Factors
+from arraytp.ops.solve import LU, Cholesky, Factors, PseudoInverse
 from arraytp.options import Unpool
 
 # Tasks of element-wise work on a batch.
@@ -51,10 +51,12 @@ class Fast:
         """See `arraytp.fast.passes.forward`."""
         return passes.forward(network, x, self.workspace, name)
 
-    def backward(self, at: At, ds: Array, through: Array | Factors | None, scale: float | Array | None) -> Gradients:
+    def backward(self, at: At, ds: Array, through: Through | None, scale: float | Array | None) -> Gradients:
         """See `At.backward`."""
         if isinstance(through, LU | Cholesky):
             return inverse.backward_through_inverse(at, ds, through, scale, self.workspace)
+        if isinstance(through, PseudoInverse):
+            return inverse.backward_through_pseudo_inverse(at, ds, through, scale, self.workspace)
         return passes.backward(at, ds, through, scale, self.workspace)
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
@@ -84,6 +86,10 @@ class Fast:
     def inverses(self, batch: Batch) -> Mapping[int, Factors]:
         """See `Batch.inverses`."""
         return inverse.inverses(batch, self.workspace)
+
+    def pseudo_inverses(self, batch: Batch, ridge: float) -> Mapping[int, PseudoInverse]:
+        """See `Batch.pseudo_inverses`."""
+        return inverse.pseudo_inverses(batch, ridge, self.workspace)
 
     def inverse(self, at: At, factors: Factors, y: Array) -> Array:
         """See `At.inverse`."""

@@ -1,8 +1,9 @@
-"""Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), in slices shared by threads.
+"""Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), and W⁺ of any, by threads.
 
 `arraytp.model.plain.block_inverse` is the plain form. W is factorised once per step and block: near an orthogonal
 matrix by Cholesky, W⁻¹ = Wᵀ(WWᵀ)⁻¹, else by LU. Where fewer rows are to be carried through W⁻¹ than it has rows of
-interest, they are solved for; else those rows of W⁻¹ are formed and multiplied.
+interest, they are solved for; else those rows of W⁻¹ are formed and multiplied. W⁺ goes in the same ways by the smaller
+of WWᵀ and WᵀW.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,23 +12,28 @@ from functools import partial
 from arraytp.backend import Array, array_module
 from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Workspace, even_slices
-from arraytp.fast.passes import backward, scaled
+from arraytp.fast.passes import backward, product, scaled
 from arraytp.model.blocks import Block
-from arraytp.model.inverse import check_condition
+from arraytp.model.inverse import GRAM, check_condition
 from arraytp.model.passes import At, Batch, Gradients
 from arraytp.ops.conv import as_matrix
-from arraytp.ops.excess import excess_norm
+from arraytp.ops.excess import excess_norm, is_tall
 from arraytp.ops.patches import col2im, coverage
 from arraytp.ops.solve import (
+    LU,
     NEAR_ORTHOGONAL,
     Cholesky,
     Factors,
+    PseudoInverse,
     cholesky,
     condition,
     factor,
+    factor_gram,
+    gram_solve,
     inverse_rows,
     right_solve,
     symmetric_solve,
+    transposed_rows,
 )
 
 OWNER = "inverse"
@@ -38,6 +44,19 @@ SOLVE_ROWS = 128
 
 def inverses(batch: Batch, workspace: Workspace) -> Mapping[int, Factors]:
     """Factorise the weight matrix of every block but the first, one task a block: `Batch.inverses`."""
+    return _factorised(batch, 0, factor, "the weight matrix", workspace)
+
+
+def pseudo_inverses(batch: Batch, ridge: float, workspace: Workspace) -> Mapping[int, PseudoInverse]:
+    """Factorise the smaller Gram matrix of every block but the first: `Batch.pseudo_inverses`."""
+    grams = _factorised(batch, ridge, partial(factor_gram, ridge=ridge), GRAM, workspace)
+    return {n: PseudoInverse(as_matrix(batch.network.weights[n]), gram) for n, gram in grams.items()}
+
+
+def _factorised(
+    batch: Batch, ridge: float, far: Callable[[Array], LU], what: str, workspace: Workspace
+) -> Mapping[int, Factors]:
+    """Return a Cholesky factor of I + E + rI near semi-orthogonal matrices, `far` of the others, one task a block."""
     network, own = batch.network, workspace.of(OWNER)
     errors = batch.gram_errors.of(range(1, len(network)))
     triangles = {n: own.array(("triangle", n), e.shape, e.dtype) for n, e in errors.items()}
@@ -49,9 +68,9 @@ def inverses(batch: Batch, workspace: Workspace) -> Mapping[int, Factors]:
     def factorise(n: int, scratch: Buffers) -> None:
         w = as_matrix(network.weights[n])
         if near[n]:
-            factors[n] = cholesky(w, errors[n], triangles[n])
+            factors[n] = cholesky(w, errors[n], triangles[n], ridge)
         else:
-            factors[n] = lu = factor(w)
+            factors[n] = lu = far(w)
             conditions[n] = condition(lu)
 
     numbers, order = workspace.backend.numbers, sorted(errors, key=lambda n: network.weights[n].size, reverse=True)
@@ -60,8 +79,8 @@ def inverses(batch: Batch, workspace: Workspace) -> Mapping[int, Factors]:
     near = {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(norms, numbers([*norms.values()]), strict=True)}
     workspace.run([partial(factorise, n) for n in order])
     for n, number in sorted(zip(conditions, numbers([*conditions.values()]), strict=True)):
-        check_condition(network.blocks[n], n, network.weights[n].dtype, number)
-    return factors
+        check_condition(network.blocks[n], n, network.weights[n].dtype, number, what)
+    return {n: factors[n] for n in sorted(factors)}
 
 
 def inverse(at: At, factors: Factors, y: Array, workspace: Workspace) -> Array:
@@ -104,13 +123,56 @@ def backward_through_inverse(
         _solve_rows(lambda rows: symmetric_solve(factors, rows), dx.reshape(len(x), -1), workspace)
         return dweight, dbias, dx
     dweight, dbias, _ = backward(at, ds, None, scale, workspace)
-    dz = workspace.of((OWNER, at.batch.results, at.n)).array("dz", at.output.shape, x.dtype)
-    dz[:, units:] = 0
-    ds = ds.reshape(len(x), units)
-    ds = ds if scale is None else scaled(ds, scale, dz[:, :units])
-    block.activation.backward(ds, at.output[:, :units], out=dz[:, :units])
+    dz = _dz(at, ds, scale, workspace)
     _solve_rows(lambda rows: right_solve(factors, rows), dz, workspace)
     return dweight, dbias, dz.reshape(x.shape)
+
+
+def backward_through_pseudo_inverse(
+    at: At, ds: Array, inverse: PseudoInverse, scale: float | Array | None, workspace: Workspace
+) -> Gradients:
+    """Return dW, db and (D ⊙ unpool ds) W⁺: `At.backward` with W⁺ in place of Wᵀ."""
+    block, x, matrix = at.block, at.s, inverse.matrix
+
+    def solve(rows: Array) -> Array:
+        return gram_solve(inverse, rows)
+
+    if block.window is not None or len(x) >= max(matrix.shape):
+        through = _transposed(inverse, workspace).reshape(block.weight_shape)
+        return backward(at, ds, through, scale, workspace)
+    if not is_tall(matrix):
+        dweight, dbias, dx = backward(at, ds, matrix, scale, workspace)
+        assert dx is not None
+        _solve_rows(solve, dx.reshape(len(x), -1), workspace)
+        return dweight, dbias, dx
+    dweight, dbias, _ = backward(at, ds, None, scale, workspace)
+    dz = _dz(at, ds, scale, workspace)
+    _solve_rows(solve, dz, workspace)
+    dx = workspace.of((OWNER, at.batch.results, at.n)).array("ds", (len(x), len(matrix)), x.dtype)
+    return dweight, dbias, product(dz, matrix.T, dx, workspace).reshape(x.shape)
+
+
+def _transposed(inverse: PseudoInverse, workspace: Workspace) -> Array:
+    """Return (W⁺)ᵀ, of W's shape."""
+    matrix = inverse.matrix
+    rows = workspace.of(OWNER).array("transposed", (max(matrix.shape), min(matrix.shape)), matrix.dtype)
+
+    def task(part: slice, scratch: Buffers) -> None:
+        rows[part] = transposed_rows(inverse, part)
+
+    workspace.run([partial(task, part) for part in _row_slices(len(rows), workspace)])
+    return rows if is_tall(matrix) else array_module(rows).ascontiguousarray(rows.T)
+
+
+def _dz(at: At, ds: Array, scale: float | Array | None, workspace: Workspace) -> Array:
+    """Return D ⊙ (scale · ds) of a dense block, of shape (B, out), 0 for auxiliary units."""
+    units, output = at.block.next_shape[-1], at.output
+    dz = workspace.of((OWNER, at.batch.results, at.n)).array("dz", output.shape, output.dtype)
+    dz[:, units:] = 0
+    ds = ds.reshape(len(output), units)
+    ds = ds if scale is None else scaled(ds, scale, dz[:, :units])
+    at.block.activation.backward(ds, output[:, :units], out=dz[:, :units])
+    return dz
 
 
 def first_rows(factors: Factors, count: int, workspace: Workspace) -> Array:

@@ -1,18 +1,20 @@
-"""Keeping square weight matrices near orthogonal ones (GP paper, 2.1 and 2.3): E = WWᵀ − I and the regulariser.
+"""Keeping weight matrices near semi-orthogonal ones (GP paper, 2.1 and 2.3): E and the regulariser.
 
-E is the gradient's larger half and what a rule inverts W through. `GramErrors` computes it once a step for both.
+E = WWᵀ − I, or WᵀW − I of a matrix with more rows than columns (`arraytp.ops.excess`), is the gradient's larger half
+and what a rule inverts W through. `GramErrors` computes it once a step for both.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from arraytp.backend import Array
 from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Task, Workspace, even_slices
-from arraytp.model.blocks import Network
+from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import GramErrors as AnyGramErrors
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import add_excess_product, excess_rows
+from arraytp.options import Regularised
 
 OWNER = "orthogonality"
 # Two tasks for a matrix of order 1024, so that threads end together; measured: 5 % slower than one for E, 2 % for E W.
@@ -20,10 +22,10 @@ PART = 512
 
 
 class GramErrors:
-    """E^n = W^n(W^n)ᵀ − I of a network's square matrices, as `arraytp.ops.excess` has it.
+    """E^n of a network's matrices, as `arraytp.ops.excess` has it.
 
-    Each is computed when it is first asked for: n³ operations a matrix of order n, half a product, since WWᵀ is
-    symmetric. The arrays are valid until those of another network are asked for.
+    Each is computed when it is first asked for: half a product, since E is symmetric. The arrays are valid until those
+    of another network are asked for.
 
     Parameters
     ----------
@@ -44,21 +46,34 @@ class GramErrors:
         for n in positions:
             if n not in self._computed:
                 w = as_matrix(self._network.weights[n])
-                e = self._computed[n] = own.filled(("E", n), w.shape, w.dtype, 0.0)
-                for rows in _parts(len(w), self._workspace):
-                    work = len(w) * (rows.stop - rows.start) * (len(w) - rows.start)
+                order = min(w.shape)
+                e = self._computed[n] = own.filled(("E", n), (order, order), w.dtype, 0.0)
+                for rows in _parts(order, self._workspace):
+                    work = max(w.shape) * (rows.stop - rows.start) * (order - rows.start)
                     tasks.append((work, partial(_error_task, w, rows, e)))
         self._workspace.run(_largest_first(tasks))
         return {n: self._computed[n] for n in positions}
 
 
-def add_orthogonality(
-    strength: float, network: Network, weight_gradients: list[Array], errors: AnyGramErrors, workspace: Workspace
-) -> None:
-    """Add λ·4(WWᵀ − I)W, the gradient of λ‖WWᵀ − I‖², to that of the loss where a matrix W is square (GP paper).
+def regularised(blocks: Sequence[Block], on: Regularised) -> list[int]:
+    """Return the blocks that the regulariser acts on: those with a square W, or all but the first."""
+    if on == "all-but-first":
+        return list(range(1, len(blocks)))
+    return [n for n, block in enumerate(blocks) if block.is_square]
 
-    2n³ operations a matrix of order n besides those of E. λ stands beside g as it is: the authors' values go with the
-    loss summed over the batch.
+
+def add_orthogonality(
+    strength: float,
+    network: Network,
+    weight_gradients: list[Array],
+    errors: AnyGramErrors,
+    workspace: Workspace,
+    on: Regularised = "square",
+) -> None:
+    """Add λ·4 E W, or λ·4 W E, the gradient of λ‖E‖², to that of the loss (GP paper; there W is square).
+
+    E = WWᵀ − I, or WᵀW − I if W has more rows than columns. 2 K O min(K, O) operations a matrix of K rows and O columns
+    besides those of E. λ stands beside g as it is: the authors' values go with the loss summed over the batch.
 
     Parameters
     ----------
@@ -66,18 +81,19 @@ def add_orthogonality(
         λ.
     network : Network
     weight_gradients : list of arrays of the weights' shapes and dtype, C-contiguous
-        Those of square matrices are added to in place, others left.
+        Those of the regularised blocks are added to in place, others left.
     errors : GramErrors
         Of the network's present weights.
     workspace : Workspace
+    on : {"square", "all-but-first"}
+        See `regularised`.
     """
-    square = [n for n, block in enumerate(network.blocks) if block.is_square]
     tasks: list[tuple[int, Task]] = []
-    for n, e in errors.of(square).items():
+    for n, e in errors.of(regularised(network.blocks, on)).items():
         w, g = as_matrix(network.weights[n]), as_matrix(weight_gradients[n])
-        for columns in _parts(len(w), workspace):
-            task = partial(_product_task, 4 * strength, e, w, columns, g)
-            tasks.append((len(w) ** 2 * (columns.stop - columns.start), task))
+        for part in _parts(max(w.shape), workspace):
+            task = partial(_product_task, 4 * strength, e, w, part, g)
+            tasks.append((len(e) ** 2 * (part.stop - part.start), task))
     workspace.run(_largest_first(tasks))
 
 
@@ -93,5 +109,5 @@ def _error_task(w: Array, rows: slice, out: Array, scratch: Buffers) -> None:
     excess_rows(w, rows, out)
 
 
-def _product_task(factor: float, e: Array, w: Array, columns: slice, g: Array, scratch: Buffers) -> None:
-    add_excess_product(factor, e, w, columns, g)
+def _product_task(factor: float, e: Array, w: Array, part: slice, g: Array, scratch: Buffers) -> None:
+    add_excess_product(factor, e, w, part, g)

@@ -34,6 +34,10 @@ def check_invertible(rule: str, blocks: tuple[Block, ...]) -> None:
             )
 
 
+GRAM = "the Gram matrix of the weights"
+"""What `check_condition` calls WWᵀ + rI, or WᵀW + rI."""
+
+
 def check_range(block: Block, n: int, y: Array) -> None:
     """Refuse outputs y of block n that its activation cannot have, and that f⁻¹ would make infinite or NaN.
 
@@ -57,8 +61,8 @@ def check_range(block: Block, n: int, y: Array) -> None:
             )
 
 
-def check_condition(block: Block, n: int, dtype: np.dtype, condition: float) -> None:
-    """Refuse a weight matrix of block n that its dtype cannot invert.
+def check_condition(block: Block, n: int, dtype: np.dtype, condition: float, what: str = "the weight matrix") -> None:
+    """Refuse a weight matrix of block n, or `what` else of it, that its dtype cannot invert.
 
     Raises
     ------
@@ -68,7 +72,7 @@ def check_condition(block: Block, n: int, dtype: np.dtype, condition: float) -> 
     most = 1 / np.finfo(dtype).eps
     if condition > most:
         raise IllConditionedError(
-            f"block {n} ({block.label}): the weight matrix cannot be inverted in {dtype}: its condition number is "
+            f"block {n} ({block.label}): {what} cannot be inverted in {dtype}: its condition number is "
             f"{condition:.1e}, at most {most:.1e} can be; network.init: orthogonal and optimizer.orthogonality keep it "
             "near 1"
         )

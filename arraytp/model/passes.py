@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 from arraytp.backend import Array, Backend
 from arraytp.model.blocks import Block, Network, Shape
-from arraytp.ops.solve import Factors
+from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import Unpool
 
 Gradients = tuple[Array, Array, Array | None]
 """dW and db of a block, and the gradient of its input, None for block 0 or where nothing carries it back."""
+Through = Array | Factors | PseudoInverse
+"""What carries a gradient back: an array of weight_shape for its transpose, or factors for W⁻¹ or W⁺."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Batch:
 
     @cached_property
     def gram_errors(self) -> "GramErrors":
-        """E = WWᵀ − I of the blocks, computed once for all that need it: inverses and the regulariser."""
+        """E = WWᵀ − I (or WᵀW − I) of the blocks, computed once for all that need it: inverses and the regulariser."""
         return self.engine.gram_errors(self.network)
 
     @cached_property
@@ -135,6 +137,21 @@ class Batch:
             If a weight matrix cannot be inverted in its dtype; names the block and the condition number.
         """
         return self.engine.inverses(self)
+
+    def pseudo_inverses(self, ridge: float = 0.0) -> Mapping[int, PseudoInverse]:
+        """Return W⁺ of every block but the first, by its position, as factors.
+
+        Parameters
+        ----------
+        ridge : float
+            r ≥ 0 of W⁺ = Wᵀ(WWᵀ + rI)⁻¹ = (WᵀW + rI)⁻¹Wᵀ; 0 is the pseudo-inverse.
+
+        Raises
+        ------
+        IllConditionedError
+            If the smaller of WWᵀ + rI and WᵀW + rI cannot be inverted in its dtype; names the block and the number.
+        """
+        return self.engine.pseudo_inverses(self, ridge)
 
 
 @dataclass(frozen=True)
@@ -179,17 +196,15 @@ class At:
         """The maxima of the block's pool."""
         return self.batch.forward.index[self.n]
 
-    def backward(
-        self, ds: Array, through: Array | Factors | None = None, scale: float | Array | None = None
-    ) -> Gradients:
+    def backward(self, ds: Array, through: "Through | None" = None, scale: float | Array | None = None) -> Gradients:
         """Return dW = sᵀ dz, db = Σ dz and ds^n = dz throughᵀ, with dz = D ⊙ unpool(scale · ds).
 
         Parameters
         ----------
         ds : array of B · size of s^{n+1} elements
             Gradient of s^{n+1}; that of auxiliary units is 0.
-        through : array of shape weight_shape, or Factors of W, optional
-            What carries the gradient back to s^n: W itself (BP), a fixed random matrix (FA), W⁻¹ in place of Wᵀ
+        through : array of shape weight_shape, Factors or PseudoInverse of W, optional
+            What carries the gradient back to s^n: W itself (BP), a fixed random matrix (FA), W⁻¹ or W⁺ in place of Wᵀ
             (GAIT-prop). Without it, and for block 0, there is no gradient of s^n.
         scale : float or array of shape (B,), optional
             What ds is multiplied by first, as a whole or sample by sample.
@@ -234,7 +249,7 @@ class At:
 
 
 class GramErrors(Protocol):
-    """E^n = W^n(W^n)ᵀ − I of a network's square matrices."""
+    """E^n of a network's matrices: WWᵀ − I, or WᵀW − I of a W with more rows than columns."""
 
     def of(self, positions: Iterable[int]) -> Mapping[int, Array]:
         """Return E of the blocks at these positions, each computed once."""
@@ -360,7 +375,7 @@ class Engine(Protocol):
     def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
         """Run the network on a batch; arrays of the result are valid until the next call with this name."""
 
-    def backward(self, at: At, ds: Array, through: Array | Factors | None, scale: float | Array | None) -> Gradients:
+    def backward(self, at: At, ds: Array, through: Through | None, scale: float | Array | None) -> Gradients:
         """See `At.backward`."""
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
@@ -383,6 +398,9 @@ class Engine(Protocol):
 
     def inverses(self, batch: Batch) -> Mapping[int, Factors]:
         """See `Batch.inverses`."""
+
+    def pseudo_inverses(self, batch: Batch, ridge: float) -> Mapping[int, PseudoInverse]:
+        """See `Batch.pseudo_inverses`."""
 
     def inverse(self, at: At, factors: Factors, y: Array) -> Array:
         """See `At.inverse`."""

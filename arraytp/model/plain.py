@@ -10,7 +10,7 @@ from typing import Any
 from arraytp.backend import Array, Backend, array_module
 from arraytp.model import feedback
 from arraytp.model.blocks import Block, Network, Shape
-from arraytp.model.inverse import check_condition
+from arraytp.model.inverse import GRAM, check_condition
 from arraytp.model.passes import (
     At,
     Batch,
@@ -20,13 +20,26 @@ from arraytp.model.passes import (
     Iterate,
     NoiseAndProducts,
     Sums,
+    Through,
 )
 from arraytp.ops.conv import as_matrix, conv_backward_input, conv_backward_weight, conv_forward
 from arraytp.ops.dense import dense_backward_input, dense_backward_weight, dense_forward
+from arraytp.ops.excess import is_tall
 from arraytp.ops.noise import EPSILON, ETA, gaussian
 from arraytp.ops.patches import col2im, coverage, im2col
 from arraytp.ops.pool import max_pool_backward, max_pool_forward
-from arraytp.ops.solve import LU, Cholesky, Factors, condition, factor, inverse_rows, right_solve
+from arraytp.ops.solve import (
+    LU,
+    Cholesky,
+    Factors,
+    PseudoInverse,
+    condition,
+    factor,
+    factor_gram,
+    inverse_rows,
+    right_solve,
+    transposed_rows,
+)
 from arraytp.options import Unpool
 
 
@@ -151,7 +164,7 @@ class Plain:
             done.s.append(array_module(x).ascontiguousarray(output[..., : block.next_shape[-1]]))
         return done
 
-    def backward(self, at: At, ds: Array, through: Array | Factors | None, scale: float | Array | None) -> Gradients:
+    def backward(self, at: At, ds: Array, through: Through | None, scale: float | Array | None) -> Gradients:
         """Return the gradients of one block, z computed anew."""
         block = at.block
         z, _, _ = block_forward(block, at.weight, at.bias, at.s)
@@ -161,6 +174,10 @@ class Plain:
         if isinstance(through, LU | Cholesky):
             # W⁻¹ in place of Wᵀ is W⁻ᵀ in place of W.
             through = inverse_rows(through, slice(0, len(through.matrix))).T.reshape(block.weight_shape)
+        elif isinstance(through, PseudoInverse):
+            # W⁺ in place of Wᵀ is (W⁺)ᵀ in place of W.
+            rows = transposed_rows(through, slice(0, max(through.matrix.shape)))
+            through = (rows if is_tall(through.matrix) else rows.T).reshape(block.weight_shape)
         return block_backward(block, ds, z, at.index, at.s, through)
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
@@ -205,8 +222,18 @@ class Plain:
         factors = {}
         for n, block in enumerate(batch.network.blocks[1:], start=1):
             factors[n] = factor(as_matrix(batch.network.weights[n]))
-            check_condition(block, n, factors[n].matrix.dtype, condition(factors[n]))
+            check_condition(block, n, factors[n].matrix.dtype, float(condition(factors[n])))
         return factors
+
+    def pseudo_inverses(self, batch: Batch, ridge: float) -> Mapping[int, PseudoInverse]:
+        """Factorise the smaller Gram matrix of every W but the first, one after the other."""
+        inverses = {}
+        for n, block in enumerate(batch.network.blocks[1:], start=1):
+            matrix = as_matrix(batch.network.weights[n])
+            gram = factor_gram(matrix, ridge)
+            check_condition(block, n, matrix.dtype, float(condition(gram)), GRAM)
+            inverses[n] = PseudoInverse(matrix, gram)
+        return inverses
 
     def inverse(self, at: At, factors: Factors, y: Array) -> Array:
         """Return the input that y belongs to."""
@@ -214,7 +241,7 @@ class Plain:
 
 
 class PlainGramErrors:
-    """E = WWᵀ − I as it reads."""
+    """E = WWᵀ − I, or WᵀW − I, as it reads."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -222,7 +249,8 @@ class PlainGramErrors:
     def of(self, positions: Any) -> Mapping[int, Array]:
         """Return E of some blocks."""
         matrices = {n: as_matrix(self._network.weights[n]) for n in positions}
-        return {n: w @ w.T - array_module(w).eye(len(w), dtype=w.dtype) for n, w in matrices.items()}
+        grams = {n: w.T @ w if is_tall(w) else w @ w.T for n, w in matrices.items()}
+        return {n: gram - array_module(gram).eye(len(gram), dtype=gram.dtype) for n, gram in grams.items()}
 
 
 class PlainIterations:

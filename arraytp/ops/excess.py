@@ -1,7 +1,9 @@
-"""E = WWᵀ − I, how far a square matrix is from an orthogonal one: what the regulariser and W⁻¹ = Wᵀ(I + E)⁻¹ share.
+"""E, how far a matrix is from a semi-orthogonal one: what the regulariser, W⁻¹ and W⁺ share.
 
-Dimensions: n order of the matrix. E is symmetric: on the host it is an array of which only the entries on and above the
-diagonal are computed and read, the others stay 0; on a device the whole of it is computed.
+Dimensions: W has K rows and O columns. E = WWᵀ − I of order n = K unless W is tall, K > O; then E = WᵀW − I of order
+n = O. So E is of the smaller side, and 0 where W's rows, or columns, are orthonormal. It is symmetric: on the host it
+is an array of which only the entries on and above the diagonal are computed and read, the others stay 0; on a device
+the whole of it is computed.
 """
 
 import numpy as np
@@ -10,22 +12,31 @@ from arraytp.backend import Array, array_module
 from arraytp.ops.blas import blas
 
 
+def is_tall(w: Array) -> bool:
+    """Tell whether W has more rows than columns, so that its smaller Gram matrix is WᵀW."""
+    return len(w) > int(w.shape[1])
+
+
 def excess_rows(w: Array, rows: slice, out: Array) -> None:
     """Write some rows of E.
 
     Parameters
     ----------
-    w : array of shape (n, n), C-contiguous
+    w : array of shape (K, O), C-contiguous
         W.
     rows : slice
     out : array of shape (n, n), C-contiguous
         E; on the host zeros below the diagonal, which are left so.
     """
-    n, height = len(w), rows.stop - rows.start
+    n, height = len(out), rows.stop - rows.start
     if array_module(w) is not np:
-        array_module(w).matmul(w[rows], w.T, out=out[rows])
+        wide = w.T if is_tall(w) else w
+        array_module(w).matmul(wide[rows], wide.T, out=out[rows])
+    elif is_tall(w):
+        blas("syrk", "L", "N", height, len(w), 1.0, w[:, rows], 0.0, out[rows, rows])
+        np.matmul(w[:, rows].T, w[:, rows.stop :], out=out[rows, rows.stop :])
     else:
-        blas("syrk", "L", "T", height, n, 1.0, w[rows], 0.0, out[rows, rows])
+        blas("syrk", "L", "T", height, w.shape[1], 1.0, w[rows], 0.0, out[rows, rows])
         np.matmul(w[rows], w[rows.stop :].T, out=out[rows, rows.stop :])
     out.reshape(-1)[rows.start * (n + 1) : (rows.stop - 1) * (n + 1) + 1 : n + 1] -= 1
 
@@ -40,10 +51,18 @@ def excess_norm(excess: Array) -> Array:
     return np.sqrt(2 * float(squares) - float(np.dot(diagonal, diagonal)))
 
 
-def add_excess_product(factor: float, excess: Array, w: Array, columns: slice, out: Array) -> None:
-    """Add some columns of factor · E W to those of `out`, in place; all of shape (n, n), C-contiguous."""
-    n, width = len(w), columns.stop - columns.start
-    if array_module(w) is not np:
-        out[:, columns] += w.dtype.type(factor) * (excess @ w[:, columns])
+def add_excess_product(factor: float, excess: Array, w: Array, part: slice, out: Array) -> None:
+    """Add a part of factor · E W, or of factor · W E where W is tall, to that of `out`, in place.
+
+    W and `out` are of shape (K, O), C-contiguous; the part is of the longer side: columns of E W, rows of W E.
+    """
+    n, length = len(excess), part.stop - part.start
+    if is_tall(w):
+        if array_module(w) is not np:
+            out[part] += w.dtype.type(factor) * (w[part] @ excess)
+        else:
+            blas("symm", "L", "L", n, length, float(factor), excess, w[part], 1.0, out[part])
+    elif array_module(w) is not np:
+        out[:, part] += w.dtype.type(factor) * (excess @ w[:, part])
     else:
-        blas("symm", "R", "L", width, n, float(factor), excess, w[:, columns], 1.0, out[:, columns])
+        blas("symm", "R", "L", length, n, float(factor), excess, w[:, part], 1.0, out[:, part])

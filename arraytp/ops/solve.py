@@ -1,11 +1,14 @@
-"""Solving with a square weight matrix: factors once, any number of right-hand sides (GP paper, Equation 3).
+"""Solving with a weight matrix: factors once, any number of right-hand sides (GP paper, Equation 3).
 
 Dimensions: n order of the matrix, R rows. Everything is about x in x W = y, with x and y of shape (R, n): rows are
 samples or positions, as everywhere. LAPACK is column-major, so a C-contiguous W is Wᵀ to it, and y is yᵀ: no array is
 copied into another order.
 
-Any W has LU factors. One near an orthogonal matrix has the cheaper Cholesky factor of WWᵀ = I + E, E of
+Any square W has LU factors. One near an orthogonal matrix has the cheaper Cholesky factor of WWᵀ = I + E, E of
 `arraytp.ops.excess`: W⁻¹ = Wᵀ(I + E)⁻¹.
+
+A W of K rows and O columns has a pseudo-inverse W⁺ = Wᵀ(WWᵀ)⁻¹ or (WᵀW)⁻¹Wᵀ, whichever exists, and a ridge inverse
+Wᵀ(WWᵀ + rI)⁻¹ = (WᵀW + rI)⁻¹Wᵀ, r > 0. Both go by factors of the smaller matrix.
 """
 
 import warnings
@@ -16,6 +19,7 @@ from scipy.linalg import get_lapack_funcs
 
 from arraytp.backend import Array, array_module, device_linalg
 from arraytp.ops.blas import blas
+from arraytp.ops.excess import is_tall
 
 NEAR_ORTHOGONAL = 0.8
 """Up to this ‖E‖ the eigenvalues of WWᵀ are between 0.2 and 1.8, so that its condition number is at most 9: of the
@@ -26,11 +30,11 @@ DEVICE_STEPS = 3
 
 @dataclass(frozen=True)
 class Cholesky:
-    """The Cholesky factor of WWᵀ.
+    """The Cholesky factor of WWᵀ, or of WᵀW for a W with more rows than columns.
 
     Parameters
     ----------
-    matrix : array of shape (n, n)
+    matrix : array of shape (n, n), or (K, O) with min(K, O) = n
         W.
     triangle : array of shape (n, n)
         As LAPACK's potrf gives it, above the diagonal to row-major eyes, on a device below; the rest is not read.
@@ -63,19 +67,37 @@ class LU:
 Factors = Cholesky | LU
 
 
-def cholesky(matrix: Array, excess: Array, out: Array) -> Cholesky:
-    """Factorise WWᵀ = I + E for a W with ‖E‖ ≤ `NEAR_ORTHOGONAL`; n³/3 operations.
+@dataclass(frozen=True)
+class PseudoInverse:
+    """W⁺ = Wᵀ(WWᵀ + rI)⁻¹ = (WᵀW + rI)⁻¹Wᵀ, r ≥ 0.
 
     Parameters
     ----------
-    matrix, excess : arrays of shape (n, n), C-contiguous
+    matrix : array of shape (K, O)
+        W.
+    gram : Factors
+        Of WWᵀ + rI, or of WᵀW + rI for a W with more rows than columns.
+    """
+
+    matrix: Array
+    gram: Factors
+
+
+def cholesky(matrix: Array, excess: Array, out: Array, ridge: float = 0) -> Cholesky:
+    """Factorise I + E + rI for a W with ‖E‖ ≤ `NEAR_ORTHOGONAL`; n³/3 operations.
+
+    Parameters
+    ----------
+    matrix, excess : arrays of shape (n, n), or (K, O) and (n, n), C-contiguous
         W and E; kept as they are.
     out : array of shape (n, n), C-contiguous
         Overwritten on the host, where it becomes the triangle.
+    ridge : float
+        r, 0 for the inverse and the pseudo-inverse.
     """
-    xp, order = array_module(matrix), len(matrix)
+    xp, order = array_module(matrix), len(excess)
     out[...] = excess
-    out.reshape(-1)[:: order + 1] += 1
+    out.reshape(-1)[:: order + 1] += 1 + ridge
     if xp is not np:
         return Cholesky(matrix, xp.linalg.cholesky(out))
     blas("potrf", "L", order, out)
@@ -95,6 +117,26 @@ def factor(matrix: Array) -> LU:
     getrf = get_lapack_funcs("getrf", (matrix,))
     lu, pivots, _ = getrf(matrix.T)
     return LU(matrix, lu, pivots, norm)
+
+
+def factor_gram(matrix: Array, ridge: float) -> LU:
+    """Factorise WWᵀ + rI, or WᵀW + rI for a W with more rows than columns: any W, C-contiguous, of shape (K, O)."""
+    gram = matrix.T @ matrix if is_tall(matrix) else matrix @ matrix.T
+    gram.reshape(-1)[:: len(gram) + 1] += ridge
+    return factor(gram)
+
+
+def gram_solve(inverse: PseudoInverse, z: Array) -> Array:
+    """Return z (WWᵀ + rI)⁻¹, or z (WᵀW + rI)⁻¹, of z's shape (R, n); C-contiguous, z may be overwritten."""
+    if isinstance(inverse.gram, Cholesky):
+        return symmetric_solve(inverse.gram, z)
+    return right_solve(inverse.gram, z)
+
+
+def transposed_rows(inverse: PseudoInverse, rows: slice) -> Array:
+    """Return some rows of (W⁺)ᵀ if W has more rows than columns, else some rows of W⁺; shape (R, n)."""
+    matrix = inverse.matrix if is_tall(inverse.matrix) else inverse.matrix.T
+    return gram_solve(inverse, matrix[rows].copy())
 
 
 def right_solve(factors: Factors, y: Array) -> Array:
@@ -120,7 +162,7 @@ def right_solve(factors: Factors, y: Array) -> Array:
 
 def symmetric_solve(factors: Cholesky, z: Array) -> Array:
     """Return z (WWᵀ)⁻¹, of shape (R, n) as z, a C-contiguous array that it may overwrite; 2Rn² operations."""
-    order = len(factors.matrix)
+    order = len(factors.triangle)
     if array_module(z) is not np:
         solve = device_linalg(z).solve_triangular
         half = solve(factors.triangle, z.T, lower=True, check_finite=False)

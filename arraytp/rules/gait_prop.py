@@ -21,30 +21,43 @@ for every γ: BP's recursion with W^{-1} in place of Wᵀ, and BP's result where
 equal numbers. It equals the literal form up to rounding where f is linear, or where it is leaky ReLU and no unit's
 nudged activation (1 − ε) a + ε t lies on the other side of the kink than a (`crossings` counts those); for ELU
 and tanh up to first order in γ.
+
+**Any network** (`inverse: pseudo`, docs/gait-prop-any-network.md): in the difference form W^{-1} may be the
+pseudo-inverse W⁺ of a W that is not square, and e may pass a pool to the maxima of the forward pass:
+
+    e_n = (D^n unpool(e_{n+1})) (W^n)⁺
+
+W⁺ = Wᵀ where W is semi-orthogonal, and the result is BP's there. No auxiliary units, no f^{-1}.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
+from arraytp.errors import UserError
 from arraytp.model.blocks import Block, Network, adjoint_flops, block_flops
 from arraytp.model.inverse import check_invertible, check_range
 from arraytp.model.passes import At, Batch
 from arraytp.ops.activations import LEAKY_RELU
 from arraytp.ops.norms import row_norms
+from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import STRICT, Positive
 from arraytp.rules.protocol import Rule, State, Target, Update
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Defaults are the authors' (docs/math/differences.md); `normalise: false` is vanilla GP."""
+    """Defaults are the authors' (docs/math/differences.md); `normalise: false` is vanilla GP.
+
+    `form` is, unless given, literal with exact inverses and difference with pseudo-inverses.
+    """
 
     name: Literal["gait-prop"] = "gait-prop"
-    form: Literal["literal", "difference"] = "literal"
+    inverse: Literal["exact", "pseudo"] = "exact"
+    form: Literal["literal", "difference"] | None = None
     normalise: bool = True
     gamma: Positive = 1e-3
     eta: Positive = 1e-7
@@ -54,6 +67,10 @@ class Options:
 
     __pydantic_config__ = STRICT
 
+    def __post_init__(self) -> None:
+        if self.form is None:
+            object.__setattr__(self, "form", "literal" if self.inverse == "exact" else "difference")
+
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
     """Return what is worth knowing before a run, one line each.
@@ -61,13 +78,37 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
     Raises
     ------
     UserError
-        If a block that must be inverted has no inverse; names it and what would fit.
+        If a block that must be inverted has no inverse; names it and what would fit. With pseudo-inverses, for the
+        literal form and auxiliary units.
     """
+    if options.inverse == "pseudo":
+        check_pseudo(options, blocks)
+        return []
     check_invertible(options.name, blocks)
     if options.form == "literal" and dtype == "float32":
         return ["rule gait-prop: form literal in float32 is lost in rounding (measured: 84 to 91 degrees from BP after "
                 "3 layers of 1024); use dtype float64, or form difference"]  # fmt: skip
     return []
+
+
+def check_pseudo(options: Options, blocks: tuple[Block, ...]) -> None:
+    """Refuse what has no meaning with pseudo-inverses: raises as `check`."""
+    if options.form == "literal":
+        raise UserError(
+            "rule.form: literal inverts f, W and every pool, which rule.inverse: pseudo does without; use form: "
+            "difference, or inverse: exact"
+        )
+    for n, block in enumerate(blocks):
+        if block.auxiliary:
+            raise UserError(
+                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, for which rule "
+                f"{options.name} with inverse: pseudo has no use; use network.square: false, or inverse: exact"
+            )
+
+
+def inverses(options: Options, batch: Batch) -> Mapping[int, Factors | PseudoInverse]:
+    """Return W⁻¹, or W⁺, of every block but the first, as factors; raises IllConditionedError."""
+    return batch.inverses if options.inverse == "exact" else batch.pseudo_inverses()
 
 
 def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
@@ -86,7 +127,7 @@ def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
 
 def literal(options: Options, batch: Batch) -> Iterator[tuple[Target, Update]]:
     """Yield target and update of every block, from the last to the first (Algorithm 1)."""
-    xp, number, inverses = array_module(batch.dlogits), batch.dlogits.dtype.type, batch.inverses
+    xp, number, carriers = array_module(batch.dlogits), batch.dlogits.dtype.type, batch.inverses
     t = batch.logits - number(0.5) * batch.dlogits
     m = xp.ones(len(t), dtype=t.dtype)
     for at in batch.down():
@@ -100,16 +141,16 @@ def literal(options: Options, batch: Batch) -> Iterator[tuple[Target, Update]]:
             m = m / gamma
         y = nudged(at, t, gamma)
         check_range(at.block, at.n, y)
-        t = at.inverse(inverses[at.n], y)
+        t = at.inverse(carriers[at.n], y)
         # Where nothing is to be changed the inverse leaves rounding errors only, which m would blow up.
         xp.copyto(t, at.s, where=per_sample(on_target, t))
 
 
 def difference(options: Options, batch: Batch) -> Iterator[tuple[Array, Update]]:
     """Yield e and the update of every block, from the last to the first, by the difference form."""
-    e, inverses = batch.dlogits, batch.inverses
+    e, carriers = batch.dlogits, inverses(options, batch)
     for at in batch.down():
-        dW, db, e_before = at.backward(e, through=inverses.get(at.n))
+        dW, db, e_before = at.backward(e, through=carriers.get(at.n))
         yield e, (dW, db)
         if not options.rescale_updates and at.n > 0:
             gamma, _ = perturbation(options, e, at.block, half=True)
@@ -189,4 +230,4 @@ def flops(options: Options, network: Network) -> int:
     return gradients + sum(map(carried, network.blocks[1:]))
 
 
-RULE = Rule(options=Options, updates=updates, targets=targets, flops=flops, check=check, inverts=True)
+RULE = Rule(options=Options, updates=updates, targets=targets, flops=flops, check=check, inverses=inverses)

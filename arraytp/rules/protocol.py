@@ -13,6 +13,7 @@ from arraytp.backend import Array, Backend
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, Batch
+from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import SGD, Adam, FeedbackTraining
 
 
@@ -211,8 +212,8 @@ class Rule(Generic[O]):
         Lines worth knowing before a run; raises UserError for what the rule cannot train.
     compared : options → options
         At which the updates are compared with BP's.
-    inverts : bool
-        Whether the rule inverts the weights of every block but the first.
+    inverses : (options, batch) → map of n to Factors or PseudoInverse, optional
+        What the rule puts in place of the transposed weights of every block but the first; raises IllConditionedError.
     checks : tuple of Check
         What the audit is to check besides.
     """
@@ -227,8 +228,13 @@ class Rule(Generic[O]):
     flops: Callable[[O, Network], int]
     check: Callable[[O, tuple[Block, ...], str, str], list[str]] = lambda options, blocks, dtype, reduction: []
     compared: Callable[[O], O] = lambda options: options
-    inverts: bool = False
+    inverses: Callable[[O, Batch], Mapping[int, Factors | PseudoInverse]] | None = None
     checks: tuple[Check, ...] = ()
+
+    @property
+    def inverts(self) -> bool:
+        """Whether the rule inverts the weights of every block but the first."""
+        return self.inverses is not None
 
     @property
     def name(self) -> str:

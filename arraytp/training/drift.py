@@ -4,8 +4,8 @@
 
     angle_deg      between the block's update and BP's
     own_deg        between what the block hands down, (D e) W⁻¹, and (D e) Wᵀ for the same e; NaN for block 0
-    drift_rms      ‖WWᵀ − I‖/√K of the block's K×K matrix: root mean square of σ² − 1 over its singular values σ
-    drift_largest  the largest |σ² − 1|; both NaN where W is not square
+    drift_rms      root mean square of σ² − 1 over the singular values σ of the block's W: ‖WWᵀ − I‖/√K of K×K
+    drift_largest  the largest |σ² − 1|; both NaN for block 0 unless its W is square
 """
 
 import itertools
@@ -24,11 +24,14 @@ from arraytp.backend import Array
 from arraytp.config import dump_config
 from arraytp.model.passes import At
 from arraytp.ops.conv import as_matrix
+from arraytp.ops.excess import is_tall
 from arraytp.training.compare import angle_degrees
 from arraytp.training.experiment import Experiment, Step, build_planned
 from arraytp.training.plan import Plan
 from arraytp.training.progress import Progress
 from arraytp.training.tables import DRIFT_COLUMNS, CsvTable
+
+NONE = math.nan, math.nan
 
 
 def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
@@ -67,14 +70,16 @@ def _batches(experiment: Experiment) -> Iterator[tuple[int, Array, Array]]:
 
 def _measure(experiment: Experiment, step: Step, table: CsvTable, number: int, angles: list[float]) -> None:
     loss = float(step.score.totals[0]) / step.score.images
-    for n, (angle, own) in enumerate(zip(angles, own_angles(step), strict=True)):
-        table.append(number, n, loss, angle, own, *drift(experiment.network.weights[n]))
+    for n, (angle, own) in enumerate(zip(angles, own_angles(experiment, step), strict=True)):
+        measured = drift(experiment.network.weights[n]) if n > 0 or experiment.network.blocks[n].is_square else NONE
+        table.append(number, n, loss, angle, own, *measured)
 
 
-def own_angles(step: Step) -> list[float]:
+def own_angles(experiment: Experiment, step: Step) -> list[float]:
     """Return by how many degrees W⁻¹ turns what each block hands down, against Wᵀ; NaN for block 0."""
     batch = replace(step.batch, results="own")
-    e, inverses, angles = batch.dlogits, batch.inverses, []
+    assert experiment.rule.inverses is not None
+    e, inverses, angles = batch.dlogits, experiment.rule.inverses(experiment.config.rule, batch), []
     for at in batch.down():
         if at.n == 0:
             angles.append(math.nan)
@@ -94,11 +99,10 @@ def _handed_down(at: At, e: Array, through: Any) -> Array:
 
 
 def drift(weight: Array) -> tuple[float, float]:
-    """Return root mean square and largest absolute value of the eigenvalues of WWᵀ − I; NaN where W is not square."""
+    """Return root mean square and largest absolute value of the eigenvalues of WWᵀ − I, or of the smaller WᵀW − I."""
     w = np.asarray(as_matrix(weight))
-    if w.shape[0] != w.shape[1]:
-        return math.nan, math.nan
-    error = w @ w.T
-    error.reshape(-1)[:: len(w) + 1] -= 1
-    largest = eigsh(error, k=1, v0=np.ones(len(w), w.dtype), tol=1e-3, return_eigenvectors=False)
-    return float(np.linalg.norm(error) / len(w) ** 0.5), float(abs(largest[0]))
+    error = w.T @ w if is_tall(w) else w @ w.T
+    order = len(error)
+    error.reshape(-1)[:: order + 1] -= 1
+    largest = eigsh(error, k=1, v0=np.ones(order, w.dtype), tol=1e-3, return_eigenvectors=False)
+    return float(np.linalg.norm(error) / order**0.5), float(abs(largest[0]))

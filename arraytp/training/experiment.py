@@ -249,7 +249,9 @@ class Experiment:
         check_gradients(parameters, gradients)
         if optimizer.orthogonality:
             weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
-            add_orthogonality(optimizer.orthogonality, self.network, weights, errors, self.workspace)
+            add_orthogonality(
+                optimizer.orthogonality, self.network, weights, errors, self.workspace, optimizer.orthogonality_on
+            )
         rates = learning_rates(self.config.schedule, optimizer.lr, epoch, self.optimizer_state.step)
         apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace)
 

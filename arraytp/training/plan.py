@@ -10,6 +10,7 @@ from arraytp.config import Config, Normalize
 from arraytp.data.dataset import Dataset, open_dataset
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
+from arraytp.fast.orthogonality import regularised
 from arraytp.model.architectures import plan_network
 from arraytp.model.blocks import Block, show_shape
 from arraytp.rules import RULES
@@ -82,10 +83,10 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
         if not isinstance(section, str):
             _check_numbers(asdict(section), key, config.dtype)
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
-    if config.optimizer.orthogonality and not any(block.is_square for block in blocks):
+    if config.optimizer.orthogonality and not regularised(blocks, config.optimizer.orthogonality_on):
         raise UserError(
             f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but no weight matrix of this network is "
-            "square; set it to 0, or network.square: true"
+            "square; set it to 0, or network.square: true, or orthogonality_on: all-but-first for semi-orthogonal ones"
         )
     notes = tuple(RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction))
     _check_lists(config, blocks)

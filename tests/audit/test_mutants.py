@@ -44,6 +44,16 @@ CONFIGS = {
     "drl expected": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl, expected: true}")),
     "drl optimum": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl, expected: optimum}")),
     "gp": ("quickstart-gait-prop", "gp", (SQUARE, "rule={name: gait-prop, form: literal}")),
+    "pseudo": (
+        "quickstart-gait-prop",
+        "gp",
+        (
+            CONV,
+            "network.square=false",
+            "rule={name: gait-prop, inverse: pseudo}",
+            "optimizer.orthogonality_on=all-but-first",
+        ),
+    ),
 }
 
 
@@ -167,6 +177,14 @@ MUTANTS = [
         ("coverage(window, x) - x.dtype.type(1)", "coverage(window, x)"),
         ("dz[:, units:] = 0", "dz[:, units:] = 1"),
     ),
+    *_on(
+        "pseudo",
+        "fast/inverse.py",
+        ("return gram_solve(inverse, rows)", "return rows"),
+        ("triangles[n], ridge)", "triangles[n], 0.1)"),
+        ("product(dz, matrix.T, dx, workspace)", "product(dz, matrix.T * 2, dx, workspace)"),
+    ),
+    *_on("pseudo", "fast/orthogonality.py", ("range(1, len(blocks))", "range(2, len(blocks))")),
     *_on("gp", "ops/solve.py", ("[rows.start :: order + 1] = 1", "[rows.start :: order + 1] = 2"),
          ("return x.T\n", "return -x.T\n"), ("y @ factors.matrix.T)", "y @ factors.matrix)")),
     *_on("gp", "ops/activations.py", ("s.dtype.type(1 / LEAKY_SLOPE)", "s.dtype.type(2 / LEAKY_SLOPE)"),

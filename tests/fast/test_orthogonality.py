@@ -15,8 +15,14 @@ from arraytp.model.plain import PlainGramErrors
 from arraytp.options import SGD, Adam, Dense
 
 
+def excess(w):
+    """Return E of the smaller side."""
+    gram = w.T @ w if len(w) > w.shape[1] else w @ w.T
+    return gram - np.eye(len(gram))
+
+
 def penalty(w, strength):
-    return strength * np.sum((w @ w.T - np.eye(len(w))) ** 2)
+    return strength * np.sum(excess(w) ** 2)
 
 
 def network_of(weights):
@@ -25,10 +31,10 @@ def network_of(weights):
     return Network(blocks, list(weights))
 
 
-def added(place, strength, weights, gradients, threads=2):
+def added(place, strength, weights, gradients, threads=2, on="square"):
     totals, workspace = [place.backend.asarray(np.array(g)) for g in gradients], Workspace(place.backend, threads)
     network = network_of([place.put(w) for w in weights])
-    add_orthogonality(strength, network, totals, GramErrors(network, workspace), workspace)
+    add_orthogonality(strength, network, totals, GramErrors(network, workspace), workspace, on)
     return [place.get(array) for array in totals]
 
 
@@ -40,6 +46,29 @@ def test_it_is_the_gradient_of_the_penalty(place, order):
     slope = (penalty(w + step * v, 0.7) - penalty(w - step * v, 0.7)) / (2 * step)
     assert np.vdot(found, v) == pytest.approx(slope, rel=1e-6)
     close(found, 0.7 * 4 * (w @ w.T - np.eye(order)) @ w, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (2, 2, 5, 6), (2, 2, 2, 11), (600, 9), (9, 600), (530, 520)])
+def test_of_any_other_matrix_it_is_the_gradient_of_the_smaller_penalty(place, shape):
+    """All blocks but the first; 600 and 530 are more than one part."""
+    w, g, v = rng(7).standard_normal((3, *shape))
+    w /= max(shape) ** 0.5
+    first, found = added(place, 0.7, [w, w], [g, g], on="all-but-first")
+    close(first, g, 0)
+    matrix = w.reshape(-1, shape[-1])
+    e = excess(matrix)
+    wanted = matrix @ e if len(matrix) > shape[-1] else e @ matrix
+    close(found, g + 0.7 * 4 * wanted.reshape(shape), 1e-12)
+    step, direction = 1e-6, v.reshape(matrix.shape)
+    slope = (penalty(matrix + step * direction, 0.7) - penalty(matrix - step * direction, 0.7)) / (2 * step)
+    assert np.vdot(found - g, v) == pytest.approx(slope, rel=1e-5, abs=1e-6 * abs(slope).max())
+
+
+def test_a_semi_orthogonal_matrix_is_left_alone(place):
+    w = np.linalg.qr(rng(4).standard_normal((9, 4)))[0]
+    for matrix in (w, np.ascontiguousarray(w.T)):
+        zeros = np.zeros_like(matrix)
+        assert np.abs(added(place, 100.0, [matrix] * 2, [zeros] * 2, on="all-but-first")[1]).max() < 1e-11
 
 
 def test_square_kernels_and_dense_weights_get_it_and_others_do_not(place):
@@ -79,7 +108,7 @@ def test_a_step_goes_along_gradient_and_regulariser(optimizer):
 
 def test_errors_are_those_of_the_formula_and_computed_once(place):
     """By the block's position; the host's hold the upper triangle, which is all that is read of them."""
-    weights = [rng(3, n).standard_normal((7, 7)) for n in range(3)]
+    weights = [rng(3, n).standard_normal((7 + n, 7)) for n in range(3)]
     network = network_of([place.put(w) for w in weights])
     errors = GramErrors(network, Workspace(place.backend, 2))
     first = errors.of([2])
@@ -88,7 +117,7 @@ def test_errors_are_those_of_the_formula_and_computed_once(place):
     assert every[2] is first[2]
     plain = PlainGramErrors(network).of([0, 2])
     for n, e in every.items():
-        wanted = weights[n] @ weights[n].T - np.eye(7)
+        wanted = excess(weights[n])
         close(place.get(plain[n]), wanted, 1e-13)
         close(place.get(e), np.triu(wanted) if place.backend.on_host else wanted, 1e-13)
 

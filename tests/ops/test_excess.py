@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from samples import close, rng, well_conditioned
 
-from arraytp.ops.excess import add_excess_product, excess_norm, excess_rows
+from arraytp.ops.excess import add_excess_product, excess_norm, excess_rows, is_tall
 
 
 def excess_of(place, w, cuts=()):
-    out, bounds = place.backend.xp.zeros(w.shape, dtype=w.dtype), (0, *cuts, len(w))
+    order = min(w.shape)
+    out, bounds = place.backend.xp.zeros((order, order), dtype=w.dtype), (0, *cuts, order)
     for start, stop in itertools.pairwise(bounds):
         excess_rows(place.put(w), slice(start, stop), out)
     return out
@@ -25,6 +26,20 @@ def test_rows_of_the_excess_are_the_formulas(place, order, cuts, dtype):
     found = place.get(excess_of(place, w, cuts))
     assert found.dtype == dtype
     close(found, np.triu(wanted) if place.backend.on_host else wanted, 1e-5 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.parametrize(("shape", "cuts"), [((7, 1), ()), ((9, 5), (2,)), ((5, 9), (2,)), ((90, 40), (1, 12, 39))])
+def test_of_the_smaller_side_where_a_matrix_is_not_square(place, shape, cuts):
+    w = rng(1, *shape).standard_normal(shape)
+    wide = w.T if shape[0] > shape[1] else w
+    wanted = wide @ wide.T - np.eye(len(wide))
+    assert is_tall(w) == (shape[0] > shape[1])
+    close(place.get(excess_of(place, w, cuts)), np.triu(wanted) if place.backend.on_host else wanted, 1e-13)
+    g, out = rng(2).standard_normal(shape), None
+    out, bounds = place.backend.asarray(g.copy()), (0, 1, max(shape))
+    for start, stop in itertools.pairwise(bounds):
+        add_excess_product(0.5, excess_of(place, w), place.put(w), slice(start, stop), out)
+    close(place.get(out), g + 0.5 * (w @ wanted if is_tall(w) else wanted @ w), 1e-13)
 
 
 @pytest.mark.parametrize("order", [1, 2, 30])

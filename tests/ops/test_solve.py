@@ -10,7 +10,18 @@ from samples import close, rng, well_conditioned
 
 from arraytp.backend import NUMPY
 from arraytp.ops.excess import excess_rows
-from arraytp.ops.solve import NEAR_ORTHOGONAL, cholesky, condition, factor, inverse_rows, right_solve
+from arraytp.ops.solve import (
+    NEAR_ORTHOGONAL,
+    PseudoInverse,
+    cholesky,
+    condition,
+    factor,
+    factor_gram,
+    gram_solve,
+    inverse_rows,
+    right_solve,
+    transposed_rows,
+)
 
 
 @given(order=st.integers(1, 30), rows=st.integers(1, 9), number=st.sampled_from([1, 1e2, 1e4]), seed=st.integers(0, 99))
@@ -125,3 +136,30 @@ def test_up_to_the_limit_a_cholesky_factor_loses_no_digit_of_a_float32(norm, lop
         found = right_solve(cholesky_of(place, w), y.astype("float32"))
         assert found.dtype == np.float32
         assert np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 6)])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("near", [True, False])
+def test_the_pseudo_inverse_is_that_of_the_singular_values(place, shape, ridge, near):
+    """With r = 0 it is Moore's and Penrose's; W near a semi-orthogonal matrix has a Cholesky factor, any other LU."""
+    u, sigma, v = np.linalg.svd(rng(*shape).standard_normal(shape), full_matrices=False)
+    sigma = np.linspace(0.9, 1.1, len(sigma)) if near else sigma
+    w = np.ascontiguousarray((u * sigma) @ v)
+    wanted = (v.T * (sigma / (sigma**2 + ridge))) @ u.T
+    order, put = min(shape), place.put(w)
+    gram = w.T @ w if shape[0] > shape[1] else w @ w.T
+    if near:
+        out = place.backend.xp.empty((order, order), dtype=w.dtype)
+        e = gram - np.eye(order)
+        factors = cholesky(put, place.put(np.triu(e) if place.backend.on_host else e), out, ridge)
+    else:
+        factors = factor_gram(put, ridge)
+    inverse = PseudoInverse(put, factors)
+    rows = place.get(transposed_rows(inverse, slice(1, max(shape))))
+    close(rows, (wanted.T if shape[0] > shape[1] else wanted)[1:], 1e-12)
+    z = rng(3).standard_normal((5, order))
+    solved = place.get(gram_solve(inverse, place.backend.asarray(z.copy())))
+    close(solved, z @ np.linalg.inv(gram + ridge * np.eye(order)), 1e-12)
+    if not ridge:
+        close(wanted, np.linalg.pinv(w), 1e-12)

@@ -57,6 +57,10 @@ RULES = {
     "gait-prop difference not rescaled": (
         {"name": "gait-prop", "form": "difference", "normalise": False, "rescale_updates": False}, (SQUARE,)
     ),
+    "gait-prop pseudo": ({"name": "gait-prop", "inverse": "pseudo"}, (CONV, DENSE)),
+    "gait-prop pseudo not rescaled": (
+        {"name": "gait-prop", "inverse": "pseudo", "rescale_updates": False}, (CONV,)
+    ),
     "tp": ({"name": "tp", "feedback": TRAINED}, (CONV, DENSE)),
     "dtp": ({"name": "dtp", "feedback": TRAINED}, (CONV, DENSE)),
     "dtp divided": (
@@ -107,7 +111,11 @@ def dataset(tmp_path_factory):
 
 
 def config(dataset, rule, layers, dtype="float64", **sections):
-    square = rule["name"] == "gait-prop"
+    square = rule["name"] == "gait-prop" and rule.get("inverse") != "pseudo"
+    optimizer = SGD
+    if rule["name"] == "gait-prop":
+        on = "square" if square else "all-but-first"
+        optimizer = ADAM | {"epsilon_form": "keras", "orthogonality": 0.1, "orthogonality_on": on}
     return parse_config({
         "name": "traced",
         "seed": 3,
@@ -115,7 +123,7 @@ def config(dataset, rule, layers, dtype="float64", **sections):
         "data": {"dataset": str(dataset), "flip": 0.5},
         "network": {"blocks": layers, "square": square, "init": "orthogonal" if square else "kaiming-uniform"},
         "rule": rule,
-        "optimizer": ADAM | {"epsilon_form": "keras", "orthogonality": 0.1} if square else SGD,
+        "optimizer": optimizer,
         "train": {"epochs": 1, "batch_size": 4 if rule.get("expected") else 18},
     } | sections).variants[""]  # fmt: skip
 
@@ -303,13 +311,15 @@ def optimised(optimizer, parameter, gradients, extra=lambda w: 0.0):
     return w
 
 
-def orthogonality(trace, weight):
-    """Return the regulariser's gradient by autograd, where the weight's matrix is square."""
-    strength = trace.config["optimizer"]["orthogonality"]
+def orthogonality(trace, weight, n):
+    """Return the regulariser's gradient by autograd, where it acts on the weight's matrix."""
+    strength, on = (trace.config["optimizer"][key] for key in ("orthogonality", "orthogonality_on"))
     matrix = weight.reshape(-1, weight.shape[-1]).clone().requires_grad_()
-    if weight.ndim == 1 or matrix.shape[0] != matrix.shape[1] or not strength:
+    regularised = n > 0 if on == "all-but-first" else matrix.shape[0] == matrix.shape[1]
+    if weight.ndim == 1 or not regularised or not strength:
         return 0.0
-    excess = matrix @ matrix.T - torch.eye(len(matrix), dtype=matrix.dtype)
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    excess = gram - torch.eye(len(gram), dtype=matrix.dtype)
     return torch.autograd.grad(strength * (excess**2).sum(), matrix)[0].reshape(weight.shape)
 
 
@@ -405,6 +415,21 @@ def gait_targets(trace):
             m = m / gamma
         else:
             e = e * per_sample(gamma, e)
+
+
+def pseudo_targets(trace):
+    """Yield δ of every block and m, by GAIT-prop's difference form with the pseudo-inverse of any W."""
+    e, m = output_gradient(trace), torch.ones(trace.batch, dtype=trace.x.dtype)
+    for n in reversed(range(len(trace.blocks))):
+        s, (weight, _) = trace[f"activations/{n}/out"], trace.weights("forward", n)
+        delta = e.reshape(s.shape) / (-2 * per_sample(m, s))
+        yield delta, m
+        if n == 0:
+            return
+        pseudo_inverse = torch.linalg.pinv(weight.reshape(-1, weight.shape[-1]))
+        e = carried(trace, n, e, pseudo_inverse.T.reshape(weight.shape))
+        gamma = gait_gamma(trace, n, delta)
+        m, e = (m / gamma, e) if trace.rule["rescale_updates"] else (m, e * per_sample(gamma, e))
 
 
 def learned_targets(trace):
@@ -545,7 +570,8 @@ def present(trace, start, gradients):
 
 
 def check_targets(trace):
-    found = {"gait-prop": gait_targets}.get(trace.rule["name"], learned_targets)(trace)
+    exact = pseudo_targets if trace.rule.get("inverse") == "pseudo" else gait_targets
+    found = {"gait-prop": exact}.get(trace.rule["name"], learned_targets)(trace)
     for n, (delta, m) in zip(reversed(range(len(trace.blocks))), found, strict=True):
         out, units = trace[f"activations/{n}/out"], delta.shape[-1]
         check(trace[f"targets/{n}/delta"][..., :units], delta)
@@ -563,7 +589,7 @@ def check_updates(trace):
             check(trace[f"updates/forward/{n}/{part}"], mine[i])
             check(trace[f"bp/{n}/{part}"], reference[i])
             before = trace[f"weights/forward/{n}/{part}"]
-            after = optimised(trace.config["optimizer"], before, [mine[i]], lambda w: orthogonality(trace, w))
+            after = optimised(trace.config["optimizer"], before, [mine[i]], lambda w, n=n: orthogonality(trace, w, n))
             check(trace[f"weights_after/forward/{n}/{part}"], after)
         a, b, attrs = mine[0].flatten(), reference[0].flatten(), trace.attrs[f"updates/forward/{n}"]
         cosine = float(a @ b / a.norm() / b.norm())

@@ -53,6 +53,8 @@ GAIT_PROP = {
     "literal not rescaled": {"eta": 1e-3, "norm": "l2_squared", "scale_by_sqrt_dim": False, "rescale_updates": False},
     "difference": {"form": "difference"},
     "difference not rescaled": {"form": "difference", "rescale_updates": False, "normalise": False},
+    "pseudo": {"inverse": "pseudo"},
+    "pseudo not rescaled": {"inverse": "pseudo", "rescale_updates": False},
 }
 CASES = {
     "bp": ("bp", {}),
@@ -71,16 +73,24 @@ def test_every_rule_is_among_the_cases():
     assert {rule for rule, _ in CASES.values()} == set(RULES)
 
 
-def drawn(layers, shape, rule, near):
-    """Return a network: for a rule that inverts with square weights, near orthogonal ones or well conditioned."""
+def squared(case):
+    """Tell whether a case needs square weights."""
+    rule, options = CASES[case]
+    return RULES[rule].inverts and options.get("inverse") != "pseudo"
+
+
+def drawn(layers, shape, case, near):
+    """Return a network: for a rule that inverts near semi-orthogonal weights, square ones if need be, or not near."""
     blocks = fitting_blocks(layers, shape)
-    if not RULES[rule].inverts:
+    if not near and not squared(case):
         return random_network(blocks)
-    blocks = fitting_blocks(square(layers, blocks), shape)
+    blocks = fitting_blocks(square(layers, blocks), shape) if squared(case) else blocks
     network = make_network(blocks, "orthogonal", 0, "float64")
     for n, block in enumerate(blocks):
         network.biases[n] = 0.1 * rng(n).standard_normal(block.out_shape[-1])
-        if n and not near:
+        if near:
+            network.weights[n] += 0.01 * rng(n, 1).standard_normal(block.weight_shape)
+        elif n:
             network.weights[n] = 0.7 * well_conditioned(block.out_shape[-1], 3, n).reshape(block.weight_shape)
     return network
 
@@ -90,7 +100,8 @@ def step(engine, rule, options, network, x, labels):
     if RULES[rule].feedback is not None:
         settings = TRAINED if len(network) == 4 else FeedbackTraining(iterations=2, sigma=0.2, optimizer=SGD(lr=0.01))
         options = options | {"feedback": settings}
-    optimizer = SGD(lr=0.1, momentum=0.9, orthogonality=0.01 if RULES[rule].inverts else 0.0)
+    inverts, on = RULES[rule].inverts, "all-but-first" if options.get("inverse") == "pseudo" else "square"
+    optimizer = SGD(lr=0.1, momentum=0.9, orthogonality=0.01 if inverts else 0.0, orthogonality_on=on)
     runner = trainer(network, rule, optimizer, threads=2, seed=3, engine=engine, **options)
     loss, one = runner.forward(x, labels)
     losses = runner.train_feedback(one)
@@ -114,10 +125,10 @@ def step(engine, rule, options, network, x, labels):
 )
 def test_a_step_by_the_fast_and_by_the_plain_engine_agree(case, count, near):
     rule, options = CASES[case]
-    for layers, shape in (SQUARE_NETS if RULES[rule].inverts else NETS).values():
+    for layers, shape in (SQUARE_NETS if squared(case) else NETS).values():
         results = []
         for engine in (None, plain(NUMPY)):
-            network = drawn(layers, shape, rule, near)
+            network = drawn(layers, shape, case, near)
             results.append(step(engine, rule, options, network, *batch(network.blocks, count)))
         (loss, losses, fast), (plain_loss, plain_losses, exact) = results
         assert loss == pytest.approx(plain_loss, rel=1e-13)

@@ -36,13 +36,13 @@ NOT_OF_A_STEP = {
     "ldrl_parallel.py": {"feedback_flops"},
     "drl.py": {"flops", "feedback_flops", "check", "local_loss"},
     # Of the audit: units that a nudge takes across a kink.
-    "gait_prop.py": {"flops", "check", "crossings"},
+    "gait_prop.py": {"flops", "check", "check_pseudo", "crossings"},
     # Refuses rates at which the iterations diverge.
     "collapse.py": {"check_converges"},
     # Of the plan; of the bench; of a study.
     "feedback.py": {"check_feedback", "check_expected", "feedback_products", "only_block"},
     # Names for files, copies for the audit and studies.
-    "protocol.py": {"Options.name", "State.copy", "Rule.name"},
+    "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts"},
 }
 # The trace asks for no target after the last block's.
 UNASKED = {("gait_prop.py", "targets", "return")}
@@ -75,6 +75,7 @@ STEPS = {
     "gait-prop difference": {"name": "gait-prop", "form": "difference"},
     "gait-prop difference vanilla": {"name": "gait-prop", "form": "difference", "normalise": False},
     "gait-prop difference not rescaled": {"name": "gait-prop", "form": "difference", "rescale_updates": False},
+    "gait-prop pseudo": {"name": "gait-prop", "inverse": "pseudo"},
     "tp overwrite": {"name": "tp", "unpool": "overwrite", "feedback": SOME},
     "tp accumulate": {"name": "tp", "unpool": "accumulate", "feedback": SOME},
     "dtp overwrite": {"name": "dtp", "unpool": "overwrite", "feedback": SOME, "divide_by_beta": True},
@@ -145,7 +146,7 @@ def _pack(folder):
 
 
 def _write(path, folder, rule):
-    inverts = RULES[rule["name"]].inverts
+    inverts = RULES[rule["name"]].inverts and rule.get("inverse") != "pseudo"
     tree = {
         "dtype": "float64",
         "data": {"dataset": str(folder / "data")},

@@ -81,7 +81,9 @@ class Trainer:
         optimizer, gradients = self.optimizer, [array for pair in updates for array in pair]
         if optimizer.orthogonality:
             weights, errors = [weight for weight, _ in updates], batch.gram_errors
-            add_orthogonality(optimizer.orthogonality, self.network, weights, errors, self.workspace)
+            add_orthogonality(
+                optimizer.orthogonality, self.network, weights, errors, self.workspace, optimizer.orthogonality_on
+            )
         parameters = self.network.parameters()
         apply_updates(optimizer, optimizer.lr, self.optimizer_state, parameters, gradients, self.workspace)
 
