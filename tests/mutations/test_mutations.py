@@ -244,7 +244,7 @@ MUTATIONS = [
         ("self._bias = self._bias + r", "self._bias = self._bias - r"),
         ("self.s + epsilon)\n", "self.s - epsilon)\n"),
         ("slice(0, len(through.matrix))).T.reshape", "slice(0, len(through.matrix))).reshape"),
-        ("w @ w.T - array_module(w).eye(len(w), dtype=w.dtype)", "w @ w.T"),
+        ("gram - array_module(gram).eye(len(gram), dtype=gram.dtype)", "gram"),
         ("- (n_x - x.dtype.type(1)) * x", "- n_x * x"),
     ),
     *_in(
