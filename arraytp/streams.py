@@ -2,7 +2,7 @@
 
 import numpy as np
 
-_PURPOSES = {"init": 0, "feedback": 1, "noise": 2, "shuffle": 3, "augment": 4}
+_PURPOSES = {"init": 0, "feedback": 1, "noise": 2, "shuffle": 3, "augment": 4, "validation": 5}
 
 
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
@@ -25,7 +25,7 @@ def sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
     ----------
     seed : int
         The run's one root seed, non-negative.
-    purpose : {"init", "feedback", "noise", "shuffle", "augment"}
+    purpose : {"init", "feedback", "noise", "shuffle", "augment", "validation"}
         What the numbers are for.
     *key : int
         What distinguishes streams of one purpose, non-negative: block, epoch, step, iteration, sample chunk.

@@ -10,6 +10,7 @@ from arraytp.audit.setting import Setting
 from arraytp.config import Config, Normalize
 from arraytp.data import augment, order
 from arraytp.data.dataset import Dataset
+from arraytp.data.division import VALIDATION, Division, divide, held_out
 from arraytp.data.loader import Loader
 from arraytp.data.order import PoolPlan
 from arraytp.errors import UserError
@@ -45,11 +46,27 @@ def shards(dataset: Dataset) -> Iterator[Check]:
 def batches(setting: Setting) -> Iterator[Check]:
     """Check training's first batches and a test batch against pixels read from the shards."""
     yield from _loader(setting, setting.experiment.train_loader, training=True)
-    yield from _loader(setting, setting.experiment.test_loader, training=False)
+    experiment = setting.experiment
+    for loader in filter(None, (experiment.validation_loader, experiment.test_loader)):
+        yield from _loader(setting, loader, training=False)
+    if experiment.validation_loader is not None:
+        yield from _division(experiment.validation_loader.dataset, experiment.plan.dataset)
+
+
+def _division(division: Dataset | Division, dataset: Dataset) -> Iterator[Check]:
+    """Check that every training image is either trained on or held out, and of every class its share."""
+    assert isinstance(division, Division)
+    rows, labels = np.concatenate(list(division.rows.values())), dataset.labels("train")
+    error = float((np.sort(rows) != np.arange(len(labels))).sum())
+    yield checked("training images that are in none or both parts", "train.validation", divide, error, 0.0)
+    held = np.bincount(labels[division.rows[VALIDATION]], minlength=len(dataset.classes))
+    share = held.sum() * np.bincount(labels, minlength=len(held)) / len(labels)
+    yield checked("images of a class held out, less its share", "n_c/n of them", held_out,
+                  float(np.abs(held - share).max()), 1.0)  # fmt: skip
 
 
 def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]:
-    config, dataset, split = setting.config, setting.experiment.plan.dataset, loader.split
+    config, dataset, split = setting.config, loader.dataset, loader.split
     rows = _rows(config, dataset, loader, training)
     with closing(loader.batches(0)) as loaded:
         images, labels = (host(array).copy() for array in next(loaded))
@@ -74,13 +91,13 @@ def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]
             for image, flip, row, column in zip(pixels, *part, strict=True)
         ])  # fmt: skip
         yield from _device_forms(setting, raw, part, pixels)
-    mean, std = _statistics(config, dataset)
+    mean, std = _statistics(config, setting.experiment.plan.dataset)
     expected = (pixels / 255 - mean) / std
     yield checked(f"{split}: pixels of the first batch", "(x/255 − mean)/std", Loader.batches, apart(images, expected),
                   ROUNDING)  # fmt: skip
 
 
-def _rows(config: Config, dataset: Dataset, loader: Loader, training: bool) -> np.ndarray:
+def _rows(config: Config, dataset: Dataset | Division, loader: Loader, training: bool) -> np.ndarray:
     """Return the row of every position of the epoch."""
     if not loader.streamed:
         return order.memory_order(loader.count, config.seed, 0, shuffle=training)

@@ -189,7 +189,7 @@ def prepare(planned: Plan) -> Setting:
         If the network's output on its first batch is not finite; names the first block.
     """
     flops = sum(map(block_flops, planned.blocks))
-    config = small(planned.config, flops, planned.dataset.counts["train"])
+    config = small(planned.config, flops, planned.train_images)
     experiment = build_planned(replace(planned, config=config))
     with closing(experiment.train_loader.batches(0)) as batches:
         raw, labels = (array.copy() for array in next(batches))

@@ -92,12 +92,13 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, and how many images at a time."""
+    """How long, how many images at a time, and how many are held out; without `validation` the test split evaluates."""
 
     epochs: Annotated[Border, Field(examples=[10])]
     batch_size: Annotated[Size, Field(examples=[128])]
     steps: Size | None = None
     eval_batch_size: Size = 256
+    validation: Border = 0
     checkpoint_minutes: Positive = 2.0
 
     __pydantic_config__ = STRICT

@@ -115,6 +115,10 @@ class Dataset:
         """Read a whole split; as `read`."""
         return self.read(split, 0, self._entries(split)[-1][1])
 
+    def labels(self, split: str) -> Labels:
+        """Return the labels of a split, (N,) int64, as they stand in the files; reading a row's image verifies it."""
+        return np.concatenate([self._open(entry).labels for entry, _ in self._entries(split)])
+
     def chunks(self, split: str) -> list[tuple[int, int]]:
         """Return the row ranges (start, stop) that are cheap to read: whole checksum ranges, 256 rows or 8 MiB.
 

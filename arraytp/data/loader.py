@@ -13,6 +13,7 @@ from arraytp.backend import NUMPY, Array, Backend, Upload, copy_stream
 from arraytp.data import augment, prepare
 from arraytp.data.background import BUFFERS, worked_ahead
 from arraytp.data.dataset import Dataset
+from arraytp.data.division import Division
 from arraytp.data.order import Rows, memory_order, pool_plan
 from arraytp.data.pool import Memory, Pool
 from arraytp.data.shards import Images, Labels
@@ -79,7 +80,7 @@ class Loader:
 
     Parameters
     ----------
-    dataset : Dataset
+    dataset : Dataset or Division
     split : str
     batch_size : int
     seed : int
@@ -110,7 +111,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Division,
         split: str,
         batch_size: int,
         *,
@@ -284,7 +285,7 @@ class Loader:
 
 
 def _checked_normalisation(
-    dataset: Dataset, mean: Sequence[float] | None, std: Sequence[float] | None
+    dataset: Dataset | Division, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     channels = dataset.shape[2]
     means = [0.0] * channels if mean is None else list(mean)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arraytp.data.dataset import Dataset
+from arraytp.data.division import Division
 from arraytp.data.order import PoolPlan, Rows, pool_content
 from arraytp.data.shards import Images, Labels
 
@@ -25,7 +26,7 @@ class Pool:
 
     Parameters
     ----------
-    dataset : Dataset
+    dataset : Dataset or Division
     split : str
     plan : PoolPlan
     position : int
@@ -42,7 +43,13 @@ class Pool:
     """
 
     def __init__(
-        self, dataset: Dataset, split: str, plan: PoolPlan, position: int, held: int, memory: Memory | None = None
+        self,
+        dataset: Dataset | Division,
+        split: str,
+        plan: PoolPlan,
+        position: int,
+        held: int,
+        memory: Memory | None = None,
     ) -> None:
         longest = int(np.diff(plan.arrived).max())
         self._dataset, self._split, self._plan, self._position = dataset, split, plan, position

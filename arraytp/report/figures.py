@@ -78,13 +78,13 @@ def learning_curves(result: Result) -> Figure:
     figure = new_figure(9.6, 3.9, f"{result.label}: loss and accuracy")
     left, right = figure.subplots(1, 2)
     colour = rule_colour(result)
-    train, test = Look(colour, (0, (4, 1.5))), Look(colour)
-    drawn = [epoch_line(left, result, look, f"{kind}_loss", kind) for kind, look in (("train", train), ("test", test))]
+    curves = (("train", Look(colour, (0, (4, 1.5)))), (result.split, Look(colour)))
+    drawn = [epoch_line(left, result, look, f"{kind}_loss", kind) for kind, look in curves]
     finish_epochs(left, [result], "loss", any(drawn))
     drawn = [
         epoch_line(right, result, look, f"{kind}_top{k}", f"{kind} top-{k}", alpha)
         for k, alpha in ((1, 1.0), (5, 0.4))
-        for kind, look in (("train", train), ("test", test))
+        for kind, look in curves
     ]
     finish_epochs(right, [result], "accuracy (%)", any(drawn))
     for axes in (left, right):
@@ -129,12 +129,13 @@ def comparison(results: Sequence[Result]) -> Figure:
     angle_lines(a, results, given)
     angle_bars(b, results, given, blocks)
     epoch_lines(c, results, given, "train_top1", "train top-1 (%)")
-    epoch_lines(d, results, given, "test_top1", "test top-1 (%)")
+    splits = " or ".join(sorted({result.split for result in results}))
+    epoch_lines(d, results, given, "{split}_top1", f"{splits} top-1 (%)")
     titles = (
         "Angle to BP's update during training, mean of the hidden blocks",
         "Angle to BP's update per block, mean ± s.d.",
         "Training accuracy",
-        "Test accuracy",
+        f"{splits} accuracy".capitalize(),
     )
     for axes, letter, title in zip((a, b, c, d), "ABCD", titles, strict=True):
         axes.set_title(f"$\\bf{{{letter}}}$   {title}")

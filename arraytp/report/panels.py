@@ -107,8 +107,11 @@ def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]
 
 
 def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], column: str, ylabel: str) -> None:
-    """Draw one column of metrics.csv over the epochs, one line a run."""
-    drawn = [epoch_line(axes, result, look, column, result.label) for result, look in zip(results, looks, strict=True)]
+    """Draw one column of metrics.csv over the epochs, one line a run; {split} in it is what each was evaluated on."""
+    drawn = [
+        epoch_line(axes, result, look, column.format(split=result.split), result.label)
+        for result, look in zip(results, looks, strict=True)
+    ]
     finish_epochs(axes, results, ylabel, any(drawn))
 
 

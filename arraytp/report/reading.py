@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from arraytp.config.document import MOST_BYTES, encodable
 from arraytp.disk import read_small, real
 from arraytp.errors import UserError
-from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, VALIDATION_COLUMNS
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -62,6 +62,11 @@ class Result:
     def rule(self) -> str:
         """The learning rule's name."""
         return str(self.config["rule"]["name"])
+
+    @property
+    def split(self) -> str:
+        """What every epoch was evaluated on: the split test, or validation."""
+        return "validation" if self.config["train"].get("validation") else "test"
 
     @property
     def finished(self) -> bool:
@@ -179,12 +184,13 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         )
     summary = _read_summary(path / "summary.json")
     unfinished = summary is None
+    columns = METRICS_COLUMNS + (VALIDATION_COLUMNS if config["train"].get("validation") else ())
     result = Result(
         path=path,
         label=label,
         config_text=text,
         config=config,
-        metrics=read_csv(path / "metrics.csv", METRICS_COLUMNS, ("epoch",), unfinished),
+        metrics=read_csv(path / "metrics.csv", columns, ("epoch",), unfinished),
         angles=read_csv(path / "angles.csv", ANGLES_COLUMNS, ("step", "block"), unfinished),
         feedback=read_csv(path / "feedback.csv", FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,

@@ -92,5 +92,5 @@ def seeds_table(results: Sequence[Result], home: Path) -> str:
 
 def _final_and_best(result: Result) -> list[float]:
     top1, top5 = result.metrics["test_top1"], result.metrics["test_top5"]
-    best = int(np.nanargmax(top1))
+    best = int(np.nanargmax(result.metrics[f"{result.split}_top1"]))
     return [float(values[row]) for row in (-1, best) for values in (top1, top5)]

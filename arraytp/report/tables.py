@@ -16,6 +16,7 @@ from arraytp.report.seeds import averaged, each_seed
 _LONGEST_LABEL = 28
 _NOT_MEASURED = "\N{EN DASH}"
 _HEADERS = ["run", "rule", "epochs", "train loss", "test top-1", "best top-1", "test top-5", "images/s"]
+SPLITS = ("test", "validation")
 _METRICS = ("train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5")
 
 
@@ -70,7 +71,7 @@ def _record(result: Result, blocks: Sequence[str]) -> dict[str, Any]:
     record: dict[str, Any] = {"run": result.label, "rule": result.rule, "seed": result.config.get("seed")}
     record |= {"finished": "yes" if result.finished else "no", "epochs": _epochs_done(result)}
     record |= {f"final_{name}": _given(_last(result, name)) for name in _METRICS}
-    record |= {"best_test_top1": _given(_best(result))}
+    record |= {f"best_{split}_top1": _given(_best(result)) if split == result.split else None for split in SPLITS}
     record |= {name: summary.get(name) for name in ("images_per_second", "peak_memory_mb")}
     for name, angle in zip(blocks, _padded(block_angles(result), len(blocks)), strict=True):
         key = name.replace(" ", "_")
@@ -135,7 +136,7 @@ def _last(result: Result, name: str) -> float:
 
 
 def _best(result: Result) -> float:
-    values = result.metrics["test_top1"]
+    values = result.metrics[f"{result.split}_top1"]
     return float(np.nanmax(values)) if not np.isnan(values).all() else math.nan
 
 
@@ -150,6 +151,9 @@ def _padded(angles: Sequence[BlockAngle], count: int) -> list[BlockAngle | None]
 
 def _notes(results: Sequence[Result]) -> list[str]:
     notes = ["top-1, top-5: accuracy in percent, test at the end of the last epoch, best over all epochs of test."]
+    validated = [result.label for result in results if result.split == "validation"]
+    if validated:
+        notes.append(f"Of images held out for validation instead of test: the best of {', '.join(validated)}.")
     angles = [(result, angle) for result in results for angle in block_angles(result)]
     if any(angle.measured for _, angle in angles):
         notes.append("angle°: mean angle in degrees between the weight update and BP's on the same batch and weights.")

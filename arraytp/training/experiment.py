@@ -19,6 +19,7 @@ import numpy as np
 
 from arraytp.backend import Array, Backend, array_module
 from arraytp.config import Config
+from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.data.loader import Loader
 from arraytp.fast.engine import Fast
 from arraytp.fast.orthogonality import add_orthogonality
@@ -107,6 +108,8 @@ class Experiment:
     engine : Engine
         Computes the passes and the rule's primitives: the fast one on `workspace`, or the plain one.
     train_loader, test_loader : Loader
+    validation_loader : Loader or None
+        Of the images that `train.validation` holds out.
     feedback_step : int
         On how many batches feedback was trained; noise is keyed by it.
     """
@@ -120,6 +123,7 @@ class Experiment:
     engine: Engine
     train_loader: Loader
     test_loader: Loader
+    validation_loader: Loader | None
     feedback_step: int = 0
 
     @property
@@ -255,9 +259,9 @@ class Experiment:
         rates = learning_rates(self.config.schedule, optimizer.lr, epoch, self.optimizer_state.step)
         apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace)
 
-    def evaluate(self) -> Iterator[Score]:
-        """Score the test split, batch by batch."""
-        with closing(self.test_loader.batches(0)) as batches:
+    def evaluate(self, loader: Loader | None = None) -> Iterator[Score]:
+        """Score the test split, or that of another loader, batch by batch."""
+        with closing((loader or self.test_loader).batches(0)) as batches:
             for images, labels in batches:
                 yield self.score(images, labels)
 
@@ -293,6 +297,8 @@ def build_planned(planned: Plan, plain: bool = False) -> Experiment:
     config, backend = planned.config, planned.backend
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
     rule, workspace = RULES[config.rule.name], Workspace(backend)
+    dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
+    source = divide(dataset, held) if held else dataset
     return Experiment(
         plan=planned,
         network=network,
@@ -301,8 +307,9 @@ def build_planned(planned: Plan, plain: bool = False) -> Experiment:
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
         workspace=workspace,
         engine=Plain(backend) if plain else Fast(workspace),
-        train_loader=make_loader(planned, "train", config.train.batch_size, training=True),
-        test_loader=make_loader(planned, planned.test_split, config.train.eval_batch_size, training=False),
+        train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True),
+        test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False),
+        validation_loader=make_loader(planned, source, VALIDATION, evaluated, training=False) if held else None,
     )
 
 

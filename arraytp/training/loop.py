@@ -12,6 +12,7 @@ from typing import Any
 
 from arraytp import __version__
 from arraytp.backend import Array, array_module
+from arraytp.data.loader import Loader
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
 from arraytp.model.plain import Plain
@@ -24,7 +25,14 @@ from arraytp.training.experiment import Experiment, Score, Step
 from arraytp.training.finite import finite_blocks, finite_moments, is_finite
 from arraytp.training.long_steps import LongSteps
 from arraytp.training.progress import Progress
-from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, CsvTable, Totals
+from arraytp.training.tables import (
+    ANGLES_COLUMNS,
+    FEEDBACK_COLUMNS,
+    METRICS_COLUMNS,
+    VALIDATION_COLUMNS,
+    CsvTable,
+    Totals,
+)
 
 # On a device, reading a number back makes the host wait; on the CPU it costs nothing.
 DEVICE_STEPS_PER_READ = 50
@@ -86,7 +94,10 @@ class Run:
     def __init__(self, experiment: Experiment, folder: Path, label: str, quiet: bool = False) -> None:
         self.experiment, self.folder, self.label, self.quiet = experiment, folder, label, quiet
         self.position = Position()
-        self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS)
+        validated = experiment.validation_loader is not None
+        # What every epoch is evaluated on, and `best` chosen by.
+        self._split = "validation" if validated else "test"
+        self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS + VALIDATION_COLUMNS * validated)
         self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS)
         self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
         self._unread: list[Score] = []
@@ -156,7 +167,8 @@ class Run:
             per_epoch,
             steps=steps,
             steps_done=position.epoch * per_epoch + position.batch,
-            test_top1=self._last_test_top1(),
+            test_top1=self._last_top1(),
+            split=self._split,
             quiet=self.quiet,
         ) as progress:
             if not self.metrics.rows:
@@ -170,7 +182,9 @@ class Run:
                     break
                 position.epoch, position.batch, position.totals = position.epoch + 1, 0, Totals()
                 position.passes, position.feedback_epochs = position.passes + 1, 0
-        self._save()
+            self._save()
+            if self.experiment.validation_loader is not None:
+                self._test(stop, progress)
         self._write_summary()
 
     def _length(self) -> tuple[int, int]:
@@ -276,23 +290,40 @@ class Run:
         return time.monotonic() - started
 
     def _evaluate(self, epoch: int, stop: StopRequest, progress: Progress) -> None:
-        """Evaluate the test split and add the row of an epoch; a stop in between leaves both to the resumed run."""
+        """Evaluate the network and add the row of an epoch; a stop in between leaves both to the resumed run."""
         position, config = self.position, self.experiment.config
+        totals = self._scored(self.experiment.validation_loader, stop, progress)
+        self._tick()
+        over = max(epoch - 1, 0), max(position.step - 1, 0)
+        lr = at_block(learning_rates(config.schedule, config.optimizer.lr, *over), 0)
+        row = (epoch, round(position.seconds, 3), lr, *position.totals.means())
+        self.metrics.append(*row, *([math.nan] * 3 if self._split != "test" else ()), *totals.means())
+        progress.epoch(dict(zip(METRICS_COLUMNS, (*row, *totals.means()), strict=True)))
+
+    def _test(self, stop: StopRequest, progress: Progress) -> None:
+        """Score the test split, once, for the row of the last epoch.
+
+        The checkpoint has been written before: a run that goes on from there has not seen the test split yet.
+        """
+        means = self._scored(None, stop, progress).means()
+        *rows, last = self.metrics.rows
+        cells, at = last.split(","), METRICS_COLUMNS.index("test_loss")
+        cells[at : at + len(means)] = map(repr, means)
+        self.metrics.restart([*rows, ",".join(cells)])
+        progress.say(f"{self.label}  test loss {means[0]:.3f}  top-1 {means[1]:.1f} %")
+
+    def _scored(self, loader: Loader | None, stop: StopRequest, progress: Progress) -> Totals:
+        """Score the split of a loader, or the test split."""
         totals, self._step = Totals(), None
         to_host = self.experiment.plan.backend.to_host
-        for score in self.experiment.evaluate():
+        for score in self.experiment.evaluate(loader):
             loss, top1, top5 = to_host(score.totals).tolist()
             totals.add(loss, top1, top5, score.images)
             if stop.requested:
                 self._stop(stop, progress)
         if not math.isfinite(totals.loss):
-            self._fail(f"in the evaluation after {position.step} steps")
-        self._tick()
-        over = max(epoch - 1, 0), max(position.step - 1, 0)
-        lr = at_block(learning_rates(config.schedule, config.optimizer.lr, *over), 0)
-        row = (epoch, round(position.seconds, 3), lr, *position.totals.means(), *totals.means())
-        self.metrics.append(*row)
-        progress.epoch(dict(zip(METRICS_COLUMNS, row, strict=True)))
+            self._fail(f"in the evaluation after {self.position.step} steps")
+        return totals
 
     def _stop(self, stop: StopRequest, progress: Progress) -> None:
         self._read_scores(progress)
@@ -367,14 +398,14 @@ class Run:
             return f"optimiser's moments of {names[moments.index(False) // 2]}"
         return f"loss, from the output of {names[-1]}"
 
-    def _last_test_top1(self) -> float:
+    def _last_top1(self) -> float:
         if not self.metrics.rows:
             return math.nan
-        return float(self.metrics.rows[-1].split(",")[METRICS_COLUMNS.index("test_top1")])
+        return float(self.metrics.rows[-1].split(",")[self.metrics.columns.index(f"{self._split}_top1")])
 
     def _write_summary(self) -> None:
-        rows = [dict(zip(METRICS_COLUMNS, map(float, row.split(",")), strict=True)) for row in self.metrics.rows]
-        best = max(rows, key=lambda row: row["test_top1"])
+        rows = [self._numbers(row) for row in self.metrics.rows]
+        best = max(rows, key=lambda row: row[f"{self._split}_top1"])
         position, plan, config = self.position, self.experiment.plan, self.experiment.config
         seconds = position.train_seconds or math.nan
         summary: dict[str, Any] = {
@@ -383,8 +414,8 @@ class Run:
             "seed": config.seed,
             "epochs": int(rows[-1]["epoch"]),
             "steps": position.step,
-            "final": _numbers(rows[-1]),
-            "best": _numbers(best),
+            "final": rows[-1],
+            "best": best,
             "images_per_second": position.train_images / seconds,
             "steps_per_second": position.step / seconds,
             "peak_memory_mb": plan.backend.peak_memory() / 2**20,
@@ -396,6 +427,7 @@ class Run:
         }
         write_json(self.folder / "summary.json", summary)
 
-
-def _numbers(row: dict[str, float]) -> dict[str, float]:
-    return {"epoch": int(row["epoch"]), **{name: row[name] for name in METRICS_COLUMNS[3:]}}
+    def _numbers(self, row: str) -> dict[str, float]:
+        """Return epoch and metrics of a row of metrics.csv."""
+        named = dict(zip(self.metrics.columns, map(float, row.split(",")), strict=True))
+        return {"epoch": int(named["epoch"]), **{name: named[name] for name in self.metrics.columns[3:]}}

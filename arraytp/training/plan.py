@@ -8,6 +8,7 @@ import numpy as np
 from arraytp.backend import Backend, get_backend
 from arraytp.config import Config, Normalize
 from arraytp.data.dataset import Dataset, open_dataset
+from arraytp.data.division import Division
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 from arraytp.fast.orthogonality import regularised
@@ -42,6 +43,11 @@ class Plan:
     test_split: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def train_images(self) -> int:
+        """The number of images that are trained on."""
+        return self.dataset.counts["train"] - self.config.train.validation
+
 
 def plan(config: Config, backend: Backend | None = None) -> Plan:
     """Check a config against its data set, network and backend.
@@ -67,6 +73,11 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"data.normalize: {len(config.data.normalize.mean)} values of mean and std, but the images of "
             f"{dataset.name} need {dataset.shape[2]}, one per channel"
         )
+    if config.train.validation >= counts["train"]:
+        raise UserError(
+            f"train.validation: {config.train.validation}, but the train split of {config.data.dataset} has "
+            f"{counts['train']} images, and one at least must be trained on; at most {counts['train'] - 1}"
+        )
     widest = MOST_CROP_PADDING * max(dataset.shape[:2])
     if config.data.crop_padding > widest:
         raise UserError(
@@ -90,7 +101,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
         )
     notes = tuple(RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction))
     _check_lists(config, blocks)
-    _check_study(config, blocks, counts["train"])
+    _check_study(config, blocks, counts["train"] - config.train.validation)
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
 
 
@@ -135,7 +146,7 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
         raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
     if config.train.batch_size > images:
         raise UserError(
-            f"train.batch_size: {config.train.batch_size}, but the train split of {config.data.dataset} has {images} "
+            f"train.batch_size: {config.train.batch_size}, but {config.data.dataset} has {images} training "
             f"images, and a study takes one batch; at most {images}"
         )
 
@@ -151,8 +162,8 @@ def _check_drift(config: Config) -> None:
         raise UserError(f"study.kind: drift: is for backend numpy, not {config.backend}")
 
 
-def make_loader(planned: Plan, split: str, batch_size: int, training: bool) -> Loader:
-    """Return the loader of a split; flip and crop are for training only."""
+def make_loader(planned: Plan, source: Dataset | Division, split: str, batch_size: int, training: bool) -> Loader:
+    """Return the loader of a split of the data set or its division; flip and crop are for training only."""
     data, config, dataset = planned.config.data, planned.config, planned.dataset
     mean, std = None, None
     if isinstance(data.normalize, Normalize):
@@ -160,7 +171,7 @@ def make_loader(planned: Plan, split: str, batch_size: int, training: bool) -> L
     elif data.normalize == "dataset":
         mean, std = dataset.mean, dataset.std
     return Loader(
-        dataset,
+        source,
         split,
         batch_size,
         seed=config.seed,

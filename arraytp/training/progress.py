@@ -44,6 +44,8 @@ class Meter:
         Means over the running epoch's images of which they are known; NaN before the first. top1 in percent.
     test_top1 : float
         Of the last finished epoch, in percent; NaN when there is none.
+    split : str
+        The split that it is of: test, or validation.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Meter:
     loss: float = math.nan
     top1: float = math.nan
     measured_images: int = 0
+    split: str = "test"
     test_top1: float = math.nan
 
     def measure(self, images: int, loss: float, top1: float) -> None:
@@ -106,6 +109,8 @@ class Progress:
         Steps already trained, by an earlier process too; 0 for a fresh run.
     test_top1 : float
         Test accuracy in percent of the last finished epoch, where there is one; NaN otherwise.
+    split : str
+        What the display calls the test split: validation images may stand in for it.
     quiet : bool
         Show nothing.
     stream : text stream, optional
@@ -130,13 +135,16 @@ class Progress:
         steps: int | None = None,
         steps_done: int = 0,
         test_top1: float = math.nan,
+        split: str = "test",
         quiet: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         epoch, step = divmod(steps_done, max(steps_per_epoch, 1))
         total = epochs * steps_per_epoch if steps is None else steps
-        self.meter = Meter(name, epochs, steps_per_epoch, total, epoch=epoch, step=step, test_top1=test_top1)
+        self.meter = Meter(
+            name, epochs, steps_per_epoch, total, epoch=epoch, step=step, test_top1=test_top1, split=split
+        )
         self._clock = clock
         self._quiet = quiet
         self._console = _Console(file=stream or sys.stderr, highlight=False)
@@ -285,14 +293,14 @@ def _running(meter: Meter) -> list[str]:
         pieces.append("testing" if meter.step >= steps else f"step {meter.step}/{steps}")
     pieces += _number("{:,.0f} images/s", meter.images_per_second())
     pieces += _loss("loss", meter.loss) + _number("top-1 {:.1f} %", meter.top1)
-    return pieces + _number("test {:.1f} %", meter.test_top1) + _time(meter)
+    return pieces + _number(meter.split + " {:.1f} %", meter.test_top1) + _time(meter)
 
 
 def _finished(meter: Meter, row: Mapping[str, float]) -> list[str]:
     """Return the pieces of the plain line that closes an epoch."""
     pieces = [f"{meter.name}  epoch {meter.epoch}/{meter.epochs}"]
     pieces += _loss("train loss", row["train_loss"]) + _number("top-1 {:.1f} %", row["train_top1"])
-    pieces += _loss("test loss", row["test_loss"]) + _number("top-1 {:.1f} %", row["test_top1"])
+    pieces += _loss(f"{meter.split} loss", row["test_loss"]) + _number("top-1 {:.1f} %", row["test_top1"])
     return pieces + _number("{:,.0f} images/s", meter.images_per_second()) + _time(meter)
 
 

@@ -8,6 +8,8 @@ from arraytp.files import write_file
 METRICS_COLUMNS = (
     "epoch", "seconds", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
 )  # fmt: skip
+# With train.validation, after the others; those of the test split are then of the last epoch alone.
+VALIDATION_COLUMNS = ("validation_loss", "validation_top1", "validation_top5")
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
 DRIFT_COLUMNS = ("step", "block", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
 FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance")

@@ -32,6 +32,7 @@ RULES = {
     "ldrl expected": ("--set", "rule={name: ldrl, expected: true}"),
     "drl expected": ("--set", "rule={name: drl, expected: true}"),
     "ldrl mse": (*LDRL, "--set", "loss={name: mse, label_smoothing: 0.1}"),
+    "fa held out": ("--set", "train.validation=7", "--set", "data.in_memory_mb=0"),
     "bp smoothed": (
         "--set",
         "rule={name: bp}",

@@ -1,0 +1,113 @@
+"""A training split in two: what is trained on, and what is held out for validation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from arraytp.data.dataset import Dataset
+from arraytp.data.order import Rows
+from arraytp.data.shards import Images, Labels, rows_per_range
+from arraytp.streams import stream
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+@dataclass(frozen=True)
+class Division:
+    """The splits `train` and `validation` of a data set, read as a `Dataset` is.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    rows : map of split to array of int64
+        Which rows of the data set's training split it has, increasing.
+    """
+
+    dataset: Dataset
+    rows: Mapping[str, Rows]
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.dataset.name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        return self.dataset.shape
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of images of each split."""
+        return {split: len(rows) for split, rows in self.rows.items()}
+
+    def nbytes(self, split: str) -> int:
+        """Bytes of the split's pixels in memory."""
+        return len(self.rows[split]) * int(np.prod(self.shape))
+
+    def chunks(self, split: str) -> list[tuple[int, int]]:
+        """Return the positions (start, stop) of the split that lie in one chunk of the data set each."""
+        edges = [(start, stop) for start, stop in self.dataset.chunks(TRAIN)]
+        found = np.searchsorted(self.rows[split], edges)
+        return [(int(start), int(stop)) for start, stop in found if start < stop]
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
+        """Read the images and labels of some positions; else as `Dataset.read`."""
+        images = np.empty((stop - start, *self.shape), np.uint8)
+        labels = np.empty(stop - start, np.int64)
+        self.read_into(split, start, images, labels)
+        return images, labels
+
+    def read_into(self, split: str, start: int, images: Images, labels: Labels) -> None:
+        """Read len(images) positions from `start` on into C-contiguous arrays; else as `read`."""
+        rows = self.rows[split][start : start + len(images)]
+        # A range is verified whole; of ranges between two rows nothing is read.
+        apart = np.flatnonzero(np.diff(rows) > rows_per_range(int(np.prod(self.shape)))) + 1
+        done = 0
+        for run in np.split(rows, apart) if len(rows) else []:
+            raw, known = self.dataset.read(TRAIN, int(run[0]), int(run[-1]) + 1)
+            part = slice(done, done + len(run))
+            images[part], labels[part] = raw[run - run[0]], known[run - run[0]]
+            done += len(run)
+
+    def load(self, split: str) -> tuple[Images, Labels]:
+        """Read a whole split, chunk by chunk."""
+        images = np.empty((len(self.rows[split]), *self.shape), np.uint8)
+        labels = np.empty(len(images), np.int64)
+        for start, stop in self.chunks(split):
+            self.read_into(split, start, images[start:stop], labels[start:stop])
+        return images, labels
+
+
+def divide(dataset: Dataset, count: int) -> Division:
+    """Hold `count` images of the training split out; raises as `Dataset.read`."""
+    held = held_out(dataset.labels(TRAIN), count)
+    kept = np.setdiff1d(np.arange(dataset.counts[TRAIN]), held, assume_unique=True)
+    return Division(dataset, {TRAIN: kept, VALIDATION: held})
+
+
+def held_out(labels: npt.NDArray[np.int64], count: int) -> Rows:
+    """Choose rows at random, of every class its share: count · n_c/n rounded by largest remainders.
+
+    They depend on labels and count alone, not on a run's seed, so all seeds, rules and settings have the same.
+
+    Parameters
+    ----------
+    labels : array of shape (n,)
+    count : int
+        Below n.
+
+    Returns
+    -------
+    array of shape (count,), int64
+        Increasing.
+    """
+    shares, remainders = np.divmod(count * np.bincount(labels), len(labels))
+    shares[np.argsort(-remainders, kind="stable")[: count - shares.sum()]] += 1
+    chosen = [
+        stream(0, "validation", label).permutation(np.flatnonzero(labels == label))[:share]
+        for label, share in enumerate(shares)
+    ]
+    return np.sort(np.concatenate(chosen))
