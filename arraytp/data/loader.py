@@ -18,6 +18,7 @@ from arraytp.data.order import Rows, memory_order, pool_plan
 from arraytp.data.pool import Memory, Pool
 from arraytp.data.shards import Images, Labels
 from arraytp.errors import UserError
+from arraytp.ranks import share
 
 Batches = Generator[tuple[Array, Array], None, None]
 
@@ -152,6 +153,11 @@ class Loader:
         """The number of batches of an epoch."""
         return -(-self.count // self.batch_size)
 
+    def sizes(self, start: int = 0) -> list[int]:
+        """Return the number of images of every batch of an epoch from batch `start` on, of all readers together."""
+        starts = range(start * self.batch_size, self.count, self.batch_size)
+        return [min(self.batch_size, self.count - first) for first in starts]
+
     def batches(self, epoch: int, start: int = 0) -> Batches:
         """Iterate over an epoch from batch `start` on.
 
@@ -280,8 +286,8 @@ class Loader:
 
     def _part(self, first: int, last: int) -> _Span:
         """Return this reader's part of a batch."""
-        rank, ranks = self._share
-        return first + (last - first) * rank // ranks, first + (last - first) * (rank + 1) // ranks
+        start, stop = share(last - first, *self._share)
+        return first + start, first + stop
 
 
 def _checked_normalisation(

@@ -6,10 +6,10 @@ from typing import Any
 from arraytp.backend import Array
 from arraytp.fast import feedback_training, inverse, jacobians, modules, orthogonality, overlaps, passes
 from arraytp.fast.buffers import Buffers
-from arraytp.fast.parallel import Task, Workspace, even_slices, slices
+from arraytp.fast.parallel import Task, Workspace, even_slices
 from arraytp.model.blocks import Network, Shape
 from arraytp.model.passes import At, Batch, ForwardPass, Gradients, GramErrors, Iterations, NoiseAndProducts, Through
-from arraytp.ops.noise import CHUNK, gaussian
+from arraytp.ops.noise import chunks, gaussian
 from arraytp.ops.solve import LU, Cholesky, Factors, PseudoInverse
 from arraytp.options import Unpool
 
@@ -41,10 +41,10 @@ class Fast:
         parts = even_slices(count, SLICES if self.backend.on_host else 1)
         self.workspace.run([_task(compute, part) for part in parts])
 
-    def noise(self, out: Array, sigma: float, *key: int) -> Array:
+    def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
         """See `Batch.noise`."""
-        length = CHUNK if self.backend.on_host else len(out)
-        self.workspace.run([_noise_task(out, part, sigma, key) for part in slices(len(out), length)])
+        parts = chunks(len(out), first) if self.backend.on_host else [slice(0, len(out))]
+        self.workspace.run([_noise_task(out, part, sigma, first, key) for part in parts])
         return out
 
     def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
@@ -100,8 +100,8 @@ def _task(compute: Callable[[slice], None], part: slice) -> Task:
     return lambda scratch: compute(part)
 
 
-def _noise_task(out: Array, part: slice, sigma: float, key: tuple[int, ...]) -> Task:
+def _noise_task(out: Array, part: slice, sigma: float, first: int, key: tuple[int, ...]) -> Task:
     def draw(scratch: Buffers) -> None:
-        gaussian(out[part], sigma, part.start, *key)
+        gaussian(out[part], sigma, first + part.start, *key)
 
     return draw

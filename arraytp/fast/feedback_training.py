@@ -26,7 +26,7 @@ from arraytp.fast.pools import pool
 from arraytp.fast.products import Dense, Products, matmul, patch_products, split_products
 from arraytp.model.passes import At, Iterate, NoiseAndProducts, Sums
 from arraytp.ops.conv import as_matrix
-from arraytp.ops.noise import CHUNK, EPSILON, ETA, gaussian
+from arraytp.ops.noise import EPSILON, ETA, chunks, gaussian
 from arraytp.options import Unpool
 
 OWNER = "feedback training"
@@ -51,7 +51,7 @@ class Iterations:
     def __init__(self, at: At, unpool: Unpool, training: NoiseAndProducts, workspace: Workspace) -> None:
         block, self.at, self.unpool, self.workspace = at.block, at, unpool, workspace
         self.own = workspace.of(OWNER)
-        self.s = at.s.reshape(len(at.batch), *block.in_shape)
+        self.s = at.s.reshape(len(at.s), *block.in_shape)
         self.by_lanes = _many_positions(at)
         self.products: Products = split_products(block) if self.by_lanes else patch_products(block)
         self.theta = self.products.matrix(at.weight)
@@ -96,8 +96,8 @@ class Iterations:
 
         way = self._lanes if self.by_lanes else self._gathered
         weight, returned = way(run, omega, self._noise.tasks(k + 1))
-        dbias = None if biases is None else biases.sum(axis=0) * omega.dtype.type(2 / len(self.s))
-        return Sums(weight, dbias, returned.sum() / returned.dtype.type(len(self.s)))
+        dbias = None if biases is None else biases.sum(axis=0) * omega.dtype.type(2 / len(self.at.batch))
+        return Sums(weight, dbias, returned.sum() / returned.dtype.type(len(self.at.batch)))
 
     def _lanes(self, run: "Run", omega: Array, ahead: list[Task]) -> tuple[Array, Array]:
         """Let every lane sum up its own gradient, then sum over the lanes."""
@@ -117,7 +117,7 @@ class Iterations:
         gradient = self.own.array("gradient", omega.shape, omega.dtype)
         folded = self.products.fold(gradient)
         total = totals.sum(axis=0).reshape(folded.shape)
-        array_module(omega).multiply(total, omega.dtype.type(2 / len(self.s)), out=folded)
+        array_module(omega).multiply(total, omega.dtype.type(2 / len(self.at.batch)), out=folded)
         return gradient, returned
 
     def _gathered(self, run: "Run", omega: Array, ahead: list[Task]) -> tuple[Array, Array]:
@@ -134,7 +134,7 @@ class Iterations:
 
         self.workspace.run([*(partial(samples, number) for number in range(len(parts))), *ahead])
         left, right = factors.gathered()
-        xp.multiply(right, omega.dtype.type(2 / len(self.s)), out=right)
+        xp.multiply(right, omega.dtype.type(2 / len(self.at.batch)), out=right)
         gradient = self.own.array("gradient", omega.shape, omega.dtype)
 
         def weight_rows(part: slice, scratch: Buffers) -> None:
@@ -381,6 +381,7 @@ class Noise:
     def __init__(self, shared: Iterations, training: NoiseAndProducts) -> None:
         at, self._own, self._workspace, self._training = shared.at, shared.own, shared.workspace, training
         self._key = at.batch.seed, at.batch.number, at.n
+        self._first = at.batch.first
         self._like = {"epsilon": (EPSILON, shared.s)} | ({"eta": (ETA, at.output)} if training.output_noise else {})
         self._drawn: dict[int, dict[str, Array]] = {}
 
@@ -400,8 +401,8 @@ class Noise:
         arrays = self._drawn[k] = {}
         for name, (kind, like) in self._like.items():
             array = arrays[name] = self._own.array(("noise", kind, k % 2), like.shape, like.dtype)
-            length = CHUNK if self._workspace.backend.on_host else len(array)
-            tasks += [partial(self._draw, array[part], part.start, k, kind) for part in slices(len(array), length)]
+            parts = chunks(len(array), self._first) if self._workspace.backend.on_host else [slice(0, len(array))]
+            tasks += [partial(self._draw, array[part], self._first + part.start, k, kind) for part in parts]
         return tasks
 
     def _draw(self, out: Array, first: int, k: int, kind: int, scratch: Buffers) -> None:

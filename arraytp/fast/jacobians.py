@@ -24,13 +24,13 @@ Sums = Mapping[int, tuple[Array, Array]]
 def jacobian_sums(batch: Batch, workspace: Workspace) -> Sums:
     """Return Σ_b J_b J_bᵀ and Σ_b J_b of every hidden s^n: `Batch.jacobian_sums`."""
     on_host, classes, dtype = workspace.backend.on_host, batch.logits.shape[1], batch.logits.dtype
-    lanes = even_slices(len(batch), LANES if on_host else 1)
+    lanes = even_slices(len(batch.logits), LANES if on_host else 1)
     own = workspace.of(OWNER)
     walk = [(at, split_products(at.block)) for at in batch.down() if at.n > 0]
     matrices = {at.n: products.matrix(at.weight) for at, products in walk}
     grams = {at.n: own.array(("gram", at.n), (len(lanes), classes, classes), dtype) for at, _ in walk}
     sums = {at.n: own.array(("sum", at.n), (len(lanes), classes, at.s[0].size), dtype) for at, _ in walk}
-    length = _length(walk, len(batch), classes, on_host)
+    length = _length(walk, len(batch.logits), classes, on_host)
 
     def lane(number: int, scratch: Buffers) -> None:
         for total in (*grams.values(), *sums.values()):

@@ -6,7 +6,7 @@ n's arrays by the papers' symbols and has the primitives as methods. What comput
 rule does not know which it is given.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from arraytp.backend import Array, Backend
 from arraytp.model.blocks import Block, Network, Shape
 from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import Unpool
+from arraytp.ranks import Part
 
 Gradients = tuple[Array, Array, Array | None]
 """dW and db of a block, and the gradient of its input, None for block 0 or where nothing carries it back."""
@@ -66,6 +67,8 @@ class Batch:
     results : str
         Names the arrays that results are written to, valid until the next pass over a batch, or until another rule
         computes with the same name.
+    part : Part, optional
+        Where the arrays are of this rank's samples alone: of which batch. Noise is keyed by a sample's place there.
     """
 
     engine: "Engine"
@@ -75,10 +78,27 @@ class Batch:
     seed: int = 0
     number: int = 0
     results: str = "rule"
+    part: Part | None = None
 
     def __len__(self) -> int:
-        """B, the number of samples."""
-        return len(self.dlogits)
+        """B, the number of samples, of all ranks: what means are over."""
+        return len(self.dlogits) if self.part is None else self.part.size
+
+    @property
+    def first(self) -> int:
+        """The place of the first sample in the batch."""
+        return 0 if self.part is None else self.part.first
+
+    def summed(self, arrays: Sequence[Array], name: str) -> list[Array]:
+        """Return sums over the samples of this rank as sums over those of all ranks, in `array` of that name.
+
+        They are summed in the first array's dtype. Without ranks they are the arrays themselves.
+        """
+        if self.part is None:
+            return list(arrays)
+        size, dtype = sum(array.size for array in arrays), arrays[0].dtype
+        flat = self.engine.array((self.results, name, "ranks"), (size,), dtype)
+        return self.part.sum(arrays, flat, self.engine.backend)
 
     @property
     def logits(self) -> Array:
@@ -104,11 +124,11 @@ class Batch:
 
     def noise(self, name: str, shape: Shape, sigma: float, *key: int) -> Array:
         """Return N(0, σ²) by a key, after the run's seed and the batch's number, in `array` of that name."""
-        return self.engine.noise(self.array(name, shape), sigma, self.seed, self.number, *key)
+        return self.engine.noise(self.array(name, shape), sigma, self.first, self.seed, self.number, *key)
 
     def in_slices(self, compute: Callable[[slice], None]) -> None:
         """Let `compute` do slices of the samples until all are done: element-wise work that several threads share."""
-        self.engine.in_slices(len(self), compute)
+        self.engine.in_slices(len(self.dlogits), compute)
 
     def run_on(self, n: int, s: Array) -> Array:
         """Return the logits of the network run on from s^n = s; valid until the next call."""
@@ -119,13 +139,33 @@ class Batch:
         """E = WWᵀ − I (or WᵀW − I) of the blocks, computed once for all that need it: inverses and the regulariser."""
         return self.engine.gram_errors(self.network)
 
-    @cached_property
+    @property
     def jacobian_sums(self) -> "Mapping[int, tuple[Array, Array]]":
         """Σ_b J_b J_bᵀ, of shape (C, C), and Σ_b J_b, of shape (C, D), of every hidden s^n; computed once.
 
         J_b of shape (C, D) is the Jacobian of the logits of sample b in its s^n.
         """
-        return self.engine.jacobian_sums(self)
+        if "jacobians" not in self._sums:
+            self._sums["jacobians"] = self._summed_pairs(self.engine.jacobian_sums(self), "jacobians")
+        return self._sums["jacobians"]
+
+    @cached_property
+    def _sums(self) -> "dict[str, Mapping[int, tuple[Array, Array]]]":
+        """Sums over samples that were asked for, by name."""
+        return {}
+
+    def jacobian_overlap(self, n: int, unpool: Unpool) -> tuple[Array, Array]:
+        """Return N and M of block n; on several ranks those of all blocks are summed at once."""
+        if self.part is None:
+            return self.engine.jacobian_overlap(self.at(n), unpool)
+        if unpool not in self._sums:
+            own = {m: self.engine.jacobian_overlap(self.at(m), unpool) for m in range(1, len(self.network))}
+            self._sums[unpool] = self._summed_pairs(own, unpool)
+        return self._sums[unpool][n]
+
+    def _summed_pairs(self, pairs: "Mapping[int, tuple[Array, Array]]", name: str) -> Mapping[int, tuple[Array, Array]]:
+        summed = iter(self.summed([array for pair in pairs.values() for array in pair], name) if pairs else [])
+        return {n: (next(summed), next(summed)) for n in pairs}
 
     @cached_property
     def inverses(self) -> Mapping[int, Factors]:
@@ -245,7 +285,7 @@ class At:
 
     def jacobian_overlap(self, unpool: Unpool) -> tuple[Array, Array]:
         """Return N and M of Theorem 4.2, see `arraytp.model.feedback.jacobian_overlap`."""
-        return self.batch.engine.jacobian_overlap(self, unpool)
+        return self.batch.jacobian_overlap(self.n, unpool)
 
 
 class GramErrors(Protocol):
@@ -369,8 +409,8 @@ class Engine(Protocol):
     def in_slices(self, count: int, compute: Callable[[slice], None]) -> None:
         """See `Batch.in_slices`."""
 
-    def noise(self, out: Array, sigma: float, *key: int) -> Array:
-        """Fill an array with N(0, σ²) by a key, `arraytp.ops.noise.gaussian` of a whole batch, and return it."""
+    def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
+        """Fill an array with N(0, σ²) by a key, `arraytp.ops.noise.gaussian` from a first sample on, and return it."""
 
     def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
         """Run the network on a batch; arrays of the result are valid until the next call with this name."""

@@ -150,9 +150,9 @@ class Plain:
         """Compute the whole batch at once."""
         compute(slice(0, count))
 
-    def noise(self, out: Array, sigma: float, *key: int) -> Array:
+    def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
         """Draw the whole batch at once."""
-        return gaussian(out, sigma, 0, *key)
+        return gaussian(out, sigma, first, *key)
 
     def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
         """Run one block after the other."""
@@ -209,7 +209,7 @@ class Plain:
             for at in batch.down():
                 if at.n > 0:
                     ds = self.backward(at, ds, at.weight, None)[2]
-                    jacobians[at.n].append(ds.reshape(len(batch), -1))
+                    jacobians[at.n].append(ds.reshape(len(ds), -1))
         stacked = {n: xp.stack(rows, axis=1) for n, rows in jacobians.items()}
         return {n: ((j @ j.transpose(0, 2, 1)).sum(axis=0), j.sum(axis=0)) for n, j in stacked.items()}
 
@@ -258,7 +258,7 @@ class PlainIterations:
 
     def __init__(self, at: At, unpool: Unpool, training: NoiseAndProducts) -> None:
         self._at, self._unpool, self._training = at, unpool, training
-        self.s, self.s_next, self.index = at.s.reshape(len(at.batch), *at.block.in_shape), at.output, at.index
+        self.s, self.s_next, self.index = at.s.reshape(len(at.s), *at.block.in_shape), at.output, at.index
         self._weight = self._bias = self.s.dtype.type(0)
 
     @cached_property
@@ -273,14 +273,14 @@ class PlainIterations:
         if self._training.output_noise:
             kinds["eta"] = ETA, self.s_next
         return {
-            name: gaussian(xp.empty(like.shape, like.dtype), self._training.sigma, 0, *key, kind)
+            name: gaussian(xp.empty(like.shape, like.dtype), self._training.sigma, self._at.batch.first, *key, kind)
             for name, (kind, like) in kinds.items()
         }
 
     def sums(self, iterate: Iterate, k: int, omega: Array, bias: Array | None = None) -> Sums:
         """Run an iteration."""
         self._weight = self._bias = omega.dtype.type(0)
-        noises, batch = self.noise(k), len(self.s)
+        noises, batch = self.noise(k), len(self._at.batch)
         returned = iterate(self, omega, bias, noises["epsilon"], noises.get("eta", noises["epsilon"]))
         two_over_b = omega.dtype.type(2 / batch)
         dbias = None if bias is None else self._bias * two_over_b

@@ -1,5 +1,7 @@
 """Gaussian noise that depends on its key alone: not on the order of calls, nor on the number of threads."""
 
+import itertools
+
 import numpy as np
 
 from arraytp.backend import Array, array_module, draw_normal
@@ -9,6 +11,12 @@ from arraytp.streams import sequence, stream
 CHUNK = 16
 # Which noise of an iteration: that of the block's input, that of its output.
 EPSILON, ETA = 0, 1
+
+
+def chunks(count: int, first: int = 0) -> list[slice]:
+    """Cut samples `first` … `first` + count − 1 of a batch where chunks begin; slices count from the first of them."""
+    bounds = sorted({0, *range(-first % CHUNK, count, CHUNK), count})
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Array:
@@ -21,10 +29,9 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Arra
     Parameters
     ----------
     out : array of shape (B, …), C-contiguous
-        Samples `first` … `first` + B − 1 of a batch.
+        Samples `first` … `first` + B − 1 of a batch. On the host they have the numbers that they have in the whole.
     sigma : float
     first : int
-        A multiple of `CHUNK`, so that on the host parts of a batch have the numbers that they have in the whole.
     seed : int
         The run's seed.
     *key : int
@@ -35,19 +42,15 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Arra
     -------
     array
         `out`.
-
-    Raises
-    ------
-    ValueError
-        If `first` is within a chunk.
     """
-    if first % CHUNK:
-        raise ValueError(f"noise for samples from {first} on: must be a multiple of {CHUNK}")
     if array_module(out) is np:
-        for start in range(0, len(out), CHUNK):
-            part = out[start : start + CHUNK]
-            stream(seed, "noise", *key, (first + start) // CHUNK).standard_normal(out=part, dtype=part.dtype)
+        for part in chunks(len(out), first):
+            chunk, before = divmod(first + part.start, CHUNK)
+            generator = stream(seed, "noise", *key, chunk)
+            # The numbers of the chunk's samples before these.
+            generator.standard_normal(before * out[0].size, dtype=out.dtype)
+            generator.standard_normal(out=out[part], dtype=out.dtype)
     else:
-        draw_normal(out, sequence(seed, "noise", *key, first // CHUNK))
+        draw_normal(out, sequence(seed, "noise", *key, first))
     out *= out.dtype.type(sigma)
     return out

@@ -151,7 +151,7 @@ def iterate(at: At, q: Array, epsilon: Array, sigma: float) -> tuple[Array, Arra
     residual = batch.product(y_difference, q, "residual")
     residual -= noise  # r_ε − (s + ε)
     # In NumPy's floats: Python's would stop at a σ² beyond their range instead of giving what is not finite.
-    scale = noise.dtype.type(1 / (np.float64(sigma) ** 2 * noise.size))
+    scale = noise.dtype.type(1 / (np.float64(sigma) ** 2 * len(batch) * noise.shape[1]))
     gradient = batch.product(y_difference.T, residual, "gradient")
     gradient *= 2 * scale
     flat = residual.reshape(-1)

@@ -96,16 +96,16 @@ def begin(options: TargetOptions, at: At, sigma: float, noises: int) -> Iteratin
 
 def targets(options: TargetOptions, state: State, batch: Batch) -> Iterator[Target]:
     """Yield the difference target of every block's output, from the last to the first (Eq. 3, 4)."""
-    omega, delta = state.weights, output_difference(options.beta, batch.dlogits)
+    omega, delta = state.weights, output_difference(options.beta, batch)
     for at in batch.down():
         yield Target(delta)
         if at.n > 0:
             delta = at.feedback_difference(omega[at.n], delta, options.unpool)
 
 
-def output_difference(beta: float, dlogits: Array) -> Array:
+def output_difference(beta: float, batch: Batch) -> Array:
     """Return δ^N = t^N − s^N = −β ∂L/∂s^N, every sample's own: B times `dlogits` of the mean loss (Eq. 3)."""
-    return dlogits * dlogits.dtype.type(-beta * len(dlogits))
+    return batch.dlogits * batch.dlogits.dtype.type(-beta * len(batch))
 
 
 def local_update(options: TargetOptions, at: At, target: Target) -> Update:

@@ -16,7 +16,7 @@ from arraytp.errors import UserError
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Block, Network, block_flops
 from arraytp.model.initialise import initial_bias, initial_weight
-from arraytp.model.passes import Batch
+from arraytp.model.passes import At, Batch
 from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
 from arraytp.options import FeedbackTraining, InitName
 from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Observe, State
@@ -65,7 +65,7 @@ def train(
                 observe(n, 0, computed)
         else:
             iterate = feedback.begin(options, batch.at(n), descent.sigma, descent.iterations * noises)
-            losses.append(_by_noise(iterate, state, n, descent, noises, observe))
+            losses.append(_by_noise(iterate, state, batch.at(n), descent, noises, observe))
     return losses
 
 
@@ -77,14 +77,17 @@ def descent_of(training: FeedbackTraining, n: int, number: int, workspace: Works
 
 
 def _by_noise(
-    iterate: Iterating, state: State, n: int, descent: Descent, noises: int, observe: Observe | None
+    iterate: Iterating, state: State, at: At, descent: Descent, noises: int, observe: Observe | None
 ) -> Array | None:
-    """Do the iterations on block n, each with the mean gradient over some noises; return the last loss."""
+    """Do the iterations on a block, each with the mean gradient over some noises; return the last loss."""
     loss = None
     for k in range(descent.iterations):
         last = k == descent.iterations - 1
-        gradients, loss = _mean(iterate, state, n, range(k * noises, (k + 1) * noises), last, observe)
-        step_feedback(descent, state, n, k, gradients)
+        gradients, loss = _mean(iterate, state, at.n, range(k * noises, (k + 1) * noises), last, observe)
+        summed = at.batch.summed([*gradients.values(), *([] if loss is None else [loss])], "gradient")
+        step_feedback(descent, state, at.n, k, dict(zip(gradients, summed, strict=False)))
+        # A copy: the next block's sums take the same memory.
+        loss = None if loss is None else summed[-1].copy()
     return loss
 
 

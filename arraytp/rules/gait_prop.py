@@ -163,7 +163,7 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
     if options.form == "literal":
         yield from (target for target, _ in literal(options, batch))
         return
-    m = array_module(batch.dlogits).ones(len(batch), dtype=batch.dlogits.dtype)
+    m = array_module(batch.dlogits).ones(len(batch.dlogits), dtype=batch.dlogits.dtype)
     for at, (e, _) in zip(batch.down(), difference(options, batch), strict=True):
         delta = e.reshape(at.s_next.shape) / (e.dtype.type(-2) * per_sample(m, at.s_next))
         yield Target(delta, m=m)

@@ -25,7 +25,7 @@ class Options(dtp.TargetOptions):
 def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
     """Yield the plain target of every block's output, from the last to the first."""
     omega, bias = state.weights, state.biases
-    t = batch.logits + dtp.output_difference(options.beta, batch.dlogits)
+    t = batch.logits + dtp.output_difference(options.beta, batch)
     for at in batch.down():
         delta = batch.array("delta", at.output.shape)
         delta[...] = t.reshape(delta.shape)

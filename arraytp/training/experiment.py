@@ -10,7 +10,7 @@ optimiser ← updates ← rule(options, state, batch)                updates(ste
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from arraytp.model.passes import Batch, Engine
 from arraytp.model.plain import Plain
 from arraytp.ops.loss import LOSSES, label_rank
 from arraytp.optim import OptimizerState, apply_updates, check_gradients, init_optimizer, learning_rates
+from arraytp.ranks import ALONE, Part, Ranks, threads_of
 from arraytp.rules import RULES, bp, feedback
 from arraytp.rules.protocol import Observe, Rule, State, Target, Updates
 from arraytp.training.compare import angle_degrees, relative_distance
@@ -112,6 +113,10 @@ class Experiment:
         Of the images that `train.validation` holds out.
     feedback_step : int
         On how many batches feedback was trained; noise is keyed by it.
+    ranks : Ranks
+        The processes that share every batch; the loaders give this one's part.
+    stop_agreed : bool
+        Whether any of them wanted to stop when they last summed.
     """
 
     plan: Plan
@@ -125,13 +130,15 @@ class Experiment:
     test_loader: Loader
     validation_loader: Loader | None
     feedback_step: int = 0
+    ranks: Ranks = ALONE
+    stop_agreed: bool = False
 
     @property
     def config(self) -> Config:
         """The settings of this run."""
         return self.plan.config
 
-    def step(self, images: Array, labels: Array, epoch: int = 0) -> Score:
+    def step(self, images: Array, labels: Array, epoch: int = 0, size: int | None = None) -> Score:
         """Train on one batch.
 
         Parameters
@@ -141,6 +148,8 @@ class Experiment:
         labels : array of int64 of shape (B,)
         epoch : int
             Counted from 0; the learning rate's schedule goes by it.
+        size : int, optional
+            On several ranks: images of the whole batch, of which these are this rank's.
 
         Returns
         -------
@@ -152,22 +161,41 @@ class Experiment:
         ValueError
             If a label is none of the classes; on a device that is not looked at, since the host would have to wait.
         """
-        step = self.forward(images, labels)
+        step = self.forward(images, labels, size)
         self.train_feedback(step)
         self.apply(step, self.updates(step), epoch)
         return step.score
 
-    def forward(self, images: Array, labels: Array) -> Step:
-        """Run the network on a batch; raises as `step`."""
+    def forward(self, images: Array, labels: Array, size: int | None = None) -> Step:
+        """Run the network on a batch, or on this rank's part of one of `size` images; raises as `step`."""
         if self.plan.backend.on_host:
             _check_labels(labels, len(self.plan.dataset.classes))
-        settings = self.config.loss
+        part, images, labels = self._part(images, labels, size)
         forward = self.engine.forward(self.network, images)
+        settings = self.config.loss
         compute = LOSSES[settings.name]
         loss, cache = compute.forward(forward.logits, labels, settings.reduction, settings.label_smoothing)
-        dlogits = compute.backward(cache, settings.reduction)
-        batch = Batch(self.engine, self.network, forward, dlogits, self.config.seed)
-        return Step(batch, _score(loss, forward.logits, labels, settings.reduction))
+        loss, dlogits = (self._of_batch(mean, part) for mean in (loss, compute.backward(cache, settings.reduction)))
+        batch = Batch(self.engine, self.network, forward, dlogits, self.config.seed, part=part)
+        return Step(batch, _score(loss, forward.logits, labels, settings.reduction, len(batch)))
+
+    def _part(self, images: Array, labels: Array, size: int | None) -> tuple[Part | None, Array, Array]:
+        """Return what is shared with other ranks, and the images; a blank one for a rank that has none."""
+        if self.ranks.size == 1:
+            return None, images, labels
+        if size is None:
+            raise ValueError("on several ranks, give the size of the whole batch")
+        part = Part(self.ranks, size)
+        if part.empty:
+            xp = array_module(images)
+            images, labels = xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
+        return part, images, labels
+
+    def _of_batch(self, mean: Array, part: Part | None) -> Array:
+        """Return a mean over a rank's samples as its part of the mean over the batch; a sum as it is."""
+        if part is not None and self.config.loss.reduction == "mean":
+            mean *= mean.dtype.type(part.count / part.size)
+        return mean
 
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
         """Let the rule train its feedback weights, if it has any, on a batch; θ stays.
@@ -185,9 +213,30 @@ class Experiment:
         self.feedback_step += 1
         return feedback.train(self.rule.feedback, options, self.rule_state, batch, self.workspace, observe)
 
-    def updates(self, step: Step) -> Updates:
-        """Return the rule's update of every block, leaving θ as it is; errors as `Rule.propose`."""
-        return self.rule.propose(self.config.rule, self.rule_state, step.batch)
+    def updates(self, step: Step, stop: bool = False) -> Updates:
+        """Return the rule's update of every block, leaving θ as it is; errors as `Rule.propose`.
+
+        On several ranks they are summed, and with them the step's score and whether any rank wants to `stop`.
+        """
+        return self._summed(self.rule.propose(self.config.rule, self.rule_state, step.batch), step, stop)
+
+    def _summed(self, updates: Updates, step: Step, stop: bool) -> Updates:
+        """Sum what a step has to sum over the ranks, in one message."""
+        if step.batch.part is None:
+            return updates
+        wanted = array_module(step.score.totals).full(1, float(stop))
+        arrays = [array for pair in updates for array in pair]
+        *summed, totals, wanting = step.batch.summed([*arrays, step.score.totals, wanted], "updates")
+        step.score.totals[...] = totals
+        self.stop_agreed = bool(wanting[0] > 0)
+        return list(zip(summed[::2], summed[1::2], strict=True))
+
+    def agree_to_stop(self, stop: bool) -> None:
+        """Let `stop_agreed` say whether any rank wants to stop, where no step's sum says so."""
+        if self.ranks.size > 1:
+            wanting = np.full(1, float(stop))
+            self.ranks.sum(wanting)
+            self.stop_agreed = bool(wanting[0] > 0)
 
     def targets(self, step: Step) -> Iterator[Target]:
         """Yield the rule's targets, from the last block's output to the first's, if it has any."""
@@ -196,7 +245,8 @@ class Experiment:
 
     def exact_updates(self, step: Step) -> Updates:
         """Return BP's updates."""
-        return bp.RULE.propose(bp.Options(), State(), replace(step.batch, results="exact"))
+        batch = replace(step.batch, results="exact")
+        return _summed_updates(batch, bp.RULE.propose(bp.Options(), State(), batch))
 
     def compare(self, step: Step, updates: Updates) -> list[Comparison]:
         """Measure the rule's weight updates against BP's on the same weights and batch, block by block.
@@ -207,12 +257,13 @@ class Experiment:
         options = self.rule.compared(self.config.rule)
         own, elsewhere = updates, options != self.config.rule
         if elsewhere:
-            own = self.rule.propose(options, self.rule_state, step.batch)
+            own = _summed_updates(step.batch, self.rule.propose(options, self.rule_state, step.batch))
         comparisons = [
             Comparison(n, angle_degrees(weight, exact), relative_distance(weight, exact))
             for n, ((weight, _), (exact, _)) in enumerate(zip(own, self.exact_updates(step), strict=True))
         ]
-        if elsewhere:
+        if elsewhere and step.batch.part is None:
+            # On several ranks `updates` are sums, which lie elsewhere.
             self.updates(step)
         return comparisons
 
@@ -259,18 +310,29 @@ class Experiment:
         rates = learning_rates(self.config.schedule, optimizer.lr, epoch, self.optimizer_state.step)
         apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace)
 
-    def evaluate(self, loader: Loader | None = None) -> Iterator[Score]:
-        """Score the test split, or that of another loader, batch by batch."""
-        with closing((loader or self.test_loader).batches(0)) as batches:
-            for images, labels in batches:
-                yield self.score(images, labels)
+    def evaluate(self, loader: Loader | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Score]:
+        """Score the test split, or that of another loader, batch by batch.
 
-    def score(self, images: Array, labels: Array) -> Score:
+        `stop` tells whether this rank wants to stop, as in `updates`.
+        """
+        loader = loader or self.test_loader
+        with closing(loader.batches(0)) as batches:
+            for size, (images, labels) in zip(loader.sizes(), batches, strict=True):
+                yield self.score(images, labels, size, stop())
+
+    def score(self, images: Array, labels: Array, size: int | None = None, stop: bool = False) -> Score:
         """Score a batch without learning from it; arrays of earlier steps are overwritten."""
-        settings = self.config.loss
+        part, images, labels = self._part(images, labels, size)
         logits = self.engine.forward(self.network, images).logits
+        settings = self.config.loss
         loss, _ = LOSSES[settings.name].forward(logits, labels, settings.reduction, settings.label_smoothing)
-        return _score(loss, logits, labels, settings.reduction)
+        score = _score(self._of_batch(loss, part), logits, labels, settings.reduction, size or len(labels))
+        if part is not None:
+            totals, wanted = score.totals, array_module(logits).full(1, float(stop))
+            summed = part.sum([totals, wanted], array_module(logits).empty(len(totals) + 1), self.plan.backend)
+            totals[...] = summed[0]
+            self.stop_agreed = bool(summed[1][0] > 0)
+        return score
 
 
 def build(config: Config, backend: Backend | None = None, plain: bool = False) -> Experiment:
@@ -292,13 +354,13 @@ def build(config: Config, backend: Backend | None = None, plain: bool = False) -
     return build_planned(plan(config, backend), plain)
 
 
-def build_planned(planned: Plan, plain: bool = False) -> Experiment:
-    """Build the experiment of a plan; as `build`."""
+def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> Experiment:
+    """Build the experiment of a plan, or one rank's of it; as `build`."""
     config, backend = planned.config, planned.backend
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
-    rule, workspace = RULES[config.rule.name], Workspace(backend)
+    rule, workspace = RULES[config.rule.name], Workspace(backend, threads_of(ranks))
     dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
-    source = divide(dataset, held) if held else dataset
+    source, share = divide(dataset, held) if held else dataset, (ranks.rank, ranks.size)
     return Experiment(
         plan=planned,
         network=network,
@@ -307,10 +369,19 @@ def build_planned(planned: Plan, plain: bool = False) -> Experiment:
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
         workspace=workspace,
         engine=Plain(backend) if plain else Fast(workspace),
-        train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True),
-        test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False),
-        validation_loader=make_loader(planned, source, VALIDATION, evaluated, training=False) if held else None,
+        train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True, share=share),
+        test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False, share=share),
+        validation_loader=(
+            make_loader(planned, source, VALIDATION, evaluated, training=False, share=share) if held else None
+        ),
+        ranks=ranks,
     )
+
+
+def _summed_updates(batch: Batch, updates: Updates) -> Updates:
+    """Sum updates over the ranks."""
+    summed = batch.summed([array for pair in updates for array in pair], "compared updates")
+    return list(zip(summed[::2], summed[1::2], strict=True))
 
 
 def _aligned(omega: Array, theta: Array | None) -> tuple[float, float]:
@@ -327,12 +398,13 @@ def _check_labels(labels: Array, classes: int) -> None:
         raise ValueError(f"label {labels[bad[0]]} of sample {bad[0]}: expected one of 0 to {classes - 1}")
 
 
-def _score(loss: Array, logits: Array, labels: Array, reduction: str) -> Score:
+def _score(loss: Array, logits: Array, labels: Array, reduction: str, images: int) -> Score:
+    """Return the score of a batch of so many images, or of a rank's part of it."""
     xp = array_module(logits)
     rank = label_rank(logits, labels)
-    summed = loss * len(labels) if reduction == "mean" else loss
+    summed = loss * images if reduction == "mean" else loss
     return Score(
         loss,
         xp.stack([xp.asarray(part, dtype=xp.float64) for part in (summed, (rank < 1).sum(), (rank < 5).sum())]),
-        len(labels),
+        images,
     )

@@ -162,8 +162,18 @@ def _check_drift(config: Config) -> None:
         raise UserError(f"study.kind: drift: is for backend numpy, not {config.backend}")
 
 
-def make_loader(planned: Plan, source: Dataset | Division, split: str, batch_size: int, training: bool) -> Loader:
-    """Return the loader of a split of the data set or its division; flip and crop are for training only."""
+def make_loader(
+    planned: Plan,
+    source: Dataset | Division,
+    split: str,
+    batch_size: int,
+    training: bool,
+    share: tuple[int, int] = (0, 1),
+) -> Loader:
+    """Return the loader of a split of the data set or its division, or of one rank's share of it.
+
+    Flip and crop are for training only.
+    """
     data, config, dataset = planned.config.data, planned.config, planned.dataset
     mean, std = None, None
     if isinstance(data.normalize, Normalize):
@@ -183,5 +193,6 @@ def make_loader(planned: Plan, source: Dataset | Division, split: str, batch_siz
         dtype=config.dtype,
         in_memory_bytes=data.in_memory_mb * 2**20,
         pool_images=data.pool_images,
+        share=share,
         backend=planned.backend,
     )

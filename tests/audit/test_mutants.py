@@ -193,17 +193,17 @@ MUTANTS = [
         "ldrl",
         "ops/noise.py",
         ("    out *= out.dtype.type(sigma)\n", ""),
-        ("(first + start) // CHUNK", "start // CHUNK"),
+        ("divmod(first + part.start, CHUNK)", "divmod(part.start, CHUNK)"),
         ('stream(seed, "noise", *key,', 'stream(seed, "noise",'),
     ),
     *_on(
         "ldrl",
         "fast/feedback_training.py",
-        ("(2 / len(self.s)), out=folded)", "(1 / len(self.s)), out=folded)"),
-        ("(2 / len(self.s)), out=right)", "(1 / len(self.s)), out=right)"),
-        ("array[part], part.start, k, kind", "array[part], 0, k, kind"),
+        ("(2 / len(self.at.batch)), out=folded)", "(1 / len(self.at.batch)), out=folded)"),
+        ("(2 / len(self.at.batch)), out=right)", "(1 / len(self.at.batch)), out=right)"),
+        ("array[part], self._first + part.start, k, kind", "array[part], 0, k, kind"),
         ("            self.total += share", "            self.total -= share"),
-        ("returned.sum() / returned.dtype.type(len(self.s))", "returned.sum()"),
+        ("returned.sum() / returned.dtype.type(len(self.at.batch))", "returned.sum()"),
     ),
     *_on(
         "dtp",
@@ -244,7 +244,7 @@ MUTANTS = [
     *_on(
         "ldrl",
         "rules/dtp.py",
-        ("-beta * len(dlogits)", "-beta"),
+        ("-beta * len(batch)", "-beta"),
         ("scale=-1 / (len", "scale=-2 / (len"),
     ),
     *_on(

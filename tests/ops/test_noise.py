@@ -32,19 +32,15 @@ def test_a_device_draws_without_the_host():
     assert (strict_device.reads.total(), strict_device.writes.total()) == before
 
 
-@pytest.mark.parametrize("cuts", [[1], [3, 1, 2], [2, 0]])
-def test_parts_have_the_numbers_that_they_have_in_the_whole(cuts):
-    """Cut at chunks, drawn in any order; the last part may be short."""
-    whole, bounds = drawn(), sorted({0, *(CHUNK * cut for cut in cuts), len(drawn())})
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("cuts", [[CHUNK], [3 * CHUNK, CHUNK, 2 * CHUNK], [5, 6, 40], [CHUNK - 1, 3 * CHUNK + 1]])
+def test_parts_have_the_numbers_that_they_have_in_the_whole(cuts, dtype):
+    """Cut at chunks or within, drawn in any order: each rank draws the noise of its own samples alone."""
+    whole, bounds = drawn(dtype=dtype), sorted({0, *cuts, SHAPE[0]})
     order = sorted(itertools.pairwise(bounds), key=lambda part: part[0] * 7 % 11)
     for start, stop in order:
-        part = drawn((stop - start, *SHAPE[1:]), start)
+        part = drawn((stop - start, *SHAPE[1:]), start, dtype=dtype)
         np.testing.assert_array_equal(part, whole[start:stop])
-
-
-def test_a_part_that_starts_within_a_chunk_is_refused():
-    with pytest.raises(ValueError, match="samples from 5 on: must be a multiple of 16"):
-        drawn(first=5)
 
 
 def test_every_part_of_the_key_and_every_chunk_has_numbers_of_its_own(place):

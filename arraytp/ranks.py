@@ -1,0 +1,247 @@
+"""Processes that share a run: who is who, sums over all of them, and ending together. One process needs none of it.
+
+Under a launcher (mpiexec, srun) they speak by MPI; without one nothing of MPI is imported. A step on R ranks is the
+step on one: each rank has a part of every global batch, and what is summed over samples is summed over ranks.
+"""
+
+import functools
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from arraytp.backend import Array, Backend
+from arraytp.errors import UserError
+
+# By launcher: the variables that hold the number of processes, and which one this is.
+LAUNCHERS = (
+    ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+)
+# Seconds in which ranks that end by the same error come to know of each other.
+_PATIENCE = 2.0
+
+
+class Ranks(Protocol):
+    """The processes of a run, this one among them."""
+
+    rank: int
+    size: int
+
+    def sum(self, buffer: np.ndarray) -> None:
+        """Replace an array, C-contiguous, by its sum over the ranks."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, on every rank."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value."""
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def sum(self, buffer: np.ndarray) -> None:
+        """Leave the buffer: it is the sum."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+
+ALONE = Alone()
+
+
+def share(count: int, rank: int, size: int) -> tuple[int, int]:
+    """Return the first and the end of a rank's part of so many samples; parts differ by at most one sample."""
+    return count * rank // size, count * (rank + 1) // size
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a global batch.
+
+    Parameters
+    ----------
+    ranks : Ranks
+    size : int
+        Samples of the global batch.
+    """
+
+    ranks: Ranks
+    size: int
+
+    @property
+    def first(self) -> int:
+        """The place of the part's first sample in the global batch."""
+        return share(self.size, self.ranks.rank, self.ranks.size)[0]
+
+    @property
+    def count(self) -> int:
+        """The samples of the part."""
+        first, end = share(self.size, self.ranks.rank, self.ranks.size)
+        return end - first
+
+    @property
+    def empty(self) -> bool:
+        """Whether the rank has no sample; it computes with one of its own making, which counts nothing."""
+        return self.count == 0
+
+    def sum(self, arrays: Sequence[Array], flat: Array, backend: Backend) -> list[Array]:
+        """Return the sums of arrays over the ranks, as parts of `flat`; one message for all.
+
+        Parameters
+        ----------
+        arrays : sequence of arrays
+        flat : array of shape (elements of all arrays,)
+            Overwritten; of the dtype to sum in.
+        backend : Backend
+            Of the arrays.
+        """
+        summed, first = [], 0
+        for array in arrays:
+            part = flat[first : first + array.size]
+            part[...] = 0 if self.empty else array.reshape(-1)
+            summed.append(part.reshape(array.shape))
+            first += array.size
+        host = backend.to_host(flat)
+        self.ranks.sum(host)
+        if host is not flat:
+            flat[...] = backend.asarray(host)
+        return summed
+
+
+def launched() -> tuple[int, int]:
+    """Return how many processes the launcher says it has started, and which of them this is; 1 and 0 without one.
+
+    A batch script of Slurm is no process of a step, although the number of the job's tasks is set there.
+    """
+    for size, rank in LAUNCHERS:
+        if size == "SLURM_NTASKS" and "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
+            continue
+        if os.environ.get(size, "").isdecimal():
+            place = os.environ.get(rank, "")
+            return int(os.environ[size]), int(place) if place.isdecimal() else 0
+    return 1, 0
+
+
+@functools.cache
+def world() -> Ranks:
+    """Return all processes that the launcher has started; imports MPI if they are several.
+
+    Raises
+    ------
+    UserError
+        mpi4py is missing, or the processes do not see each other.
+    """
+    size, _ = launched()
+    if size == 1:
+        return ALONE
+    try:
+        mpi: Any = importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{size} processes were launched, but mpi4py cannot be imported ({error}); install arraytp[mpi] for this "
+            "machine's MPI, or arraytp[mpi,mpich] where it has none"
+        ) from error
+    if mpi.COMM_WORLD.size == 1:
+        library = mpi.Get_library_version().split("\n")[0].strip()
+        raise UserError(
+            f"{size} processes were launched, but each sees only itself and would write into one folder: mpi4py "
+            f"speaks {library}, another MPI than the launcher's; use the mpiexec that belongs to it, or build mpi4py "
+            "with the launcher's MPI"
+        )
+    return Mpi(mpi, mpi.COMM_WORLD)
+
+
+class Mpi:
+    """Ranks that speak by MPI.
+
+    Parameters
+    ----------
+    mpi : module
+        mpi4py.MPI.
+    communicator : mpi4py.MPI.Comm
+    """
+
+    def __init__(self, mpi: Any, communicator: Any) -> None:
+        self._mpi, self._communicator = mpi, communicator
+        # Errors are told on a way of their own, which no sum that others wait in can take up.
+        self._errors = communicator.Dup()
+        self.rank, self.size = communicator.rank, communicator.size
+
+    def sum(self, buffer: np.ndarray) -> None:
+        """See `Ranks.sum`."""
+        self._communicator.Allreduce(self._mpi.IN_PLACE, buffer)
+
+    def gather(self, value: Any) -> list[Any]:
+        """See `Ranks.gather`."""
+        gathered: list[Any] = self._communicator.allgather(value)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """See `Ranks.broadcast`."""
+        return self._communicator.bcast(value)
+
+    def all_end(self) -> bool:
+        """Tell whether all ranks call this within some seconds."""
+        request, deadline = self._errors.Ibarrier(), time.monotonic() + _PATIENCE
+        while not request.Test():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def abort(self, status: int) -> None:
+        """End all ranks."""
+        self._mpi.COMM_WORLD.Abort(status)
+
+
+@functools.cache
+def failed_alone() -> bool:
+    """Tell, to a process that ends by an error, whether others of its world do not; all of them must be ended then."""
+    ranks = _known_world()
+    return isinstance(ranks, Mpi) and not ranks.all_end()
+
+
+def speaks() -> bool:
+    """Tell a process that ends by an error whether it is the one to say so: the first, or one that fails alone."""
+    return launched()[1] == 0 or failed_alone()
+
+
+def end_all(status: int) -> None:
+    """End the other processes if this one fails alone: they would wait for it."""
+    ranks = _known_world()
+    if isinstance(ranks, Mpi) and failed_alone():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ranks.abort(status)
+
+
+def _known_world() -> Ranks:
+    """Return the world if this process has met it."""
+    return world() if world.cache_info().currsize else ALONE
+
+
+def threads_of(ranks: Ranks) -> int | None:
+    """Return how many threads a rank should use: its share of the cores that it and others of its host may use.
+
+    None for one process, and where OMP_NUM_THREADS says it.
+    """
+    if ranks.size == 1 or os.environ.get("OMP_NUM_THREADS"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    mine = os.uname().nodename, cores
+    return max(1, len(cores) // ranks.gather(mine).count(mine))

@@ -1,0 +1,58 @@
+"""Ranks as threads of one process, so that what processes do by MPI is tested without it."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+
+class Board:
+    """Where the ranks lay down their values for each other."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.values = threading.Barrier(size, timeout=10), [None] * size
+
+
+class Rank:
+    """One of the ranks; sums are made in the order of the ranks."""
+
+    def __init__(self, board: Board, rank: int) -> None:
+        self._board, self.rank, self.size, self.sums = board, rank, len(board.values), 0
+
+    def sum(self, buffer: np.ndarray) -> None:
+        self.sums += 1
+        total, *others = self.gather(buffer.copy())
+        for other in others:
+            total = total + other
+        buffer[...] = total
+
+    def gather(self, value: Any) -> list[Any]:
+        self._board.values[self.rank] = value
+        self._board.barrier.wait()
+        values = list(self._board.values)
+        self._board.barrier.wait()
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
+    """Let every rank do the work in a thread of its own; return the results, or raise the first error."""
+    board = Board(size)
+
+    def one(rank: int) -> Any:
+        try:
+            return work(Rank(board, rank))
+        except BaseException:
+            board.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(one, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]

@@ -1,0 +1,150 @@
+"""A step on several ranks is the step on one, held against the step on one: double precision, equal to 1e-12.
+
+Images are 90 in batches of 11, so that the last has 2, and most ranks none of them.
+"""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+from fake_ranks import on_ranks
+
+from arraytp.config import parse_config
+from arraytp.data.writer import Description, writing
+from arraytp.ranks import ALONE, share
+from arraytp.training.experiment import build_planned
+from arraytp.training.plan import plan
+
+POOL = {"kernel": 3, "stride": 2, "padding": 1}
+POOLED = {
+    "blocks": [
+        {"type": "conv", "channels": 6, "kernel": 5, "padding": 2, "activation": "elu", "pool": POOL},
+        {"type": "conv", "channels": 8, "kernel": 5, "padding": 2, "activation": "elu", "pool": POOL},
+        {"type": "dense", "units": 20, "activation": "elu"},
+        {"type": "dense", "units": 6},
+    ]
+}
+SQUARE = {
+    "blocks": [
+        {"type": "conv", "channels": 3, "kernel": 3, "stride": 2, "padding": "same", "activation": "leaky-relu"},
+        {"type": "conv", "channels": 4, "kernel": 3, "stride": 2, "padding": "same", "activation": "leaky-relu"},
+        {"type": "dense", "units": 12, "activation": "leaky-relu"},
+        {"type": "dense", "units": 6},
+    ],
+    "square": True,
+    "init": "orthogonal",
+}
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+FEEDBACK = {"feedback": {"iterations": [2, 1, 2], "sigma": 0.2, "optimizer": {**SGD, "lr": 1e-3}}}
+ADAM = {"feedback": {"iterations": 2, "sigma": 0.2, "optimizer": {"name": "adam", "lr": 1e-3}}}
+RULES = {
+    "bp": {"name": "bp"},
+    "fa": {"name": "fa"},
+    "dfa": {"name": "dfa"},
+    "gait-prop literal": {"name": "gait-prop", "eta": 0.01},
+    "gait-prop difference": {"name": "gait-prop", "form": "difference", "rescale_updates": False},
+    "gait-prop pseudo": {"name": "gait-prop", "form": "difference", "inverse": "pseudo"},
+    "tp": {"name": "tp", **FEEDBACK},
+    "dtp overwrite": {"name": "dtp", **FEEDBACK},
+    "dtp accumulate": {"name": "dtp", "unpool": "accumulate", "divide_by_beta": True, **FEEDBACK},
+    "ldrl overwrite": {"name": "ldrl", **FEEDBACK},
+    "ldrl accumulate": {"name": "ldrl", "unpool": "accumulate", **ADAM},
+    "ldrl expected": {"name": "ldrl", "expected": True, **FEEDBACK},
+    "ldrl expected adam": {"name": "ldrl", "expected": True, "unpool": "accumulate", **ADAM},
+    "ldrl-parallel": {"name": "ldrl-parallel", "samples": 3, **FEEDBACK},
+    "drl": {"name": "drl", **FEEDBACK},
+    "drl expected": {"name": "drl", "expected": True, **FEEDBACK},
+    "drl optimum": {"name": "drl", "expected": "optimum", **FEEDBACK},
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images") / "data"
+    generator = np.random.default_rng(5)
+    with writing(folder, Description("tiny", (8, 7, 2), tuple(f"class {n}" for n in range(6)))) as writer:
+        for split, count in (("train", 90), ("test", 30)):
+            images = generator.integers(0, 256, (count, 8, 7, 2), dtype=np.uint8)
+            writer.add(split, images, generator.integers(0, 6, count))
+    return folder
+
+
+def planned(dataset, rule, **settings):
+    square = rule.startswith("gait-prop")
+    tree = {
+        "name": "short",
+        "dtype": "float64",
+        "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
+        "network": SQUARE if square and "pseudo" not in rule else POOLED,
+        "rule": RULES[rule],
+        "loss": {"reduction": "sum" if rule == "gait-prop literal" else "mean"},
+        "optimizer": {**SGD, "lr": 1e-3, "orthogonality": 0.1 if square and "pseudo" not in rule else 0.0},
+        "train": {"epochs": 1, "batch_size": 11, "eval_batch_size": 28},
+    }
+    return plan(parse_config(tree | settings).variants[""])
+
+
+def numbers_of(planned, ranks, plain):
+    """Train on the last three batches of an epoch; return all numbers that a run would write."""
+    experiment, found = build_planned(planned, plain, ranks), []
+    with closing(experiment.train_loader.batches(0, 6)) as batches:
+        for size, (images, labels) in zip(experiment.train_loader.sizes(6), batches, strict=True):
+            step = experiment.forward(images, labels, size)
+            losses = experiment.train_feedback(step)
+            updates = experiment.updates(step)
+            compared = experiment.compare(step, updates)
+            found += [array.copy() for pair in updates for array in pair]
+            # Cosines: near 0° an angle has half the digits.
+            found += [np.array([[np.cos(np.radians(each.angle_deg)), 1 + each.distance] for each in compared])]
+            found += [np.array([loss for loss in losses if loss is not None], float), step.score.totals.copy()]
+            found += [weight.copy() for weight in experiment.rule_state.named().values()]
+            experiment.apply(step, updates)
+    found += [score.totals for score in experiment.evaluate()]
+    return [*found, *experiment.network.parameters()]
+
+
+@pytest.mark.parametrize(("size", "plain"), [(2, False), (3, False), (5, False), (3, True)])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_number_of_a_step_is_that_of_one_rank(dataset, rule, size, plain):
+    """Updates, feedback weights, losses, counts, angles, evaluation, the weights after three steps."""
+    wanted = numbers_of(planned(dataset, rule), ALONE, plain)
+    for found in on_ranks(size, lambda ranks: numbers_of(planned(dataset, rule), ranks, plain)):
+        assert len(found) == len(wanted)
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
+
+
+@pytest.mark.parametrize(("rule", "sums"), [("bp", 1), ("ldrl expected", 2), ("drl expected", 2), ("dtp overwrite", 6)])
+def test_a_step_sums_as_rarely_as_it_can(dataset, rule, sums):
+    """One sum for updates, loss and stop; one for all blocks' closed form; one a block and iteration by noise (5)."""
+
+    def count(ranks):
+        experiment = build_planned(planned(dataset, rule), ranks=ranks)
+        with closing(experiment.train_loader.batches(0)) as batches:
+            experiment.step(*next(batches), size=11)
+        return ranks.sums
+
+    assert on_ranks(2, count) == [sums, sums]
+
+
+def test_a_stop_that_one_rank_wants_is_known_to_all(dataset):
+    def agreed(ranks):
+        experiment = build_planned(planned(dataset, "bp"), ranks=ranks)
+        with closing(experiment.train_loader.batches(0)) as batches:
+            step = experiment.forward(*next(batches), 11)
+        found = []
+        for stop in (False, ranks.rank == 2):
+            experiment.updates(step, stop)
+            found.append(experiment.stop_agreed)
+            experiment.agree_to_stop(stop)
+            found.append(experiment.stop_agreed)
+        return found
+
+    assert on_ranks(3, agreed) == [[False, False, True, True]] * 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8])
+def test_shares_are_the_whole_and_differ_by_one(count):
+    parts = [share(count, rank, 3) for rank in range(3)]
+    assert [n for start, stop in parts for n in range(start, stop)] == [*range(count)]
+    assert max(stop - start for start, stop in parts) - min(stop - start for start, stop in parts) <= 1
