@@ -14,7 +14,7 @@ from arraytp.audit.check import Floats, host
 from arraytp.audit.setting import Setting
 from arraytp.model.blocks import Block
 from arraytp.optim import at_block
-from arraytp.rules import drl, dtp, ldrl, tp
+from arraytp.rules import drl, dtp, ldrl, ridge_tp, tp
 
 Loss = Callable[[Floats, Floats | None], float]
 """(ω, G's bias) → the loss of an iteration of feedback training with given noise."""
@@ -65,6 +65,24 @@ def direct_targets(setting: Setting) -> list[Floats]:
     return [delta, *((delta @ q[n]).reshape(s[n].shape) for n in reversed(range(1, len(s) - 1)))]
 
 
+def ridge_targets(setting: Setting) -> list[Floats]:
+    """Return δ^N = −β B ∂L/∂s^N, δ^n = (unpool d) W⁺, W⁺ by the singular values of W, d = f⁻¹(t) − f⁻¹(s) or D⁻¹ δ."""
+    network, options = setting.on_host(), setting.options
+    _, s, indices = reference.forward(network, host(setting.images))
+    deltas = [_output_difference(setting)]
+    for n in reversed(range(1, len(network))):
+        block, name = network.blocks[n], network.blocks[n].activation.name
+        low, high = (bound + sign * options.clip for bound, sign in zip(block.activation.range, (1, -1), strict=True))
+        inside, t = (np.clip(x, low, high) for x in (s[n + 1], s[n + 1] + deltas[-1].reshape(s[n + 1].shape)))
+        z, z_t = reference.inverse(inside, name), reference.inverse(t, name)
+        d = z_t - z if options.activation == "inverse" else deltas[-1].reshape(z.shape) / reference.slope(z, name)
+        d = d if block.pool is None else reference.unpool(d, indices[n], block.pool, "accumulate")  # type: ignore[arg-type]
+        u, sigma, v = np.linalg.svd(network.weights[n].reshape(-1, network.weights[n].shape[-1]), full_matrices=False)
+        through = ((u * (sigma / (sigma**2 + options.ridge))) @ v).reshape(network.weights[n].shape)
+        deltas.append(reference.transposed(block, through, d).reshape(s[n].shape))
+    return deltas
+
+
 def _output_difference(setting: Setting) -> Floats:
     dlogits = host(setting.batch.dlogits)
     result: Floats = -setting.options.beta * len(dlogits) * dlogits
@@ -79,6 +97,7 @@ TARGETS: Mapping[Any, tuple[str, Callable[[Setting], list[Floats]]]] = {
     dtp.targets: ("Eq. 4", difference_targets),
     tp.targets: ("t^n = G(t^{n+1})", plain_targets),
     drl.targets: ("t = s + Q(t^N) − Q(s^N)", direct_targets),
+    ridge_tp.targets: ("t = s + (f⁻¹(t) − f⁻¹(s)) W⁺", ridge_targets),
 }
 """By `Rule.targets`: source and definition."""
 

@@ -90,6 +90,19 @@ def slope(z: Floats, name: str) -> Floats:
     return slopes[name]
 
 
+def inverse(s: Floats, name: str) -> Floats:
+    """Return f⁻¹(s)."""
+    below = np.minimum(s, 0)
+    with np.errstate(all="ignore"):
+        values: dict[str, Floats] = {
+            "linear": s,
+            "leaky-relu": np.where(s >= 0, s, s / 0.1),
+            "elu": np.where(s > 0, s, np.log1p(np.maximum(below, -1))),
+            "tanh": np.arctanh(np.clip(s, -1, 1)),
+        }
+    return values[name]
+
+
 def max_pool(s: Floats, window: Window) -> tuple[Floats, Index]:
     """Return the maxima and which element of its window each is, window by window; the first one wins a tie."""
     image, k = bordered(s, window, -math.inf), window.kernel

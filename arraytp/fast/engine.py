@@ -59,6 +59,10 @@ class Fast:
             return inverse.backward_through_pseudo_inverse(at, ds, through, scale, self.workspace)
         return passes.backward(at, ds, through, scale, self.workspace)
 
+    def carry(self, at: At, d: Array, inverse_: PseudoInverse) -> Array:
+        """See `At.carry`."""
+        return inverse.carry(at, d, inverse_, self.workspace)
+
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """See `At.feedback`."""
         return modules.feedback(at, omega, bias, t, unpool, self.workspace)

@@ -11,8 +11,10 @@ from functools import partial
 
 from arraytp.backend import Array, array_module
 from arraytp.fast.buffers import Buffers
+from arraytp.fast.modules import transposed
 from arraytp.fast.parallel import Workspace, even_slices
 from arraytp.fast.passes import backward, product, scaled
+from arraytp.fast.pools import pool_adjoint
 from arraytp.model.blocks import Block
 from arraytp.model.inverse import GRAM, check_condition
 from arraytp.model.passes import At, Batch, Gradients
@@ -132,24 +134,45 @@ def backward_through_pseudo_inverse(
     at: At, ds: Array, inverse: PseudoInverse, scale: float | Array | None, workspace: Workspace
 ) -> Gradients:
     """Return dW, db and (D ⊙ unpool ds) W⁺: `At.backward` with W⁺ in place of Wᵀ."""
-    block, x, matrix = at.block, at.s, inverse.matrix
+    if _is_formed(at, inverse):
+        return backward(at, ds, _transposed(inverse, workspace).reshape(at.block.weight_shape), scale, workspace)
+    dweight, dbias, _ = backward(at, ds, None, scale, workspace)
+    return dweight, dbias, _solved(at, _dz(at, ds, scale, workspace), inverse, workspace)
+
+
+def carry(at: At, d: Array, inverse: PseudoInverse, workspace: Workspace) -> Array:
+    """Return (unpool d) W⁺, of s^n's shape: `At.carry`."""
+    block, d = at.block, d.reshape(at.output.shape)
+
+    def unpooled(part: slice, out: Array, scratch: Buffers) -> None:
+        out[...] = pool_adjoint(block, d[part], None if at.index is None else at.index[part], scratch)
+
+    if _is_formed(at, inverse):
+        return transposed(at, _transposed(inverse, workspace).reshape(block.weight_shape), unpooled, workspace)
+    own = workspace.of((OWNER, at.batch.results, at.n)).array("dz", d.shape, d.dtype)
+    own[...] = d
+    return _solved(at, own, inverse, workspace)
+
+
+def _is_formed(at: At, inverse: PseudoInverse) -> bool:
+    """Tell whether W⁺ is formed: for convolutions, and for as many samples as W⁺ has rows to be solved for."""
+    return at.block.window is not None or len(at.s) >= max(inverse.matrix.shape)
+
+
+def _solved(at: At, dz: Array, inverse: PseudoInverse, workspace: Workspace) -> Array:
+    """Return dz W⁺ of a dense block by solving for its rows; dz may be overwritten."""
+    matrix, x = inverse.matrix, at.s
+    dx = workspace.of((OWNER, at.batch.results, at.n)).array("ds", (len(x), len(matrix)), x.dtype)
 
     def solve(rows: Array) -> Array:
         return gram_solve(inverse, rows)
 
-    if block.window is not None or len(x) >= max(matrix.shape):
-        through = _transposed(inverse, workspace).reshape(block.weight_shape)
-        return backward(at, ds, through, scale, workspace)
+    if is_tall(matrix):
+        _solve_rows(solve, dz, workspace)
+    product(dz, matrix.T, dx, workspace)
     if not is_tall(matrix):
-        dweight, dbias, dx = backward(at, ds, matrix, scale, workspace)
-        assert dx is not None
-        _solve_rows(solve, dx.reshape(len(x), -1), workspace)
-        return dweight, dbias, dx
-    dweight, dbias, _ = backward(at, ds, None, scale, workspace)
-    dz = _dz(at, ds, scale, workspace)
-    _solve_rows(solve, dz, workspace)
-    dx = workspace.of((OWNER, at.batch.results, at.n)).array("ds", (len(x), len(matrix)), x.dtype)
-    return dweight, dbias, product(dz, matrix.T, dx, workspace).reshape(x.shape)
+        _solve_rows(solve, dx, workspace)
+    return dx.reshape(x.shape)
 
 
 def _transposed(inverse: PseudoInverse, workspace: Workspace) -> Array:

@@ -34,7 +34,7 @@ def feedback_difference(at: At, omega: Array, delta: Array, mode: Unpool, worksp
         else:
             unpool(block, block.activation.difference(s[part], delta[part]), index, out, scratch)
 
-    return _transposed(at, omega, inputs, workspace)
+    return transposed(at, omega, inputs, workspace)
 
 
 def feedback(at: At, omega: Array, bias: Array, t: Array, mode: Unpool, workspace: Workspace) -> Array:
@@ -45,7 +45,7 @@ def feedback(at: At, omega: Array, bias: Array, t: Array, mode: Unpool, workspac
         index = None if at.index is None else at.index[part]
         write_input(block, _copy(t[part], scratch), index, mode, out, scratch)
 
-    r = _transposed(at, omega, inputs, workspace)
+    r = transposed(at, omega, inputs, workspace)
     r.reshape(len(t), *block.in_shape)[...] += bias
     return r
 
@@ -71,7 +71,7 @@ def _copy(t: Array, scratch: Buffers) -> Array:
     return copy
 
 
-def _transposed(at: At, omega: Array, inputs: Callable[[slice, Array, Buffers], None], workspace: Workspace) -> Array:
+def transposed(at: At, omega: Array, inputs: Callable[[slice, Array, Buffers], None], workspace: Workspace) -> Array:
     """Return ω ∘ a of s^n's shape; `inputs` writes a of some samples. Samples are shared by threads."""
     block, like = at.block, at.s
     batch, own = len(like), workspace.of((OWNER, at.batch.results, at.n))

@@ -251,6 +251,19 @@ class At:
         """
         return self.batch.engine.backward(self, ds, through if self.n > 0 else None, scale)
 
+    def carry(self, d: Array, inverse: PseudoInverse) -> Array:
+        """Return (unpool d) W⁺, of s^n's shape: the least change of s^n by which z at the pool's maxima changes by d.
+
+        Patches that overlap add up, and so do windows of the pool.
+
+        Parameters
+        ----------
+        d : array of B · size of s^{n+1} elements
+        inverse : PseudoInverse
+            Of W.
+        """
+        return self.batch.engine.carry(self, d, inverse)
+
     def feedback(self, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """Return G^n(t), of s^n's shape: max-unpool → activation → transposed affine map with ω, plus a bias.
 
@@ -417,6 +430,9 @@ class Engine(Protocol):
 
     def backward(self, at: At, ds: Array, through: Through | None, scale: float | Array | None) -> Gradients:
         """See `At.backward`."""
+
+    def carry(self, at: At, d: Array, inverse: PseudoInverse) -> Array:
+        """See `At.carry`."""
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """See `At.feedback`."""

@@ -175,10 +175,13 @@ class Plain:
             # W⁻¹ in place of Wᵀ is W⁻ᵀ in place of W.
             through = inverse_rows(through, slice(0, len(through.matrix))).T.reshape(block.weight_shape)
         elif isinstance(through, PseudoInverse):
-            # W⁺ in place of Wᵀ is (W⁺)ᵀ in place of W.
-            rows = transposed_rows(through, slice(0, max(through.matrix.shape)))
-            through = (rows if is_tall(through.matrix) else rows.T).reshape(block.weight_shape)
+            through = _transposed(block, through)
         return block_backward(block, ds, z, at.index, at.s, through)
+
+    def carry(self, at: At, d: Array, inverse: PseudoInverse) -> Array:
+        """Return (unpool d) W⁺."""
+        unpooled = feedback.unpooled(at.block, d.reshape(at.output.shape), at.index, "accumulate")
+        return feedback.transposed(at.block, _transposed(at.block, inverse), unpooled).reshape(at.s.shape)
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """Return G(t)."""
@@ -238,6 +241,12 @@ class Plain:
     def inverse(self, at: At, factors: Factors, y: Array) -> Array:
         """Return the input that y belongs to."""
         return block_inverse(at.block, at.weight, at.bias, y, at.s)
+
+
+def _transposed(block: Block, inverse: PseudoInverse) -> Array:
+    """Return (W⁺)ᵀ, of weight_shape: W⁺ in place of Wᵀ is (W⁺)ᵀ in place of W."""
+    rows = transposed_rows(inverse, slice(0, max(inverse.matrix.shape)))
+    return (rows if is_tall(inverse.matrix) else rows.T).reshape(block.weight_shape)
 
 
 class PlainGramErrors:

@@ -30,6 +30,8 @@ class Activation:
         f(s + δ) − f(s), to rounding of its own size where f has no curvature between the two.
     inverse : s → z, or None
         z with f(z) = s, not finite outside `range`; None where f has no inverse.
+    inverse_difference : (s, δ) → array, or None
+        f⁻¹(s + δ) − f⁻¹(s), as exact as `difference`.
     range : (float, float)
         The numbers between which f's values lie, neither of them included.
     curved : bool
@@ -43,6 +45,7 @@ class Activation:
     derivative: Callable[[Array], Array] | None
     difference: Callable[[Array, Array], Array]
     inverse: Callable[[Array], Array] | None = None
+    inverse_difference: Callable[[Array, Array], Array] | None = None
     range: tuple[float, float] = (-math.inf, math.inf)
     curved: bool = False
     flat_below_zero: bool = False
@@ -112,6 +115,11 @@ def _leaky_relu_inverse(s: Array) -> Array:
     return array_module(s).minimum(s, s * s.dtype.type(1 / LEAKY_SLOPE))
 
 
+def _leaky_relu_inverse_difference(s: Array, delta: Array) -> Array:
+    below = delta * s.dtype.type(1 / LEAKY_SLOPE)
+    return _piecewise_difference(lambda t, _: _leaky_relu_inverse(t), s, delta, below)
+
+
 def _leaky_relu_difference(s: Array, delta: Array) -> Array:
     return _piecewise_difference(_leaky_relu, s, delta, delta * s.dtype.type(LEAKY_SLOPE))
 
@@ -141,6 +149,11 @@ def _tanh_derivative(s: Array) -> Array:
 def _tanh_inverse(s: Array) -> Array:
     xp = array_module(s)
     return s.dtype.type(0.5) * (xp.log1p(s) - xp.log1p(-s))
+
+
+def _tanh_inverse_difference(s: Array, delta: Array) -> Array:
+    """Return artanh a − artanh b = artanh((a − b) / (1 − a b))."""
+    return _tanh_inverse(delta / (s.dtype.type(1) - s * (s + delta)))
 
 
 def _tanh_difference(s: Array, delta: Array) -> Array:
@@ -177,6 +190,15 @@ def _elu_inverse(s: Array) -> Array:
     return xp.maximum(s, zero) + xp.log1p(xp.minimum(s, zero))
 
 
+def _elu_inverse_difference(s: Array, delta: Array) -> Array:
+    """Return, below 0, log(1 + s + δ) − log(1 + s) = log(1 + δ / (1 + s))."""
+    xp, one = array_module(s), s.dtype.type(1)
+    quotient = delta / (xp.minimum(s, s.dtype.type(0)) + one)
+    # It is at −1 or below only where s is above 0, and this is not taken.
+    below = xp.log1p(xp.where(quotient > -one, quotient, s.dtype.type(0)))
+    return _piecewise_difference(lambda t, _: _elu_inverse(t), s, delta, below)
+
+
 def _elu_difference(s: Array, delta: Array) -> Array:
     """Return, below 0, exp(s + δ) − exp(s), the larger of the two factored out so that nothing overflows."""
     xp = array_module(s)
@@ -200,13 +222,36 @@ def _piecewise_difference(
     return xp.where(both_above, delta, xp.where(both_below, below, across))
 
 
-LINEAR = Activation("linear", _copied, None, _linear_difference, inverse=lambda s: s)
+LINEAR = Activation("linear", _copied, None, _linear_difference, lambda s: s, _linear_difference)
 LEAKY_RELU = Activation(
-    "leaky-relu", _leaky_relu, _leaky_relu_derivative, _leaky_relu_difference, inverse=_leaky_relu_inverse
+    "leaky-relu",
+    _leaky_relu,
+    _leaky_relu_derivative,
+    _leaky_relu_difference,
+    _leaky_relu_inverse,
+    _leaky_relu_inverse_difference,
 )
 RELU = Activation("relu", _relu, _relu_derivative, _relu_difference, flat_below_zero=True)
-TANH = Activation("tanh", _tanh, _tanh_derivative, _tanh_difference, _tanh_inverse, (-1.0, 1.0), curved=True)
-ELU = Activation("elu", _elu, _elu_derivative, _elu_difference, _elu_inverse, (-1.0, math.inf), curved=True)
+TANH = Activation(
+    "tanh",
+    _tanh,
+    _tanh_derivative,
+    _tanh_difference,
+    _tanh_inverse,
+    _tanh_inverse_difference,
+    (-1.0, 1.0),
+    curved=True,
+)
+ELU = Activation(
+    "elu",
+    _elu,
+    _elu_derivative,
+    _elu_difference,
+    _elu_inverse,
+    _elu_inverse_difference,
+    (-1.0, math.inf),
+    curved=True,
+)
 
 ACTIVATIONS = {activation.name: activation for activation in (LINEAR, LEAKY_RELU, RELU, TANH, ELU)}
 """By name: leaky ReLU has slope 0.1 below 0, ELU has alpha 1."""

@@ -22,6 +22,7 @@ RULE_COLOURS = {
     "ldrl": "#009e73",
     "ldrl-parallel": "#44aa99",
     "drl": "#cc79a7",
+    "ridge-tp": "#332288",
 }
 OTHER_COLOUR = "#777777"
 NOTE_COLOUR = "#666666"

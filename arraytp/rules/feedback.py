@@ -204,8 +204,7 @@ def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block
         If a list has not one value per feedback block, the loss is not the mean, or blocks have auxiliary units; names
         key and blocks.
     """
-    if reduction != "mean":
-        raise UserError(f"loss.reduction: {reduction}: rule {rule} is defined for the mean loss; use reduction: mean")
+    check_targets(rule, blocks, reduction)
     if training.optimizer.orthogonality:
         raise UserError(
             f"rule.feedback.optimizer.orthogonality: {training.optimizer.orthogonality:g}: the regulariser is for θ, "
@@ -223,6 +222,18 @@ def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block
                 f"rule.feedback.{key}: {len(values)} values {list(values)}; needs one number, or a list of "
                 f"{len(labels)}, one per block with feedback: {', '.join(labels) or 'none'}"
             )
+
+
+def check_targets(rule: str, blocks: Sequence[Block], reduction: str) -> None:
+    """Refuse what no rule with targets but GAIT-prop can do.
+
+    Raises
+    ------
+    UserError
+        If the loss is not the mean, or blocks have auxiliary units; names key and blocks.
+    """
+    if reduction != "mean":
+        raise UserError(f"loss.reduction: {reduction}: rule {rule} is defined for the mean loss; use reduction: mean")
     for n, block in enumerate(blocks):
         if block.auxiliary:
             raise UserError(

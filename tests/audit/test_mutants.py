@@ -43,6 +43,7 @@ CONFIGS = {
     "drl": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl}")),
     "drl expected": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl, expected: true}")),
     "drl optimum": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl, expected: optimum}")),
+    "ridge": ("quickstart", "fa", (CONV, "rule={name: ridge-tp}")),
     "gp": ("quickstart-gait-prop", "gp", (SQUARE, "rule={name: gait-prop, form: literal}")),
     "pseudo": (
         "quickstart-gait-prop",
@@ -183,6 +184,12 @@ MUTANTS = [
         ("return gram_solve(inverse, rows)", "return rows"),
         ("triangles[n], ridge)", "triangles[n], 0.1)"),
         ("product(dz, matrix.T, dx, workspace)", "product(dz, matrix.T * 2, dx, workspace)"),
+    ),
+    *_on(
+        "ridge",
+        "rules/ridge_tp.py",
+        ("pseudo_inverses(options.ridge)", "pseudo_inverses()"),
+        ("f.inverse_difference(s, change)", "f.inverse_difference(s, -change)"),
     ),
     *_on("pseudo", "fast/orthogonality.py", ("range(1, len(blocks))", "range(2, len(blocks))")),
     *_on("gp", "ops/solve.py", ("[rows.start :: order + 1] = 1", "[rows.start :: order + 1] = 2"),

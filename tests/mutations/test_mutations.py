@@ -210,6 +210,9 @@ MUTATIONS = [
         ("maximum(z, -bias, out=z)", "maximum(z, bias, out=z)"),
         ("s * s.dtype.type(1 / LEAKY_SLOPE)", "s * s.dtype.type(2 / LEAKY_SLOPE)"),
         ("xp.log1p(s) - xp.log1p(-s)", "xp.log1p(s) + xp.log1p(-s)"),
+        ("s * (s + delta))", "s * s)"),
+        ("xp.log1p(xp.where(quotient > -one, quotient, s.dtype.type(0)))", "quotient"),
+        ("delta * s.dtype.type(1 / LEAKY_SLOPE)", "delta * s.dtype.type(LEAKY_SLOPE)"),
     ),
     *_in(
         "ops/noise.py",
@@ -414,6 +417,21 @@ MUTATIONS = [
         "rules/protocol.py",
         "rules/test_rules.py rules/test_gait_prop.py",
         ("list(self.updates(options, state, batch))[::-1]", "list(self.updates(options, state, batch))"),
+    ),
+    *_in(
+        "rules/ridge_tp.py",
+        "rules/test_ridge_tp.py",
+        ("pseudo_inverses(options.ridge)", "pseudo_inverses()"),
+        ('if options.activation == "inverse":', 'if options.activation != "inverse":'),
+        ("delta[part] / f.derivative(s)", "delta[part] * f.derivative(s)"),
+        ("low + number(options.clip)", "low"),
+        ("if block.activation.inverse is None:", "if False:"),
+    ),
+    *_in(
+        "fast/inverse.py",
+        "rules/test_ridge_tp.py",
+        ("pool_adjoint(block, d[part]", "pool_adjoint(block, 2 * d[part]"),
+        ("    if not is_tall(matrix):\n        _solve_rows(solve, dx, workspace)\n", ""),
     ),
     *_in(
         "rules/gait_prop.py",

@@ -155,6 +155,26 @@ def test_a_difference_is_that_of_the_values(place, name):
     np.testing.assert_allclose(found, exact, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["linear", "leaky-relu", "elu", "tanh"])
+def test_a_difference_of_inverses_is_that_of_the_values(place, name):
+    """From every point of the range to every other one, over the kink and from it."""
+    z = np.array([-3.0, -1.5, -0.2, -1e-3, 0.0, 1e-3, 0.4, 2.0])
+    s = np.array([naive.activation(value, name) for value in z])
+    (s_from, s_to), (z_from, z_to) = ([grid.ravel() for grid in np.meshgrid(values, values)] for values in (s, z))
+    found = place.get(VALUES[name].inverse_difference(place.put(s_from), place.put(s_to - s_from)))
+    np.testing.assert_allclose(found, z_to - z_from, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["linear", "leaky-relu", "elu", "tanh"])
+@pytest.mark.parametrize("size", [1e-12, 1e-30])
+def test_a_small_difference_of_inverses_keeps_its_digits_in_single_precision(place, name, size):
+    z = apart((40,), 7)
+    s, delta = naive.each(naive.activation, z, name).astype(np.float32), size * rng(8).standard_normal(40)
+    found = place.get(VALUES[name].inverse_difference(place.put(s), place.put(delta.astype(np.float32))))
+    np.testing.assert_allclose(found, delta / naive.each(naive.derivative, z, name), rtol=1e-5)
+    assert found.dtype == np.float32
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("size", [1e-3, 1e-12, 1e-30])
 def test_a_small_difference_keeps_its_digits_in_single_precision(place, name, size):

@@ -61,6 +61,10 @@ RULES = {
     "gait-prop pseudo not rescaled": (
         {"name": "gait-prop", "inverse": "pseudo", "rescale_updates": False}, (CONV,)
     ),
+    "ridge-tp": ({"name": "ridge-tp", "ridge": 0.2, "clip": 0.1}, (CONV, DENSE)),
+    "ridge-tp linearised": (
+        {"name": "ridge-tp", "activation": "linearised", "divide_by_beta": True, "clip": 0.3}, (CONV, DENSE)
+    ),
     "tp": ({"name": "tp", "feedback": TRAINED}, (CONV, DENSE)),
     "dtp": ({"name": "dtp", "feedback": TRAINED}, (CONV, DENSE)),
     "dtp divided": (
@@ -432,6 +436,31 @@ def pseudo_targets(trace):
         m, e = (m / gamma, e) if trace.rule["rescale_updates"] else (m, e * per_sample(gamma, e))
 
 
+def ridge_targets(trace):
+    """Yield δ of every block's output; of the least squares problem, the rows of W stacked on √r I."""
+    rule, f_range = trace.rule, {"tanh": (-1, 1), "elu": (-1, float("inf"))}
+    delta = -rule["beta"] * trace.batch * output_gradient(trace)
+    for n in reversed(range(len(trace.blocks))):
+        s, (weight, _), block = trace[f"activations/{n}/out"], trace.weights("forward", n), trace.blocks[n]
+        yield delta.reshape(s.shape), None
+        if n == 0:
+            return
+        low, high = f_range.get(block["activation"], (-float("inf"), float("inf")))
+        inside, t = (x.clamp(low + rule["clip"], high - rule["clip"]) for x in (s, s + delta.reshape(s.shape)))
+        if rule["activation"] == "inverse":
+            d = INVERSE[block["activation"]](t) - INVERSE[block["activation"]](inside)
+        else:
+            z = INVERSE[block["activation"]](inside).requires_grad_()
+            d = delta.reshape(s.shape) / torch.autograd.grad(ACTIVATION[block["activation"]](z).sum(), z)[0]
+        _, _, index = forward(block, trace.input(n), weight, 0)
+        d = unpool(d.detach(), index, trace[f"activations/{n}/pre"], "accumulate")
+        matrix = weight.reshape(-1, weight.shape[-1])
+        stacked = torch.cat([matrix.T, rule["ridge"] ** 0.5 * torch.eye(len(matrix), dtype=d.dtype)])
+        wanted = torch.cat([torch.eye(matrix.shape[1], dtype=d.dtype), torch.zeros(*matrix.shape, dtype=d.dtype)])
+        ridge_inverse = torch.linalg.lstsq(stacked, wanted, driver="gelsd")[0]
+        delta = transposed(block, d, ridge_inverse.reshape(weight.shape), trace.input(n)).detach()
+
+
 def learned_targets(trace):
     """Yield δ of every block by TP's, DTP's or DRL's targets, with the feedback weights after their training."""
     step, last = trace.rule.get("beta", trace.rule.get("eta")), len(trace.blocks) - 1
@@ -571,7 +600,7 @@ def present(trace, start, gradients):
 
 def check_targets(trace):
     exact = pseudo_targets if trace.rule.get("inverse") == "pseudo" else gait_targets
-    found = {"gait-prop": exact}.get(trace.rule["name"], learned_targets)(trace)
+    found = {"gait-prop": exact, "ridge-tp": ridge_targets}.get(trace.rule["name"], learned_targets)(trace)
     for n, (delta, m) in zip(reversed(range(len(trace.blocks))), found, strict=True):
         out, units = trace[f"activations/{n}/out"], delta.shape[-1]
         check(trace[f"targets/{n}/delta"][..., :units], delta)

@@ -4,6 +4,8 @@ The plain engine is the primitives as they read, on the whole batch; the fast on
 products. A rule that is wrong in one of them only would train otherwise without a word.
 """
 
+from dataclasses import replace
+
 import pytest
 from samples import batch, close, fitting_blocks, random_network, rng, well_conditioned
 from training import copies, plain, trainer
@@ -29,6 +31,8 @@ NETS = {
         Conv(channels=3, kernel=2, activation="relu"), Dense(units=4)], (13, 11, 2)),
     "dense": ([Dense(units=11, activation="elu"), Dense(units=8, activation="leaky-relu"), Dense(units=4)], (10,)),
 }  # fmt: skip
+INVERTIBLE = {name: ([replace(layer, activation="elu") if layer.activation == "relu" else layer for layer in layers],
+                     shape) for name, (layers, shape) in NETS.items()}  # fmt: skip
 SQUARE_NETS = {
     "square convolutions": ([
         Conv(channels=3, kernel=3, padding="same", activation="leaky-relu"),
@@ -66,6 +70,8 @@ CASES = {
     "drl expected": ("drl", {"expected": True}),
     "drl optimum": ("drl", {"expected": "optimum"}),
     **{f"gait-prop {name}": ("gait-prop", options) for name, options in GAIT_PROP.items()},
+    "ridge-tp": ("ridge-tp", {"ridge": 0.3}),
+    "ridge-tp linearised": ("ridge-tp", {"activation": "linearised", "divide_by_beta": True}),
 }  # fmt: skip
 
 
@@ -125,7 +131,7 @@ def step(engine, rule, options, network, x, labels):
 )
 def test_a_step_by_the_fast_and_by_the_plain_engine_agree(case, count, near):
     rule, options = CASES[case]
-    for layers, shape in (SQUARE_NETS if squared(case) else NETS).values():
+    for layers, shape in (SQUARE_NETS if squared(case) else INVERTIBLE if rule == "ridge-tp" else NETS).values():
         results = []
         for engine in (None, plain(NUMPY)):
             network = drawn(layers, shape, case, near)

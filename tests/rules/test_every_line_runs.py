@@ -35,12 +35,13 @@ NOT_OF_A_STEP = {
     "ldrl.py": {"feedback_flops", "check"},
     "ldrl_parallel.py": {"feedback_flops"},
     "drl.py": {"flops", "feedback_flops", "check", "local_loss"},
+    "ridge_tp.py": {"check"},
     # Of the audit: units that a nudge takes across a kink.
     "gait_prop.py": {"flops", "check", "check_pseudo", "crossings"},
     # Refuses rates at which the iterations diverge.
     "collapse.py": {"check_converges"},
     # Of the plan; of the bench; of a study.
-    "feedback.py": {"check_feedback", "check_expected", "feedback_products", "only_block"},
+    "feedback.py": {"check_feedback", "check_targets", "check_expected", "feedback_products", "only_block"},
     # Names for files, copies for the audit and studies.
     "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts"},
 }
@@ -88,6 +89,8 @@ STEPS = {
     "drl": {"name": "drl", "feedback": SOME},
     "drl expected": {"name": "drl", "expected": True, "feedback": ALL | {"optimizer": ADAM}},
     "drl optimum": {"name": "drl", "expected": "optimum", "feedback": ALL},
+    "ridge-tp": {"name": "ridge-tp"},
+    "ridge-tp linearised": {"name": "ridge-tp", "activation": "linearised"},
 }
 # A trace watches feedback training and writes the targets down.
 TRACED = ("gait-prop literal", "gait-prop difference", "gait-prop difference not rescaled", "ldrl overwrite",

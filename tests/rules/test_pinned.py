@@ -68,6 +68,7 @@ CASES = {
     "ldrl expected adam": ("ldrl", {"feedback": ADAPTIVE, "expected": True}, STEEP, False),
     "ldrl-parallel": ("ldrl-parallel", {"feedback": FEEDBACK, "samples": 3}, STEEP, False),
     "drl": ("drl", {"feedback": ADAPTIVE, "eta": 2.0}, STEEP, False),
+    "ridge-tp": ("ridge-tp", {"ridge": 0.5}, STEEP, False),
 }  # fmt: skip
 PINNED = json.loads(Path(__file__).with_name("pinned_losses.json").read_text(encoding="utf-8"))
 TOLERANCE = {"float64": 1e-11, "float32": 5e-6}

@@ -158,7 +158,9 @@ def test_a_step_on_a_device_reads_nothing_back(dataset, rule):
         experiment.step(*next(batches))
         before = strict_device.reads.copy()
         experiment.step(*next(batches))
-        assert strict_device.reads - before == Counter({"asnumpy": 1} if experiment.rule.inverts else {})
+        # Weights far from semi-orthogonal ones have condition numbers to be looked at, too.
+        copies = 2 if rule == "ridge-tp" else int(experiment.rule.inverts)
+        assert strict_device.reads - before == Counter({"asnumpy": copies} if copies else {})
 
 
 @pytest.mark.parametrize("rule", LEARNED)

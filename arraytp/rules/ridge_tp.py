@@ -1,0 +1,115 @@
+"""Target propagation by regularised inverses (ridge TP): G is a ridge inverse of the layer, not learned.
+
+    t^N = s^N − β ∂L/∂s^N                                                                per sample
+    for n = N−1 … 0:
+        update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², also divided by β if so chosen
+        d = f⁻¹(t^{n+1}) − f⁻¹(s^{n+1}), or its linearisation D⁻¹ (t^{n+1} − s^{n+1})
+        t^n = s^n + (unpool d) (WᵀW + rI)⁻¹ Wᵀ,  r > 0
+
+(WᵀW + rI)⁻¹ Wᵀ = Wᵀ (WWᵀ + rI)⁻¹ takes d to the change p of the input with the least ‖p W − d‖² + r ‖p‖². f⁻¹ and D
+are those of s and t clipped to f's range, less `clip` on either side.
+
+Source: Roulet and Harchaoui (2023), there for recurrent networks. Convolutions and pools are ours: patches that overlap
+add up, as in GAIT-prop, and d passes a pool to the forward pass's maxima, f and the pool being interchangeable.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Lt
+
+from arraytp.backend import Array, array_module
+from arraytp.errors import UserError
+from arraytp.model.blocks import Block
+from arraytp.model.passes import At, Batch
+from arraytp.options import STRICT, Positive
+from arraytp.rules import dtp
+from arraytp.rules.feedback import check_targets
+from arraytp.rules.protocol import Rule, State, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`ridge` is r, `clip` the authors' tolerance. Angles are measured at `compare_beta`."""
+
+    name: Literal["ridge-tp"] = "ridge-tp"
+    ridge: Positive = 0.1
+    activation: Literal["inverse", "linearised"] = "inverse"
+    clip: Annotated[float, Gt(0), Lt(1)] = 1e-3
+    beta: Positive = 0.5
+    divide_by_beta: bool = False
+    compare_beta: Positive = 0.005
+
+    __pydantic_config__ = STRICT
+
+
+def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
+    """Return what is worth knowing before a run: nothing.
+
+    Raises
+    ------
+    UserError
+        As `check_targets`; also for an activation without inverse in a block after the first.
+    """
+    check_targets(options.name, blocks, reduction)
+    for n, block in enumerate(blocks[1:], start=1):
+        if block.activation.inverse is None:
+            raise UserError(
+                f"network block {n} ({block.label}): rule {options.name} inverts the activation of every block but "
+                f"the first, and {block.activation.name} has no inverse; use leaky-relu, linear, elu or tanh"
+            )
+    return []
+
+
+def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
+    """Yield the target of every block's output, from the last to the first.
+
+    Raises
+    ------
+    IllConditionedError
+        If r is too small for a Gram matrix to be inverted in its dtype.
+    """
+    inverses, delta = batch.pseudo_inverses(options.ridge), dtp.output_difference(options.beta, batch.dlogits)
+    for at in batch.down():
+        yield Target(delta)
+        if at.n > 0:
+            delta = at.carry(change_of_z(options, at, delta), inverses[at.n])
+
+
+def change_of_z(options: Options, at: At, delta: Array) -> Array:
+    """Return d = f⁻¹(s + δ) − f⁻¹(s), or D⁻¹ δ, of s^{n+1}'s shape; what is clipped changes by less."""
+    f, s_next, delta = at.block.activation, at.s_next, delta.reshape(at.s_next.shape)
+    d = at.batch.array("d", s_next.shape)
+
+    def change(part: slice) -> None:
+        s, change = clipped(options, at, s_next[part], delta[part])
+        if options.activation == "inverse":
+            assert f.inverse_difference is not None
+            d[part] = f.inverse_difference(s, change)
+        else:
+            d[part] = delta[part] if f.derivative is None else delta[part] / f.derivative(s)
+
+    at.batch.in_slices(change)
+    return d
+
+
+def clipped(options: Options, at: At, s: Array, delta: Array) -> tuple[Array, Array]:
+    """Return s and the difference of s + δ from it, both clipped to f's range less `clip` on either side."""
+    xp, number = array_module(s), s.dtype.type
+    low, high = (number(bound) for bound in at.block.activation.range)
+    low, high = low + number(options.clip), high - number(options.clip)
+    inside, t = xp.clip(s, low, high), xp.clip(s + delta, low, high)
+    # Where nothing is clipped δ keeps its digits.
+    return inside, xp.where((inside == s) & (t == s + delta), delta, t - inside)
+
+
+RULE: Rule[Any] = Rule(
+    options=Options,
+    targets=targets,
+    local_update=dtp.local_update,
+    local_loss=dtp.local_loss,
+    flops=dtp.flops,
+    check=check,
+    compared=dtp.compared,
+)
