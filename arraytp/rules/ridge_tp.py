@@ -70,7 +70,7 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
     IllConditionedError
         If r is too small for a Gram matrix to be inverted in its dtype.
     """
-    inverses, delta = batch.pseudo_inverses(options.ridge), dtp.output_difference(options.beta, batch.dlogits)
+    inverses, delta = batch.pseudo_inverses(options.ridge), dtp.output_difference(options.beta, batch)
     for at in batch.down():
         yield Target(delta)
         if at.n > 0:
