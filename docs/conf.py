@@ -1,4 +1,4 @@
-"""The site: `sphinx-build -W docs build/site`. Formulas are drawn by MathJax, which the reader's browser fetches."""
+"""The site: `sphinx-build -W docs build/site`. It needs no network to be read."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 project = "arraytp"
 html_title = "arraytp"
-extensions = ["myst_parser", "sphinx.ext.mathjax", "source_links"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "docstrings",
+    "mathml",
+    "source_links",
+]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -15,6 +24,14 @@ html_show_sourcelink = False
 html_copy_source = False
 html_show_copyright = False
 nitpicky = True
+# Types in docstrings are words, such as "array of shape (B, H, W, C)".
+nitpick_ignore_regex = [("py:.*", ".*")]
+# Several classes have an attribute such as `path`; the docstring means its own.
+suppress_warnings = ["ref.python"]
+templates_path = ["_templates"]
+autosummary_generate = True
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
 # A formula's rows end in \cr: Sphinx wraps those with \\ in an environment that takes no \tag.
 myst_enable_extensions = ["dollarmath"]
 # As deep as GitHub's, so that a link to a heading works in both places.

@@ -1,13 +1,16 @@
 """`arraytp report`: tables and figures that compare result folders."""
 
+import importlib
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 
 from arraytp.commands.folders import check_folder, check_folders
 from arraytp.disk import real
+from arraytp.errors import UserError
 from arraytp.report.figures import write_comparison, write_figures
 from arraytp.report.reading import common_parent, read_results
 from arraytp.report.tables import comparison_table
@@ -24,7 +27,13 @@ _NARROWEST = 60
     callback=check_folder,
     help="Where figures and tables go; the folder that holds the results when left out.",
 )
-def command(folders: tuple[Path, ...], out: Path | None) -> None:
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write one page to look at in a browser, without a network; needs the extra html.",
+)
+def command(folders: tuple[Path, ...], out: Path | None, html: Path | None) -> None:
     """Print a table and write figures that compare result folders.
 
     A DIR is a result folder, or a folder that holds some, such as that of a run with variants. Every run's own figures
@@ -37,10 +46,20 @@ def command(folders: tuple[Path, ...], out: Path | None) -> None:
     for result in results:
         write_figures(result, parent / result.label / "figures")
     runs = "<run>" if len(results) > 1 else results[0].label
+    if html is not None:
+        click.echo(f"page: {_page().write_page(results, html)}", err=True)
     click.echo(f"figures: {parent / runs / 'figures'}", err=True)
     if out or len(results) > 1:
         picture, markdown, table = write_comparison(results, parent)
         click.echo(f"comparison: {picture}, {markdown.name}, {table.name}", err=True)
+
+
+def _page() -> ModuleType:
+    """Import what draws the page; Bokeh need not be installed."""
+    try:
+        return importlib.import_module("arraytp.report.page")
+    except ImportError as error:
+        raise UserError(f"--html needs Bokeh ({error}); install it with: pip install 'arraytp[html]'") from error
 
 
 def _terminal_width() -> int:

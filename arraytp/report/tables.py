@@ -56,17 +56,21 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 def csv_table(results: Sequence[Result]) -> str:
     """Return the comparison as CSV, unrounded: an empty cell was not measured, nan is undefined."""
-    blocks = common_blocks(results)
     file = io.StringIO()
-    records = [_record(result, blocks) for result in results]
-    writer = csv.DictWriter(file, list(records[0]) if records else ["run"], lineterminator="\n")
+    rows = records(results)
+    writer = csv.DictWriter(file, list(rows[0]) if rows else ["run"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows(rows)
     return file.getvalue()
 
 
+def records(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return the rows of the CSV; None where nothing was measured."""
+    blocks = common_blocks(results)
+    return [_record(result, blocks) for result in results]
+
+
 def _record(result: Result, blocks: Sequence[str]) -> dict[str, Any]:
-    """Return one row of the CSV; None where nothing was measured."""
     summary = result.summary or {}
     record: dict[str, Any] = {"run": result.label, "rule": result.rule, "seed": result.config.get("seed")}
     record |= {"finished": "yes" if result.finished else "no", "epochs": _epochs_done(result)}

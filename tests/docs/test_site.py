@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from browser import address, browser
 
 pytest.importorskip("sphinx", reason="needs the extra docs")
 ROOT = Path(__file__).parents[2]
@@ -18,10 +19,16 @@ def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
     done = build(ROOT / "docs", out)
     assert (done.returncode, done.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture(scope="module")
+def site(folder):
+    out = folder
     return {page.relative_to(out).as_posix(): page.read_text(encoding="utf-8") for page in out.rglob("*.html")}
 
 
@@ -49,10 +56,61 @@ def test_a_named_function_links_to_its_line(site):
 @pytest.mark.slow
 def test_a_name_that_does_not_exist_fails_the_build(tmp_path):
     (tmp_path / "docs").mkdir()
-    for file in ("conf.py", "source_links.py"):
+    for file in ("conf.py", "docstrings.py", "mathml.py", "source_links.py"):
         (tmp_path / "docs" / file).write_bytes((ROOT / "docs" / file).read_bytes())
     (tmp_path / "arraytp").symlink_to(ROOT / "arraytp")
     (tmp_path / "docs" / "index.md").write_text("# Page\n\n`arraytp.rules.dtp.tragets`\n", encoding="utf-8")
     done = build(tmp_path / "docs", tmp_path / "out")
     assert done.returncode != 0
     assert "there is no arraytp.rules.dtp.tragets" in done.stderr
+
+
+@pytest.mark.slow
+def test_no_page_loads_anything_from_elsewhere(site):
+    """Without a network a font, script or picture of another host would be missing."""
+    loaded = r'<(?:script|img|iframe)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//|@import'
+    assert not [page for page, text in site.items() if re.search(loaded, text)]
+
+
+@pytest.mark.slow
+def test_every_formula_is_drawn_without_a_network(folder, site):
+    """Raw LaTeX would be what a reader sees."""
+    with browser() as page:
+        for name in sorted(name for name, text in site.items() if "<math" in text):
+            page.get(address(folder / name))
+            text = page.find_element("tag name", "article").text
+            assert not re.search(r"\\[(\[]|\\(?:frac|mathrm|partial|omega)", text), name
+            sizes = page.execute_script(
+                "return [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect())"
+                ".map(r => [r.width, r.height])"
+            )
+            assert sizes
+            assert all(width > 0 and height > 0 for width, height in sizes), name
+            assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_first_page_fits_a_phone(folder, dark):
+    """Nobody scrolls sideways for the first command."""
+    with browser(360, 740, dark=dark) as page:
+        page.get(address(folder / "index.html"))
+        wide, first, background = page.execute_script(
+            "const pre = document.querySelector('.highlight pre');"
+            "return [document.documentElement.scrollWidth, pre.scrollWidth - pre.clientWidth,"
+            " getComputedStyle(document.body).backgroundColor]"
+        )
+        assert wide <= 360
+        assert first <= 0
+        assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
+
+
+@pytest.mark.slow
+def test_the_search_finds_a_word(folder):
+    with browser() as page:
+        page.get(f"{address(folder / 'search.html')}?q=orthogonality")
+        found = page.execute_async_script(
+            "const done = arguments[0]; const look = () => document.querySelectorAll('.search li a').length"
+            " ? done([...document.querySelectorAll('.search li a')].map(a => a.href)) : setTimeout(look, 100); look()"
+        )
+        assert any("gait-prop" in link for link in found)

@@ -1,0 +1,58 @@
+"""`arraytp report --html`: one page that needs no network, opened in headless Chromium."""
+
+import re
+
+import pytest
+from browser import address, browser
+
+from arraytp.cli import main
+
+pytest.importorskip("bokeh", reason="needs the extra html")
+
+
+@pytest.fixture
+def page(make_result, tmp_path):
+    make_result("results/bp", "bp", angles={})
+    results = make_result("results/fa").parent
+    assert main(["report", str(results), "--html", str(tmp_path / "page.html")]) == 0
+    return tmp_path / "page.html"
+
+
+def test_the_page_loads_nothing(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r'<(?:script|img|link)[^>]* (?:src|href)="(?:https?:)?//', text)
+    assert page.stat().st_size < 4e6
+
+
+def test_the_page_shows_sorted_rows_curves_and_settings(page):
+    """A click on a column's name sorts; values, differing keys and versions are there to read."""
+    with browser(1400, 2400) as window:
+        window.get(address(page))
+        # Bokeh's elements are in shadow trees.
+        shown = (
+            "const all = (root) => [...root.querySelectorAll('*')]"
+            ".flatMap(e => e.shadowRoot ? [e, ...all(e.shadowRoot)] : [e]);"
+            "const find = (css) => all(document).filter(e => e.matches(css));"
+        )
+        window.set_script_timeout(60)
+        window.execute_async_script(
+            shown
+            + "const done = arguments[0]; const look = () => find('.slick-row').length > 3 && find('canvas').length"
+            " ? done() : setTimeout(look, 100); look()"
+        )
+        cells = shown + "return find('.slick-row .slick-cell.l0').slice(0, 2).map(e => e.innerText)"
+        assert window.execute_script(cells) == ["bp", "fa"]
+        for order in (["bp", "fa"], ["fa", "bp"]):
+            window.execute_script(shown + "find('.slick-header-column')[0].click()")
+            assert window.execute_script(cells) == order
+        text = window.execute_script(shown + "return find('.slick-cell').map(e => e.innerText)")
+        assert "rule.name" in text
+        assert window.execute_script(shown + "return find('canvas').length") >= 4
+        assert [entry for entry in window.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_without_bokeh_the_extra_is_named(make_result, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "arraytp.report.page", None)
+    assert main(["report", str(make_result()), "--html", str(tmp_path / "page.html")]) == 2
+    assert "pip install 'arraytp[html]'" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
