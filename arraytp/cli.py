@@ -4,9 +4,11 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import click
 
@@ -92,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     raise
                 status = _complain("interrupted", 128 + ended.signal)
         sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            # Shell completion has answered.
+            return 0
         # The reader has left, for example `| head`; click makes a SystemExit of it.
         _drop_output()
         return _SIGPIPE_STATUS
@@ -163,4 +168,20 @@ def _system_message(error: OSError) -> str | None:
 def _complain(message: str, status: int) -> int:
     """Print a message as one line and return the exit status."""
     click.echo(f"arraytp: error: {one_line(message)}", err=True)
+    if sys.stderr.isatty() and (place := re.match(r"(.+?):(\d+): ([\w.-]+)", message)):
+        for line in _excerpt(Path(place[1]), int(place[2]), place[3].rpartition(".")[2]):
+            click.echo(line, err=True)
     return status
+
+
+def _excerpt(path: Path, number: int, key: str) -> list[str]:
+    """Return a line of a config and a caret under the key that a message is about; nothing where it cannot be read."""
+    try:
+        line = path.read_text(encoding="utf-8").splitlines()[number - 1]
+    except (OSError, ValueError, IndexError):
+        return []
+    head = f"{number:5} | "
+    return [
+        f"{head}{one_line(line)}",
+        " " * (len(head) + max(line.find(key), 0)) + "^" * (len(key) if key in line else 1),
+    ]

@@ -1,8 +1,6 @@
 """`arraytp report`: tables and figures that compare result folders."""
 
 import importlib
-import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +12,6 @@ from arraytp.errors import UserError
 from arraytp.report.figures import write_comparison, write_figures
 from arraytp.report.reading import common_parent, read_results
 from arraytp.report.tables import comparison_table
-
-_WIDTH = 100
-_NARROWEST = 60
 
 
 @click.command(name="report")
@@ -41,7 +36,7 @@ def command(folders: tuple[Path, ...], out: Path | None, html: Path | None) -> N
     the runs' folders.
     """
     results = read_results(folders)
-    click.echo(comparison_table(results, _terminal_width()), nl=False)
+    click.echo(comparison_table(results), nl=False)
     parent = out or common_parent([real(result.path) for result in results])
     for result in results:
         write_figures(result, parent / result.label / "figures")
@@ -60,7 +55,3 @@ def _page() -> ModuleType:
         return importlib.import_module("arraytp.report.page")
     except ImportError as error:
         raise UserError(f"--html needs Bokeh ({error}); install it with: pip install 'arraytp[html]'") from error
-
-
-def _terminal_width() -> int:
-    return max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else _WIDTH

@@ -244,6 +244,8 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: b
             _claim(jobs if clears else [job], resume, fresh, held)
             if clears:
                 _clear(jobs)
+            if not quiet:
+                click.echo(f"{job.label}: results go to {job.folder}", err=True)
             if run is None:
                 _study(job, stop, quiet)
             else:

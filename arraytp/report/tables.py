@@ -3,6 +3,8 @@
 import csv
 import io
 import math
+import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +16,14 @@ from arraytp.report.reading import Result
 from arraytp.report.seeds import averaged, each_seed
 
 _LONGEST_LABEL = 28
+_NARROWEST = 60
 _NOT_MEASURED = "\N{EN DASH}"
 _HEADERS = ["run", "rule", "epochs", "train loss", "test top-1", "best top-1", "test top-5", "images/s"]
 SPLITS = ("test", "validation")
 _METRICS = ("train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5")
 
 
-def comparison_table(results: Sequence[Result], width: int = 100) -> str:
+def comparison_table(results: Sequence[Result], width: int | None = None) -> str:
     """Return the comparison as aligned text: one row a run, then notes on what the numbers mean.
 
     Runs of several seeds are one row, mean ± standard deviation.
@@ -30,7 +33,8 @@ def comparison_table(results: Sequence[Result], width: int = 100) -> str:
     results : sequence of Result
         The runs, in the order of the rows.
     width : int
-        Columns to keep within. Angles that do not fit beside the rest follow in tables of their own.
+        Columns to keep within; by default those of the terminal, 100 elsewhere. Angles that do not fit beside the rest
+        follow in tables of their own.
 
     Returns
     -------
@@ -38,6 +42,8 @@ def comparison_table(results: Sequence[Result], width: int = 100) -> str:
         Lines without trailing blanks; ends with a line end.
     """
     results = averaged(results)
+    if width is None:
+        width = max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else 100
     columns = [_column(cells) for cells in zip(*_cells(results), strict=True)]
     parts = [_joined(part) for part in _parts(columns, width)]
     notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in _notes(results)]

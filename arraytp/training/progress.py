@@ -19,6 +19,7 @@ from rich.text import Text
 
 _REFRESH_SECONDS = 0.125
 _PLAIN_SECONDS = 10.0
+_FORECAST_STEPS, _FORECAST_SECONDS = 10, 60.0
 _SHORTEST_BAR, _LONGEST_BAR = 8, 32
 
 
@@ -192,6 +193,8 @@ class Progress:
         meter.step += steps
         if loss is not None and top1 is not None:
             meter.measure(images, loss, top1)
+        if meter.steps >= _FORECAST_STEPS > meter.steps - steps and meter.seconds_left() > _FORECAST_SECONDS:
+            self.say(forecast(meter))
         epoch_is_full = self._live is not None and meter.step >= meter.steps_of_epoch()
         if now - self._shown >= self._wait or epoch_is_full:
             self._shown = now
@@ -302,6 +305,13 @@ def _finished(meter: Meter, row: Mapping[str, float]) -> list[str]:
     pieces += _loss("train loss", row["train_loss"]) + _number("top-1 {:.1f} %", row["train_top1"])
     pieces += _loss(f"{meter.split} loss", row["test_loss"]) + _number("top-1 {:.1f} %", row["test_top1"])
     return pieces + _number("{:,.0f} images/s", meter.images_per_second()) + _time(meter)
+
+
+def forecast(meter: Meter) -> str:
+    """Say what the run will cost, by the steps so far."""
+    left = max(meter.total_steps - meter.steps_done(), 0)
+    seconds = meter.seconds / meter.steps
+    return f"{meter.name}  {left:,} more steps × {seconds:.3g} s: about {duration(left * seconds)} without evaluation"
 
 
 def _number(template: str, value: float) -> list[str]:

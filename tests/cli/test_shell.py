@@ -274,3 +274,26 @@ def test_a_signal_of_which_a_library_makes_an_error_is_a_signal_all_the_same(pro
     probe(loading)
     assert cli.main(["probe"]) == 128 + number
     assert capsys.readouterr().err == "arraytp: error: interrupted\n"
+
+
+def test_on_a_terminal_a_config_error_shows_the_line_and_a_caret(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yml").write_text("data: {dataset: fashion-mnist-10k}\noptimizer: {name: adam, lrr: 1e-3}\n")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["run", "my.yml"]) == 2
+    first, line, caret, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("arraytp: error: my.yml:2: optimizer.lrr is not a known key")
+    assert line == "    2 | optimizer: {name: adam, lrr: 1e-3}"
+    assert line[caret.index("^") : caret.rindex("^") + 1] == "lrr"
+
+
+def test_elsewhere_it_is_one_line(tmp_path, capsys):
+    (tmp_path / "my.yml").write_text("seed: x\n")
+    assert cli.main(["run", str(tmp_path / "my.yml")]) == 2
+    assert all(line.startswith("arraytp: error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_the_shell_can_complete_commands():
+    environment = os.environ | {"_ARRAYTP_COMPLETE": "bash_complete", "COMP_WORDS": "arraytp re", "COMP_CWORD": "1"}
+    done = python("import sys; from arraytp.cli import main; sys.exit(main())", env=environment)
+    assert (done.returncode, done.stdout) == (0, "plain,report\n")

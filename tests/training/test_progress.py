@@ -64,7 +64,8 @@ def test_plain_lines_inside_an_epoch_come_at_most_every_ten_seconds(clock: Clock
         for _ in range(25):
             clock.now += 1
             progress.step(8, loss=1.0, top1=50.0)
-    lines = stream.getvalue().splitlines()
+    forecast, *lines = stream.getvalue().splitlines()
+    assert forecast == "fa  90 more steps × 1 s: about 1:30 without evaluation"
     assert [re.search(r"step (\d+)/100", line)[1] for line in lines] == ["10", "20"]
     assert lines[0] == "fa  epoch 1/1  step 10/100  8 images/s  loss 1.000  top-1 50.0 %  ETA 1:30"
 
