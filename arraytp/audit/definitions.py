@@ -11,10 +11,11 @@ import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import Floats, host
+from arraytp.audit.jacobians import jacobians
 from arraytp.audit.setting import Setting
 from arraytp.model.blocks import Block
 from arraytp.optim import at_block
-from arraytp.rules import drl, dtp, ldrl, ridge_tp, tp
+from arraytp.rules import drl, dtp, gnt, ldrl, ridge_tp, tp
 
 Loss = Callable[[Floats, Floats | None], float]
 """(ω, G's bias) → the loss of an iteration of feedback training with given noise."""
@@ -83,6 +84,17 @@ def ridge_targets(setting: Setting) -> list[Floats]:
     return deltas
 
 
+def gauss_newton_targets(setting: Setting) -> list[Floats]:
+    """Return δ^N = −β B ∂L/∂s^N, δ^n = −β Jᵀ (J Jᵀ + γI)⁻¹ (B ∂L/∂s^N) of every sample."""
+    options, e = setting.options, len(setting.batch) * host(setting.batch.dlogits)
+    deltas = [_output_difference(setting)]
+    for _, jacobian in sorted(jacobians(setting).items(), reverse=True):
+        gram = np.einsum("bsc,bsd->bcd", jacobian, jacobian) + options.damping * np.eye(e.shape[1])
+        change = np.einsum("bsc,bcd,bd->bs", jacobian, np.linalg.inv(gram), e)
+        deltas.append(-options.beta * change)
+    return deltas
+
+
 def _output_difference(setting: Setting) -> Floats:
     dlogits = host(setting.batch.dlogits)
     result: Floats = -setting.options.beta * len(dlogits) * dlogits
@@ -97,6 +109,7 @@ TARGETS: Mapping[Any, tuple[str, Callable[[Setting], list[Floats]]]] = {
     dtp.targets: ("Eq. 4", difference_targets),
     tp.targets: ("t^n = G(t^{n+1})", plain_targets),
     drl.targets: ("t = s + Q(t^N) − Q(s^N)", direct_targets),
+    gnt.targets: ("δ = −β Jᵀ(JJᵀ + γI)⁻¹ e", gauss_newton_targets),
     ridge_tp.targets: ("t = s + (f⁻¹(t) − f⁻¹(s)) W⁺", ridge_targets),
 }
 """By `Rule.targets`: source and definition."""

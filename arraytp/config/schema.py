@@ -106,9 +106,14 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """How often the rule's update is measured against backpropagation's; 0 is never."""
+    """How often the rule's update is measured against backpropagation's; 0 is never.
+
+    `against` may name Gauss-Newton targets (rule gnt) besides, of this `damping`.
+    """
 
     every: Border = 100
+    against: tuple[Literal["bp", "gnt"], ...] = ("bp",)
+    damping: Positive = 1.0
 
     __pydantic_config__ = STRICT
 

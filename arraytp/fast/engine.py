@@ -83,6 +83,10 @@ class Fast:
         """See `Batch.jacobian_sums`."""
         return jacobians.jacobian_sums(batch, self.workspace)
 
+    def gauss_newton(self, batch: Batch, damping: float) -> Mapping[int, Array]:
+        """See `Batch.gauss_newton`."""
+        return jacobians.gauss_newton(batch, damping, self.workspace)
+
     def gram_errors(self, network: Network) -> GramErrors:
         """See `Batch.gram_errors`."""
         return orthogonality.GramErrors(network, self.workspace)

@@ -1,10 +1,10 @@
-"""What the closed form of direct feedback needs of the Jacobians of the logits, without ever holding those of a batch.
+"""What direct feedback and Gauss-Newton targets need of the Jacobians of the logits, without holding those of a batch.
 
 J^n_b, of shape (C, D), is the Jacobian of sample b's C logits in its hidden s^n of size D. All J of all hidden s^n come
 from the same C backward passes, without gradients of weights; a slice of samples goes through all classes at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from arraytp.backend import Array, array_module
@@ -14,11 +14,14 @@ from arraytp.fast.parallel import Workspace, even_slices, slices
 from arraytp.fast.pools import pool_adjoint
 from arraytp.fast.products import Products, split_products
 from arraytp.model.passes import At, Batch
+from arraytp.ops.solve import damped_gauss_newton
 
 OWNER = "jacobians"
 LANES = 4
 Sums = Mapping[int, tuple[Array, Array]]
 """By n = 1 … N−1: Σ_b J_b J_bᵀ of shape (C, C), and Σ_b J_b of shape (C, D)."""
+Walk = list[tuple[At, Products, Array]]
+"""Blocks from the last to the second, their products, and the matrices of their weights."""
 
 
 def jacobian_sums(batch: Batch, workspace: Workspace) -> Sums:
@@ -26,34 +29,60 @@ def jacobian_sums(batch: Batch, workspace: Workspace) -> Sums:
     on_host, classes, dtype = workspace.backend.on_host, batch.logits.shape[1], batch.logits.dtype
     lanes = even_slices(len(batch.logits), LANES if on_host else 1)
     own = workspace.of(OWNER)
-    walk = [(at, split_products(at.block)) for at in batch.down() if at.n > 0]
-    matrices = {at.n: products.matrix(at.weight) for at, products in walk}
-    grams = {at.n: own.array(("gram", at.n), (len(lanes), classes, classes), dtype) for at, _ in walk}
-    sums = {at.n: own.array(("sum", at.n), (len(lanes), classes, at.s[0].size), dtype) for at, _ in walk}
+    walk = _walk(batch)
+    grams = {at.n: own.array(("gram", at.n), (len(lanes), classes, classes), dtype) for at, *_ in walk}
+    sums = {at.n: own.array(("sum", at.n), (len(lanes), classes, at.s[0].size), dtype) for at, *_ in walk}
     length = _length(walk, len(batch.logits), classes, on_host)
 
     def lane(number: int, scratch: Buffers) -> None:
         for total in (*grams.values(), *sums.values()):
             total[number] = 0
         for part in slices(lanes[number].stop, length, lanes[number].start):
-            ds = _unit_gradients(part, batch, scratch)
-            for at, products in walk:
-                ds = _back(at, products, matrices[at.n], ds, part, scratch)
-                j = ds.reshape(classes, part.stop - part.start, -1)
+            for n, j in _jacobians(batch, walk, part, scratch):
                 wide = j.reshape(classes, -1)
-                grams[at.n][number] += wide @ wide.T
-                sums[at.n][number] += j.sum(axis=1)
+                grams[n][number] += wide @ wide.T
+                sums[n][number] += j.sum(axis=1)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])
     return {n: (grams[n].sum(axis=0), sums[n].sum(axis=0)) for n in sorted(grams)}
 
 
-def _length(walk: list[tuple[At, Products]], batch: int, classes: int, on_host: bool) -> int:
+def gauss_newton(batch: Batch, damping: float, workspace: Workspace) -> Mapping[int, Array]:
+    """Return J_bᵀ (J_b J_bᵀ + γI)⁻¹ e_b of every hidden s^n: `Batch.gauss_newton`."""
+    own, walk, samples = workspace.of((OWNER, batch.results)), _walk(batch), len(batch.logits)
+    changes = {at.n: own.array(("change", at.n), (samples, at.s[0].size), at.s.dtype) for at, *_ in walk}
+
+    def solve(part: slice, scratch: Buffers) -> None:
+        for n, j in _jacobians(batch, walk, part, scratch):
+            by_sample = scratch.of(OWNER).array("by sample", (j.shape[1], len(j), j.shape[2]), j.dtype)
+            by_sample[...] = j.transpose(1, 0, 2)
+            changes[n][part] = damped_gauss_newton(by_sample, batch.dlogits[part], damping)
+
+    length = _length(walk, samples, batch.logits.shape[1], workspace.backend.on_host)
+    workspace.run([partial(solve, part) for part in slices(samples, length)])
+    return {n: changes[n] for n in sorted(changes)}
+
+
+def _walk(batch: Batch) -> Walk:
+    """Return the blocks after the first, n = N−1 … 1, with the products that carry gradients back."""
+    walk = [(at, split_products(at.block)) for at in batch.down() if at.n > 0]
+    return [(at, products, products.matrix(at.weight)) for at, products in walk]
+
+
+def _jacobians(batch: Batch, walk: Walk, part: slice, scratch: Buffers) -> Iterator[tuple[int, Array]]:
+    """Yield n and J of some samples, of shape (C, samples, D), n = N−1 … 1; valid until the next."""
+    ds = _unit_gradients(part, batch, scratch)
+    for at, products, matrix in walk:
+        ds = _back(at, products, matrix, ds, part, scratch)
+        yield at.n, ds.reshape(batch.logits.shape[1], part.stop - part.start, -1)
+
+
+def _length(walk: Walk, batch: int, classes: int, on_host: bool) -> int:
     """Return how many samples go through all classes together."""
     itemsize = walk[0][0].s.dtype.itemsize if walk else 1
     lengths = [
         cuts.iteration_slice(products, batch * classes, itemsize, on_host)
-        for at, products in walk
+        for at, products, _ in walk
         if at.block.window is not None
     ]
     most = -(-batch // LANES) if on_host else batch

@@ -178,6 +178,16 @@ class Batch:
         """
         return self.engine.inverses(self)
 
+    def gauss_newton(self, damping: float) -> Mapping[int, Array]:
+        """Return J_bᵀ (J_b J_bᵀ + γI)⁻¹ e_b of every hidden s^n, of shape (samples, D), e = ∂L/∂s^N as in `dlogits`.
+
+        Parameters
+        ----------
+        damping : float
+            γ > 0. J_b is as in `jacobian_sums`.
+        """
+        return self.engine.gauss_newton(self, damping)
+
     def pseudo_inverses(self, ridge: float = 0.0) -> Mapping[int, PseudoInverse]:
         """Return W⁺ of every block but the first, by its position, as factors.
 
@@ -448,6 +458,9 @@ class Engine(Protocol):
 
     def jacobian_sums(self, batch: Batch) -> Mapping[int, tuple[Array, Array]]:
         """See `Batch.jacobian_sums`."""
+
+    def gauss_newton(self, batch: Batch, damping: float) -> Mapping[int, Array]:
+        """See `Batch.gauss_newton`."""
 
     def gram_errors(self, network: Network) -> GramErrors:
         """See `Batch.gram_errors`."""

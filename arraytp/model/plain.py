@@ -34,6 +34,7 @@ from arraytp.ops.solve import (
     Factors,
     PseudoInverse,
     condition,
+    damped_gauss_newton,
     factor,
     factor_gram,
     inverse_rows,
@@ -203,7 +204,16 @@ class Plain:
         return feedback.jacobian_overlap(at.block, at.output, at.index, unpool)
 
     def jacobian_sums(self, batch: Batch) -> Mapping[int, tuple[Array, Array]]:
-        """Return the sums from one backward pass a class."""
+        """Return the sums over the samples."""
+        jacobians = self._jacobians(batch)
+        return {n: ((j @ j.transpose(0, 2, 1)).sum(axis=0), j.sum(axis=0)) for n, j in jacobians.items()}
+
+    def gauss_newton(self, batch: Batch, damping: float) -> Mapping[int, Array]:
+        """Return the changes of all samples."""
+        return {n: damped_gauss_newton(j, batch.dlogits, damping) for n, j in self._jacobians(batch).items()}
+
+    def _jacobians(self, batch: Batch) -> dict[int, Array]:
+        """Return J of every sample, of shape (B, C, D), from one backward pass a class."""
         xp, classes = array_module(batch.logits), batch.logits.shape[1]
         jacobians: dict[int, list[Array]] = {n: [] for n in range(1, len(batch.network))}
         for c in range(classes):
@@ -213,8 +223,7 @@ class Plain:
                 if at.n > 0:
                     ds = self.backward(at, ds, at.weight, None)[2]
                     jacobians[at.n].append(ds.reshape(len(ds), -1))
-        stacked = {n: xp.stack(rows, axis=1) for n, rows in jacobians.items()}
-        return {n: ((j @ j.transpose(0, 2, 1)).sum(axis=0), j.sum(axis=0)) for n, j in stacked.items()}
+        return {n: xp.stack(rows, axis=1) for n, rows in jacobians.items()}
 
     def gram_errors(self, network: Network) -> GramErrors:
         """Return E, computed block by block."""

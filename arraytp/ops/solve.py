@@ -139,6 +139,26 @@ def transposed_rows(inverse: PseudoInverse, rows: slice) -> Array:
     return gram_solve(inverse, matrix[rows].copy())
 
 
+def damped_gauss_newton(jacobian: Array, e: Array, damping: float) -> Array:
+    """Return Jᵀ (J Jᵀ + γI)⁻¹ e of every sample, of shape (B, D): the damped Gauss-Newton change for an error e.
+
+    The C×C matrices are solved with in float64, whatever the dtype.
+
+    Parameters
+    ----------
+    jacobian : array of shape (B, C, D)
+        J of every sample.
+    e : array of shape (B, C)
+    damping : float
+        γ > 0.
+    """
+    xp = array_module(jacobian, e)
+    gram = (jacobian @ jacobian.transpose(0, 2, 1)).astype(xp.float64)
+    gram.reshape(len(e), -1)[:, :: e.shape[1] + 1] += damping
+    v = xp.linalg.solve(gram, e.astype(xp.float64)[:, :, None]).astype(jacobian.dtype)
+    return (v.transpose(0, 2, 1) @ jacobian)[:, 0]
+
+
 def right_solve(factors: Factors, y: Array) -> Array:
     """Return x with x W = y, both of shape (R, n); 2Rn² operations by LU factors, 4Rn² by a Cholesky factor.
 

@@ -220,7 +220,9 @@ def _check_ends(result: Result) -> None:
     if not (isinstance(every, int) and every > 0 and isinstance(summary.get("steps"), int) and result.blocks_are_named):
         return
     times = -(-summary["steps"] // every)
-    angles, measured = result.angles["step"].size, 0 if result.rule == "bp" else times * len(result.blocks)
+    against = compare.get("against") if isinstance(compare, dict) else None
+    is_measured = result.rule != "bp" or (isinstance(against, list) and "gnt" in against)
+    angles, measured = result.angles["step"].size, times * len(result.blocks) if is_measured else 0
     if "angles" in there and angles != measured:
         raise UserError(
             f"{result.path / 'angles.csv'}: {angles} rows, but {len(result.blocks)} blocks every {every} of "

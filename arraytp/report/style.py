@@ -23,6 +23,7 @@ RULE_COLOURS = {
     "ldrl-parallel": "#44aa99",
     "drl": "#cc79a7",
     "ridge-tp": "#332288",
+    "gnt": "#117733",
 }
 OTHER_COLOUR = "#777777"
 NOTE_COLOUR = "#666666"

@@ -31,7 +31,7 @@ from arraytp.model.plain import Plain
 from arraytp.ops.loss import LOSSES, label_rank
 from arraytp.optim import OptimizerState, apply_updates, check_gradients, init_optimizer, learning_rates
 from arraytp.ranks import ALONE, Part, Ranks, threads_of
-from arraytp.rules import RULES, bp, feedback
+from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Updates
 from arraytp.training.compare import angle_degrees, relative_distance
 from arraytp.training.plan import Plan, make_loader, plan
@@ -58,11 +58,21 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A rule's weight update of one block against BP's: angle in degrees and relative distance ‖a − b‖/‖b‖."""
+    """A rule's weight update of one block against BP's: angle in degrees and relative distance ‖a − b‖/‖b‖.
+
+    Where the config asks for it, also the angle to the update by Gauss-Newton targets.
+    """
 
     block: int
     angle_deg: float
     distance: float
+    gnt_angle_deg: float | None = None
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers of a row of angles.csv."""
+        numbers = self.block, self.angle_deg, self.distance
+        return numbers if self.gnt_angle_deg is None else (*numbers, self.gnt_angle_deg)
 
 
 @dataclass(frozen=True)
@@ -248,8 +258,18 @@ class Experiment:
         batch = replace(step.batch, results="exact")
         return _summed_updates(batch, bp.RULE.propose(bp.Options(), State(), batch))
 
+    @property
+    def against_gnt(self) -> bool:
+        """Whether updates are compared with those by Gauss-Newton targets, too."""
+        return "gnt" in self.config.compare.against
+
+    def gauss_newton_updates(self, step: Step) -> Updates:
+        """Return the updates by Gauss-Newton targets, of `compare.damping`."""
+        batch, options = replace(step.batch, results="gauss-newton"), gnt.Options(damping=self.config.compare.damping)
+        return _summed_updates(batch, gnt.RULE.propose(options, State(), batch))
+
     def compare(self, step: Step, updates: Updates) -> list[Comparison]:
-        """Measure the rule's weight updates against BP's on the same weights and batch, block by block.
+        """Measure the rule's weight updates against BP's, and those of GNT if asked for, on the same weights and batch.
 
         Rules that say so are measured at other options, such as a small β; `updates`, whose arrays serve for that
         meanwhile, are as before afterwards.
@@ -262,6 +282,12 @@ class Experiment:
             Comparison(n, angle_degrees(weight, exact), relative_distance(weight, exact))
             for n, ((weight, _), (exact, _)) in enumerate(zip(own, self.exact_updates(step), strict=True))
         ]
+        if self.against_gnt:
+            gauss_newton = self.gauss_newton_updates(step)
+            comparisons = [
+                replace(each, gnt_angle_deg=angle_degrees(own[each.block][0], gauss_newton[each.block][0]))
+                for each in comparisons
+            ]
         if elsewhere and step.batch.part is None:
             # On several ranks `updates` are sums, which lie elsewhere.
             self.updates(step)

@@ -28,6 +28,7 @@ from arraytp.training.progress import Progress
 from arraytp.training.tables import (
     ANGLES_COLUMNS,
     FEEDBACK_COLUMNS,
+    GNT_COLUMNS,
     METRICS_COLUMNS,
     VALIDATION_COLUMNS,
     CsvTable,
@@ -98,7 +99,7 @@ class Run:
         # What every epoch is evaluated on, and `best` chosen by.
         self._split = "validation" if validated else "test"
         self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS + VALIDATION_COLUMNS * validated)
-        self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS)
+        self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS + (GNT_COLUMNS if experiment.against_gnt else ()))
         self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
         self._unread: list[Score] = []
         # Of the last forward pass of training, while its arrays are valid.
@@ -222,7 +223,8 @@ class Run:
                     losses = self._train_feedback(step)
                     with self._located():
                         updates = experiment.updates(step)
-                if every and position.step % every == 0 and experiment.rule is not bp.RULE:
+                compared = experiment.rule is not bp.RULE or experiment.against_gnt
+                if every and position.step % every == 0 and compared:
                     mark += self._compare(step, updates, losses)
                 experiment.apply(step, updates, position.epoch)
                 position.batch += 1
@@ -283,7 +285,7 @@ class Run:
         started = time.monotonic()
         position = self.position
         for each in self.experiment.compare(step, updates):
-            self.angles.append(position.step, position.epoch + 1, each.block, each.angle_deg, each.distance)
+            self.angles.append(position.step, position.epoch + 1, *each.numbers)
         for pair in self.experiment.compare_feedback(losses):
             numbers = pair.loss, pair.angle_deg, pair.distance
             self.feedback.append(position.step, position.epoch + 1, pair.block, *numbers)

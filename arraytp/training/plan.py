@@ -14,7 +14,7 @@ from arraytp.errors import UserError
 from arraytp.fast.orthogonality import regularised
 from arraytp.model.architectures import plan_network
 from arraytp.model.blocks import Block, show_shape
-from arraytp.rules import RULES
+from arraytp.rules import RULES, gnt
 
 TEST_SPLITS = ("test", "val")
 # In image sides; a wider border leaves crops of nothing but edge pixels, and fits no memory in the end.
@@ -100,6 +100,10 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             "square; set it to 0, or network.square: true, or orthogonality_on: all-but-first for semi-orthogonal ones"
         )
     notes = tuple(RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction))
+    if "gnt" in config.compare.against:
+        gnt.check_jacobians("compare.against: gnt", blocks)
+    if "bp" not in config.compare.against:
+        raise UserError(f"compare.against: {list(config.compare.against)}: needs bp, and gnt besides if you like")
     _check_lists(config, blocks)
     _check_study(config, blocks, counts["train"] - config.train.validation)
     return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)

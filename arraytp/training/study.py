@@ -33,7 +33,7 @@ from arraytp.training.experiment import Experiment, Step, build_planned
 from arraytp.training.finite import is_finite
 from arraytp.training.plan import Plan
 from arraytp.training.progress import Progress
-from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, CsvTable
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, GNT_COLUMNS, CsvTable
 
 
 def run_study(
@@ -110,7 +110,7 @@ def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> 
             bias.fill(0)
     with closing(experiment.train_loader.batches(0)) as batches:
         images, labels = next(batches)
-    angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS)
+    angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS + (GNT_COLUMNS if experiment.against_gnt else ()))
     feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
     angles.restart([])
     feedback.restart([])
@@ -147,7 +147,7 @@ def _most_iterations(experiment: Experiment) -> int:
 
 def _measure_updates(experiment: Experiment, step: Step, table: CsvTable, iterations: int) -> None:
     for each in experiment.compare(step, experiment.updates(step)):
-        table.append(iterations, 0, each.block, each.angle_deg, each.distance)
+        table.append(iterations, 0, *each.numbers)
 
 
 def _measure_feedback(

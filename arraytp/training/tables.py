@@ -11,6 +11,7 @@ METRICS_COLUMNS = (
 # With train.validation, after the others; those of the test split are then of the last epoch alone.
 VALIDATION_COLUMNS = ("validation_loss", "validation_top1", "validation_top5")
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
+GNT_COLUMNS = ("gnt_angle_deg",)
 DRIFT_COLUMNS = ("step", "block", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
 FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance")
 

@@ -43,6 +43,7 @@ CONFIGS = {
     "drl": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl}")),
     "drl expected": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl, expected: true}")),
     "drl optimum": ("quickstart", "ldrl-noise", (CONV, "rule={name: drl, expected: optimum}")),
+    "gnt": ("quickstart", "fa", (CONV, "rule={name: gnt}")),
     "ridge": ("quickstart", "fa", (CONV, "rule={name: ridge-tp}")),
     "gp": ("quickstart-gait-prop", "gp", (SQUARE, "rule={name: gait-prop, form: literal}")),
     "pseudo": (
@@ -184,6 +185,12 @@ MUTANTS = [
         ("return gram_solve(inverse, rows)", "return rows"),
         ("triangles[n], ridge)", "triangles[n], 0.1)"),
         ("product(dz, matrix.T, dx, workspace)", "product(dz, matrix.T * 2, dx, workspace)"),
+    ),
+    *_on(
+        "gnt",
+        "rules/gnt.py",
+        ("dtype.type(-options.beta * len(batch))", "dtype.type(-options.beta)"),
+        ("batch.gauss_newton(options.damping)", "batch.gauss_newton(2 * options.damping)"),
     ),
     *_on(
         "ridge",

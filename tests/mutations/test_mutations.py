@@ -379,8 +379,8 @@ MUTATIONS = [
     *_in(
         "fast/jacobians.py",
         "fast/test_closed_forms.py",
-        ("grams[at.n][number] += wide @ wide.T", "grams[at.n][number] = wide @ wide.T"),
-        ("sums[at.n][number] += j.sum(axis=1)", "sums[at.n][number] += j.mean(axis=1)"),
+        ("grams[n][number] += wide @ wide.T", "grams[n][number] = wide @ wide.T"),
+        ("sums[n][number] += j.sum(axis=1)", "sums[n][number] += j.mean(axis=1)"),
         ("df *= block.activation.derivative(s)", "pass"),
     ),
     *_in(
@@ -417,6 +417,23 @@ MUTATIONS = [
         "rules/protocol.py",
         "rules/test_rules.py rules/test_gait_prop.py",
         ("list(self.updates(options, state, batch))[::-1]", "list(self.updates(options, state, batch))"),
+    ),
+    *_in(
+        "rules/gnt.py",
+        "rules/test_gnt.py",
+        ("dtype.type(-options.beta * len(batch))", "dtype.type(-options.beta)"),
+        ("batch.gauss_newton(options.damping)", "batch.gauss_newton(1.0)"),
+        ("if classes > MOST_CLASSES:", "if False:"),
+    ),
+    *_in(
+        "ops/solve.py",
+        "rules/test_gnt.py",
+        (":: e.shape[1] + 1] += damping", ":: e.shape[1] + 1] -= damping"),
+    ),
+    *_in(
+        "training/experiment.py",
+        "rules/test_gnt.py",
+        ("gnt.Options(damping=self.config.compare.damping)", "gnt.Options()"),
     ),
     *_in(
         "rules/ridge_tp.py",

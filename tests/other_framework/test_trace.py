@@ -61,6 +61,7 @@ RULES = {
     "gait-prop pseudo not rescaled": (
         {"name": "gait-prop", "inverse": "pseudo", "rescale_updates": False}, (CONV,)
     ),
+    "gnt": ({"name": "gnt", "damping": 0.1}, (CONV, DENSE)),
     "ridge-tp": ({"name": "ridge-tp", "ridge": 0.2, "clip": 0.1}, (CONV, DENSE)),
     "ridge-tp linearised": (
         {"name": "ridge-tp", "activation": "linearised", "divide_by_beta": True, "clip": 0.3}, (CONV, DENSE)
@@ -436,6 +437,19 @@ def pseudo_targets(trace):
         m, e = (m / gamma, e) if trace.rule["rescale_updates"] else (m, e * per_sample(gamma, e))
 
 
+def gauss_newton_targets(trace):
+    """Yield δ of every block's output, by Jacobians of the network run on."""
+    e, last = trace.batch * output_gradient(trace), len(trace.blocks) - 1
+    for n in reversed(range(last + 1)):
+        if n == last:
+            yield -trace.rule["beta"] * e, None
+            continue
+        each = jacobians(trace, n + 1)
+        gram = each @ each.transpose(1, 2) + trace.rule["damping"] * torch.eye(e.shape[1], dtype=e.dtype)
+        delta = each.transpose(1, 2) @ torch.linalg.solve(gram, e[:, :, None])
+        yield -trace.rule["beta"] * delta.reshape(trace[f"activations/{n}/out"].shape), None
+
+
 def ridge_targets(trace):
     """Yield δ of every block's output; of the least squares problem, the rows of W stacked on √r I."""
     rule, f_range = trace.rule, {"tanh": (-1, 1), "elu": (-1, float("inf"))}
@@ -600,7 +614,8 @@ def present(trace, start, gradients):
 
 def check_targets(trace):
     exact = pseudo_targets if trace.rule.get("inverse") == "pseudo" else gait_targets
-    found = {"gait-prop": exact, "ridge-tp": ridge_targets}.get(trace.rule["name"], learned_targets)(trace)
+    recursions = {"gait-prop": exact, "ridge-tp": ridge_targets, "gnt": gauss_newton_targets}
+    found = recursions.get(trace.rule["name"], learned_targets)(trace)
     for n, (delta, m) in zip(reversed(range(len(trace.blocks))), found, strict=True):
         out, units = trace[f"activations/{n}/out"], delta.shape[-1]
         check(trace[f"targets/{n}/delta"][..., :units], delta)

@@ -70,6 +70,7 @@ CASES = {
     "drl expected": ("drl", {"expected": True}),
     "drl optimum": ("drl", {"expected": "optimum"}),
     **{f"gait-prop {name}": ("gait-prop", options) for name, options in GAIT_PROP.items()},
+    "gnt": ("gnt", {"damping": 0.1}),
     "ridge-tp": ("ridge-tp", {"ridge": 0.3}),
     "ridge-tp linearised": ("ridge-tp", {"activation": "linearised", "divide_by_beta": True}),
 }  # fmt: skip

@@ -36,6 +36,7 @@ NOT_OF_A_STEP = {
     "ldrl_parallel.py": {"feedback_flops"},
     "drl.py": {"flops", "feedback_flops", "check", "local_loss"},
     "ridge_tp.py": {"check"},
+    "gnt.py": {"check", "check_jacobians", "flops"},
     # Of the audit: units that a nudge takes across a kink.
     "gait_prop.py": {"flops", "check", "check_pseudo", "crossings"},
     # Refuses rates at which the iterations diverge.
@@ -89,6 +90,7 @@ STEPS = {
     "drl": {"name": "drl", "feedback": SOME},
     "drl expected": {"name": "drl", "expected": True, "feedback": ALL | {"optimizer": ADAM}},
     "drl optimum": {"name": "drl", "expected": "optimum", "feedback": ALL},
+    "gnt": {"name": "gnt"},
     "ridge-tp": {"name": "ridge-tp"},
     "ridge-tp linearised": {"name": "ridge-tp", "activation": "linearised"},
 }

@@ -69,6 +69,7 @@ CASES = {
     "ldrl-parallel": ("ldrl-parallel", {"feedback": FEEDBACK, "samples": 3}, STEEP, False),
     "drl": ("drl", {"feedback": ADAPTIVE, "eta": 2.0}, STEEP, False),
     "ridge-tp": ("ridge-tp", {"ridge": 0.5}, STEEP, False),
+    "gnt": ("gnt", {"damping": 0.5, "divide_by_beta": True}, STEEP, False),
 }  # fmt: skip
 PINNED = json.loads(Path(__file__).with_name("pinned_losses.json").read_text(encoding="utf-8"))
 TOLERANCE = {"float64": 1e-11, "float32": 5e-6}

@@ -387,7 +387,11 @@ def _pinv(a):
     return _wrap(np.linalg.pinv(_operand(a, scalars=False)))
 
 
-linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky, pinv=_pinv)
+def _solve(a, b):
+    return _wrap(np.linalg.solve(_operand(a, scalars=False), _operand(b, scalars=False)))
+
+
+linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky, pinv=_pinv, solve=_solve)
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 
