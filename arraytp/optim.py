@@ -12,6 +12,7 @@ from arraytp import options
 from arraytp.backend import Array, array_module
 from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Workspace, slices
+from arraytp.ops import kernels
 
 # Measured: shorter stretches stay in a core's cache, but then threads wait for the interpreter between operations.
 HOST_ELEMENTS = 1 << 19
@@ -119,6 +120,9 @@ def of_block(optimizer: OptimizerOptions, position: int) -> OptimizerOptions:
 def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array], scratch: Buffers) -> None:
     """Do one step on one stretch of one parameter: arrays are θ, g and the moments."""
     theta, g, *moments = arrays
+    if kernels.has_kernels(theta):
+        _fused_step(optimizer, lr, step, arrays)
+        return
     work = scratch.of("optimizer").array("work", (2, theta.size), theta.dtype)
     if optimizer.weight_decay:
         xp = array_module(theta)
@@ -129,6 +133,17 @@ def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array]
         adam_step(optimizer, lr, step, theta, g, moments[0], moments[1], work[0])
     else:
         sgd_step(optimizer, lr, theta, g, moments[0] if moments else None, work[0])
+
+
+def _fused_step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array]) -> None:
+    """Do `_step` in one kernel of a device."""
+    theta, g, *moments = arrays
+    if isinstance(optimizer, options.Adam):
+        scale, rate = adam_rates(optimizer, lr, step)
+        betas, epsilon = (optimizer.beta1, optimizer.beta2), theta.dtype.type(optimizer.epsilon)
+        kernels.adam(theta, g, moments[0], moments[1], betas, scale, rate, epsilon, optimizer.weight_decay)
+    else:
+        kernels.sgd(theta, g, moments[0] if moments else None, lr, optimizer.momentum, optimizer.weight_decay)
 
 
 def sgd_step(optimizer: options.SGD, lr: float, theta: Array, g: Array, v: Array | None, work: Array) -> None:
@@ -177,8 +192,7 @@ def adam_step(
         Overwritten.
     """
     xp, number = array_module(theta), theta.dtype.type
-    correction1 = 1 - optimizer.beta1**step
-    correction2 = math.sqrt(1 - optimizer.beta2**step)
+    scale, rate = adam_rates(optimizer, lr, step)
     m *= number(optimizer.beta1)
     xp.multiply(g, number(1 - optimizer.beta1), out=work)
     m += work
@@ -188,14 +202,20 @@ def adam_step(
     u += work
     xp.sqrt(u, out=work)
     if optimizer.epsilon_form == "pytorch":
-        work *= number(1 / correction2)
-        rate = lr / correction1
-    else:
-        rate = lr * correction2 / correction1
+        work *= number(scale)
     work += number(optimizer.epsilon)
     xp.divide(m, work, out=work)
     work *= number(rate)
     theta -= work
+
+
+def adam_rates(optimizer: options.Adam, lr: float, step: int) -> tuple[float, float]:
+    """Return what √u and the step are multiplied by: 1/√(1 − β2^t) and lr/(1 − β1^t), or 1 and lr_t."""
+    correction1 = 1 - optimizer.beta1**step
+    correction2 = math.sqrt(1 - optimizer.beta2**step)
+    if optimizer.epsilon_form == "pytorch":
+        return 1 / correction2, lr / correction1
+    return 1.0, lr * correction2 / correction1
 
 
 def learning_rates(

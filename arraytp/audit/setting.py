@@ -19,6 +19,7 @@ from arraytp.audit.check import host
 from arraytp.backend import Array
 from arraytp.config import Config
 from arraytp.errors import NonFiniteError
+from arraytp.fast.device import fast_engine
 from arraytp.fast.engine import Fast
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network, block_flops
@@ -107,9 +108,9 @@ class Setting:
         """Return a pass by the fast engine with arrays of its own; of this network, images and labels if not given."""
         workspace = Workspace(self.workspace.backend, threads)
         network, images = network or self.network, self.images if images is None else images
-        forward = Fast(workspace).forward(network, images)
+        forward = fast_engine(workspace).forward(network, images)
         dlogits = _gradient(self.config, forward.logits, self.labels if labels is None else labels)
-        return Batch(Fast(workspace), network, forward, dlogits, self.config.seed)
+        return Batch(fast_engine(workspace), network, forward, dlogits, self.config.seed)
 
     def propose(self, batch: Batch | None = None, options: Any = None, state: State | None = None) -> Updates:
         """Return the rule's updates as arrays of their own; on this batch, of its options and state if not given."""
@@ -194,7 +195,7 @@ def prepare(planned: Plan) -> Setting:
     with closing(experiment.train_loader.batches(0)) as batches:
         raw, labels = (array.copy() for array in next(batches))
     workspace = Workspace(planned.backend)
-    engine = Fast(workspace)
+    engine = fast_engine(workspace)
     _check_finite(experiment, raw, engine)
     generator = np.random.default_rng(config.seed)
     pixels = host(raw)
@@ -236,5 +237,5 @@ def fresh(setting: Setting, threads: int | None = None) -> Experiment:
         rule_state=rule.init_state(config.rule, network, config.seed, plan.backend),
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
         workspace=workspace,
-        engine=Fast(workspace),
+        engine=fast_engine(workspace),
     )

@@ -1,10 +1,12 @@
 """Gaussian noise that depends on its key alone: not on the order of calls, nor on the number of threads."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 
-from arraytp.backend import Array, array_module, draw_normal
+from arraytp.backend import Array, array_module
+from arraytp.ops.kernels import has_kernels, kernel
 from arraytp.streams import sequence, stream
 
 # Samples that share a random stream on the host: small enough to share a batch's noise among threads.
@@ -22,21 +24,20 @@ def chunks(count: int, first: int = 0) -> list[slice]:
 def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Array:
     """Fill an array with numbers from N(0, σ²) in its dtype.
 
-    The host draws each chunk of samples from a stream of its own. A device draws the whole array from one stream that
-    is made anew from the key, so that nothing goes from host to device or back; it has other numbers than the host,
-    and numbers of a part are not those that the part has in the whole.
+    The host draws each chunk of samples from a stream of its own; the number of the chunk is added to the key. A device
+    computes the array from the key by `counter_normal`, so that nothing goes from host to device or back; it has other
+    numbers than the host. On both, parts of a batch have the numbers that they have in the whole.
 
     Parameters
     ----------
     out : array of shape (B, …), C-contiguous
-        Samples `first` … `first` + B − 1 of a batch. On the host they have the numbers that they have in the whole.
+        Samples `first` … `first` + B − 1 of a batch.
     sigma : float
     first : int
     seed : int
         The run's seed.
     *key : int
-        What the noise is for: step, block, iteration, and which of the iteration's noises. The number of the first
-        chunk is added.
+        What the noise is for: step, block, iteration, and which of the iteration's noises.
 
     Returns
     -------
@@ -50,7 +51,110 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Arra
             # The numbers of the chunk's samples before these.
             generator.standard_normal(before * out[0].size, dtype=out.dtype)
             generator.standard_normal(out=out[part], dtype=out.dtype)
-    else:
-        draw_normal(out, sequence(seed, "noise", *key, first))
-    out *= out.dtype.type(sigma)
+        out *= out.dtype.type(sigma)
+        return out
+    return counter_normal(out, sigma, counter_key(seed, *key), first * (out.size // len(out)))
+
+
+def counter_key(seed: int, *key: int) -> int:
+    """Return the 64 bits that `counter_normal` takes of a noise's key."""
+    return int(sequence(seed, "noise", *key).generate_state(1, np.uint64)[0])
+
+
+def counter_normal(out: Array, sigma: float, key: int, start: int = 0) -> Array:
+    """Fill an array with numbers from N(0, σ²) that depend on their place and the key alone: no state, no order.
+
+    Philox 4×32-10 (Salmon et al. 2011) makes four random words of each counter 0, 1, …. Each word is a uniform number
+    in float32, two words are one of 53 bits in float64. Box and Muller's transform makes two normal numbers of two:
+
+        √(−2 ln u) cos 2πv,  √(−2 ln u) sin 2πv
+
+    The words are the same on the host and on a device; the numbers differ by the rounding of ln, cos and sin.
+
+    Parameters
+    ----------
+    out : array of float32 or float64, C-contiguous
+    sigma : float
+    key : int
+        Of 64 bits.
+    start : int
+        How many numbers come before: parts have the numbers that they have in the whole.
+
+    Returns
+    -------
+    array
+        `out`.
+    """
+    xp, number, each = array_module(out), out.dtype.type, 16 // out.dtype.itemsize
+    first, before = divmod(start, each)
+    count = -(-(before + out.size) // each)
+    if has_kernels(out):
+        inputs = "uint64 key, uint64 first, int64 before, int64 size, T sigma"
+        draw = kernel(out, f"normal_{out.dtype}", inputs, "raw T out", _UNIFORM[each] + _BOX_MULLER, _PHILOX)
+        draw(key, first, before, out.size, number(sigma), out.reshape(-1), size=count)
+        return out
+    u = _uniform(_philox(xp, first, count, key), out.dtype)
+    radius, angle = xp.sqrt(xp.log(u[:, ::2]) * number(-2)), u[:, 1::2] * number(2 * np.pi)
+    normal = xp.stack([radius * xp.cos(angle), radius * xp.sin(angle)], axis=-1) * number(sigma)
+    out.reshape(-1)[...] = normal.reshape(-1)[before : before + out.size]
     return out
+
+
+def _philox(xp: Any, first: int, count: int, key: int) -> Array:
+    """Return the words of some counters, as uint64 of shape (count, 4)."""
+    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+    counters = xp.arange(first, first + count, dtype=np.uint64)
+    x = [counters & low, counters >> high, xp.zeros_like(counters), xp.zeros_like(counters)]
+    keys = [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        a, b = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [(b >> high) ^ x[1] ^ np.uint64(keys[0]), b & low, (a >> high) ^ x[3] ^ np.uint64(keys[1]), a & low]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return xp.stack(x, axis=1)
+
+
+def _uniform(words: Array, dtype: np.dtype) -> Array:
+    """Return uniform numbers in (0, 1], four or two a counter, of shape (count, 4 or 2)."""
+    if dtype.itemsize == 4:
+        return (words.astype(dtype) + dtype.type(0.5)) * dtype.type(2.0**-32)
+    first, second = words[:, ::2] >> np.uint64(5), words[:, 1::2] >> np.uint64(6)
+    return (first.astype(dtype) * dtype.type(2.0**26) + second.astype(dtype) + dtype.type(0.5)) * dtype.type(2.0**-53)
+
+
+_PHILOX = """
+__device__ void philox(unsigned long long count, unsigned long long key, unsigned int* x) {
+    unsigned int k0 = (unsigned int)key, k1 = (unsigned int)(key >> 32);
+    x[0] = (unsigned int)count; x[1] = (unsigned int)(count >> 32); x[2] = 0; x[3] = 0;
+    for (int round = 0; round < 10; ++round) {
+        const unsigned long long a = 0xD2511F53ull * x[0], b = 0xCD9E8D57ull * x[2];
+        const unsigned int y0 = (unsigned int)(b >> 32) ^ x[1] ^ k0, y2 = (unsigned int)(a >> 32) ^ x[3] ^ k1;
+        x[0] = y0; x[1] = (unsigned int)b; x[2] = y2; x[3] = (unsigned int)a;
+        k0 += 0x9E3779B9u; k1 += 0xBB67AE85u;
+    }
+}
+"""
+_UNIFORM = {
+    4: """
+    unsigned int x[4];
+    philox(first + i, key, x);
+    T u[4];
+    const int pairs = 2;
+    for (int j = 0; j < 4; ++j) u[j] = (T(x[j]) + T(0.5)) * T(2.3283064365386963e-10);
+    """,
+    2: """
+    unsigned int x[4];
+    philox(first + i, key, x);
+    T u[2];
+    const int pairs = 1;
+    for (int j = 0; j < 2; ++j)
+        u[j] = (T(x[2 * j] >> 5) * 67108864.0 + T(x[2 * j + 1] >> 6) + 0.5) * 1.1102230246251565e-16;
+    """,
+}
+_BOX_MULLER = """
+    for (int j = 0; j < pairs; ++j) {
+        const T radius = sqrt(T(-2) * log(u[2 * j])), angle = T(6.283185307179586) * u[2 * j + 1];
+        const long long at = (long long)i * 2 * pairs + 2 * j - before;
+        if (at >= 0 && at < size) out[at] = sigma * (radius * cos(angle));
+        if (at + 1 >= 0 && at + 1 < size) out[at + 1] = sigma * (radius * sin(angle));
+    }
+"""

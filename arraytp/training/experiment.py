@@ -21,7 +21,7 @@ from arraytp.backend import Array, Backend, array_module
 from arraytp.config import Config
 from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.data.loader import Loader
-from arraytp.fast.engine import Fast
+from arraytp.fast.device import fast_engine
 from arraytp.fast.orthogonality import add_orthogonality
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
@@ -394,7 +394,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         rule_state=rule.init_state(config.rule, network, config.seed, backend),
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
         workspace=workspace,
-        engine=Plain(backend) if plain else Fast(workspace),
+        engine=Plain(backend) if plain else fast_engine(workspace),
         train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True, share=share),
         test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False, share=share),
         validation_loader=(

@@ -24,7 +24,7 @@ from training import fast, pass_of
 
 from arraytp.backend import NUMPY
 from arraytp.fast import cuts, passes
-from arraytp.fast.engine import Fast
+from arraytp.fast.device import fast_engine
 from arraytp.fast.parallel import Workspace
 from arraytp.model.architectures import plan_network
 from arraytp.model.plain import block_backward
@@ -41,7 +41,7 @@ def carriers_of(network, seed):
 
 def fast_updates(network, carriers, x, dlogits, workspace):
     """Return the forward pass, and BP's updates with these arrays in place of W."""
-    pass_ = pass_of(network, x, dlogits, Fast(workspace))
+    pass_ = pass_of(network, x, dlogits, fast_engine(workspace))
     updates, ds = [], dlogits
     for at in pass_.down():
         dweight, dbias, ds = at.backward(ds, through=carriers[at.n])

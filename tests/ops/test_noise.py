@@ -7,7 +7,7 @@ import pytest
 import strict_device
 
 from arraytp.backend import NUMPY
-from arraytp.ops.noise import CHUNK, gaussian
+from arraytp.ops.noise import CHUNK, _philox, counter_key, counter_normal, gaussian
 
 SHAPE = (3 * CHUNK + 5, 4, 3)
 
@@ -32,14 +32,35 @@ def test_a_device_draws_without_the_host():
     assert (strict_device.reads.total(), strict_device.writes.total()) == before
 
 
+def test_the_words_are_philoxs():
+    """The first words of key 0 as the authors publish them (Random123, kat_vectors)."""
+    assert _philox(np, 0, 1, 0)[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    first, second = _philox(np, 0, 2, 1 << 40)
+    assert set(first.tolist()).isdisjoint(second.tolist())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-14)])
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (50, 41)])
+def test_a_device_has_the_numbers_that_the_host_computes_from_the_key(device, shape, dtype, tolerance):
+    """To the rounding of ln, cos and sin: what a device trained with can be had again without one."""
+    found = drawn(shape, sigma=0.3, dtype=dtype, backend=device.backend)
+    wanted = counter_normal(np.empty(shape, dtype), 0.3, counter_key(7, 1, 2, 3))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+
+
+def test_the_key_of_a_counter_has_64_bits():
+    keys = {counter_key(7, n) for n in range(1000)}
+    assert len(keys) == len({key & 0xFFFFFFFF for key in keys}) == len({key >> 32 for key in keys}) == 1000
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("cuts", [[CHUNK], [3 * CHUNK, CHUNK, 2 * CHUNK], [5, 6, 40], [CHUNK - 1, 3 * CHUNK + 1]])
-def test_parts_have_the_numbers_that_they_have_in_the_whole(cuts, dtype):
+def test_parts_have_the_numbers_that_they_have_in_the_whole(place, cuts, dtype):
     """Cut at chunks or within, drawn in any order: each rank draws the noise of its own samples alone."""
-    whole, bounds = drawn(dtype=dtype), sorted({0, *cuts, SHAPE[0]})
+    whole, bounds = drawn(dtype=dtype, backend=place.backend), sorted({0, *cuts, SHAPE[0]})
     order = sorted(itertools.pairwise(bounds), key=lambda part: part[0] * 7 % 11)
     for start, stop in order:
-        part = drawn((stop - start, *SHAPE[1:]), start, dtype=dtype)
+        part = drawn((stop - start, *SHAPE[1:]), start, dtype=dtype, backend=place.backend)
         np.testing.assert_array_equal(part, whole[start:stop])
 
 

@@ -25,7 +25,8 @@ import numpy as np
 
 __version__ = np.__version__
 
-bool_, uint8, int32, int64, float32, float64 = np.bool_, np.uint8, np.int32, np.int64, np.float32, np.float64
+bool_, uint8, uint32, uint64, int32, int64 = np.bool_, np.uint8, np.uint32, np.uint64, np.int32, np.int64
+float32, float64 = np.float32, np.float64
 inf, nan, pi, newaxis = np.inf, np.nan, np.pi, None
 
 reads, writes = Counter(), Counter()
@@ -223,7 +224,7 @@ def _comparison(name, function):
 for _name, _function in {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "floordiv": np.floor_divide,
     "mod": np.remainder, "pow": np.power, "matmul": np.matmul, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
+    "xor": np.bitwise_xor, "rshift": np.right_shift,
 }.items():  # fmt: skip
     _binary(_name, _function)
 for _name, _function in {
@@ -250,7 +251,7 @@ for _function in (
     np.add, np.subtract, np.multiply, np.divide, np.negative, np.absolute, np.sign, np.maximum, np.minimum, np.sqrt,
     np.square, np.exp, np.expm1, np.log, np.log1p, np.tanh, np.rint, np.greater, np.greater_equal, np.less,
     np.less_equal, np.equal, np.not_equal, np.logical_and, np.logical_or, np.logical_not, np.isfinite, np.isnan,
-    np.isinf,
+    np.isinf, np.cos, np.sin,
 ):  # fmt: skip
     globals()[_function.__name__] = _ufunc(_function)
 
@@ -393,40 +394,6 @@ def _solve(a, b):
 
 linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky, pinv=_pinv, solve=_solve)
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
-
-
-# Random numbers: other ones than the host's, from 32 bits of the seed as in CuPy.
-
-
-class Philox4x3210:
-    """A bit generator, seeded by an integer or a `numpy.random.SeedSequence`."""
-
-    def __init__(self, seed):
-        if not isinstance(seed, int | np.random.SeedSequence):
-            raise TypeError(f"a seed must be an int or a SeedSequence, not {type(seed).__name__}")
-        seeds = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
-        self._host = np.random.Philox(int(seeds.generate_state(1, np.uint32)[0]))
-
-
-class Generator:
-    """Draws from a bit generator of the double."""
-
-    def __init__(self, bit_generator):
-        self._host = np.random.Generator(bit_generator._host)
-
-    def standard_normal(self, size=None, dtype=np.float64, out=None):
-        if out is None:
-            return ndarray(np.asarray(self._host.standard_normal(size, dtype)))
-        host = _operand(out, scalars=False)
-        if host.dtype != np.dtype(dtype):
-            raise TypeError(f"out is {host.dtype}, not {np.dtype(dtype)}")
-        if not host.flags.c_contiguous:
-            raise ValueError("out is not contiguous")
-        self._host.standard_normal(size, dtype, host)
-        return out
-
-
-random = SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210)
 
 
 # What a Backend asks of a device.

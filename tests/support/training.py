@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arraytp.backend import NUMPY, Backend
+from arraytp.fast.device import fast_engine
 from arraytp.fast.engine import Fast
 from arraytp.fast.orthogonality import add_orthogonality
 from arraytp.fast.parallel import Workspace
@@ -19,7 +20,7 @@ from arraytp.rules.protocol import Rule, State
 
 def fast(backend: Backend = NUMPY, threads: int = 2) -> Fast:
     """Return the fast engine on a workspace of its own."""
-    return Fast(Workspace(backend, threads))
+    return fast_engine(Workspace(backend, threads))
 
 
 def plain(backend: Backend = NUMPY) -> Plain:
@@ -95,5 +96,5 @@ def trainer(network, rule, optimizer, backend: Backend = NUMPY, threads=1, seed=
     state = rule.init_state(settings, network, seed, backend)
     optimizer_state = init_optimizer(optimizer, network.parameters())
     return Trainer(
-        network, rule, settings, state, optimizer, optimizer_state, engine or Fast(workspace), workspace, seed
+        network, rule, settings, state, optimizer, optimizer_state, engine or fast_engine(workspace), workspace, seed
     )

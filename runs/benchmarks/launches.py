@@ -1,0 +1,119 @@
+"""How many kernels one training step launches on a device, and how often the host waits for it.
+
+    python runs/benchmarks/launches.py            # a Markdown table; exit status 1 where a budget is exceeded
+    python runs/benchmarks/launches.py --most 15 ldrl    # what is launched most
+
+Launches are counted by the module `cpu_cuda`, which runs CuPy without a GPU. A product, a factorisation, a memset and a
+copy count as one each. Their number depends on the network and the rule, not on the size of the batch.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import cpu_cuda
+import cupy
+import numpy as np
+
+from arraytp.backend import get_backend
+from arraytp.config import parse_config
+from arraytp.data.writer import Description, writing
+from arraytp.training.experiment import Experiment, build
+
+SGD: dict[str, Any] = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
+VGG = {"network": {"name": "vgg"}, "optimizer": {**SGD, "weight_decay": 1e-4}}
+FC_DEEP = {
+    "network": {"name": "fc-deep", "square": True, "init": "orthogonal"},
+    "optimizer": {"name": "adam", "lr": 1e-4, "orthogonality": 0.1, "epsilon_form": "keras"},
+    "loss": {"reduction": "sum"},
+}
+
+
+def ldrl(iterations: int, **options: Any) -> dict[str, Any]:
+    """Return the settings of L-DRL."""
+    return {"name": "ldrl", "feedback": {"iterations": iterations, "optimizer": SGD}, **options}
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "bp": {**VGG, "rule": {"name": "bp"}},
+    "ldrl": {**VGG, "rule": ldrl(2)},
+    "ldrl, one iteration more": {**VGG, "rule": ldrl(3)},
+    "ldrl, expected": {**VGG, "rule": ldrl(20, expected=True)},
+    "gait-prop": {**FC_DEEP, "rule": {"name": "gait-prop", "form": "difference"}},
+    "gait-prop, literal": {**FC_DEEP, "rule": {"name": "gait-prop"}, "dtype": "float64"},
+}
+PHASES = ("forward", "feedback", "updates", "optimiser")
+# Launches a step, but for "ldrl": an iteration.
+BUDGETS = {"bp": 120, "ldrl": 20, "gait-prop": 200}
+
+
+def counted() -> Counter[str]:
+    """Return what was asked of the device since the last call."""
+    return Counter({name: n for name, n in cpu_cuda.counts().items() if not name.startswith("bytes")})
+
+
+def launches(found: Counter[str]) -> int:
+    """Return how many of these are work of the device."""
+    kinds = cpu_cuda.summary(found)
+    return sum(kinds.get(kind, 0) for kind in ("kernels", "blas", "solver", "memset", "copies"))
+
+
+def phases(experiment: Experiment) -> list[Counter[str]]:
+    """Return what one step asks of the device, part by part."""
+    images = cupy.asarray(np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype(experiment.config.dtype))
+    labels = cupy.arange(8)
+    for _ in range(3):
+        counted()
+        step = experiment.forward(images, labels)
+        parts = [counted()]
+        experiment.train_feedback(step)
+        parts.append(counted())
+        updates = experiment.updates(step)
+        parts.append(counted())
+        experiment.apply(step, updates)
+        parts.append(counted())
+    return parts
+
+
+def measure(folder: str, names: list[str]) -> dict[str, list[Counter[str]]]:
+    """Return what steps ask of the device, by name."""
+    with writing(Path(folder) / "data", Description("random", (32, 32, 3), tuple("abcdefghij"))) as writer:
+        for split in ("train", "test"):
+            writer.add(split, np.zeros((8, 32, 32, 3), np.uint8), np.arange(8))
+    found = {}
+    for name in names:
+        data = {"data": {"dataset": f"{folder}/data", "normalize": "none"}, "train": {"epochs": 1, "batch_size": 8}}
+        found[name] = phases(build(parse_config(STEPS[name] | data).variants[""], get_backend("cupy")))
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=[*STEPS], metavar="STEP", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--most", type=int, default=0, metavar="N", help="show what is launched most, part by part")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(folder, given.names)
+    print("| step |", " | ".join(PHASES), "| all | waits |\n|---" + "|---" * (len(PHASES) + 2) + "|")
+    totals = {}
+    for name, parts in found.items():
+        total = sum(parts, Counter())
+        totals[name], waits = launches(total), cpu_cuda.summary(total).get("waits", 0)
+        print("|", " | ".join([name, *(str(launches(part)) for part in parts), str(totals[name]), str(waits)]), "|")
+        for phase, part in zip(PHASES, parts, strict=True):
+            for kernel, number in part.most_common(given.most):
+                print(f"    {phase}: {number} {kernel}")
+    failed = False
+    for name, most in BUDGETS.items():
+        if name == "ldrl" and {"ldrl", "ldrl, one iteration more"} <= set(totals):
+            number, what = (totals["ldrl, one iteration more"] - totals["ldrl"]) / 5, "ldrl, an iteration by noise"
+        elif name != "ldrl" and name in totals:
+            number, what = totals[name], f"{name}, a step"
+        else:
+            continue
+        print(f"{what}: {number:g} launches, at most {most} shall be")
+        failed = failed or number > most
+    sys.exit(failed)
