@@ -10,7 +10,6 @@ from functools import partial
 
 from arraytp import options
 from arraytp.backend import Array, array_module
-from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Workspace, slices
 from arraytp.ops import kernels
 
@@ -82,7 +81,8 @@ def apply_updates(
         flat = [array.reshape(-1) for array in (theta, gradient, *moments)]
         length = HOST_ELEMENTS if workspace.backend.on_host else theta.size
         tasks += [
-            partial(_step, settings, rate, state.step, [a[part] for a in flat]) for part in slices(theta.size, length)
+            partial(_step, settings, rate, state.step, [a[part] for a in flat], workspace)
+            for part in slices(theta.size, length)
         ]
     workspace.run(tasks)
 
@@ -117,13 +117,13 @@ def of_block(optimizer: OptimizerOptions, position: int) -> OptimizerOptions:
     return optimizer
 
 
-def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array], scratch: Buffers) -> None:
+def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array], workspace: Workspace) -> None:
     """Do one step on one stretch of one parameter: arrays are θ, g and the moments."""
     theta, g, *moments = arrays
     if kernels.has_kernels(theta):
         _fused_step(optimizer, lr, step, arrays)
         return
-    work = scratch.of("optimizer").array("work", (2, theta.size), theta.dtype)
+    work = workspace.scratch.of("optimizer").array("work", (2, theta.size), theta.dtype)
     if optimizer.weight_decay:
         xp = array_module(theta)
         decayed = xp.multiply(theta, theta.dtype.type(optimizer.weight_decay), out=work[1])

@@ -22,7 +22,6 @@ from arraytp.audit.observed import BATCHES, PARTS, Observed, in_closed_form, wat
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array, array_module
 from arraytp.fast.device import fast_engine
-from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import block_flops
 from arraytp.model.passes import Batch
 from arraytp.ops.noise import gaussian
@@ -86,7 +85,7 @@ def _reported(setting: Setting, trained: Feedback[Any], of_block: list[Observed]
     """Check gradients against differences of the reported loss, and the fast engine against the plain one."""
     label, n, count = _label(setting, of_block), of_block[0].n, len(of_block) // BATCHES
     # With arrays of its own.
-    fast = replace(setting.batch, engine=fast_engine(Workspace(setting.workspace.backend)))
+    fast = replace(setting.batch, engine=fast_engine(setting.workspace.backend))
 
     def iterating(batch: Batch, one: Observed) -> Iterating:
         sigma = _sigma(setting, trained, n)

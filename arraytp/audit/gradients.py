@@ -94,7 +94,7 @@ def passes(setting: Setting) -> Iterator[Check]:
         u = setting.normal(at.s_next.shape, 21, n)
         gradients = plain.block_backward(block, u, z, index, at.s, at.weight)
         yield from _block_gradients(setting, n, u, gradients)
-        fast_gradients = fast.backward(at, u, at.weight, None, setting.workspace)
+        fast_gradients = fast.backward(setting.workspace, at, u, at.weight, None)
         error = worst(*(apart(a, b) for a, b in zip(fast_gradients, gradients, strict=True)))
         yield checked(f"{block.label}: the fast gradients", "the same", fast.backward, error, PASS)
 

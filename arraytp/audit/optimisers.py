@@ -83,7 +83,7 @@ def orthogonality(setting: Setting) -> Iterator[Check]:
         return
     network, workspace = drifted(setting), Workspace(setting.workspace.backend)
     gradients = [setting.put(np.zeros(weight.shape)) for weight in network.weights]
-    errors = GramErrors(network, workspace)
+    errors = GramErrors(workspace, network)
     add_orthogonality(strength, network, gradients, errors, workspace, on)
     for n in regularised(network.blocks, on):
         block, w = network.blocks[n], host(as_matrix(network.weights[n]))

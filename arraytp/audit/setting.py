@@ -106,11 +106,11 @@ class Setting:
         threads: int | None = None,
     ) -> Batch:
         """Return a pass by the fast engine with arrays of its own; of this network, images and labels if not given."""
-        workspace = Workspace(self.workspace.backend, threads)
+        engine = fast_engine(self.workspace.backend, threads)
         network, images = network or self.network, self.images if images is None else images
-        forward = fast_engine(workspace).forward(network, images)
+        forward = engine.forward(network, images)
         dlogits = _gradient(self.config, forward.logits, self.labels if labels is None else labels)
-        return Batch(fast_engine(workspace), network, forward, dlogits, self.config.seed)
+        return Batch(engine, network, forward, dlogits, self.config.seed)
 
     def propose(self, batch: Batch | None = None, options: Any = None, state: State | None = None) -> Updates:
         """Return the rule's updates as arrays of their own; on this batch, of its options and state if not given."""
@@ -194,8 +194,7 @@ def prepare(planned: Plan) -> Setting:
     experiment = build_planned(replace(planned, config=config))
     with closing(experiment.train_loader.batches(0)) as batches:
         raw, labels = (array.copy() for array in next(batches))
-    workspace = Workspace(planned.backend)
-    engine = fast_engine(workspace)
+    engine = fast_engine(planned.backend)
     _check_finite(experiment, raw, engine)
     generator = np.random.default_rng(config.seed)
     pixels = host(raw)
@@ -205,7 +204,7 @@ def prepare(planned: Plan) -> Setting:
     network = Network(planned.blocks, experiment.network.weights, [planned.backend.asarray(bias) for bias in biases])
     forward = engine.forward(network, images)
     batch = Batch(engine, network, forward, _gradient(config, forward.logits, labels), config.seed)
-    return Setting(experiment, raw, labels, images, network, batch, workspace, planned.config.train.batch_size)
+    return Setting(experiment, raw, labels, images, network, batch, engine, planned.config.train.batch_size)
 
 
 def _gradient(config: Config, logits: Array, labels: Array) -> Array:
@@ -230,12 +229,12 @@ def fresh(setting: Setting, threads: int | None = None) -> Experiment:
     """Return the experiment in its initial state with arrays and threads of its own; loaders are shared."""
     config, plan, rule = setting.config, setting.experiment.plan, setting.rule
     network = make_network(plan.blocks, config.network.init, config.seed, config.dtype, plan.backend)
-    workspace = Workspace(plan.backend, threads)
+    engine = fast_engine(plan.backend, threads)
     return replace(
         setting.experiment,
         network=network,
         rule_state=rule.init_state(config.rule, network, config.seed, plan.backend),
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
-        workspace=workspace,
-        engine=fast_engine(workspace),
+        workspace=engine,
+        engine=engine,
     )

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from arraytp.backend import Array, add_product
+from arraytp.backend import NUMPY, Array, Backend, add_product
 from arraytp.fast.engine import Fast
-from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients, Iterate, NoiseAndProducts, Sums, Through
 from arraytp.ops import kernels
@@ -22,7 +21,7 @@ OWNER = "device"
 
 
 class Device(Fast):
-    """An `arraytp.model.passes.Engine` on a workspace of a device."""
+    """An `arraytp.model.passes.Engine` of a device."""
 
     def product(self, a: Array, b: Array, out: Array) -> Array:
         """See `Batch.product`."""
@@ -34,12 +33,12 @@ class Device(Fast):
 
     def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
         """Run the network: patches, product, and one kernel for bias, pool and activation."""
-        own, done = self.workspace.of((OWNER, name)), ForwardPass([x], [], [])
+        own, done = self.of((OWNER, name)), ForwardPass([x], [], [])
         for n, block in enumerate(network.blocks):
             rows = self.rows(block, done.s[n])
             output = own.array((n, "output"), (len(x), *block.out_shape), x.dtype)
             index = None if block.pool is None else own.array((n, "index"), output.shape, np.uint8)
-            z = output if block.pool is None else self.scratch("z", (len(x), *block.pre_shape), x.dtype)
+            z = output if block.pool is None else self.room("z", (len(x), *block.pre_shape), x.dtype)
             add_product(rows, as_matrix(network.weights[n]), z.reshape(len(rows), -1))
             kernels.activate(block.activation, block.pool, z, network.biases[n], output, index)
             s_next = output
@@ -56,14 +55,14 @@ class Device(Fast):
         if isinstance(through, LU | Cholesky | PseudoInverse):
             return super().backward(at, ds, through, scale)
         block, s = at.block, at.s
-        own, ds = self.workspace.of((OWNER, at.batch.results, at.n)), ds.reshape(at.s_next.shape)
-        dz = self.scratch("dz", (len(s), *block.pre_shape), s.dtype)
+        own, ds = self.of((OWNER, at.batch.results, at.n)), ds.reshape(at.s_next.shape)
+        dz = self.room("dz", (len(s), *block.pre_shape), s.dtype)
         kernels.unpool_gradient(block.activation, block.pool, ds, at.output, at.index, scale, dz)
         dweight = own.array("dweight", block.weight_shape, s.dtype)
         dbias = own.array("dbias", block.weight_shape[-1:], s.dtype)
         stacked = dz.reshape(-1, dz.shape[-1])
         add_product(self.rows(block, s).T, stacked, as_matrix(dweight))
-        ones = self.workspace.of(OWNER).filled("ones", (len(stacked),), s.dtype, 1.0)
+        ones = self.of(OWNER).filled("ones", (len(stacked),), s.dtype, 1.0)
         add_product(ones[None], stacked, dbias[None])
         if through is None:
             return dweight, dbias, None
@@ -71,7 +70,7 @@ class Device(Fast):
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """See `At.feedback`."""
-        a = self.scratch("a", (len(t), *at.block.pre_shape), t.dtype)
+        a = self.room("a", (len(t), *at.block.pre_shape), t.dtype)
         kernels.unpool_input(at.block.activation, at.block.pool, t.reshape(at.output.shape), at.index, unpool, a)
         out = self._carried(at, omega, a)
         out.reshape(len(t), *at.block.in_shape)[...] += bias
@@ -80,28 +79,28 @@ class Device(Fast):
     def feedback_difference(self, at: At, omega: Array, delta: Array, unpool: Unpool) -> Array:
         """See `At.feedback_difference`."""
         f, pool, s = at.block.activation, at.block.pool, at.output
-        d = self.scratch("a", (len(s), *at.block.pre_shape), s.dtype)
+        d = self.room("a", (len(s), *at.block.pre_shape), s.dtype)
         kernels.unpool_difference(f, pool, s, delta.reshape(s.shape), at.index, unpool, d)
         return self._carried(at, omega, d)
 
     def _carried(self, at: At, omega: Array, a: Array) -> Array:
-        own = self.workspace.of((OWNER, at.batch.results, at.n))
+        own = self.of((OWNER, at.batch.results, at.n))
         return self.transposed(at.block, omega, a, own.array("transposed", at.s.shape, at.s.dtype))
 
     def iterations(self, at: At, unpool: Unpool, training: NoiseAndProducts) -> "Iterations":
         """See `At.iterations`."""
         return Iterations(self, at, unpool, training)
 
-    def scratch(self, name: object, shape: tuple[int, ...], dtype: Any) -> Array:
+    def room(self, name: object, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return memory that the next call with this name takes again."""
-        return self.workspace.of(OWNER).array(name, shape, dtype)
+        return self.of(OWNER).array(name, shape, dtype)
 
     def rows(self, block: Block, x: Array, name: object = "rows") -> Array:
         """Return the rows of x that a weight's matrix is multiplied with; in scratch of this name."""
         if block.window is None:
             return x.reshape(len(x), -1)
         window, matrix_rows = block.window, block.window.kernel**2 * block.in_shape[-1]
-        out = self.scratch(name, (len(x), window.out_height, window.out_width, matrix_rows), x.dtype)
+        out = self.room(name, (len(x), window.out_height, window.out_width, matrix_rows), x.dtype)
         return kernels.im2col(x, window, out).reshape(-1, matrix_rows)
 
     def transposed(self, block: Block, weight: Array, d: Array, out: Array) -> Array:
@@ -110,7 +109,7 @@ class Device(Fast):
         if block.window is None:
             add_product(stacked, matrix.T, out.reshape(len(stacked), -1))
             return out
-        dpatches = self.scratch("rows", (len(stacked), len(matrix)), d.dtype)
+        dpatches = self.room("rows", (len(stacked), len(matrix)), d.dtype)
         add_product(stacked, matrix.T, dpatches)
         kernels.col2im(dpatches.reshape(*d.shape[:-1], -1), block.window, out.reshape(len(d), *block.in_shape))
         return out
@@ -122,7 +121,7 @@ class Iterations:
     def __init__(self, engine: Device, at: At, unpool: Unpool, training: NoiseAndProducts) -> None:
         block, self._engine, self._at, self._unpool, self._training = at.block, engine, at, unpool, training
         self.s, self.s_next, self.index = at.s.reshape(len(at.s), *block.in_shape), at.output, at.index
-        self._own = engine.workspace.of((OWNER, "iterations"))
+        self._own = engine.of((OWNER, "iterations"))
         self._z = self._array("z", block.pre_shape)
         rows = engine.rows(block, self.s)
         add_product(rows, as_matrix(at.weight), self._z.reshape(len(rows), -1))
@@ -164,7 +163,7 @@ class Iterations:
         block = self._at.block
         out = self._next("F", block.out_shape)
         index = None if block.pool is None else self._own.array(("index", self._given), out.shape, np.uint8)
-        z = out if block.pool is None else self._engine.scratch("z", self._z.shape, out.dtype)
+        z = out if block.pool is None else self._engine.room("z", self._z.shape, out.dtype)
         rows = self._rows_of(epsilon)
         add_product(rows, as_matrix(self._at.weight), z.reshape(len(rows), -1))
         kernels.activate(block.activation, block.pool, z, self._at.bias, out, index, base=self._z)
@@ -198,7 +197,7 @@ class Iterations:
     def add_bias(self, r: Array) -> None:
         """Add 2/B times r, summed over samples and positions."""
         rows = r.reshape(-1, r.shape[-1])
-        ones = self._engine.workspace.of(OWNER).filled("ones", (len(rows),), r.dtype, 1.0)
+        ones = self._engine.of(OWNER).filled("ones", (len(rows),), r.dtype, 1.0)
         before, self._bias = self._bias, self._own.array("bias", rows.shape[1:], r.dtype)
         add_product(ones[None], rows, self._bias[None], 2 / len(self._at.batch), float(before is not None))
 
@@ -222,6 +221,6 @@ class Iterations:
         return self._own.array(name, (len(self.s), *shape), self.s.dtype)
 
 
-def fast_engine(workspace: Workspace) -> Fast:
-    """Return the fast engine of a workspace: that of the host or that of a device."""
-    return Fast(workspace) if workspace.backend.on_host else Device(workspace)
+def fast_engine(backend: Backend = NUMPY, threads: int | None = None) -> Fast:
+    """Return the fast engine of a backend: that of the host or that of a device; arguments as of `Workspace`."""
+    return Fast(backend, threads) if backend.on_host else Device(backend)

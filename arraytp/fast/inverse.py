@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from arraytp.backend import Array, array_module
-from arraytp.fast.buffers import Buffers
 from arraytp.fast.modules import transposed
 from arraytp.fast.parallel import Workspace, even_slices
-from arraytp.fast.passes import backward, product, scaled
-from arraytp.fast.pools import pool_adjoint
+from arraytp.fast.passes import backward, pool_adjoint, product, scaled
 from arraytp.model.blocks import Block
 from arraytp.model.inverse import GRAM, check_condition
 from arraytp.model.passes import At, Batch, Gradients
@@ -44,19 +42,19 @@ SLICES = 4
 SOLVE_ROWS = 128
 
 
-def inverses(batch: Batch, workspace: Workspace) -> Mapping[int, Factors]:
+def inverses(workspace: Workspace, batch: Batch) -> Mapping[int, Factors]:
     """Factorise the weight matrix of every block but the first, one task a block: `Batch.inverses`."""
-    return _factorised(batch, 0, factor, "the weight matrix", workspace)
+    return _factorised(workspace, batch, 0, factor, "the weight matrix")
 
 
-def pseudo_inverses(batch: Batch, ridge: float, workspace: Workspace) -> Mapping[int, PseudoInverse]:
+def pseudo_inverses(workspace: Workspace, batch: Batch, ridge: float) -> Mapping[int, PseudoInverse]:
     """Factorise the smaller Gram matrix of every block but the first: `Batch.pseudo_inverses`."""
-    grams = _factorised(batch, ridge, partial(factor_gram, ridge=ridge), GRAM, workspace)
+    grams = _factorised(workspace, batch, ridge, partial(factor_gram, ridge=ridge), GRAM)
     return {n: PseudoInverse(as_matrix(batch.network.weights[n]), gram) for n, gram in grams.items()}
 
 
 def _factorised(
-    batch: Batch, ridge: float, far: Callable[[Array], LU], what: str, workspace: Workspace
+    workspace: Workspace, batch: Batch, ridge: float, far: Callable[[Array], LU], what: str
 ) -> Mapping[int, Factors]:
     """Return a Cholesky factor of I + E + rI near semi-orthogonal matrices, `far` of the others, one task a block."""
     network, own = batch.network, workspace.of(OWNER)
@@ -64,10 +62,10 @@ def _factorised(
     triangles = {n: own.array(("triangle", n), e.shape, e.dtype) for n, e in errors.items()}
     norms, factors, conditions = dict[int, Array](), dict[int, Factors](), dict[int, Array]()
 
-    def measure(n: int, scratch: Buffers) -> None:
+    def measure(n: int) -> None:
         norms[n] = excess_norm(errors[n])
 
-    def factorise(n: int, scratch: Buffers) -> None:
+    def factorise(n: int) -> None:
         w = as_matrix(network.weights[n])
         if near[n]:
             factors[n] = cholesky(w, errors[n], triangles[n], ridge)
@@ -85,15 +83,15 @@ def _factorised(
     return {n: factors[n] for n in sorted(factors)}
 
 
-def inverse(at: At, factors: Factors, y: Array, workspace: Workspace) -> Array:
+def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
     """Return the input with which the block's output would be y: `At.inverse`."""
     block, x, order = at.block, at.s, len(factors.matrix)
     out = workspace.of((OWNER, at.batch.results, at.n)).array("x", x.shape, x.dtype)
-    matrix = None if y.size // order <= order else first_rows(factors, order, workspace)
-    others, f_inverse = _other_windows(block, x, workspace), block.activation.inverse
+    matrix = None if y.size // order <= order else first_rows(workspace, factors, order)
+    others, f_inverse = _other_windows(workspace, block, x), block.activation.inverse
     assert f_inverse is not None
 
-    def samples(part: slice, scratch: Buffers) -> None:
+    def samples(part: slice) -> None:
         z = (f_inverse(y[part]) - at.bias).reshape(-1, order)
         patches = right_solve(factors, z) if matrix is None else z @ matrix
         if block.window is None:
@@ -102,13 +100,13 @@ def inverse(at: At, factors: Factors, y: Array, workspace: Workspace) -> Array:
             out[part] = col2im(patches.reshape(y[part].shape), block.window)
             out[part] -= others * x[part]
 
-    parts = _row_slices(len(x), workspace) if block.window is None else even_slices(len(x), SLICES)
+    parts = _row_slices(workspace, len(x)) if block.window is None else even_slices(len(x), SLICES)
     workspace.run([partial(samples, part) for part in parts])
     return out
 
 
 def backward_through_inverse(
-    at: At, ds: Array, factors: Factors, scale: float | Array | None, workspace: Workspace
+    workspace: Workspace, at: At, ds: Array, factors: Factors, scale: float | Array | None
 ) -> Gradients:
     """Return dW, db and (D ⊙ ds) W⁻¹: `At.backward` with W⁻¹ in place of Wᵀ.
 
@@ -116,42 +114,42 @@ def backward_through_inverse(
     """
     block, x, units = at.block, at.s, at.block.next_shape[-1]
     if block.window is not None or len(x) >= units:
-        rows = first_rows(factors, units, workspace)
+        rows = first_rows(workspace, factors, units)
         through = array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
-        return backward(at, ds, through, scale, workspace)
+        return backward(workspace, at, ds, through, scale)
     if isinstance(factors, Cholesky):
-        dweight, dbias, dx = backward(at, ds, factors.matrix.reshape(block.weight_shape), scale, workspace)
+        dweight, dbias, dx = backward(workspace, at, ds, factors.matrix.reshape(block.weight_shape), scale)
         assert dx is not None
-        _solve_rows(lambda rows: symmetric_solve(factors, rows), dx.reshape(len(x), -1), workspace)
+        _solve_rows(workspace, lambda rows: symmetric_solve(factors, rows), dx.reshape(len(x), -1))
         return dweight, dbias, dx
-    dweight, dbias, _ = backward(at, ds, None, scale, workspace)
-    dz = _dz(at, ds, scale, workspace)
-    _solve_rows(lambda rows: right_solve(factors, rows), dz, workspace)
+    dweight, dbias, _ = backward(workspace, at, ds, None, scale)
+    dz = _dz(workspace, at, ds, scale)
+    _solve_rows(workspace, lambda rows: right_solve(factors, rows), dz)
     return dweight, dbias, dz.reshape(x.shape)
 
 
 def backward_through_pseudo_inverse(
-    at: At, ds: Array, inverse: PseudoInverse, scale: float | Array | None, workspace: Workspace
+    workspace: Workspace, at: At, ds: Array, inverse: PseudoInverse, scale: float | Array | None
 ) -> Gradients:
     """Return dW, db and (D ⊙ unpool ds) W⁺: `At.backward` with W⁺ in place of Wᵀ."""
     if _is_formed(at, inverse):
-        return backward(at, ds, _transposed(inverse, workspace).reshape(at.block.weight_shape), scale, workspace)
-    dweight, dbias, _ = backward(at, ds, None, scale, workspace)
-    return dweight, dbias, _solved(at, _dz(at, ds, scale, workspace), inverse, workspace)
+        return backward(workspace, at, ds, _transposed(workspace, inverse).reshape(at.block.weight_shape), scale)
+    dweight, dbias, _ = backward(workspace, at, ds, None, scale)
+    return dweight, dbias, _solved(workspace, at, _dz(workspace, at, ds, scale), inverse)
 
 
-def carry(at: At, d: Array, inverse: PseudoInverse, workspace: Workspace) -> Array:
+def carry(workspace: Workspace, at: At, d: Array, inverse: PseudoInverse) -> Array:
     """Return (unpool d) W⁺, of s^n's shape: `At.carry`."""
     block, d = at.block, d.reshape(at.output.shape)
 
-    def unpooled(part: slice, out: Array, scratch: Buffers) -> None:
-        out[...] = pool_adjoint(block, d[part], None if at.index is None else at.index[part], scratch)
+    def unpooled(part: slice, out: Array) -> None:
+        out[...] = pool_adjoint(block, d[part], None if at.index is None else at.index[part], workspace.scratch)
 
     if _is_formed(at, inverse):
-        return transposed(at, _transposed(inverse, workspace).reshape(block.weight_shape), unpooled, workspace)
+        return transposed(workspace, at, _transposed(workspace, inverse).reshape(block.weight_shape), unpooled)
     own = workspace.of((OWNER, at.batch.results, at.n)).array("dz", d.shape, d.dtype)
     own[...] = d
-    return _solved(at, own, inverse, workspace)
+    return _solved(workspace, at, own, inverse)
 
 
 def _is_formed(at: At, inverse: PseudoInverse) -> bool:
@@ -159,7 +157,7 @@ def _is_formed(at: At, inverse: PseudoInverse) -> bool:
     return at.block.window is not None or len(at.s) >= max(inverse.matrix.shape)
 
 
-def _solved(at: At, dz: Array, inverse: PseudoInverse, workspace: Workspace) -> Array:
+def _solved(workspace: Workspace, at: At, dz: Array, inverse: PseudoInverse) -> Array:
     """Return dz W⁺ of a dense block by solving for its rows; dz may be overwritten."""
     matrix, x = inverse.matrix, at.s
     dx = workspace.of((OWNER, at.batch.results, at.n)).array("ds", (len(x), len(matrix)), x.dtype)
@@ -168,26 +166,26 @@ def _solved(at: At, dz: Array, inverse: PseudoInverse, workspace: Workspace) -> 
         return gram_solve(inverse, rows)
 
     if is_tall(matrix):
-        _solve_rows(solve, dz, workspace)
-    product(dz, matrix.T, dx, workspace)
+        _solve_rows(workspace, solve, dz)
+    product(workspace, dz, matrix.T, dx)
     if not is_tall(matrix):
-        _solve_rows(solve, dx, workspace)
+        _solve_rows(workspace, solve, dx)
     return dx.reshape(x.shape)
 
 
-def _transposed(inverse: PseudoInverse, workspace: Workspace) -> Array:
+def _transposed(workspace: Workspace, inverse: PseudoInverse) -> Array:
     """Return (W⁺)ᵀ, of W's shape."""
     matrix = inverse.matrix
     rows = workspace.of(OWNER).array("transposed", (max(matrix.shape), min(matrix.shape)), matrix.dtype)
 
-    def task(part: slice, scratch: Buffers) -> None:
+    def task(part: slice) -> None:
         rows[part] = transposed_rows(inverse, part)
 
-    workspace.run([partial(task, part) for part in _row_slices(len(rows), workspace)])
+    workspace.run([partial(task, part) for part in _row_slices(workspace, len(rows))])
     return rows if is_tall(matrix) else array_module(rows).ascontiguousarray(rows.T)
 
 
-def _dz(at: At, ds: Array, scale: float | Array | None, workspace: Workspace) -> Array:
+def _dz(workspace: Workspace, at: At, ds: Array, scale: float | Array | None) -> Array:
     """Return D ⊙ (scale · ds) of a dense block, of shape (B, out), 0 for auxiliary units."""
     units, output = at.block.next_shape[-1], at.output
     dz = workspace.of((OWNER, at.batch.results, at.n)).array("dz", output.shape, output.dtype)
@@ -198,31 +196,31 @@ def _dz(at: At, ds: Array, scale: float | Array | None, workspace: Workspace) ->
     return dz
 
 
-def first_rows(factors: Factors, count: int, workspace: Workspace) -> Array:
+def first_rows(workspace: Workspace, factors: Factors, count: int) -> Array:
     """Return the first `count` rows of W⁻¹, of shape (count, n): what `count` units of the output say of the input."""
     rows = workspace.of(OWNER).array("rows", (count, len(factors.matrix)), factors.matrix.dtype)
 
-    def task(part: slice, scratch: Buffers) -> None:
+    def task(part: slice) -> None:
         rows[part] = inverse_rows(factors, part)
 
-    workspace.run([partial(task, part) for part in _row_slices(count, workspace)])
+    workspace.run([partial(task, part) for part in _row_slices(workspace, count)])
     return rows
 
 
-def _solve_rows(solve: Callable[[Array], Array], rows: Array, workspace: Workspace) -> None:
+def _solve_rows(workspace: Workspace, solve: Callable[[Array], Array], rows: Array) -> None:
     """Replace the rows by what `solve` makes of them."""
 
-    def task(part: slice, scratch: Buffers) -> None:
+    def task(part: slice) -> None:
         rows[part] = solve(rows[part])
 
-    workspace.run([partial(task, part) for part in _row_slices(len(rows), workspace)])
+    workspace.run([partial(task, part) for part in _row_slices(workspace, len(rows))])
 
 
-def _row_slices(count: int, workspace: Workspace) -> list[slice]:
+def _row_slices(workspace: Workspace, count: int) -> list[slice]:
     return even_slices(count, max(2, count // SOLVE_ROWS) if workspace.backend.on_host else 1)
 
 
-def _other_windows(block: Block, x: Array, workspace: Workspace) -> Array:
+def _other_windows(workspace: Workspace, block: Block, x: Array) -> Array:
     """Return n_x − 1 of a convolution: windows over each pixel besides the first."""
     window = block.window
     if window is None:

@@ -8,23 +8,20 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from arraytp.backend import Array, array_module
-from arraytp.fast import cuts
-from arraytp.fast.buffers import Buffers
-from arraytp.fast.parallel import Workspace, even_slices, slices
-from arraytp.fast.pools import pool_adjoint
-from arraytp.fast.products import Products, split_products
+from arraytp.fast.parallel import LANES, Buffers, Workspace, even_slices, slices
+from arraytp.fast.passes import pool_adjoint
+from arraytp.fast.products import Products, iteration_slice, split_products
 from arraytp.model.passes import At, Batch
 from arraytp.ops.solve import damped_gauss_newton
 
 OWNER = "jacobians"
-LANES = 4
 Sums = Mapping[int, tuple[Array, Array]]
 """By n = 1 … N−1: Σ_b J_b J_bᵀ of shape (C, C), and Σ_b J_b of shape (C, D)."""
 Walk = list[tuple[At, Products, Array]]
 """Blocks from the last to the second, their products, and the matrices of their weights."""
 
 
-def jacobian_sums(batch: Batch, workspace: Workspace) -> Sums:
+def jacobian_sums(workspace: Workspace, batch: Batch) -> Sums:
     """Return Σ_b J_b J_bᵀ and Σ_b J_b of every hidden s^n: `Batch.jacobian_sums`."""
     on_host, classes, dtype = workspace.backend.on_host, batch.logits.shape[1], batch.logits.dtype
     lanes = even_slices(len(batch.logits), LANES if on_host else 1)
@@ -34,7 +31,8 @@ def jacobian_sums(batch: Batch, workspace: Workspace) -> Sums:
     sums = {at.n: own.array(("sum", at.n), (len(lanes), classes, at.s[0].size), dtype) for at, *_ in walk}
     length = _length(walk, len(batch.logits), classes, on_host)
 
-    def lane(number: int, scratch: Buffers) -> None:
+    def lane(number: int) -> None:
+        scratch = workspace.scratch
         for total in (*grams.values(), *sums.values()):
             total[number] = 0
         for part in slices(lanes[number].stop, length, lanes[number].start):
@@ -47,12 +45,13 @@ def jacobian_sums(batch: Batch, workspace: Workspace) -> Sums:
     return {n: (grams[n].sum(axis=0), sums[n].sum(axis=0)) for n in sorted(grams)}
 
 
-def gauss_newton(batch: Batch, damping: float, workspace: Workspace) -> Mapping[int, Array]:
+def gauss_newton(workspace: Workspace, batch: Batch, damping: float) -> Mapping[int, Array]:
     """Return J_bᵀ (J_b J_bᵀ + γI)⁻¹ e_b of every hidden s^n: `Batch.gauss_newton`."""
     own, walk, samples = workspace.of((OWNER, batch.results)), _walk(batch), len(batch.logits)
     changes = {at.n: own.array(("change", at.n), (samples, at.s[0].size), at.s.dtype) for at, *_ in walk}
 
-    def solve(part: slice, scratch: Buffers) -> None:
+    def solve(part: slice) -> None:
+        scratch = workspace.scratch
         for n, j in _jacobians(batch, walk, part, scratch):
             by_sample = scratch.of(OWNER).array("by sample", (j.shape[1], len(j), j.shape[2]), j.dtype)
             by_sample[...] = j.transpose(1, 0, 2)
@@ -81,7 +80,7 @@ def _length(walk: Walk, batch: int, classes: int, on_host: bool) -> int:
     """Return how many samples go through all classes together."""
     itemsize = walk[0][0].s.dtype.itemsize if walk else 1
     lengths = [
-        cuts.iteration_slice(products, batch * classes, itemsize, on_host)
+        iteration_slice(products, batch * classes, itemsize, on_host)
         for at, products, _ in walk
         if at.block.window is not None
     ]
@@ -111,4 +110,4 @@ def _back(at: At, products: Products, matrix: Array, ds: Array, part: slice, scr
         index[...] = at.index[part]
         index = index.reshape(-1, *s.shape[1:])
     dz = pool_adjoint(block, df.reshape(-1, *s.shape[1:]), index, scratch)
-    return products.transposed(products.stack(dz, scratch), matrix, len(dz), scratch)
+    return products.transposed(products.stack(dz, scratch), matrix, scratch)

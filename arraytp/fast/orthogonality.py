@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from arraytp.backend import Array
-from arraytp.fast.buffers import Buffers
 from arraytp.fast.parallel import Task, Workspace, even_slices
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import GramErrors as AnyGramErrors
@@ -29,12 +28,12 @@ class GramErrors:
 
     Parameters
     ----------
+    workspace : Workspace
     network : Network
         Its weights must stay as they are meanwhile.
-    workspace : Workspace
     """
 
-    def __init__(self, network: Network, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, network: Network) -> None:
         self._network, self._workspace = network, workspace
         self._computed: dict[int, Array] = {}
 
@@ -50,7 +49,7 @@ class GramErrors:
                 e = self._computed[n] = own.filled(("E", n), (order, order), w.dtype, 0.0)
                 for rows in _parts(order, self._workspace):
                     work = max(w.shape) * (rows.stop - rows.start) * (order - rows.start)
-                    tasks.append((work, partial(_error_task, w, rows, e)))
+                    tasks.append((work, partial(excess_rows, w, rows, e)))
         self._workspace.run(_largest_first(tasks))
         return {n: self._computed[n] for n in positions}
 
@@ -92,7 +91,7 @@ def add_orthogonality(
     for n, e in errors.of(regularised(network.blocks, on)).items():
         w, g = as_matrix(network.weights[n]), as_matrix(weight_gradients[n])
         for part in _parts(max(w.shape), workspace):
-            task = partial(_product_task, 4 * strength, e, w, part, g)
+            task = partial(add_excess_product, 4 * strength, e, w, part, g)
             tasks.append((len(e) ** 2 * (part.stop - part.start), task))
     workspace.run(_largest_first(tasks))
 
@@ -103,11 +102,3 @@ def _parts(order: int, workspace: Workspace) -> list[slice]:
 
 def _largest_first(tasks: list[tuple[int, Task]]) -> list[Task]:
     return [task for _, task in sorted(tasks, key=lambda entry: entry[0], reverse=True)]
-
-
-def _error_task(w: Array, rows: slice, out: Array, scratch: Buffers) -> None:
-    excess_rows(w, rows, out)
-
-
-def _product_task(factor: float, e: Array, w: Array, part: slice, g: Array, scratch: Buffers) -> None:
-    add_excess_product(factor, e, w, part, g)

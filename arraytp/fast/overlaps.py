@@ -13,22 +13,21 @@ from functools import partial
 import numpy as np
 
 from arraytp.backend import Array
-from arraytp.fast.buffers import Buffers, Scratch
-from arraytp.fast.parallel import Workspace, even_slices, slices
+from arraytp.fast.parallel import LANES, Buffers, Workspace, even_slices, slices
+from arraytp.fast.passes import places
 from arraytp.model import feedback
 from arraytp.model.blocks import Block
 from arraytp.model.passes import At
-from arraytp.ops.patches import Window, im2col
-from arraytp.ops.pool import find_maxima, overlaps, window_corners
+from arraytp.ops.patches import im2col
+from arraytp.ops.pool import find_maxima, overlaps
 from arraytp.options import Unpool
 
 OWNER = "overlaps"
-LANES = 4
 # Numbers of s^{n+1} that a slice works on.
 SLICE_ELEMENTS = 1 << 16
 
 
-def jacobian_overlap(at: At, mode: Unpool, workspace: Workspace) -> tuple[Array, Array]:
+def jacobian_overlap(workspace: Workspace, at: At, mode: Unpool) -> tuple[Array, Array]:
     """Return N and M, of shape (k, k, 1, O) or (1, out): in float64 on the host, on a device in its dtype."""
     if not workspace.backend.on_host:
         return feedback.jacobian_overlap(at.block, at.output, at.index, mode)
@@ -38,17 +37,17 @@ def jacobian_overlap(at: At, mode: Unpool, workspace: Workspace) -> tuple[Array,
     maps = own.array("maps", (2, len(lanes), positions), np.float64)
     length = max(1, SLICE_ELEMENTS // int(np.prod(block.out_shape)))
 
-    def lane(number: int, scratch: Buffers) -> None:
+    def lane(number: int) -> None:
         maps[:, number] = 0
         for part in slices(lanes[number].stop, length, lanes[number].start):
             index = None if at.index is None else at.index[part]
-            _add(block, at.output[part], index, mode, maps[:, number], scratch.of(OWNER))
+            _add(block, at.output[part], index, mode, maps[:, number], workspace.scratch)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])
     return _per_tap(block, maps[0].sum(axis=0), own), _per_tap(block, maps[1].sum(axis=0), own)
 
 
-def _add(block: Block, s: Array, index: Array | None, mode: Unpool, maps: Array, own: Scratch) -> None:
+def _add(block: Block, s: Array, index: Array | None, mode: Unpool, maps: Array, scratch: Buffers) -> None:
     """Add D_F D_G and D_G² of some samples at their positions, of size P · Q · O, to the two maps."""
     f = block.activation
     if block.pool is None or index is None:
@@ -57,19 +56,20 @@ def _add(block: Block, s: Array, index: Array | None, mode: Unpool, maps: Array,
             maps[i] += values.reshape(len(s), -1).sum(axis=0, dtype=np.float64)
         return
     window, pixels = block.pool, int(np.prod(block.pre_shape))
-    places = _places(block, window, index, own)
+    corners, maxima = places(index.shape, window, scratch)
+    find_maxima(index, window, corners, maxima, len(s) * pixels)
     if not overlaps(window):
         slope = _slope(block, s)
     elif mode == "overwrite":
-        slope = _slope(block, s) * _kept(places, len(s) * pixels, own)
+        slope = _slope(block, s) * _kept(maxima, len(s) * pixels, scratch.of(OWNER))
     else:
         # What meets in a pixel adds up there.
-        u = np.bincount(places.reshape(-1), s.reshape(-1), len(s) * pixels).astype(s.dtype)
-        slope = _slope(block, u[places])
+        u = np.bincount(maxima.reshape(-1), s.reshape(-1), len(s) * pixels).astype(s.dtype)
+        slope = _slope(block, u[maxima])
     # All samples' values of one position add up.
-    places = np.remainder(places, pixels, out=places)
+    np.remainder(maxima, pixels, out=maxima)
     for i, values in enumerate((f.backward(slope, s), slope * slope)):
-        maps[i] += np.bincount(places.reshape(-1), values.reshape(-1), pixels)
+        maps[i] += np.bincount(maxima.reshape(-1), values.reshape(-1), pixels)
 
 
 def _slope(block: Block, u: Array) -> Array:
@@ -78,26 +78,15 @@ def _slope(block: Block, u: Array) -> Array:
     return np.ones_like(u) if f.derivative is None else f.derivative(f(u))
 
 
-def _places(block: Block, window: Window, index: Array, own: Scratch) -> Array:
-    """Return where in (samples, P, Q, O) every output's maximum is."""
-    channels = index.shape[-1]
-    corner = own.cached(
-        ("corners", window, channels), len(index), partial(window_corners, len(index), window, channels)
-    )
-    places = own.array("places", index.shape, np.intp)
-    find_maxima(index, window, corner, places, len(index) * int(np.prod(block.pre_shape)))
-    return places
-
-
-def _kept(places: Array, pixels: int, own: Scratch) -> Array:
+def _kept(maxima: Array, pixels: int, own: Buffers) -> Array:
     """Tell which outputs' values unpooling keeps: the last of those that name one pixel."""
-    numbers = np.arange(places.size, dtype=np.int32).reshape(places.shape)
+    numbers = np.arange(maxima.size, dtype=np.int32).reshape(maxima.shape)
     owner = own.array("owner", (pixels,), np.int32)
-    owner[places.reshape(-1)] = numbers.reshape(-1)
-    return owner[places] == numbers
+    owner[maxima.reshape(-1)] = numbers.reshape(-1)
+    return owner[maxima] == numbers
 
 
-def _per_tap(block: Block, sums: Array, own: Scratch) -> Array:
+def _per_tap(block: Block, sums: Array, own: Buffers) -> Array:
     """Return sums over those positions whose tap lies inside the image, given the sums at the positions."""
     window = block.window
     if window is None:

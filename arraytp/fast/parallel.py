@@ -1,4 +1,4 @@
-"""Sharing the work of a step among threads.
+"""Sharing the work of a step among threads, and the arrays that it is done in.
 
 A step is cut into tasks whose number and extent depend on shapes alone, never on the number of threads; every task
 writes to places of its own. So the result is the same, bit for bit, on one thread or many. While tasks run, the BLAS
@@ -7,18 +7,65 @@ library is held to one thread per task: the samples of a task stay in a core's c
 
 import functools
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import threadpoolctl
 
-from arraytp.backend import NUMPY, Backend
-from arraytp.fast.buffers import Buffers, Scratch
+from arraytp.backend import NUMPY, Array, Backend
 
-Task = Callable[[Buffers], None]
+Task = Callable[[], object]
+# Lanes sum up gradients of their own; tiles share a product.
+LANES, LANE_BYTES = 4, 4 << 20
+TILES, TILE_WIDTH = 4, 256
+
+
+class Buffers:
+    """Arrays that are made at first use and used again: scratch and results, not state.
+
+    Every module that computes asks for buffers of its own, `of` its name, so that "rows" means nothing to others.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._flat: dict[Any, Array] = {}
+        self._cached: dict[Any, Array] = {}
+        self._owned: dict[Hashable, Buffers] = {}
+
+    def of(self, owner: Hashable) -> "Buffers":
+        """Return the owner's buffers."""
+        if owner not in self._owned:
+            self._owned[owner] = Buffers(self.backend)
+        return self._owned[owner]
+
+    def array(self, name: Hashable, shape: Sequence[int], dtype: Any) -> Array:
+        """Return a C-contiguous array with undefined content; the same memory for the same name."""
+        size, key = math.prod(shape), (name, np.dtype(dtype))
+        if key not in self._flat or self._flat[key].size < size:
+            self._flat[key] = self.backend.xp.empty(size, dtype=dtype)
+        return self._flat[key][:size].reshape(shape)
+
+    def cached(self, name: Hashable, length: int, make: Callable[[], Array]) -> Array:
+        """Return the first `length` rows of what `make` once made for this name; made anew when it has fewer."""
+        if name not in self._cached or len(self._cached[name]) < length:
+            self._cached[name] = make()
+        return self._cached[name][:length]
+
+    def filled(self, name: Hashable, shape: Sequence[int], dtype: Any, value: float) -> Array:
+        """Return an array that held `value` everywhere when it was made; for borders that are never written to."""
+        key = (name, tuple(shape[1:]), np.dtype(dtype), value)
+        return self.cached(key, shape[0], lambda: self.backend.xp.full(shape, value, dtype=dtype))
+
+    def nbytes(self) -> int:
+        """Return the bytes held."""
+        held: list[Any] = [*self._flat.values(), *self._cached.values()]
+        return int(sum(array.nbytes for array in held)) + sum(buffers.nbytes() for buffers in self._owned.values())
 
 
 class Workspace:
@@ -36,30 +83,31 @@ class Workspace:
     def __init__(self, backend: Backend = NUMPY, threads: int | None = None) -> None:
         self.backend = backend
         self.threads = (threads or default_threads()) if backend.on_host else 1
-        self.shared = Buffers(backend)
-        self._scratch = [Buffers(backend) for _ in range(self.threads)]
         self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
+        self.shared, self._thread, self._scratch = Buffers(backend), threading.local(), list[Buffers]()
+        # An owner's buffers that all threads share: for results, not for a task's scratch.
+        self.of = self.shared.of
 
-    def of(self, owner: Hashable) -> Scratch:
-        """Return an owner's view of the buffers that all threads share: for results, not for a task's scratch."""
-        return self.shared.of(owner)
+    @property
+    def scratch(self) -> Buffers:
+        """What the present thread alone writes to."""
+        if not hasattr(self._thread, "scratch"):
+            self._thread.scratch = Buffers(self.backend)
+            self._scratch.append(self._thread.scratch)
+        return self._thread.scratch  # type: ignore[no-any-return]
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks, each with the scratch buffers of the thread that it runs on, and wait for them."""
+        """Run all tasks and wait for them."""
         if not self.backend.on_host:
             for task in tasks:
-                task(self._scratch[0])
+                task()
             return
         with _one_blas_thread():
             queue, lock = iter(tasks), threading.Lock()
-            helpers = min(self.threads, len(tasks)) - 1
-            futures = [
-                self._pool.submit(_work, queue, lock, scratch)
-                for scratch in self._scratch[1 : helpers + 1]
-                if self._pool is not None
-            ]
+            helpers = range(min(self.threads, len(tasks)) - 1)
+            futures = [self._pool.submit(_work, queue, lock) for _ in helpers if self._pool is not None]
             try:
-                _work(queue, lock, self._scratch[0])
+                _work(queue, lock)
             finally:
                 for future in futures:
                     future.result()
@@ -69,14 +117,14 @@ class Workspace:
         return sum(buffers.nbytes() for buffers in (self.shared, *self._scratch))
 
 
-def _work(queue: Iterator[Task], lock: threading.Lock, scratch: Buffers) -> None:
+def _work(queue: Iterator[Task], lock: threading.Lock) -> None:
     """Run tasks from the queue until it is empty."""
     while True:
         with lock:
             task = next(queue, None)
         if task is None:
             return
-        task(scratch)
+        task()
 
 
 def slices(stop: int, length: int, start: int = 0) -> list[slice]:
@@ -89,6 +137,18 @@ def even_slices(count: int, parts: int) -> list[slice]:
     parts = max(1, min(parts, count))
     bounds = [count * part // parts for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def lanes(weight_bytes: int, batch: int, on_host: bool) -> list[slice]:
+    """Cut the batch into lanes, each of which sums up a gradient of its own; fewer for large weights."""
+    if not on_host:
+        return [slice(0, batch)]
+    return even_slices(batch, max(2, min(LANES, LANE_BYTES // weight_bytes)))
+
+
+def tiles(count: int) -> list[slice]:
+    """Cut one side of a product so that threads share it and packing the other factor stays cheap."""
+    return even_slices(count, min(TILES, count // TILE_WIDTH))
 
 
 def default_threads() -> int:

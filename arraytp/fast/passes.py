@@ -9,37 +9,38 @@ What differs from the plain functions, and why the numbers agree:
 - f' is read off s.
 - Patches are built again for the gradient of the weight: cheaper than keeping them (measured: a tenth of the product).
 - The gradients of a stride-1 convolution sum over the kernel's rows and columns apart (`arraytp.fast.products.Split`).
+- On the host the adjoint of pooling assigns at the maxima's places; on a device, where additions would come in no fixed
+  order, it goes window element by window element (`arraytp.ops.pool`).
 - Weight gradients are summed over samples in lanes, a fixed partition of the batch, then over the lanes in order.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.fast import cuts
-from arraytp.fast.buffers import Buffers, Scratch
-from arraytp.fast.parallel import Task, Workspace, even_slices, slices
-from arraytp.fast.pools import pool, pool_adjoint
-from arraytp.fast.products import Products, matmul, patch_products, split_products
+from arraytp.fast.parallel import LANES, Buffers, Task, Workspace, even_slices, lanes, slices, tiles
+from arraytp.fast.products import Patches, matmul, pass_slices, split_products
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients
 from arraytp.ops.conv import as_matrix
+from arraytp.ops.patches import Window
+from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
 
 OWNER = "passes"
 
 
-def forward(network: Network, x: Array, workspace: Workspace, name: object = "forward") -> ForwardPass:
+def forward(workspace: Workspace, network: Network, x: Array, name: str = "forward") -> ForwardPass:
     """Run the network on a batch.
 
     Parameters
     ----------
+    workspace : Workspace
     network : Network
     x : array of shape (B, *in_shape) and the network's dtype
-    workspace : Workspace
-    name : object
+    name : str
         Names the buffers of the result, which are valid until the next call with this name.
 
     Returns
@@ -53,9 +54,9 @@ def forward(network: Network, x: Array, workspace: Workspace, name: object = "fo
         index = None if block.pool is None else own.array((n, "index"), output.shape, np.uint8)
         weight, bias, s = network.weights[n], network.biases[n], passed.s[n]
         if block.window is None:
-            workspace.run(_dense_forward(block, weight, bias, s.reshape(len(x), -1), output))
+            _dense_forward(workspace, block, weight, bias, s.reshape(len(x), -1), output)
         else:
-            workspace.run(_conv_forward(block, weight, bias, s, output, index, workspace.backend.on_host))
+            _conv_forward(workspace, block, weight, bias, s, output, index)
         s_next = output
         if block.auxiliary:
             s_next = own.array((n, "handed on"), (len(x), *block.next_shape), x.dtype)
@@ -66,82 +67,24 @@ def forward(network: Network, x: Array, workspace: Workspace, name: object = "fo
     return passed
 
 
-def backward(at: At, ds: Array, through: Array | None, scale: float | Array | None, workspace: Workspace) -> Gradients:
-    """Return dW, db and ds^n: `At.backward` with a weight, or nothing, that carries the gradient back."""
-    own, block, s = workspace.of((OWNER, at.batch.results, at.n)), at.block, at.s
-    dweight = own.array("dweight", block.weight_shape, s.dtype)
-    dbias = own.array("dbias", block.weight_shape[-1:], s.dtype)
-    dx = None if through is None else own.array("ds", s.shape, s.dtype)
-    units = slice(block.next_shape[-1])
-    ds = ds.reshape(at.s_next.shape)
-    through = None if through is None else through[..., units]
-    out = dweight[..., units], dbias[units], dx
-    if block.window is None:
-        _dense_backward(at, ds, through, scale, out, workspace)
-    else:
-        _conv_backward(at, ds, through, scale, out, workspace)
-    if block.auxiliary:
-        dweight[..., units.stop :] = 0
-        dbias[units.stop :] = 0
-    return dweight, dbias, dx
-
-
-def product(a: Array, b: Array, out: Array, workspace: Workspace) -> Array:
-    """Write the matrix product a b to `out`, shared among the threads, and return it."""
-    workspace.run(_product_tasks(a, b, out))
-    return out
-
-
-def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
-    """Cut the longer side of the result: each task then copies the smaller factor whole, and of the larger its part."""
-    if len(a) > b.shape[1]:
-        return [partial(_matmul_task, a[part], b, out[part]) for part in cuts.tiles(len(a))]
-    return [partial(_matmul_task, a, b[:, part], out[:, part]) for part in cuts.tiles(b.shape[1])]
-
-
-def _matmul_task(a: Array, b: Array, out: Array, scratch: Buffers) -> None:
-    matmul(a, b, out)
-
-
-def _dense_forward(block: Block, weight: Array, bias: Array, x: Array, out: Array) -> list[Task]:
-    def columns(part: slice, scratch: Buffers) -> None:
+def _dense_forward(workspace: Workspace, block: Block, weight: Array, bias: Array, x: Array, out: Array) -> None:
+    def columns(part: slice) -> None:
         z = out[:, part]
         matmul(x, weight[:, part], z)
         z += bias[part]
         block.activation(z, out=z)
 
-    return [partial(columns, part) for part in cuts.tiles(weight.shape[1])]
-
-
-def _dense_backward(
-    at: At,
-    ds: Array,
-    through: Array | None,
-    scale: float | Array | None,
-    out: tuple[Array, Array, Array | None],
-    workspace: Workspace,
-) -> None:
-    dweight, dbias, dx = out
-    x = at.s.reshape(len(ds), -1)
-    dz = _df(at, slice(0, len(ds)), ds, scale, workspace.of(OWNER))
-
-    def bias(scratch: Buffers) -> None:
-        dz.sum(axis=0, out=dbias)
-
-    tasks = [*_product_tasks(x.T, dz, dweight), bias]
-    if through is not None and dx is not None:
-        tasks = _product_tasks(dz, through.T, dx.reshape(x.shape)) + tasks
-    workspace.run(tasks)
+    workspace.run([partial(columns, part) for part in tiles(weight.shape[1])])
 
 
 def _conv_forward(
-    block: Block, weight: Array, bias: Array, x: Array, out: Array, index: Array | None, on_host: bool
-) -> list[Task]:
-    matrix, products = as_matrix(weight), patch_products(block)
-    group, length = cuts.pass_slices(products, len(x), x.itemsize, on_host)
+    workspace: Workspace, block: Block, weight: Array, bias: Array, x: Array, out: Array, index: Array | None
+) -> None:
+    matrix, products = as_matrix(weight), Patches(block)
+    group, length = pass_slices(products, len(x), x.itemsize, workspace.backend.on_host)
 
-    def samples(part: slice, scratch: Buffers) -> None:
-        s = out[part]
+    def samples(part: slice) -> None:
+        s, scratch = out[part], workspace.scratch
         z = s if block.pool is None else scratch.of(OWNER).array("z", (len(s), *block.pre_shape), x.dtype)
         for inner in slices(len(s), length):
             patches = products.rows(x[part][inner], scratch)
@@ -153,44 +96,80 @@ def _conv_forward(
         s += bias
         block.activation(s, out=s)
 
-    return [partial(samples, part) for part in slices(len(x), group)]
+    workspace.run([partial(samples, part) for part in slices(len(x), group)])
+
+
+def backward(workspace: Workspace, at: At, ds: Array, through: Array | None, scale: float | Array | None) -> Gradients:
+    """Return dW, db and ds^n: `At.backward` with a weight, or nothing, that carries the gradient back."""
+    own, block, s = workspace.of((OWNER, at.batch.results, at.n)), _handing_on(at.block), at.s
+    dweight = own.array("dweight", at.block.weight_shape, s.dtype)
+    dbias = own.array("dbias", at.block.weight_shape[-1:], s.dtype)
+    dx = None if through is None else own.array("ds", s.shape, s.dtype)
+    units = slice(block.weight_shape[-1])
+    ds = ds.reshape(at.s_next.shape)
+    through = None if through is None else through[..., units]
+    out = dweight[..., units], dbias[units], dx
+    if block.window is None:
+        dz = scaled_backward(at, slice(0, len(s)), ds, scale, workspace.of(OWNER))
+        _dense_backward(workspace, s.reshape(len(s), -1), dz, through, out)
+    else:
+        _conv_backward(workspace, at, ds, through, scale, out)
+    if block is not at.block:
+        dweight[..., units.stop :] = 0
+        dbias[units.stop :] = 0
+    return dweight, dbias, dx
+
+
+def _dense_backward(
+    workspace: Workspace, x: Array, dz: Array, through: Array | None, out: tuple[Array, Array, Array | None]
+) -> None:
+    dweight, dbias, dx = out
+    tasks: list[Task] = [*_product_tasks(x.T, dz, dweight), partial(dz.sum, axis=0, out=dbias)]
+    if through is not None and dx is not None:
+        tasks = _product_tasks(dz, through.T, dx.reshape(x.shape)) + tasks
+    workspace.run(tasks)
 
 
 def _conv_backward(
+    workspace: Workspace,
     at: At,
     ds: Array,
     through: Array | None,
     scale: float | Array | None,
     out: tuple[Array, Array, Array | None],
-    workspace: Workspace,
 ) -> None:
     dweight, dbias, dx = out
     x, block, on_host = at.s, _handing_on(at.block), workspace.backend.on_host
-    products = patch_products(block) if through is None else split_products(block)
-    gradients = _gradients(products, through)
-    group, length = cuts.pass_slices(products, len(x), x.itemsize, on_host)
-    lanes = cuts.lanes(dweight.nbytes, len(x), on_host)
+    products = Patches(block) if through is None else split_products(block)
+    matrix = None if through is None else products.matrix(through)
+    group, length = pass_slices(products, len(x), x.itemsize, on_host)
+    parts = lanes(dweight.nbytes, len(x), on_host)
     total, own = products.fold(dweight), workspace.of(OWNER)
-    lane_weight = own.array("lane weights", (len(lanes), *total.shape), x.dtype)
-    lane_bias = own.array("lane biases", (len(lanes), *dbias.shape), x.dtype)
+    lane_weight = own.array("lane weights", (len(parts), *total.shape), x.dtype)
+    lane_bias = own.array("lane biases", (len(parts), *dbias.shape), x.dtype)
 
-    def lane(number: int, scratch: Buffers) -> None:
+    def lane(number: int) -> None:
         lane_weight[number].fill(0)
         lane_bias[number].fill(0)
-        samples, own = lanes[number], scratch.of(OWNER)
-        share = own.array("share", total.shape, x.dtype)
-        for part in slices(samples.stop, group, samples.start):
-            df = _df(at, part, ds, scale, own)
+        scratch = workspace.scratch
+        own = scratch.of(OWNER)
+        share = own.array("share", products.sum_shape, x.dtype)
+        for part in slices(parts[number].stop, group, parts[number].start):
+            df = scaled_backward(at, part, ds, scale, own)
             rows = df.reshape(-1, df.shape[-1])
             # As a product with ones the sum is several times as fast.
             lane_bias[number] += own.filled("ones", (len(rows),), df.dtype, 1.0) @ rows
             dz = pool_adjoint(block, df, _index(at, part), scratch)
             for inner in slices(len(dz), length):
-                gradients(x[part][inner], dz[inner], share, None if dx is None else dx[part][inner], scratch)
-                lane_weight[number] += share
+                stacked = products.stack(dz[inner], scratch)
+                matmul(products.rows(x[part][inner], scratch).T, stacked, share)
+                lane_weight[number] += share.reshape(total.shape)
+                if dx is not None:
+                    products.transposed(stacked, matrix, scratch, out=dx[part][inner])
 
-    workspace.run([partial(lane, number) for number in range(len(lanes))])
-    _sum_lanes(lane_weight, total, workspace)
+    workspace.run([partial(lane, number) for number in range(len(parts))])
+    cut = even_slices(len(total), LANES)
+    workspace.run([partial(lane_weight[:, part].sum, axis=0, out=total[part]) for part in cut])
     lane_bias.sum(axis=0, out=dbias)
 
 
@@ -215,7 +194,7 @@ def _index(at: At, part: slice) -> Array | None:
     return array_module(at.index).ascontiguousarray(at.index[part, ..., : at.block.next_shape[-1]])
 
 
-def _df(at: At, part: slice, ds: Array, scale: float | Array | None, own: Scratch) -> Array:
+def scaled_backward(at: At, part: slice, ds: Array, scale: float | Array | None, own: Buffers) -> Array:
     """Return D ⊙ (scale · ds) of some samples, C-contiguous."""
     ds, s = ds[part], at.output[part, ..., : ds.shape[-1]]
     df = own.array("df", ds.shape, ds.dtype)
@@ -231,25 +210,40 @@ def scaled(ds: Array, scale: float | Array, out: Array) -> Array:
     return out
 
 
-SliceGradients = Callable[[Array, Array, Array, Array | None, Buffers], None]
-"""(x, dz, dweight, dx, scratch): writes the gradients of kernel and input of a slice."""
+def product(workspace: Workspace, a: Array, b: Array, out: Array) -> Array:
+    """Write the matrix product a b to `out`, shared among the threads, and return it."""
+    workspace.run(_product_tasks(a, b, out))
+    return out
 
 
-def _gradients(products: Products, through: Array | None) -> SliceGradients:
-    """Return dW = Rᵀ V of a slice, in the axes of `products.fold`, and dx = B ∘ dz."""
-    matrix = None if through is None else products.matrix(through)
-
-    def gradients(x: Array, dz: Array, dweight: Array, dx: Array | None, scratch: Buffers) -> None:
-        stacked = products.stack(dz, scratch)
-        matmul(products.rows(x, scratch).T, stacked, dweight.reshape(products.sum_shape))
-        if matrix is not None and dx is not None:
-            products.transposed(stacked, matrix, len(dx), scratch, out=dx)
-
-    return gradients
+def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
+    """Cut the longer side of the result: each task then copies the smaller factor whole, and of the larger its part."""
+    if len(a) > b.shape[1]:
+        return [partial(matmul, a[part], b, out[part]) for part in tiles(len(a))]
+    return [partial(matmul, a, b[:, part], out[:, part]) for part in tiles(b.shape[1])]
 
 
-def _sum_lanes(lanes: Array, out: Array, workspace: Workspace) -> None:
-    def rows(part: slice, scratch: Buffers) -> None:
-        lanes[:, part].sum(axis=0, out=out[part])
+def pool(z: Array, window: Window, out: Array, index: Array, scratch: Buffers) -> None:
+    """Write the maxima of z, of shape (samples, H, W, C), and their places to `out` and `index`."""
+    own = scratch.of(OWNER)
+    bordered = own.filled(("border", window), (len(z), *window.bordered, z.shape[-1]), z.dtype, -np.inf)
+    elements = own.array("elements", (window.kernel**2, *out.shape), z.dtype)
+    max_pool_forward(z, window, out, index, bordered, elements)
 
-    workspace.run([partial(rows, part) for part in even_slices(len(out), cuts.LANES)])
+
+def pool_adjoint(block: Block, ds: Array, index: Array | None, scratch: Buffers) -> Array:
+    """Return ds, of shape (samples, *out_shape), at the maxima's places: of shape (samples, *pre_shape)."""
+    if block.pool is None or index is None:
+        return ds
+    if array_module(ds) is not np:
+        return max_pool_backward(ds, index, block.pool)
+    out = scratch.of(OWNER).array("adjoint", (len(ds), *block.pre_shape[:2], ds.shape[-1]), ds.dtype)
+    max_pool_scatter(ds, index, block.pool, *places(ds.shape, block.pool, scratch), out)
+    return out
+
+
+def places(shape: Sequence[int], window: Window, scratch: Buffers) -> tuple[Array, Array]:
+    """Return the corners of all windows, and room for the places of their maxima, both of shape (samples, P, Q, C)."""
+    own = scratch.of(OWNER)
+    make = partial(window_corners, shape[0], window, shape[-1])
+    return own.cached(("corners", window, shape[-1]), shape[0], make), own.array("places", shape, np.intp)

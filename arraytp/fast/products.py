@@ -4,211 +4,112 @@ With R = `rows`(x), V = `stack`(d) and M = `matrix`(ω),
 
     θ ∘ x = `add_affine`(R, M),  ω ∘ d = `transposed`(V, M),  x ⋆ d = Rᵀ V in the axes of `fold`
 
-Dense blocks take their rows as they are (`Dense`). A convolution goes by whole patches and col2im (`Patches`); one of
+A block goes by whole patches and col2im (`Patches`); a dense block's samples are rows as they are. A convolution of
 stride 1 can be split, its kernel's rows and columns summed over apart (`Split`, `arraytp.ops.conv.split_matrix`), in
 arrays k times as large as an image where patches are k² times.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
 
 from arraytp.backend import Array, array_module
-from arraytp.fast.buffers import Buffers
-from arraytp.model.blocks import Block, Shape
+from arraytp.fast.parallel import Buffers
+from arraytp.model.blocks import Block
 from arraytp.ops.conv import as_matrix, can_split, split_matrix
-from arraytp.ops.patches import (
-    Window,
-    add_row_patches,
-    add_stacked_rows,
-    col2im,
-    im2col,
-    row_patches,
-    stack_rows,
-)
+from arraytp.ops.patches import Window, add_row_patches, add_stacked_rows, col2im, im2col, row_patches, stack_rows
 
 OWNER = "products"
+# A pass: what one product of a slice reads, and what element-wise operations work on.
+PATCH_BYTES, SPLIT_BYTES, GROUP_BYTES = 2 << 20, 4 << 20, 2 << 20
+# An iteration of feedback training, whose slices go through four products.
+ITERATION_BYTES = 8 << 20
+DEVICE_BYTES = 1 << 29
+GEMM_ROWS = 512
 
 
-class Products(Protocol):
-    """The products of one block. Results lie in scratch buffers that the next call of the same method takes again."""
-
-    @property
-    def block(self) -> Block:
-        """The block."""
-
-    @property
-    def sum_shape(self) -> Shape:
-        """The shape of Rᵀ V."""
-
-    @property
-    def sample_rows(self) -> int:
-        """How many rows a sample has in R and V."""
-
-    @property
-    def row_width(self) -> int:
-        """How many numbers a row of R has, and of V where that is as large: what bounds a slice of samples."""
-
-    def matrix(self, weight: Array) -> Array:
-        """Return M of a weight."""
-
-    def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
-        """Return R of x, of shape (samples, *in_shape); in `out` where given."""
-
-    def stack(self, d: Array, scratch: Buffers) -> Array:
-        """Return V of d, of shape (samples, *pre_shape)."""
-
-    def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
-        """Write base + θ ∘ x, of shape (samples, *pre_shape), to `out`."""
-
-    def transposed(
-        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
-    ) -> Array:
-        """Return ω ∘ d, of shape (samples, *in_shape), in `out` or in scratch of this key; may take R's memory."""
-
-    def fold(self, weight: Array) -> Array:
-        """Return a view of an array of a weight's shape in the axes of Rᵀ V."""
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The products of a dense block."""
-
-    block: Block
-
-    @property
-    def sum_shape(self) -> Shape:
-        """(in, out)."""
-        return self.block.weight_shape
-
-    @property
-    def sample_rows(self) -> int:
-        """1."""
-        return 1
-
-    @property
-    def row_width(self) -> int:
-        """The number of inputs."""
-        return self.block.weight_shape[0]
-
-    def matrix(self, weight: Array) -> Array:
-        """Return the weight."""
-        return weight
-
-    def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
-        """Return x as it is, or a copy."""
-        if out is None:
-            return x.reshape(len(x), -1)
-        out[...] = x.reshape(len(x), -1)
-        return out
-
-    def stack(self, d: Array, scratch: Buffers) -> Array:
-        """Return d as it is."""
-        return d
-
-    def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
-        """Write base + x θ."""
-        matmul(rows, matrix, out)
-        out += base
-
-    def transposed(
-        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
-    ) -> Array:
-        """Return d ωᵀ."""
-        if out is None:
-            out = scratch.of(OWNER).array(("transposed", key), (samples, len(matrix)), stacked.dtype)
-        matmul(stacked, matrix.T, out)
-        return out
-
-    def fold(self, weight: Array) -> Array:
-        """Return it as it is."""
-        return weight
-
-
-@dataclass(frozen=True)
 class Patches:
-    """The products of a convolution by whole patches."""
+    """The products by whole patches, or by a dense block's rows.
 
-    block: Block
-    window: Window
+    Results lie in scratch buffers that the next call of the same method takes again.
 
-    @property
-    def sum_shape(self) -> Shape:
-        """(k·k·C, O)."""
-        return math.prod(self.block.weight_shape[:-1]), self.block.weight_shape[-1]
+    Parameters
+    ----------
+    block : Block
 
-    @property
-    def sample_rows(self) -> int:
-        """P · Q."""
-        return math.prod(self.block.pre_shape[:-1])
+    Attributes
+    ----------
+    sum_shape : tuple of int
+        Of Rᵀ V.
+    sample_rows : int
+        How many rows a sample has in R and V.
+    row_width : int
+        How many numbers a row of R has, and of V where that is as large: what bounds a slice of samples.
+    """
 
-    @property
-    def row_width(self) -> int:
-        """k² · C."""
-        return math.prod(self.block.weight_shape[:-1])
+    def __init__(self, block: Block) -> None:
+        self.block, self.window = block, block.window
+        self.sample_rows, self.row_width = math.prod(block.pre_shape[:-1]), math.prod(block.weight_shape[:-1])
+        self.sum_shape = self.row_width, block.weight_shape[-1]
 
     def matrix(self, weight: Array) -> Array:
-        """Return the kernel as its (k·k·C, O) matrix."""
+        """Return M of a weight: the kernel as its (k·k·C, O) matrix, a dense weight as it is."""
         return as_matrix(weight)
 
     def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
-        """Return the patches of x, of shape (samples · P · Q, k·k·C)."""
+        """Return R: the patches of x, of shape (samples · P · Q, k·k·C); of a dense block x as it is, or a copy."""
         own, window = scratch.of(OWNER), self.window
-        shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
-        out = own.array("rows", shape, x.dtype) if out is None else out.reshape(shape)
+        if window is None:
+            flat = x.reshape(len(x), -1)
+            if out is None:
+                return flat
+            out[...] = flat
+            return out
+        out = own.array("rows", (len(x) * self.sample_rows, self.row_width), x.dtype) if out is None else out
         bordered = own.filled(("border", window), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
-        return im2col(x, window, out, bordered).reshape(-1, shape[-1])
+        return im2col(x, window, out, bordered)
 
     def stack(self, d: Array, scratch: Buffers) -> Array:
-        """Return d as (samples · P · Q, O)."""
+        """Return V of d, of shape (samples, *pre_shape): d as (samples · P · Q, O)."""
         return d.reshape(-1, d.shape[-1])
 
     def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
-        """Write base + patches · θ."""
+        """Write base + θ ∘ x, of shape (samples, *pre_shape), to `out`."""
         matmul(rows, matrix, out.reshape(len(rows), -1))
         out += base
 
     def transposed(
-        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
+        self, stacked: Array, matrix: Array, scratch: Buffers, out: Array | None = None, key: object = 0
     ) -> Array:
-        """Return col2im(d · ωᵀ)."""
-        own, window = scratch.of(OWNER), self.window
-        dpatches = own.array("dpatches", (len(stacked), len(matrix)), stacked.dtype)
-        matmul(stacked, matrix.T, dpatches)
+        """Return ω ∘ d = col2im(d ωᵀ), of shape (samples, *in_shape), in `out` or in scratch of this key.
+
+        It may take the memory of `rows`.
+        """
+        own, window, samples = scratch.of(OWNER), self.window, len(stacked) // self.sample_rows
+        if window is None:
+            out = own.array(("transposed", key), (samples, len(matrix)), stacked.dtype) if out is None else out
+            matmul(stacked, matrix.T, out)
+            return out
+        dpatches = own.array("dpatches", (samples, *self.block.pre_shape[:-1], len(matrix)), stacked.dtype)
+        matmul(stacked, matrix.T, dpatches.reshape(len(stacked), -1))
         bordered = own.array(("transposed", key), (samples, *window.bordered, self.block.in_shape[-1]), stacked.dtype)
-        scattered = col2im(dpatches.reshape(samples, *self.block.pre_shape[:-1], -1), window, bordered)
+        dx = col2im(dpatches, window, bordered)
         if out is None:
-            return scattered
-        out[...] = scattered
+            return dx
+        out[...] = dx
         return out
 
     def fold(self, weight: Array) -> Array:
-        """Return it as it is, over (i, j, c) and (o)."""
+        """Return a view of an array of a weight's shape in the axes of Rᵀ V: as it is, over (i, j, c) and (o)."""
         return weight
 
 
-@dataclass(frozen=True)
 class Split:
-    """The products of a convolution of stride 1 whose kernel's rows and columns are summed over apart."""
+    """The same of a convolution of stride 1, its kernel's rows and columns summed over apart; methods as `Patches`'."""
 
-    block: Block
-    window: Window
-
-    @property
-    def sum_shape(self) -> Shape:
-        """(k·C, k·O)."""
-        k, (_, _, channels, outputs) = self.window.kernel, self.block.weight_shape
-        return k * channels, k * outputs
-
-    @property
-    def sample_rows(self) -> int:
-        """H · Q."""
-        return self.window.height * self.window.out_width
-
-    @property
-    def row_width(self) -> int:
-        """K · (C + O)."""
-        return self.window.kernel * (self.block.in_shape[-1] + self.block.pre_shape[-1])
+    def __init__(self, block: Block, window: Window) -> None:
+        self.block, self.window = block, window
+        k, (_, _, channels, outputs) = window.kernel, block.weight_shape
+        self.sample_rows, self.row_width = window.height * window.out_width, k * (channels + outputs)
+        self.sum_shape = k * channels, k * outputs
 
     def matrix(self, weight: Array) -> Array:
         """Return the (k·O, k·C) matrix of `split_matrix`."""
@@ -217,17 +118,16 @@ class Split:
     def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
         """Return the patches of each row of pixels, of shape (samples · H · Q, k·C)."""
         own, window = scratch.of(OWNER), self.window
-        shape = (len(x), window.height, window.out_width, window.kernel * x.shape[-1])
-        out = own.array("rows", shape, x.dtype) if out is None else out.reshape(shape)
+        out = own.array("rows", (len(x) * self.sample_rows, self.sum_shape[0]), x.dtype) if out is None else out
         wide = own.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
-        return row_patches(x, window, out, wide).reshape(-1, shape[-1])
+        return row_patches(x, window, out, wide)
 
     def stack(self, d: Array, scratch: Buffers) -> Array:
         """Return at every row of pixels the k rows of d that it has a part in, of shape (samples · H · Q, k·O)."""
         own, window = scratch.of(OWNER), self.window
-        shape = (len(d), window.height, window.out_width, window.kernel * d.shape[-1])
+        out = own.array("stacked", (len(d) * self.sample_rows, window.kernel * d.shape[-1]), d.dtype)
         tall = own.filled(("tall", window), (len(d), window.height + window.kernel - 1, *d.shape[2:]), d.dtype, 0.0)
-        return stack_rows(d, window, own.array("stacked", shape, d.dtype), tall).reshape(-1, shape[-1])
+        return stack_rows(d, window, out, tall)
 
     def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
         """Write base + the rows' parts, each added where it belongs."""
@@ -237,10 +137,10 @@ class Split:
         add_stacked_rows(stacked.reshape(len(out), self.window.height, out.shape[2], -1), self.window, out)
 
     def transposed(
-        self, stacked: Array, matrix: Array, samples: int, scratch: Buffers, out: Array | None = None, key: object = 0
+        self, stacked: Array, matrix: Array, scratch: Buffers, out: Array | None = None, key: object = 0
     ) -> Array:
         """Return the sum of the row patches V · ω."""
-        own, window = scratch.of(OWNER), self.window
+        own, window, samples = scratch.of(OWNER), self.window, len(stacked) // self.sample_rows
         patches = own.array("rows", (len(stacked), matrix.shape[1]), stacked.dtype)
         matmul(stacked, matrix, patches)
         if out is None:
@@ -252,16 +152,38 @@ class Split:
         return weight[::-1].transpose(1, 2, 0, 3)
 
 
-def patch_products(block: Block) -> Products:
-    """Return the products of a block by whole rows or patches."""
-    return Dense(block) if block.window is None else Patches(block, block.window)
+Products = Patches | Split
 
 
 def split_products(block: Block) -> Products:
     """Return the products of a block with the kernel split where it can be."""
     if block.window is not None and can_split(block.window):
         return Split(block, block.window)
-    return patch_products(block)
+    return Patches(block)
+
+
+def pass_slices(products: Products, batch: int, itemsize: int, on_host: bool) -> tuple[int, int]:
+    """Return how many samples go through a block together, and how many of them through one product.
+
+    What one product reads shall fit the cache, yet have rows enough. Element-wise operations work on the larger group:
+    short ones would leave the threads waiting for the interpreter.
+    """
+    sample_bytes = products.sample_rows * products.row_width * itemsize
+    if not on_host:
+        return batch, max(1, DEVICE_BYTES // sample_bytes)
+    limit = SPLIT_BYTES if isinstance(products, Split) else PATCH_BYTES
+    length = max(1, limit // sample_bytes, GEMM_ROWS // products.sample_rows)
+    group = max(length, GROUP_BYTES // (math.prod(products.block.pre_shape) * itemsize))
+    most = -(-batch // 2)
+    return min(group, most), min(length, most)
+
+
+def iteration_slice(products: Products, batch: int, itemsize: int, on_host: bool) -> int:
+    """Return how many samples go through an iteration of feedback training together."""
+    if products.block.window is None:
+        return batch
+    limit = ITERATION_BYTES if on_host else DEVICE_BYTES
+    return max(1, min(batch, limit // (products.sample_rows * products.row_width * itemsize)))
 
 
 def matmul(a: Array, b: Array, out: Array) -> None:

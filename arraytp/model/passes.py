@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from arraytp.backend import Array, Backend
-from arraytp.model.blocks import Block, Network, Shape
+from arraytp.model.blocks import Network, Shape
 from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import Unpool
 from arraytp.ranks import Part
@@ -204,47 +204,34 @@ class Batch:
         return self.engine.pseudo_inverses(self, ridge)
 
 
-@dataclass(frozen=True)
 class At:
-    """Block n of a pass: its arrays, and the primitives that rules are written in."""
+    """Block n of a pass: its arrays, and the primitives that rules are written in.
 
-    batch: Batch
-    n: int
+    Attributes
+    ----------
+    batch : Batch
+        The pass.
+    n : int
+    block : Block
+        What is fixed about it.
+    weight, bias : arrays of shape weight_shape and (O,) or (out,)
+        W^n and b^n.
+    s : array of shape (B, *in_shape)
+        s^n, which the block takes; a dense block's may have more axes.
+    s_next : array of shape (B, *next_shape)
+        s^{n+1}, which the block hands on.
+    output : array of shape (B, *out_shape)
+        s^{n+1} with the auxiliary units that are not handed on.
+    index : array or None
+        The maxima of the block's pool.
+    """
 
-    @property
-    def block(self) -> Block:
-        """What is fixed about it."""
-        return self.batch.network.blocks[self.n]
-
-    @property
-    def weight(self) -> Array:
-        """W^n, of shape weight_shape."""
-        return self.batch.network.weights[self.n]
-
-    @property
-    def bias(self) -> Array:
-        """b^n, of shape (O,) or (out,)."""
-        return self.batch.network.biases[self.n]
-
-    @property
-    def s(self) -> Array:
-        """s^n, which the block takes, of shape (B, *in_shape); a dense block's may have more axes."""
-        return self.batch.forward.s[self.n]
-
-    @property
-    def s_next(self) -> Array:
-        """s^{n+1}, which the block hands on, of shape (B, *next_shape)."""
-        return self.batch.forward.s[self.n + 1]
-
-    @property
-    def output(self) -> Array:
-        """s^{n+1} with the auxiliary units that are not handed on, of shape (B, *out_shape)."""
-        return self.batch.forward.outputs[self.n]
-
-    @property
-    def index(self) -> Array | None:
-        """The maxima of the block's pool."""
-        return self.batch.forward.index[self.n]
+    def __init__(self, batch: Batch, n: int) -> None:
+        network, forward = batch.network, batch.forward
+        self.batch, self.n, self.block = batch, n, network.blocks[n]
+        self.weight, self.bias = network.weights[n], network.biases[n]
+        self.s, self.s_next = forward.s[n], forward.s[n + 1]
+        self.output, self.index = forward.outputs[n], forward.index[n]
 
     def backward(self, ds: Array, through: "Through | None" = None, scale: float | Array | None = None) -> Gradients:
         """Return dW = sᵀ dz, db = Σ dz and ds^n = dz throughᵀ, with dz = D ⊙ unpool(scale · ds).

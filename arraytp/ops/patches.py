@@ -135,14 +135,14 @@ def im2col(x: Array, window: Window, out: Array | None = None, bordered: Array |
     ----------
     x : array of shape (B, H, W, C)
     window : Window
-    out : array of shape (B, P, Q, k·k·C), optional
-        Where to write, C-contiguous.
+    out : array of B·P·Q·k·k·C elements, C-contiguous, optional
+        Where to write.
     bordered : array of shape (B, H + top + bottom, W + left + right, C), optional
         Workspace, C-contiguous, whose border is zero.
 
     Returns
     -------
-    array of shape (B, P, Q, k·k·C)
+    array of shape (B, P, Q, k·k·C), or `out`
     """
     xp = array_module(x)
     k, stride = window.kernel, window.stride
@@ -243,14 +243,14 @@ def row_patches(x: Array, window: Window, out: Array | None = None, bordered: Ar
     x : array of shape (B, H, W, C)
     window : Window
         Of stride 1.
-    out : array of shape (B, H, Q, k·C), optional
-        Where to write, C-contiguous.
+    out : array of B·H·Q·k·C elements, C-contiguous, optional
+        Where to write.
     bordered : array of shape (B, H, W + left + right, C), optional
         Workspace, C-contiguous, whose border is zero.
 
     Returns
     -------
-    array of shape (B, H, Q, k·C)
+    array of shape (B, H, Q, k·C), or `out`
         Of every row of the image, also those that no window begins in.
     """
     xp = array_module(x)
@@ -258,7 +258,7 @@ def row_patches(x: Array, window: Window, out: Array | None = None, bordered: Ar
     shape = (*x.shape[:2], window.out_width, window.kernel * x.shape[-1])
     if out is None:
         out = xp.empty(shape, dtype=x.dtype)
-    copy_runs(xp.lib.stride_tricks.as_strided(image, shape, image.strides), out)
+    copy_runs(xp.lib.stride_tricks.as_strided(image, shape, image.strides), out.reshape(shape))
     return out
 
 
@@ -300,14 +300,14 @@ def stack_rows(dz: Array, window: Window, out: Array | None = None, bordered: Ar
     dz : array of shape (B, P, Q, O)
     window : Window
         Of stride 1 and with borders below k.
-    out : array of shape (B, H, Q, k·O), optional
-        Where to write, C-contiguous.
+    out : array of B·H·Q·k·O elements, C-contiguous, optional
+        Where to write.
     bordered : array of shape (B, H + k − 1, Q, O), optional
         Workspace, C-contiguous, whose border is zero.
 
     Returns
     -------
-    array of shape (B, H, Q, k·O)
+    array of shape (B, H, Q, k·O), or `out`
     """
     xp, k = array_module(dz), window.kernel
     above = Window(k, 1, k - 1 - window.top, k - 1 - window.bottom, 0, 0, *dz.shape[1:3])

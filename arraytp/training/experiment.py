@@ -384,7 +384,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     """Build the experiment of a plan, or one rank's of it; as `build`."""
     config, backend = planned.config, planned.backend
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
-    rule, workspace = RULES[config.rule.name], Workspace(backend, threads_of(ranks))
+    rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
     dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
     source, share = divide(dataset, held) if held else dataset, (ranks.rank, ranks.size)
     return Experiment(
@@ -393,8 +393,8 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         rule=rule,
         rule_state=rule.init_state(config.rule, network, config.seed, backend),
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
-        workspace=workspace,
-        engine=Plain(backend) if plain else fast_engine(workspace),
+        workspace=engine,
+        engine=Plain(backend) if plain else engine,
         train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True, share=share),
         test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False, share=share),
         validation_loader=(

@@ -21,7 +21,6 @@ def make_step(
 
     from arraytp.fast.engine import Fast
     from arraytp.fast.orthogonality import add_orthogonality
-    from arraytp.fast.parallel import Workspace
     from arraytp.model.architectures import plan_network
     from arraytp.model.initialise import make_network
     from arraytp.model.passes import Batch
@@ -33,10 +32,9 @@ def make_step(
     net = make_network(plan_network(network, shape, 10), init, 0, dtype)
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((batch, *shape)).astype(dtype), generator.integers(0, 10, batch)
-    workspace = Workspace(threads=threads)
-    engine, learned = Fast(workspace), RULES[rule]
+    engine, learned = Fast(threads=threads), RULES[rule]
     options = learned.options() if rule_options is None else rule_options
-    state = learned.init_state(options, net, 0, workspace.backend)
+    state = learned.init_state(options, net, 0, engine.backend)
     parameters = net.parameters()
     moments = init_optimizer(optimizer, parameters)
     count = 0
@@ -47,16 +45,16 @@ def make_step(
         loss, cache = cross_entropy_forward(forward.logits, y, reduction)
         pass_ = Batch(engine, net, forward, cross_entropy_backward(cache, reduction), 0, count)
         if learned.feedback is not None:
-            feedback.train(learned.feedback, options, state, pass_, workspace)
+            feedback.train(learned.feedback, options, state, pass_, engine)
             for _, omega, theta in learned.feedback.pairs(state, net):
                 if theta is not None:
                     angle_degrees(omega, theta)
         updates = learned.propose(options, state, pass_)
         if optimizer.orthogonality:
             weights = [weight for weight, _ in updates]
-            add_orthogonality(optimizer.orthogonality, net, weights, pass_.gram_errors, workspace)
+            add_orthogonality(optimizer.orthogonality, net, weights, pass_.gram_errors, engine)
         gradients = [array for pair in updates for array in pair]
-        apply_updates(optimizer, optimizer.lr, moments, parameters, gradients, workspace)
+        apply_updates(optimizer, optimizer.lr, moments, parameters, gradients, engine)
         count += 1
         return float(loss)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from arraytp.backend import NUMPY
-from arraytp.fast.buffers import Buffers
+from arraytp.fast.parallel import Buffers
 
 
 def test_a_buffer_is_made_once_and_grows_when_it_must():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, close, placed, random_network
 from training import fast, pass_of, plain
 
-from arraytp.fast import cuts, overlaps
+from arraytp.fast import overlaps, products
 from arraytp.model.architectures import plan_network
 from arraytp.options import NetworkOptions
 
@@ -42,8 +42,8 @@ def test_sums_with_every_activation_equal_the_plain_ones(place, activation):
 @pytest.mark.parametrize("count", [1, 9])
 def test_slices_of_one_sample_add_up(place, monkeypatch, count):
     """Several slices a lane: the second must not take the place of the first."""
-    monkeypatch.setattr(cuts, "ITERATION_BYTES", 1)
-    monkeypatch.setattr(cuts, "DEVICE_BYTES", 1)
+    monkeypatch.setattr(products, "ITERATION_BYTES", 1)
+    monkeypatch.setattr(products, "DEVICE_BYTES", 1)
     monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
     check(place, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), count)
 

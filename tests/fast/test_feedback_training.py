@@ -11,7 +11,7 @@ from samples import ACTIVATIONS, NAMED, batch, chains, close, named_blocks, plac
 from training import fast, pass_of, plain
 
 from arraytp.backend import NUMPY
-from arraytp.fast import cuts, feedback_training
+from arraytp.fast import feedback_training, products
 from arraytp.model.architectures import plan_network
 from arraytp.model.feedback import feedback_forward
 from arraytp.model.passes import NoiseAndProducts
@@ -143,7 +143,7 @@ def test_iterations_may_come_in_any_order():
 @pytest.mark.parametrize("limit", [1, 3000, 1 << 20])
 def test_slices_and_lanes_of_every_length_add_up(monkeypatch, limit):
     """Small limits cut a small batch into many slices; by lanes and gathered alike."""
-    monkeypatch.setattr(cuts, "ITERATION_BYTES", limit)
+    monkeypatch.setattr(products, "ITERATION_BYTES", limit)
     for columns in (0, 1 << 20):
         monkeypatch.setattr(feedback_training, "POSITIONS_PER_COLUMN", columns)
         blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)

@@ -34,7 +34,7 @@ def network_of(weights):
 def added(place, strength, weights, gradients, threads=2, on="square"):
     totals, workspace = [place.backend.asarray(np.array(g)) for g in gradients], Workspace(place.backend, threads)
     network = network_of([place.put(w) for w in weights])
-    add_orthogonality(strength, network, totals, GramErrors(network, workspace), workspace, on)
+    add_orthogonality(strength, network, totals, GramErrors(workspace, network), workspace, on)
     return [place.get(array) for array in totals]
 
 
@@ -110,7 +110,7 @@ def test_errors_are_those_of_the_formula_and_computed_once(place):
     """By the block's position; the host's hold the upper triangle, which is all that is read of them."""
     weights = [rng(3, n).standard_normal((7 + n, 7)) for n in range(3)]
     network = network_of([place.put(w) for w in weights])
-    errors = GramErrors(network, Workspace(place.backend, 2))
+    errors = GramErrors(Workspace(place.backend, 2), network)
     first = errors.of([2])
     every = errors.of([0, 2])
     assert sorted(every) == [0, 2]

@@ -38,8 +38,8 @@ def test_every_task_runs_once_with_scratch_of_its_own(threads):
     workspace, done, lock = Workspace(threads=threads), [], threading.Lock()
 
     def task(number):
-        def run(scratch):
-            own = scratch.of("test").array("own", (1000,), float)
+        def run():
+            own = workspace.scratch.of("test").array("own", (1000,), float)
             own.fill(number)
             with lock:
                 done.append((number, own.sum() == 1000 * number))
@@ -54,12 +54,12 @@ def test_every_task_runs_once_with_scratch_of_its_own(threads):
 def test_an_error_in_a_task_reaches_the_caller_and_the_workspace_goes_on(threads):
     workspace, done = Workspace(threads=threads), []
 
-    def bad(scratch):
+    def bad():
         raise FloatingPointError("bad task")
 
     with pytest.raises(FloatingPointError, match="bad task"):
         workspace.run([bad, bad, bad])
-    workspace.run([lambda scratch: done.append(1)] * 4)
+    workspace.run([lambda: done.append(1)] * 4)
     assert done == [1] * 4
 
 
@@ -70,7 +70,7 @@ def test_no_tasks_are_no_error():
 def test_a_device_runs_tasks_in_order_on_one_thread():
     workspace, order = Workspace(Backend("strict", strict_device), threads=4), []
     assert workspace.threads == 1
-    workspace.run([lambda scratch, n=n: order.append((n, threading.current_thread())) for n in range(5)])
+    workspace.run([lambda n=n: order.append((n, threading.current_thread())) for n in range(5)])
     assert order == [(n, threading.main_thread()) for n in range(5)]
 
 

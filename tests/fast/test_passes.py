@@ -23,8 +23,7 @@ from samples import (
 from training import fast, pass_of
 
 from arraytp.backend import NUMPY
-from arraytp.fast import cuts, passes
-from arraytp.fast.device import fast_engine
+from arraytp.fast import passes, products
 from arraytp.fast.parallel import Workspace
 from arraytp.model.architectures import plan_network
 from arraytp.model.plain import block_backward
@@ -39,9 +38,9 @@ def carriers_of(network, seed):
     return [rng(seed, 6, n).standard_normal(w.shape).astype(w.dtype) for n, w in enumerate(network.weights)]
 
 
-def fast_updates(network, carriers, x, dlogits, workspace):
+def fast_updates(network, carriers, x, dlogits, engine):
     """Return the forward pass, and BP's updates with these arrays in place of W."""
-    pass_ = pass_of(network, x, dlogits, fast_engine(workspace))
+    pass_ = pass_of(network, x, dlogits, engine)
     updates, ds = [], dlogits
     for at in pass_.down():
         dweight, dbias, ds = at.backward(ds, through=carriers[at.n])
@@ -59,7 +58,7 @@ def check_network(place, blocks, count, seed, tolerance=ROUNDING, dtype="float64
         [place.put(carrier) for carrier in carriers],
         place.put(x),
         place.put(dlogits),
-        Workspace(place.backend, threads),
+        fast(place.backend, threads),
     )
     _, outputs, indices = plain.forward(network, x)
     for own, wanted in zip(forward.outputs, outputs[1:], strict=True):
@@ -94,7 +93,7 @@ def test_the_input_gradient_of_a_conv_block(place, activation, data, count, seed
     ds = rng(seed, 7).standard_normal(s.shape)
     wanted = block_backward(block, ds, z, index, x, carrier)
     pass_ = pass_of(placed(network, place.put), place.put(x), place.put(ds), fast(place.backend))
-    gradients = passes.backward(pass_.at(0), place.put(ds), place.put(carrier), None, pass_.engine.workspace)
+    gradients = pass_.engine.backward(pass_.at(0), place.put(ds), place.put(carrier), None)
     for mine, reference in zip(gradients, wanted, strict=True):
         close(place.get(mine), reference, ROUNDING)
 
@@ -146,7 +145,7 @@ def test_the_number_of_threads_changes_no_bit(name, count):
     dlogits = rng(7).standard_normal((count, *blocks[-1].out_shape)).astype("float32")
     results = {}
     for threads in (1, 2, 3):
-        forward, updates = fast_updates(network, carriers, x, dlogits, Workspace(threads=threads))
+        forward, updates = fast_updates(network, carriers, x, dlogits, fast(threads=threads))
         results[threads] = [array.tobytes() for array in (forward.logits, *(a for pair in updates for a in pair))]
     assert results[1] == results[2] == results[3]
 
@@ -156,14 +155,14 @@ def test_slices_and_lanes_of_every_length_add_up(monkeypatch, group, patches, ro
     """Small limits cut a small batch into many slices, some of them within larger groups; the last ones are shorter."""
     limits = {"GROUP_BYTES": group, "PATCH_BYTES": patches, "SPLIT_BYTES": patches, "GEMM_ROWS": rows}
     for name, limit in limits.items():
-        monkeypatch.setattr(cuts, name, limit)
+        monkeypatch.setattr(products, name, limit)
     blocks = plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3)
     for count in (1, 2, 7, 13):
         check_network(ON_HOST, blocks, count, count, threads=3)
 
 
 def test_slices_on_a_device_add_up(device, monkeypatch):
-    monkeypatch.setattr(cuts, "DEVICE_BYTES", 50_000)
+    monkeypatch.setattr(products, "DEVICE_BYTES", 50_000)
     check_network(device, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), 13, 0)
 
 
@@ -177,11 +176,11 @@ def test_a_smaller_batch_after_a_larger_one_reads_no_leftovers(place):
     blocks = fitting_blocks(layers, (7, 6, 2))
     network = random_network(blocks)
     on_place, carriers = placed(network, place.put), carriers_of(network, 0)
-    put, workspace = [place.put(c) for c in carriers], Workspace(place.backend, 2)
+    put, engine = [place.put(c) for c in carriers], fast(place.backend, 2)
     for count in (9, 4, 9, 1, 5):
         x, _ = batch(blocks, count, count)
         dlogits = rng(count, 7).standard_normal((count, 4))
-        _, updates = fast_updates(on_place, put, place.put(x), place.put(dlogits), workspace)
+        _, updates = fast_updates(on_place, put, place.put(x), place.put(dlogits), engine)
         for own, wanted in zip(updates, plain.updates(network, carriers, x, dlogits), strict=True):
             close(place.get(own[0]), wanted[0], ROUNDING)
             close(place.get(own[1]), wanted[1], ROUNDING)
@@ -189,15 +188,15 @@ def test_a_smaller_batch_after_a_larger_one_reads_no_leftovers(place):
 
 def test_results_with_different_names_do_not_overwrite_each_other():
     blocks = named_blocks("lenet")
-    network, workspace = random_network(blocks), Workspace(threads=1)
-    first = passes.forward(network, batch(blocks, 2, 1)[0], workspace, "one")
+    network, engine = random_network(blocks), fast(threads=1)
+    first = engine.forward(network, batch(blocks, 2, 1)[0], "one")
     kept = first.logits.copy()
-    passes.forward(network, batch(blocks, 2, 2)[0], workspace, "two")
+    engine.forward(network, batch(blocks, 2, 2)[0], "two")
     np.testing.assert_array_equal(first.logits, kept)
 
 
 def test_the_product_is_the_matrix_product(place):
     a, b = rng(1).standard_normal((5, 7)), rng(2).standard_normal((7, 1030))
     out = place.backend.xp.empty((5, 1030))
-    passes.product(place.put(a), place.put(b), out, Workspace(place.backend, 2))
+    passes.product(Workspace(place.backend, 2), place.put(a), place.put(b), out)
     close(place.get(out), a @ b, ROUNDING)

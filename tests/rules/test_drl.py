@@ -69,7 +69,7 @@ def test_feedback_equals_the_one_worked_out_by_hand(place):
     before = {n: place.get(q).copy() for n, q in state.weights.items()}
     for number in range(2):
         one = pass_of(on_place, place.put(x), engine=engine, seed=3, number=number)
-        losses = train(drl.RULE.feedback, options, state, one, engine.workspace)
+        losses = train(drl.RULE.feedback, options, state, one, engine)
     for n in (1, 2):
         q, s, i = before[n], forward.s[n], n - 1
         m, u = np.zeros_like(q), np.zeros_like(q)

@@ -39,7 +39,7 @@ def trained(rule, options, count=5, step=0, threads=2, state=None):
     settings = RULES[rule].options(**options)
     state = state or RULES[rule].init_state(settings, network, 3, NUMPY)
     one = pass_of(network, batch(BLOCKS, count)[0], engine=engine, seed=3, number=step)
-    losses = train(RULES[rule].feedback, settings, state, one, engine.workspace)
+    losses = train(RULES[rule].feedback, settings, state, one, engine)
     return state, [None if loss is None else float(loss) for loss in losses]
 
 

@@ -81,7 +81,7 @@ def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, un
     options = ldrl.Options(expected=True, unpool=unpool, feedback=training)
     state = ldrl.RULE.init_state(options, on_place, 0, place.backend)
     before = state.copy()
-    losses = train(ldrl.RULE.feedback, options, state, pass_of(on_place, place.put(x), engine=engine), engine.workspace)
+    losses = train(ldrl.RULE.feedback, options, state, pass_of(on_place, place.put(x), engine=engine), engine)
     for n, (found_n, found_m) in enumerate(overlaps, start=1):
         omega, theta = place.get(state.weights[n]), network.weights[n]
         known = np.broadcast_to(found_m > 0.05 * found_m.max(), omega.shape)

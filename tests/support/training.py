@@ -20,7 +20,7 @@ from arraytp.rules.protocol import Rule, State
 
 def fast(backend: Backend = NUMPY, threads: int = 2) -> Fast:
     """Return the fast engine on a workspace of its own."""
-    return fast_engine(Workspace(backend, threads))
+    return fast_engine(backend, threads)
 
 
 def plain(backend: Backend = NUMPY) -> Plain:
@@ -92,9 +92,7 @@ class Trainer:
 def trainer(network, rule, optimizer, backend: Backend = NUMPY, threads=1, seed=0, engine=None, **options):
     """Return a trainer by the rule of this name, with the fast engine unless another one is given."""
     rule = RULES[rule]
-    settings, workspace = rule.options(**options), Workspace(backend, threads)
+    settings, workspace = rule.options(**options), fast_engine(backend, threads)
     state = rule.init_state(settings, network, seed, backend)
     optimizer_state = init_optimizer(optimizer, network.parameters())
-    return Trainer(
-        network, rule, settings, state, optimizer, optimizer_state, engine or fast_engine(workspace), workspace, seed
-    )
+    return Trainer(network, rule, settings, state, optimizer, optimizer_state, engine or workspace, workspace, seed)

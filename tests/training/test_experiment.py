@@ -10,7 +10,6 @@ import pytest
 from arraytp.backend import NUMPY
 from arraytp.config import load_config, load_one, parse_config
 from arraytp.fast.engine import Fast
-from arraytp.fast.parallel import Workspace
 from arraytp.model.architectures import plan_network
 from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch
@@ -210,7 +209,7 @@ def test_rules_networks_and_ops_work_without_config_or_data():
     network = make_network(
         plan_blocks([Dense(units=5, activation="elu"), Dense(units=4)], (6,)), "xavier-normal", seed=0, dtype="float64"
     )
-    engine = Fast(Workspace(NUMPY, threads=1))
+    engine = Fast(NUMPY, threads=1)
     forward = engine.forward(network, x)
     loss, cache = cross_entropy_forward(forward.logits, labels, "mean")
     step = Batch(engine, network, forward, cross_entropy_backward(cache, "mean"))
