@@ -60,10 +60,16 @@ def plain_targets(setting: Setting) -> list[Floats]:
 
 
 def direct_targets(setting: Setting) -> list[Floats]:
-    """Return δ^N = −η ∂L/∂s^N, δ^n = Q^n δ^N."""
+    """Return δ^N = −η ∂L/∂s^N, δ^n = Q^n (φ(s^N + δ^N) − φ(s^N)), φ(ŷ) = ŷ or tanh(ŷ R)."""
     _, s, _ = reference.forward(setting.on_host(), host(setting.images))
     delta, q = -setting.options.eta * host(setting.batch.dlogits), _omega(setting)
-    return [delta, *((delta @ q[n]).reshape(s[n].shape) for n in reversed(range(1, len(s) - 1)))]
+    phi = _phi(setting, s[-1] + delta) - _phi(setting, s[-1]) if 0 in q else delta
+    return [delta, *((phi @ q[n]).reshape(s[n].shape) for n in reversed(range(1, len(s) - 1)))]
+
+
+def _phi(setting: Setting, y: Floats) -> Floats:
+    result: Floats = np.tanh(y @ _omega(setting)[0]) if 0 in _omega(setting) else y
+    return result
 
 
 def ridge_targets(setting: Setting) -> list[Floats]:
@@ -170,16 +176,18 @@ def dtp_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
 
 
 def drl_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
-    """Mean of ((Q ŷ_ε + s − Q ŷ) − (s + ε))² over σ²."""
+    """Mean of ((Q φ(ŷ_ε) + s − Q φ(ŷ)) − (s + ε))² over σ², or of (Q φ(ŷ_ε) − (s + ε))²."""
     rest, s = setting.on_host().rest(n), host(setting.batch.at(n).s)
     sigma, epsilon = at_block(setting.options.feedback.sigma, n - 1), noises["epsilon"].reshape(s.shape)
     _, noisy, _ = reference.forward(rest, s + epsilon)
     _, clean, _ = reference.forward(rest, s)
-    y_difference = noisy[-1] - clean[-1]
+    phi, target, variance = _phi(setting, noisy[-1]), s + epsilon, 1.0
+    if setting.options.loss == "difference":
+        phi, target, variance = phi - _phi(setting, clean[-1]), epsilon, sigma**2
 
     def loss(q: Floats, _: Floats | None) -> float:
-        residual = y_difference @ q - epsilon.reshape(len(s), -1)
-        return float(np.mean(residual**2) / sigma**2)
+        residual = phi @ q - target.reshape(len(s), -1)
+        return float(np.mean(residual**2) / variance)
 
     return loss
 

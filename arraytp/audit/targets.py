@@ -117,7 +117,7 @@ def direct_matching(setting: Setting) -> Iterator[Check]:
     For small noise the loss is ‖J Q − I‖², J of shape (size, classes), least for Q = (Σ JᵀJ)⁻¹ Σ Jᵀ.
     """
     trained = setting.rule.feedback
-    if trained is None or trained.begin is not drl.begin:
+    if trained is None or trained.begin is not drl.begin or setting.options.hidden:
         return
     for n, jacobian in jacobians(setting).items():
         q = host(setting.experiment.rule_state.weights[n])

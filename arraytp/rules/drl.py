@@ -16,6 +16,10 @@ with weight decay for the second term of the paper's Eq. 11. Then
 Source: Meulemans et al. (2020), as the code does it that the DTP paper compares with. Biases of Q^n stay 0 there, as
 they cancel from every difference; here there are none.
 
+Two other rules of theirs are options. DDTP-control (`loss: reconstruction`) trains Q^n on ‖Q^n ŷ_ε − (s^n + ε)‖², mean
+over batch and units, without the difference. DDTP-RHL (`hidden`) has one fixed random hidden layer R, shared by all
+Q^n, between output and feedback: φ(ŷ) = tanh(ŷ R) takes the place of ŷ in losses and targets. R is held as weight 0.
+
 Schedules: s-DDTP has `pretrain_epochs` of feedback training alone, one feedback update a batch, and `extra_epochs` of
 feedback training alone after every epoch; p-DDTP has neither, but K feedback updates a batch.
 """
@@ -30,7 +34,9 @@ import numpy as np
 from arraytp.backend import Array, Backend, array_module
 from arraytp.errors import UserError
 from arraytp.model.blocks import Block, Network, adjoint_flops, block_flops
+from arraytp.model.initialise import initial_weight
 from arraytp.model.passes import At, Batch
+from arraytp.ops.activations import TANH
 from arraytp.ops.noise import EPSILON
 from arraytp.optim import at_block
 from arraytp.options import STRICT, Adam, Border, FeedbackTraining, InitName, Positive
@@ -47,6 +53,7 @@ class Options:
     """`eta` is the target step size η. Lists in `feedback` have one value per hidden s^n, from s^1 on.
 
     `expected` descends the expectation for small noise in closed form; "optimum" takes the Q that it is least at.
+    `hidden` is the number of units of R; 0 is without.
     """
 
     name: Literal["drl"] = "drl"
@@ -57,6 +64,8 @@ class Options:
     )
     pretrain_epochs: Border = 0
     extra_epochs: Border = 0
+    loss: Literal["difference", "reconstruction"] = "difference"
+    hidden: Border = 0
     expected: bool | Literal["optimum"] = False
 
     __pydantic_config__ = STRICT
@@ -73,6 +82,12 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
     check_feedback(options.name, options.feedback, blocks, reduction)
     if options.expected:
         check_expected(options.feedback)
+        for key, usual in (("loss", "difference"), ("hidden", 0)):
+            if getattr(options, key) != usual:
+                raise UserError(
+                    f"rule.expected: the closed form of rule drl is that of the linear difference loss, not of "
+                    f"rule.{key}: {getattr(options, key)}; use expected: false"
+                )
         classes = blocks[-1].next_shape[0]
         if classes > MOST_CLASSES:
             raise UserError(
@@ -91,10 +106,17 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
 
 
 def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
-    """Draw Q^n, of shape (classes, size of s^n), for every hidden s^n; moments are 0."""
-    state = init_direct(options.feedback_init, network, seed, backend)
+    """Draw Q^n, of shape (classes, size of s^n), for every hidden s^n; moments are 0.
+
+    With R, of shape (classes, hidden), Q^n is of shape (hidden, size of s^n).
+    """
+    state = init_direct(options.feedback_init, network, seed, backend, options.hidden or None)
     for n in state.weights:
         init_moments(state, n, options.feedback.optimizer)
+    if options.hidden:
+        shape = network.blocks[-1].next_shape[0], options.hidden
+        drawn = initial_weight(options.feedback_init, shape, seed, "feedback", len(network) - 1)
+        state.weights[0] = backend.asarray(drawn.astype(network.weights[0].dtype))
     return state
 
 
@@ -103,7 +125,7 @@ def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
 
     def iteration(state: State, k: int, with_loss: bool) -> Iteration:
         epsilon = at.batch.noise("epsilon", at.s.shape, sigma, noise_key(at.n), k, EPSILON)
-        gradient, loss = iterate(at, state.weights[at.n], epsilon, sigma)
+        gradient, loss = iterate(options, state, at, epsilon, sigma)
         return Iteration({"weight": gradient}, loss, {"epsilon": epsilon})
 
     return iteration
@@ -140,29 +162,49 @@ def noise_key(n: int) -> int:
     return n - 1
 
 
-def iterate(at: At, q: Array, epsilon: Array, sigma: float) -> tuple[Array, Array]:
+def iterate(options: Options, state: State, at: At, epsilon: Array, sigma: float) -> tuple[Array, Array]:
     """Return the gradient of Q and the loss of an iteration, for ε of s^n's shape.
 
-    r_ε − (s + ε) = Q ŷ_ε + s − Q ŷ − s − ε = Q (ŷ_ε − ŷ) − ε.
+    r_ε − (s + ε) = Q φ(ŷ_ε) + s − Q φ(ŷ) − s − ε = Q (φ(ŷ_ε) − φ(ŷ)) − ε of the difference loss.
     """
     batch, noise = at.batch, epsilon.reshape(len(epsilon), -1)
     s_epsilon = array_module(epsilon).add(at.s, epsilon, out=batch.array("s + epsilon", at.s.shape))
-    y_difference = batch.run_on(at.n, s_epsilon) - batch.logits  # ŷ_ε − ŷ
-    residual = batch.product(y_difference, q, "residual")
-    residual -= noise  # r_ε − (s + ε)
+    y_epsilon = batch.run_on(at.n, s_epsilon)
     # In NumPy's floats: Python's would stop at a σ² beyond their range instead of giving what is not finite.
-    scale = noise.dtype.type(1 / (np.float64(sigma) ** 2 * len(batch) * noise.shape[1]))
-    gradient = batch.product(y_difference.T, residual, "gradient")
+    variance = np.float64(sigma) ** 2
+    if options.loss == "difference":
+        phi = phi_difference(state, batch, y_epsilon - batch.logits)  # φ(ŷ_ε) − φ(ŷ)
+    else:
+        phi, variance = hidden(state, y_epsilon), np.float64(1)
+        noise = s_epsilon.reshape(noise.shape)
+    residual = batch.product(phi, state.weights[at.n], "residual")
+    residual -= noise  # r_ε − (s + ε)
+    scale = noise.dtype.type(1 / (variance * len(batch) * noise.shape[1]))
+    gradient = batch.product(phi.T, residual, "gradient")
     gradient *= 2 * scale
     flat = residual.reshape(-1)
     return gradient, array_module(flat).multiply(flat, flat, out=flat).sum() * scale
 
 
+def hidden(state: State, logits: Array) -> Array:
+    """Return φ(ŷ): ŷ itself, or tanh(ŷ R)."""
+    return TANH(logits @ state.weights[0]) if 0 in state.weights else logits
+
+
+def phi_difference(state: State, batch: Batch, delta: Array) -> Array:
+    """Return φ(ŷ + δ) − φ(ŷ), ŷ the batch's logits, without rounding of their size."""
+    if 0 not in state.weights:
+        return delta
+    R = state.weights[0]
+    return TANH.difference(batch.logits @ R, delta @ R)
+
+
 def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
     """Yield the direct target of every block's output, from the last to the first."""
     Q, delta = state.weights, batch.dlogits * batch.dlogits.dtype.type(-options.eta)  # t^N − s^N
+    phi = phi_difference(state, batch, delta)  # φ(t^N) − φ(s^N)
     for at in batch.down():
-        yield Target(batch.product(delta, Q[at.n + 1], "delta") if at.n + 1 in Q else delta)
+        yield Target(batch.product(phi, Q[at.n + 1], "delta") if at.n + 1 in Q else delta)
 
 
 def local_update(options: Options, at: At, target: Target) -> Update:
@@ -182,14 +224,22 @@ def averaged(block: Block, samples: int) -> int:
 
 
 def pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
-    """Return n, Q^n and the weight that it can be compared with: only the last has one, θ^{N−1} transposed."""
-    last = len(network) - 1
-    return [(n, q, network.weights[last].T if n == last else None) for n, q in state.weights.items()]
+    """Return n, Q^n and the weight to compare it with: only the last has one, θ^{N−1} transposed, and none with R."""
+    last, linear = len(network) - 1, 0 not in state.weights
+    return [
+        (n, q, network.weights[last].T if n == last and linear else None) for n, q in state.weights.items() if n > 0
+    ]
 
 
 def flops(options: Options, network: Network) -> int:
     """Return the operations of the products of targets and updates for one sample: dW per block, and Q on δ^N."""
-    return sum(map(adjoint_flops, network.blocks)) + sum(direct_flops(network))
+    return sum(map(adjoint_flops, network.blocks)) + sum(_q_flops(options, network))
+
+
+def _q_flops(options: Options, network: Network) -> list[int]:
+    """Return the operations of a product with Q^n of every hidden s^n, for one sample."""
+    classes = network.blocks[-1].next_shape[0]
+    return [flops * (options.hidden or classes) // classes for flops in direct_flops(network)]
 
 
 def feedback_flops(options: Options, network: Network) -> int:
@@ -201,7 +251,7 @@ def feedback_flops(options: Options, network: Network) -> int:
         return network.blocks[-1].next_shape[0] * sum(map(block_flops, network.blocks[1:]))
     return sum(
         int(at_block(options.feedback.iterations, n - 1)) * (2 * direct + sum(map(block_flops, network.blocks[n:])))
-        for n, direct in enumerate(direct_flops(network), start=1)
+        for n, direct in enumerate(_q_flops(options, network), start=1)
     )
 
 

@@ -154,14 +154,14 @@ def init_feedback(
     return state
 
 
-def init_direct(init: InitName, network: Network, seed: int, backend: Backend) -> State:
-    """Draw a direct matrix of shape (classes, size of s^n) for every hidden s^n, n = 1 … N−1.
+def init_direct(init: InitName, network: Network, seed: int, backend: Backend, width: int | None = None) -> State:
+    """Draw a direct matrix of shape (classes or `width`, size of s^n) for every hidden s^n, n = 1 … N−1.
 
     Its random stream has the number n − 1, of the block that s^n comes from.
     """
-    classes, state = network.blocks[-1].next_shape[0], State()
+    width, state = width or network.blocks[-1].next_shape[0], State()
     for n, block in enumerate(network.blocks[:-1], start=1):
-        drawn = initial_weight(init, (classes, int(np.prod(block.next_shape))), seed, "feedback", n - 1)
+        drawn = initial_weight(init, (width, int(np.prod(block.next_shape))), seed, "feedback", n - 1)
         state.weights[n] = backend.asarray(drawn.astype(network.weights[n].dtype))
     return state
 

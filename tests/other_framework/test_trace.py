@@ -82,6 +82,10 @@ RULES = {
     ),
     "ldrl-parallel expected": ({"name": "ldrl-parallel", "expected": True, "feedback": TRAINED}, (DENSE,)),
     "drl": ({"name": "drl", "feedback": TRAINED | {"optimizer": ADAM}}, (CONV, DENSE)),
+    "drl control": (
+        {"name": "drl", "loss": "reconstruction", "feedback": TRAINED | {"optimizer": ADAM}}, (CONV, DENSE)
+    ),
+    "drl rhl": ({"name": "drl", "hidden": 7, "eta": 0.5, "feedback": TRAINED}, (CONV, DENSE)),
     "drl expected": ({"name": "drl", "expected": True, "feedback": TRAINED | {"optimizer": ADAM}}, (CONV, DENSE)),
     "drl optimum": ({"name": "drl", "expected": "optimum", "feedback": TRAINED}, (CONV, DENSE)),
 }  # fmt: skip
@@ -276,8 +280,15 @@ def run_on(trace, n, s):
 
 def direct_loss(trace, n, omega, noise):
     logits = run_on(trace, n, trace.passed(n) + noise["epsilon"])
-    residual = (logits - trace.passed(len(trace.blocks))) @ omega[0] - noise["epsilon"].flatten(1)
-    return (residual**2).mean() / sigma(trace, n - 1) ** 2
+    if trace.rule["loss"] == "reconstruction":
+        return ((phi(trace, logits) @ omega[0] - (trace.passed(n) + noise["epsilon"]).flatten(1)) ** 2).mean()
+    difference = phi(trace, logits) - phi(trace, trace.passed(len(trace.blocks)))
+    return ((difference @ omega[0] - noise["epsilon"].flatten(1)) ** 2).mean() / sigma(trace, n - 1) ** 2
+
+
+def phi(trace, logits):
+    """Return what direct feedback takes: the logits, or tanh(logits R)."""
+    return torch.tanh(logits @ trace["weights/feedback/0/weight"]) if trace.rule["hidden"] else logits
 
 
 def jacobians(trace, n):
@@ -483,7 +494,9 @@ def learned_targets(trace):
     for n in reversed(range(last + 1)):
         s = trace[f"activations/{n}/out"]
         if trace.rule["name"] == "drl" and n < last:
-            delta = output @ trace[f"weights_after/feedback/{n + 1}/weight"]
+            logits = trace.passed(last + 1)
+            change = phi(trace, logits + output) - phi(trace, logits) if trace.rule["hidden"] else output
+            delta = change @ trace[f"weights_after/feedback/{n + 1}/weight"]
         yield delta.reshape(s.shape), None
         if trace.rule["name"] == "drl" or n == 0:
             continue
@@ -540,7 +553,7 @@ def check_feedback_training(trace):
     if rule.get("expected"):
         return sum(check_closed_form(trace, n) for n in range(1, len(trace.blocks)))
     loss_of = LOSSES.get(rule["name"])
-    names = sorted({int(name.split("/")[2]) for name in trace.arrays if name.startswith("weights/feedback/")})
+    names = sorted({int(name.split("/")[2]) for name in trace.arrays if name.startswith("weights/feedback/")} - {0})
     for n in names:
         start, count = trace.weights("feedback", n), 0
         parts = ("gradient", "gradient_bias") if rule["name"] in ("tp", "dtp") else ("gradient",)

@@ -67,6 +67,8 @@ CASES = {
     **{f"{name} {unpool}": (name.split()[0], {**options, "unpool": unpool})
        for name, options in LEARNED.items() for unpool in ("overwrite", "accumulate")},
     "drl": ("drl", {}),
+    "drl control": ("drl", {"loss": "reconstruction"}),
+    "drl rhl": ("drl", {"hidden": 6}),
     "drl expected": ("drl", {"expected": True}),
     "drl optimum": ("drl", {"expected": "optimum"}),
     **{f"gait-prop {name}": ("gait-prop", options) for name, options in GAIT_PROP.items()},

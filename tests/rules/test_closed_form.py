@@ -193,7 +193,9 @@ def test_drls_sampled_gradient_goes_to_the_limit():
         A, J = pass_.jacobian_sums[n]
         limit = 2 / (len(x) * q.shape[1]) * (A @ q - J)
         epsilons = sigma * rng(4, n).standard_normal((samples, *pass_.at(n).s.shape))
-        drawn = [drl.iterate(pass_.at(n), q, epsilon, sigma)[0].copy() for epsilon in epsilons]
+        drawn = [
+            drl.iterate(drl.Options(), State({n: q}), pass_.at(n), epsilon, sigma)[0].copy() for epsilon in epsilons
+        ]
         scatter = np.mean([np.linalg.norm(gradient - limit) for gradient in drawn])
         assert np.linalg.norm(np.mean(drawn, axis=0) - limit) < 3 * scatter / samples**0.5
 

@@ -6,6 +6,7 @@ from samples import batch, close, fitting_blocks, placed, random_network, rng
 from training import fast, pass_of, trainer
 
 from arraytp.backend import NUMPY
+from arraytp.errors import UserError
 from arraytp.ops.noise import gaussian
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
 from arraytp.rules import drl
@@ -105,3 +106,53 @@ def test_noise_below_the_rounding_of_single_precision_is_worth_a_note():
     assert "float64" in note
     assert drl.check(options, BLOCKS, "float64", "mean") == []
     assert drl.check(drl.Options(), BLOCKS, "float32", "mean") == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "reconstruction"}, {"hidden": 6}, {"loss": "reconstruction", "hidden": 6}]
+)
+def test_control_and_a_random_hidden_layer_equal_those_worked_out_by_hand(place, options):
+    """The gradient of the loss as it reads, by central differences; targets by φ of target and output."""
+    network, (x, labels), sigma = random_network(BLOCKS), batch(BLOCKS, 6), 0.1
+    there = placed(network, place.put)
+    settings = drl.Options(eta=0.7, **options)
+    state = drl.init_state(settings, there, 3, place.backend)
+    held = {n: place.get(weight).copy() for n, weight in state.weights.items()}
+    width = options.get("hidden", 4)
+    assert {n: q.shape for n, q in held.items() if n} == {1: (width, 12), 2: (width, 5)}
+    assert (0 in held) == ("hidden" in options)
+    assert [n for n, *_ in drl.pairs(state, there)] == [1, 2]
+    _, s1, s2, logits = pass_of(network, x).forward.s
+    dlogits = rng(5).standard_normal((6, 4)) / 6
+
+    def phi(y):
+        return np.tanh(y @ held[0]) if 0 in held else y
+
+    one = pass_of(there, place.put(x), place.put(dlogits), fast(place.backend))
+    for n, s in ((1, s1), (2, s2)):
+        epsilon = sigma * rng(6, n).standard_normal(s.shape)
+        gradient, value = drl.iterate(settings, state, one.at(n), place.put(epsilon), sigma)
+        y_epsilon = logits_from(network, n, s + epsilon)
+
+        def loss(q, s=s, epsilon=epsilon, y_epsilon=y_epsilon):
+            if "loss" in options:
+                return np.mean((phi(y_epsilon) @ q - (s + epsilon).reshape(6, -1)) ** 2)
+            reconstruction = phi(y_epsilon) @ q + s.reshape(6, -1) - phi(logits) @ q
+            return np.mean((reconstruction - (s + epsilon).reshape(6, -1)) ** 2) / sigma**2
+
+        assert float(value) == pytest.approx(loss(held[n]), rel=1e-10)
+        v, h = rng(n).standard_normal(held[n].shape), 1e-5
+        slope = (loss(held[n] + h * v) - loss(held[n] - h * v)) / (2 * h)
+        assert np.vdot(place.get(gradient), v) == pytest.approx(slope, rel=1e-7)
+    deltas = [place.get(target.delta).copy() for target in drl.targets(settings, state, one)]
+    close(deltas[0], -0.7 * dlogits, ROUNDING)
+    change = phi(logits - 0.7 * dlogits) - phi(logits)
+    close(deltas[1], change @ held[2], 1e-10)
+    close(deltas[2], change @ held[1], 1e-10)
+
+
+@pytest.mark.parametrize(("key", "value"), [("loss", "reconstruction"), ("hidden", 5)])
+def test_their_closed_form_is_refused(key, value):
+    options = drl.Options(expected=True, **{key: value})
+    with pytest.raises(UserError, match=f"rule.expected: .*not of rule.{key}: {value}; use expected: false"):
+        drl.check(options, BLOCKS, "float64", "mean")

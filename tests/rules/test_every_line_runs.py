@@ -34,7 +34,7 @@ NOT_OF_A_STEP = {
     "dtp.py": {"flops", "feedback_flops", "check", "local_loss"},
     "ldrl.py": {"feedback_flops", "check"},
     "ldrl_parallel.py": {"feedback_flops"},
-    "drl.py": {"flops", "feedback_flops", "check", "local_loss"},
+    "drl.py": {"flops", "_q_flops", "feedback_flops", "check", "local_loss"},
     "ridge_tp.py": {"check"},
     "gnt.py": {"check", "check_jacobians", "flops"},
     # Of the audit: units that a nudge takes across a kink.
@@ -88,6 +88,8 @@ STEPS = {
     "ldrl expected adam": {"name": "ldrl", "expected": True, "feedback": ALL | {"optimizer": ADAM}},
     "ldrl-parallel": {"name": "ldrl-parallel", "samples": 3, "feedback": SOME},
     "drl": {"name": "drl", "feedback": SOME},
+    "drl control": {"name": "drl", "loss": "reconstruction", "feedback": SOME},
+    "drl rhl": {"name": "drl", "hidden": 4, "feedback": SOME},
     "drl expected": {"name": "drl", "expected": True, "feedback": ALL | {"optimizer": ADAM}},
     "drl optimum": {"name": "drl", "expected": "optimum", "feedback": ALL},
     "gnt": {"name": "gnt"},

@@ -68,6 +68,8 @@ CASES = {
     "ldrl expected adam": ("ldrl", {"feedback": ADAPTIVE, "expected": True}, STEEP, False),
     "ldrl-parallel": ("ldrl-parallel", {"feedback": FEEDBACK, "samples": 3}, STEEP, False),
     "drl": ("drl", {"feedback": ADAPTIVE, "eta": 2.0}, STEEP, False),
+    "drl control": ("drl", {"feedback": ADAPTIVE, "eta": 2.0, "loss": "reconstruction"}, STEEP, False),
+    "drl rhl": ("drl", {"feedback": ADAPTIVE, "eta": 2.0, "hidden": 9}, STEEP, False),
     "ridge-tp": ("ridge-tp", {"ridge": 0.5}, STEEP, False),
     "gnt": ("gnt", {"damping": 0.5, "divide_by_beta": True}, STEEP, False),
 }  # fmt: skip
