@@ -113,7 +113,7 @@ def test_noise_below_the_rounding_of_single_precision_is_worth_a_note():
 )
 def test_control_and_a_random_hidden_layer_equal_those_worked_out_by_hand(place, options):
     """The gradient of the loss as it reads, by central differences; targets by φ of target and output."""
-    network, (x, labels), sigma = random_network(BLOCKS), batch(BLOCKS, 6), 0.1
+    network, (x, _), sigma = random_network(BLOCKS), batch(BLOCKS, 6), 0.1
     there = placed(network, place.put)
     settings = drl.Options(eta=0.7, **options)
     state = drl.init_state(settings, there, 3, place.backend)
