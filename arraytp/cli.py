@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import click
 
 from arraytp import __version__
 from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors, one_line
+from arraytp.ranks import end_all, failed_alone, speaks
 from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
 COMMANDS = {
@@ -91,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 status = _status_of(arguments)
             except Exception:
                 if not ended.signal:
+                    if failed_alone():
+                        traceback.print_exc()
+                        end_all(_FAILURE_STATUS)
                     raise
                 status = _complain("interrupted", 128 + ended.signal)
         sys.stdout.flush()
@@ -127,7 +132,7 @@ def _status_of(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         status = _complain(error.format_message(), error.exit_code)
     except UserErrors as error:
-        status = max(_complain(line, _USER_STATUS) for line in error.lines)
+        status = _complain(error.lines, _USER_STATUS)
     except UserError as error:
         status = _complain(str(error), _USER_STATUS)
     except NonFiniteError as error:
@@ -140,10 +145,10 @@ def _status_of(arguments: Sequence[str] | None) -> int:
             raise
         status = _complain(message, _USER_STATUS)
     except Interrupted as error:
+        status = 128 + error.signal_number
         # After a hangup there may be nobody to tell.
         with suppress(OSError):
-            click.echo(str(error), err=True)
-        status = 128 + error.signal_number
+            _tell([str(error)], status)
     else:
         status = outcome if isinstance(outcome, int) else 0
     return status
@@ -165,12 +170,22 @@ def _system_message(error: OSError) -> str | None:
     return error.strerror if error.errno in _SCARCE else None
 
 
-def _complain(message: str, status: int) -> int:
-    """Print a message as one line and return the exit status."""
-    click.echo(f"arraytp: error: {one_line(message)}", err=True)
-    if sys.stderr.isatty() and (place := re.match(r"(.+?):(\d+): ([\w.-]+)", message)):
-        for line in _excerpt(Path(place[1]), int(place[2]), place[3].rpartition(".")[2]):
+def _complain(message: str | Sequence[str], status: int) -> int:
+    """Print a message, or several, as one line each and return the exit status."""
+    lines = []
+    for each in [message] if isinstance(message, str) else message:
+        lines.append(f"arraytp: error: {one_line(each)}")
+        if sys.stderr.isatty() and (place := re.match(r"(.+?):(\d+): ([\w.-]+)", each)):
+            lines += _excerpt(Path(place[1]), int(place[2]), place[3].rpartition(".")[2])
+    return _tell(lines, status)
+
+
+def _tell(lines: Sequence[str], status: int) -> int:
+    """Print why the process ends, if it is this one of several to say so, and return the exit status."""
+    if speaks():
+        for line in lines:
             click.echo(line, err=True)
+    end_all(status)
     return status
 
 

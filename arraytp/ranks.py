@@ -9,14 +9,12 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-import numpy as np
-
-from arraytp.backend import Array, Backend
-from arraytp.errors import UserError
+from arraytp.errors import UserError, UserErrors
 
 # By launcher: the variables that hold the number of processes, and which one this is.
 LAUNCHERS = (
@@ -25,7 +23,14 @@ LAUNCHERS = (
     ("SLURM_NTASKS", "SLURM_PROCID"),
 )
 # Seconds in which ranks that end by the same error come to know of each other.
-_PATIENCE = 2.0
+_PATIENCE = 5.0
+
+
+if TYPE_CHECKING:
+    # The command line looks here before it needs NumPy.
+    from arraytp.backend import Array, Backend
+
+T = TypeVar("T")
 
 
 class Ranks(Protocol):
@@ -34,7 +39,7 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def sum(self, buffer: np.ndarray) -> None:
+    def sum(self, buffer: "Array") -> None:
         """Replace an array, C-contiguous, by its sum over the ranks."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -43,13 +48,16 @@ class Ranks(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value."""
 
+    def all_end(self) -> bool:
+        """Tell whether all ranks call this within some seconds."""
+
 
 class Alone:
     """One process."""
 
     rank, size = 0, 1
 
-    def sum(self, buffer: np.ndarray) -> None:
+    def sum(self, buffer: "Array") -> None:
         """Leave the buffer: it is the sum."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -60,8 +68,35 @@ class Alone:
         """Return the value."""
         return value
 
+    def all_end(self) -> bool:
+        """Return True."""
+        return True
+
 
 ALONE = Alone()
+
+
+def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Return what `work` returns on this rank; a mistake that only some ranks notice is everyone's.
+
+    Raises
+    ------
+    UserError
+        As `work` on the first rank that it fails on.
+    """
+    if ranks.size == 1:
+        return work()
+    result, problem = None, ""
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems = ranks.gather(problem)
+    failed = [rank for rank, each in enumerate(problems) if each]
+    if not failed:
+        return cast(T, result)
+    where = f"rank {failed[0]}: " if failed[0] else ""
+    raise UserErrors([where + line for line in problems[failed[0]].split("\n")])
 
 
 def share(count: int, rank: int, size: int) -> tuple[int, int]:
@@ -99,7 +134,7 @@ class Part:
         """Whether the rank has no sample; it computes with one of its own making, which counts nothing."""
         return self.count == 0
 
-    def sum(self, arrays: Sequence[Array], flat: Array, backend: Backend) -> list[Array]:
+    def sum(self, arrays: "Sequence[Array]", flat: "Array", backend: "Backend") -> "list[Array]":
         """Return the sums of arrays over the ranks, as parts of `flat`; one message for all.
 
         Parameters
@@ -111,11 +146,11 @@ class Part:
             Of the arrays.
         """
         summed, first = [], 0
-        for array in arrays:
-            part = flat[first : first + array.size]
-            part[...] = 0 if self.empty else array.reshape(-1)
-            summed.append(part.reshape(array.shape))
-            first += array.size
+        for each in arrays:
+            part = flat[first : first + each.size]
+            part[...] = 0 if self.empty else each.reshape(-1)
+            summed.append(part.reshape(each.shape))
+            first += each.size
         host = backend.to_host(flat)
         self.ranks.sum(host)
         if host is not flat:
@@ -149,19 +184,20 @@ def world() -> Ranks:
     size, _ = launched()
     if size == 1:
         return ALONE
+    (says, *_) = (name for name, _ in LAUNCHERS if os.environ.get(name) == str(size))
     try:
         mpi: Any = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"{size} processes were launched, but mpi4py cannot be imported ({error}); install arraytp[mpi] for this "
-            "machine's MPI, or arraytp[mpi,mpich] where it has none"
+            f"{size} processes were launched ({says}), but mpi4py cannot be imported ({error}); install arraytp[mpi] "
+            "for this machine's MPI, or arraytp[mpi,mpich] where it has none"
         ) from error
     if mpi.COMM_WORLD.size == 1:
         library = mpi.Get_library_version().split("\n")[0].strip()
         raise UserError(
-            f"{size} processes were launched, but each sees only itself and would write into one folder: mpi4py "
-            f"speaks {library}, another MPI than the launcher's; use the mpiexec that belongs to it, or build mpi4py "
-            "with the launcher's MPI"
+            f"{size} processes were launched ({says}), but each sees only itself and would write into one folder: "
+            f"mpi4py speaks {library}, another MPI than the launcher's; use the mpiexec that belongs to it, or build "
+            "mpi4py with the launcher's MPI"
         )
     return Mpi(mpi, mpi.COMM_WORLD)
 
@@ -182,7 +218,7 @@ class Mpi:
         self._errors = communicator.Dup()
         self.rank, self.size = communicator.rank, communicator.size
 
-    def sum(self, buffer: np.ndarray) -> None:
+    def sum(self, buffer: "Array") -> None:
         """See `Ranks.sum`."""
         self._communicator.Allreduce(self._mpi.IN_PLACE, buffer)
 
@@ -196,7 +232,7 @@ class Mpi:
         return self._communicator.bcast(value)
 
     def all_end(self) -> bool:
-        """Tell whether all ranks call this within some seconds."""
+        """See `Ranks.all_end`."""
         request, deadline = self._errors.Ibarrier(), time.monotonic() + _PATIENCE
         while not request.Test():
             if time.monotonic() > deadline:
@@ -204,9 +240,64 @@ class Mpi:
             time.sleep(0.01)
         return True
 
+    def split(self, size: int) -> "Mpi":
+        """Return the group of so many ranks that this one belongs to."""
+        return Mpi(self._mpi, self._communicator.Split(self.rank // size, self.rank))
+
+    def turns(self, group: Ranks) -> "Turns":
+        """Return the turns that groups of these ranks take; all ranks call this together."""
+        return Turns(self._mpi, self._communicator, group)
+
     def abort(self, status: int) -> None:
         """End all ranks."""
         self._mpi.COMM_WORLD.Abort(status)
+
+
+class Turns:
+    """Numbers from 0 on, each for the group of ranks that asks first: a counter in the first rank's memory.
+
+    Parameters
+    ----------
+    mpi : module
+        mpi4py.MPI.
+    communicator : mpi4py.MPI.Comm
+        Of all groups.
+    group : Ranks
+        This rank's.
+    """
+
+    def __init__(self, mpi: Any, communicator: Any, group: Ranks) -> None:
+        self._mpi, self._communicator, self._group = mpi, communicator, group
+        item = array("q", [0]).itemsize
+        self._window = mpi.Win.Allocate(item if communicator.rank == 0 else 0, item, comm=communicator)
+        if communicator.rank == 0:
+            self._window.Lock(0)
+            self._window.Put(array("q", [0]), 0)
+            self._window.Unlock(0)
+        communicator.Barrier()
+
+    def below(self, count: int) -> Iterator[int]:
+        """Yield the numbers below `count` that fall to this group."""
+        while (turn := int(self._group.broadcast(self._add(1)))) < count:
+            yield turn
+
+    def end(self) -> None:
+        """Let nobody have a turn any more."""
+        self._add(1 << 32)
+
+    def close(self) -> None:
+        """Wait for all groups."""
+        self._communicator.Barrier()
+        self._window.Free()
+
+    def _add(self, number: int) -> int:
+        """Add to the counter on behalf of the group; return what it was before."""
+        before = array("q", [0])
+        if self._group.rank == 0:
+            self._window.Lock(0)
+            self._window.Fetch_and_op(array("q", [number]), before, 0, 0, self._mpi.SUM)
+            self._window.Unlock(0)
+        return int(before[0])
 
 
 @functools.cache

@@ -24,7 +24,7 @@ class StopRequest:
     The others may come several times: SIGXCPU does each second, a launcher hands on what the cluster sends too, and a
     warning is followed by SIGTERM. A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays
     ignored. Where the answer takes more than a second, as a long step does, a line on standard error says what is
-    waited for.
+    waited for, unless it is another process's part to tell.
 
     Attributes
     ----------
@@ -32,8 +32,9 @@ class StopRequest:
         The number of the signal that came; 0 while none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tells: bool = True) -> None:
         self.signal = 0
+        self._tells = tells
         self._at_once = False
         self._former: dict[int, Any] = {}
         self._notice = threading.Timer(_PATIENCE, _tell_what_is_waited_for)
@@ -79,7 +80,8 @@ class StopRequest:
             signal.signal(number, self._former.pop(number))
         # Started already where two signals come at once; and a process may have no thread left.
         with suppress(RuntimeError):
-            self._notice.start()
+            if self._tells:
+                self._notice.start()
 
 
 def _tell_what_is_waited_for() -> None:

@@ -30,8 +30,13 @@ class Holds:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give all folders back."""
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Let others have all folders."""
         for folder, file in self._held.items():
             remove_locked(file, folder / LOCK_NAME)
+        self._held = {}
 
     def take(self, folder: Path) -> None:
         """Hold a folder, if it exists and is not held yet.

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +14,13 @@ import click
 from arraytp.commands.folders import check_folder
 from arraytp.commands.holding import Holds
 from arraytp.commands.overrides import overriding, settings
+from arraytp.commands.together import check_ranks, grouped
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.config.difference import first_difference
 from arraytp.config.document import encodable
 from arraytp.errors import Interrupted, NonFiniteError, UserError, one_line
 from arraytp.files import write_file
+from arraytp.ranks import Mpi, Ranks, agreed, world
 from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.figures import LAST_FIGURE
 from arraytp.report.seeds import seeds_table
@@ -33,6 +35,15 @@ from arraytp.training.study import run_study
 
 MOST_SEEDS = 1000
 OWN_FILES = ("config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options say of all jobs."""
+
+    resume: bool
+    fresh: bool
+    quiet: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,9 @@ def _checked_seeds(
 @click.option("--fresh", is_flag=True, help="Start over, replacing results that are there.")
 @click.option("--quiet", is_flag=True, help="No progress, only the final table.")
 @click.option("--seeds", metavar="N|a,b,c", callback=_checked_seeds, help="Run every variant with each of these seeds.")
+@click.option(
+    "--ranks-per-run", type=click.IntRange(min=1), metavar="P", help="Several runs at a time, each on P ranks."
+)
 @click.option("--plain", is_flag=True, help="Compute with the readable primitives, whole batches at a time.")
 def command(
     configs: tuple[Path, ...],
@@ -99,12 +113,16 @@ def command(
     fresh: bool,
     quiet: bool,
     seeds: int | tuple[int, ...] | None,
+    ranks_per_run: int | None,
     plain: bool,
 ) -> int:
     """Train as the given CONFIG files say and write result folders.
 
     A config with variants writes one folder per variant into the result folder. --seeds 5 (from the config's seed on)
     or --seeds 0,1,2 writes one folder seed-<n> per seed; a run that fails is named, and the others go on.
+
+    Started by mpiexec or srun, a run is shared by all ranks; with --ranks-per-run, groups of P ranks take the next run
+    that is left.
 
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU writes a checkpoint first; the same command with --resume goes
     on from there. With --plain the numbers are the same to rounding, and take several times as long.
@@ -116,23 +134,35 @@ def command(
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: go on, or start over")
     overridden = settings(overrides, backend, dtype)
-    batches = [_jobs(path, overridden, out, len(configs) > 1, plain, seeds) for path in configs]
+    everyone = world()
+    batches = agreed(
+        everyone, lambda: [_jobs(path, overridden, out, len(configs) > 1, plain, seeds) for path in configs]
+    )
     jobs = [job for batch in batches for job in batch]
     _refuse_one_place_twice(jobs)
+    ranks = grouped(everyone, ranks_per_run)
+    check_ranks(everyone, ranks, [job.plan for job in jobs])
+    asked = Asked(resume, fresh, quiet)
     try:
         with Holds() as held:
-            for job in jobs:
-                held.take(job.folder)
-            _check_folders(jobs, resume, fresh)
-            for job in jobs:
-                for note in job.plan.notes:
-                    click.echo(f"arraytp: note: {job.label}: {note}", err=True)
-            with StopRequest() as stop:
-                status = _run_all(jobs, stop, resume, fresh, quiet, held)
+            agreed(everyone, lambda: _hold(jobs, asked, held) if everyone.rank == 0 else None)
+            with StopRequest(tells=everyone.rank == 0) as stop:
+                status = _run_all(jobs, stop, asked, held, everyone, ranks)
     except Interrupted as error:
         raise Interrupted(f"{error}; go on with: {_command_to_resume()}", error.signal_number) from error
-    _report(batches)
+    if everyone.rank == 0:
+        _report(batches)
     return status
+
+
+def _hold(jobs: Sequence[Job], asked: Asked, held: Holds) -> None:
+    """Take the folders, see that nothing in them would be overwritten, and say what is worth knowing."""
+    for job in jobs:
+        held.take(job.folder)
+    _check_folders(jobs, asked.resume, asked.fresh)
+    for job in jobs:
+        for note in job.plan.notes:
+            click.echo(f"arraytp: note: {job.label}: {note}", err=True)
 
 
 def _jobs(
@@ -215,53 +245,90 @@ def _stored(folder: Path) -> Config:
         raise UserError(f"{error}; --fresh starts over, --out takes another folder") from error
 
 
-def _run_all(jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> int:
-    """Do all jobs and return the exit status; of runs of several seeds, one that fails does not keep the others."""
+def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:
+    """Do all jobs and return the exit status; of several seeds or groups, a run that fails does not keep the others."""
+    if ranks is everyone:
+        return _run_some(jobs, jobs, stop, asked, held, ranks)
+    assert isinstance(everyone, Mpi)
+    # Each group holds the folder of its own run.
+    held.give_back()
+    if asked.fresh and everyone.rank == 0:
+        _clear(jobs)
+    turns, interrupted, status = everyone.turns(ranks), None, 0
+    try:
+        mine = (jobs[number] for number in turns.below(len(jobs)))
+        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, go_on=True)
+    except Interrupted as error:
+        interrupted = error
+        turns.end()
+    turns.close()
+    outcomes = everyone.gather((status, interrupted.signal_number if interrupted else 0, str(interrupted or "")))
+    number = max(signal_number for _, signal_number, _ in outcomes)
+    if number:
+        raise Interrupted("; ".join(text for _, _, text in outcomes if text), number)
+    return max(int(status) for status, _, _ in outcomes)
+
+
+def _run_some(
+    mine: Iterable[Job],
+    jobs: Sequence[Job],
+    stop: StopRequest,
+    asked: Asked,
+    held: Holds,
+    ranks: Ranks,
+    go_on: bool = False,
+) -> int:
     status = 0
-    for job in jobs:
+    for job in mine:
         try:
-            _do(job, jobs, stop, resume, fresh, quiet, held)
+            _do(job, jobs, stop, asked, held, ranks)
         except (UserError, NonFiniteError) as error:
-            if not job.of_seeds:
+            if not (job.of_seeds or go_on) or not ranks.all_end():
                 raise
-            click.echo(f"arraytp: error: {one_line(str(error))}", err=True)
+            if ranks.rank == 0:
+                click.echo(f"arraytp: error: {one_line(str(error))}", err=True)
             status = 1
     return status
 
 
-def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, resume: bool, fresh: bool, quiet: bool, held: Holds) -> None:
-    if resume and job.finished:
-        _write_config(job)
-        if not _drawn(job):
-            _draw(job)
+def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, ranks: Ranks) -> None:
+    first = ranks.rank == 0
+    if ranks.broadcast(agreed(ranks, lambda: first and asked.resume and job.finished)):
+        if first:
+            _write_config(job)
+            if not _drawn(job):
+                _draw(job)
         return
     with warnings.catch_warnings():
         # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
-            run = None if job.study else Run(build_planned(job.plan, job.plain), job.folder, job.label, quiet)
-            clears = fresh and job is jobs[0]
-            _claim(jobs if clears else [job], resume, fresh, held)
-            if clears:
+            run = None
+            if not job.study:
+                experiment = agreed(ranks, lambda: build_planned(job.plan, job.plain, ranks))
+                run = Run(experiment, job.folder, job.label, asked.quiet)
+            clears = asked.fresh and job is jobs[0]
+            agreed(ranks, lambda: _claim(jobs if clears else [job], asked, held) if first else None)
+            if clears and first:
                 _clear(jobs)
-            if not quiet:
+            if first and not asked.quiet:
                 click.echo(f"{job.label}: results go to {job.folder}", err=True)
             if run is None:
-                _study(job, stop, quiet)
+                _study(job, stop, asked.quiet)
             else:
-                _run(job, run, stop, resume)
+                _run(job, run, stop, asked.resume, ranks)
         except MemoryError as error:
             raise UserError(f"{job.label}: not enough memory: {error}") from error
         except OSError as error:
             raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _claim(jobs: Sequence[Job], resume: bool, fresh: bool, held: Holds) -> None:
+def _claim(jobs: Sequence[Job], asked: Asked, held: Holds) -> None:
     """Make the folders and keep others out; another command may have come first since they were looked at."""
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
         held.take(job.folder)
-    _check_folders(jobs, resume, fresh)
+    _check_folders(jobs, asked.resume, asked.fresh)
 
 
 def _clear(jobs: Sequence[Job]) -> None:
@@ -279,16 +346,20 @@ def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
     _draw(job)
 
 
-def _run(job: Job, run: Run, stop: StopRequest, resume: bool) -> None:
+def _run(job: Job, run: Run, stop: StopRequest, resume: bool, ranks: Ranks) -> None:
     """Train a run to its end; its folder is not touched before the run is known to start."""
-    if resume and (job.folder / "checkpoint.h5").exists():
+    first = ranks.rank == 0
+    if ranks.broadcast(resume and (job.folder / "checkpoint.h5").exists()):
         run.resume()
-        _begin(job)
+        if first:
+            _begin(job)
     else:
-        _begin(job)
+        if first:
+            _begin(job)
         run.start()
     run.train(stop)
-    _draw(job)
+    if first:
+        _draw(job)
 
 
 def _draw(job: Job) -> None:

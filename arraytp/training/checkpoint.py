@@ -85,6 +85,20 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
     return run
 
 
+def share_state(experiment: Experiment, run: Any) -> Any:
+    """Give the first rank's arrays and counts to all ranks; return its `run`."""
+    if experiment.ranks.size == 1:
+        return run
+    backend, arrays = experiment.plan.backend, _arrays(experiment)
+    values = [backend.to_host(array) for array in arrays.values()]
+    counts = experiment.optimizer_state.step, experiment.feedback_step
+    values, counts, run = experiment.ranks.broadcast((values, counts, run))
+    experiment.optimizer_state.step, experiment.feedback_step = counts
+    for array, value in zip(arrays.values(), values, strict=True):
+        array[...] = backend.asarray(value)
+    return run
+
+
 def read_owner(path: Path) -> tuple[Config, str] | None:
     """Return the config and the digest of the data that a checkpoint's run is of; None where it holds neither.
 

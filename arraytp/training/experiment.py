@@ -223,28 +223,29 @@ class Experiment:
         self.feedback_step += 1
         return feedback.train(self.rule.feedback, options, self.rule_state, batch, self.workspace, observe)
 
-    def updates(self, step: Step, stop: bool = False) -> Updates:
+    def updates(self, step: Step, stop: Callable[[], bool] = lambda: False) -> Updates:
         """Return the rule's update of every block, leaving θ as it is; errors as `Rule.propose`.
 
-        On several ranks they are summed, and with them the step's score and whether any rank wants to `stop`.
+        On several ranks they are summed, and with them the step's score and whether any rank wants to stop, as `stop`
+        tells.
         """
         return self._summed(self.rule.propose(self.config.rule, self.rule_state, step.batch), step, stop)
 
-    def _summed(self, updates: Updates, step: Step, stop: bool) -> Updates:
+    def _summed(self, updates: Updates, step: Step, stop: Callable[[], bool]) -> Updates:
         """Sum what a step has to sum over the ranks, in one message."""
         if step.batch.part is None:
             return updates
-        wanted = array_module(step.score.totals).full(1, float(stop))
+        wanted = array_module(step.score.totals).full(1, float(stop()))
         arrays = [array for pair in updates for array in pair]
         *summed, totals, wanting = step.batch.summed([*arrays, step.score.totals, wanted], "updates")
         step.score.totals[...] = totals
         self.stop_agreed = bool(wanting[0] > 0)
         return list(zip(summed[::2], summed[1::2], strict=True))
 
-    def agree_to_stop(self, stop: bool) -> None:
+    def agree_to_stop(self, stop: Callable[[], bool]) -> None:
         """Let `stop_agreed` say whether any rank wants to stop, where no step's sum says so."""
         if self.ranks.size > 1:
-            wanting = np.full(1, float(stop))
+            wanting = np.full(1, float(stop()))
             self.ranks.sum(wanting)
             self.stop_agreed = bool(wanting[0] > 0)
 
@@ -344,9 +345,11 @@ class Experiment:
         loader = loader or self.test_loader
         with closing(loader.batches(0)) as batches:
             for size, (images, labels) in zip(loader.sizes(), batches, strict=True):
-                yield self.score(images, labels, size, stop())
+                yield self.score(images, labels, size, stop)
 
-    def score(self, images: Array, labels: Array, size: int | None = None, stop: bool = False) -> Score:
+    def score(
+        self, images: Array, labels: Array, size: int | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> Score:
         """Score a batch without learning from it; arrays of earlier steps are overwritten."""
         part, images, labels = self._part(images, labels, size)
         logits = self.engine.forward(self.network, images).logits
@@ -354,7 +357,7 @@ class Experiment:
         loss, _ = LOSSES[settings.name].forward(logits, labels, settings.reduction, settings.label_smoothing)
         score = _score(self._of_batch(loss, part), logits, labels, settings.reduction, size or len(labels))
         if part is not None:
-            totals, wanted = score.totals, array_module(logits).full(1, float(stop))
+            totals, wanted = score.totals, array_module(logits).full(1, float(stop()))
             summed = part.sum([totals, wanted], array_module(logits).empty(len(totals) + 1), self.plan.backend)
             totals[...] = summed[0]
             self.stop_agreed = bool(summed[1][0] > 0)

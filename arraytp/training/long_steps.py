@@ -33,7 +33,8 @@ class LongSteps:
         but feedback weights, their moments and their count changes.
         """
         started, experiment = time.monotonic(), self._experiment
-        if self._seconds < LONG:
+        # Ranks leave a step together: the others would wait for this one's sums.
+        if self._seconds < LONG or experiment.ranks.size > 1:
             yield
         else:
             state, count = experiment.rule_state.copy(), experiment.feedback_step

@@ -17,10 +17,11 @@ from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
 from arraytp.model.plain import Plain
 from arraytp.optim import at_block, learning_rates
+from arraytp.ranks import agreed
 from arraytp.rules import bp
 from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
-from arraytp.training.checkpoint import check_owner, read_checkpoint, write_checkpoint
+from arraytp.training.checkpoint import check_owner, read_checkpoint, share_state, write_checkpoint
 from arraytp.training.experiment import Experiment, Score, Step
 from arraytp.training.finite import finite_blocks, finite_moments, is_finite
 from arraytp.training.long_steps import LongSteps
@@ -80,6 +81,8 @@ class Position:
 class Run:
     """A training run that writes a result folder: metrics.csv, angles.csv, feedback.csv, summary.json, checkpoint.h5.
 
+    On several ranks each has a `Run`, and the first writes and shows.
+
     Parameters
     ----------
     experiment : Experiment
@@ -93,7 +96,9 @@ class Run:
     """
 
     def __init__(self, experiment: Experiment, folder: Path, label: str, quiet: bool = False) -> None:
-        self.experiment, self.folder, self.label, self.quiet = experiment, folder, label, quiet
+        self._writes = experiment.ranks.rank == 0
+        self.experiment, self.folder, self.label = experiment, folder, label
+        self.quiet = quiet or not self._writes
         self.position = Position()
         validated = experiment.validation_loader is not None
         # What every epoch is evaluated on, and `best` chosen by.
@@ -101,6 +106,8 @@ class Run:
         self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS + VALIDATION_COLUMNS * validated)
         self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS + (GNT_COLUMNS if experiment.against_gnt else ()))
         self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
+        for table in (self.metrics, self.angles, self.feedback):
+            table.written = self._writes
         self._unread: list[Score] = []
         # Of the last forward pass of training, while its arrays are valid.
         self._step: Step | None = None
@@ -110,6 +117,8 @@ class Run:
 
     def start(self) -> None:
         """Begin at the beginning."""
+        # Machines of different kinds may have drawn weights that differ in a last digit.
+        share_state(self.experiment, None)
         self._restart([], [], [])
 
     def resume(self) -> None:
@@ -122,8 +131,8 @@ class Run:
             The folder is as it was.
         """
         path, train = self.folder / "checkpoint.h5", self.experiment.config.train
-        check_owner(path, self.experiment.plan)
-        state = read_checkpoint(path, self.experiment)
+        state = agreed(self.experiment.ranks, lambda: self._read(path) if self._writes else {})
+        state = share_state(self.experiment, state)
         try:
             totals = Totals(**state["position"].pop("totals"))
             self.position = Position(**state["position"], totals=totals)
@@ -141,6 +150,10 @@ class Run:
                 "steps, or start over with --fresh"
             )
         self._restart(*tables)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        check_owner(path, self.experiment.plan)
+        return read_checkpoint(path, self.experiment)
 
     def _restart(self, metrics: list[str], angles: list[str], feedback: list[str]) -> None:
         """Write the tables anew; feedback.csv only for rules that train feedback."""
@@ -186,7 +199,8 @@ class Run:
             self._save()
             if self.experiment.validation_loader is not None:
                 self._test(stop, progress)
-        self._write_summary()
+        if self._writes:
+            self._write_summary()
 
     def _length(self) -> tuple[int, int]:
         """Return the steps of the whole run, and the epochs that they begin."""
@@ -201,10 +215,12 @@ class Run:
         due = experiment.feedback_epochs(position.epoch)
         while position.feedback_epochs < due and position.batch == 0:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
-                for images, labels in batches:
+                sizes = experiment.train_loader.sizes(position.feedback_batch)
+                for size, (images, labels) in zip(sizes, batches, strict=True):
                     with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
-                        step = self._step = experiment.forward(images, labels)
+                        step = self._step = experiment.forward(images, labels, size)
                         self._train_feedback(step)
+                    experiment.agree_to_stop(lambda: stop.requested)
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
                     self._pause(stop, progress)
@@ -217,19 +233,20 @@ class Run:
         every = experiment.config.compare.every
         mark = time.monotonic()
         with closing(experiment.train_loader.batches(position.passes, position.batch)) as batches:
-            for images, labels in islice(batches, steps - position.step):
+            sized = zip(experiment.train_loader.sizes(position.batch), batches, strict=True)
+            for size, (images, labels) in islice(sized, steps - position.step):
                 with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
-                    step = self._step = experiment.forward(images, labels)
+                    step = self._step = experiment.forward(images, labels, size)
                     losses = self._train_feedback(step)
                     with self._located():
-                        updates = experiment.updates(step)
+                        updates = experiment.updates(step, lambda: stop.requested)
                 compared = experiment.rule is not bp.RULE or experiment.against_gnt
                 if every and position.step % every == 0 and compared:
                     mark += self._compare(step, updates, losses)
                 experiment.apply(step, updates, position.epoch)
                 position.batch += 1
                 position.step += 1
-                position.train_images += len(labels)
+                position.train_images += size
                 self._collect(step.score, progress)
                 now = time.monotonic()
                 position.train_seconds, mark = position.train_seconds + now - mark, now
@@ -238,11 +255,15 @@ class Run:
 
     def _pause(self, stop: StopRequest, progress: Progress) -> None:
         """Between two batches: stop if that is asked for, or write a checkpoint if one is due."""
-        if stop.requested:
+        if self._stopping(stop):
             self._stop(stop, progress)
         if time.monotonic() - self._saved > 60 * self.experiment.config.train.checkpoint_minutes:
             self._read_scores(progress)
             self._save()
+
+    def _stopping(self, stop: StopRequest) -> bool:
+        """Tell whether to stop; on several ranks, whether any wanted to when they last summed."""
+        return stop.requested if self.experiment.ranks.size == 1 else self.experiment.stop_agreed
 
     def _train_feedback(self, step: Step) -> list[Array | None]:
         """Train feedback and return its losses; stop at once when it diverges.
@@ -318,10 +339,10 @@ class Run:
         """Score the split of a loader, or the test split."""
         totals, self._step = Totals(), None
         to_host = self.experiment.plan.backend.to_host
-        for score in self.experiment.evaluate(loader):
+        for score in self.experiment.evaluate(loader, lambda: stop.requested):
             loss, top1, top5 = to_host(score.totals).tolist()
             totals.add(loss, top1, top5, score.images)
-            if stop.requested:
+            if self._stopping(stop):
                 self._stop(stop, progress)
         if not math.isfinite(totals.loss):
             self._fail(f"in the evaluation after {self.position.step} steps")
@@ -332,11 +353,14 @@ class Run:
         self._save()
         position = self.position
         where = f"epoch {position.epoch + 1}, step {position.step}"
-        raise Interrupted(f"{self.label}: stopped in {where}; {self.folder / 'checkpoint.h5'} is written", stop.signal)
+        number = max(self.experiment.ranks.gather(stop.signal))
+        raise Interrupted(f"{self.label}: stopped in {where}; {self.folder / 'checkpoint.h5'} is written", number)
 
     def _save(self) -> None:
         """Write the checkpoint, unless weights or moments are not finite: then the last good one must stay."""
         experiment = self.experiment
+        if not self._writes:
+            return
         if not all(finite_blocks(experiment.network)) or not all(finite_moments(experiment.optimizer_state)):
             self._fail(f"after {self.position.step} steps")
         for n, omega, _ in self.experiment.feedback_pairs():
@@ -414,6 +438,7 @@ class Run:
             "name": config.name,
             "rule": config.rule.name,
             "seed": config.seed,
+            "ranks": self.experiment.ranks.size,
             "epochs": int(rows[-1]["epoch"]),
             "steps": position.step,
             "final": rows[-1],

@@ -26,23 +26,28 @@ class CsvTable:
     columns : tuple of str
     rows : list of str
         Without line ends.
+    written : bool
+        Otherwise there is no file.
     """
 
     path: Path
     columns: tuple[str, ...]
     rows: list[str] = field(default_factory=list)
+    written: bool = True
 
     def restart(self, rows: list[str]) -> None:
         """Write the file anew with the given rows."""
         self.rows = rows
-        write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *rows)).encode())
+        if self.written:
+            write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *rows)).encode())
 
     def append(self, *values: float) -> None:
         """Add a row to the table and to the file's end."""
         row = ",".join(repr(value) for value in values)
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(row + "\n")
+        if self.written:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(row + "\n")
 
 
 @dataclass

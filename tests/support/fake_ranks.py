@@ -1,5 +1,6 @@
 """Ranks as threads of one process, so that what processes do by MPI is tested without it."""
 
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +36,13 @@ class Rank:
         self._board.barrier.wait()
         return values
 
+    def all_end(self) -> bool:
+        self._board.barrier.wait()
+        return True
+
     def broadcast(self, value: Any) -> Any:
-        return self.gather(value)[0]
+        # As between processes, everyone has an object of its own.
+        return pickle.loads(pickle.dumps(self.gather(value)[0]))
 
 
 def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:

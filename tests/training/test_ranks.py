@@ -3,16 +3,21 @@
 Images are 90 in batches of 11, so that the last has 2, and most ranks none of them.
 """
 
-from contextlib import closing
+import json
+from contextlib import closing, nullcontext
 
+import h5py
 import numpy as np
 import pytest
 from fake_ranks import on_ranks
 
+from arraytp.commands.together import check_ranks
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.ranks import ALONE, share
+from arraytp.errors import Interrupted, UserError
+from arraytp.ranks import ALONE, agreed, share
 from arraytp.training.experiment import build_planned
+from arraytp.training.loop import Run
 from arraytp.training.plan import plan
 
 POOL = {"kernel": 3, "stride": 2, "padding": 1}
@@ -52,6 +57,8 @@ RULES = {
     "ldrl expected": {"name": "ldrl", "expected": True, **FEEDBACK},
     "ldrl expected adam": {"name": "ldrl", "expected": True, "unpool": "accumulate", **ADAM},
     "ldrl-parallel": {"name": "ldrl-parallel", "samples": 3, **FEEDBACK},
+    "gnt": {"name": "gnt"},
+    "ridge-tp": {"name": "ridge-tp"},
     "drl": {"name": "drl", **FEEDBACK},
     "drl expected": {"name": "drl", "expected": True, **FEEDBACK},
     "drl optimum": {"name": "drl", "expected": "optimum", **FEEDBACK},
@@ -133,7 +140,7 @@ def test_a_stop_that_one_rank_wants_is_known_to_all(dataset):
         with closing(experiment.train_loader.batches(0)) as batches:
             step = experiment.forward(*next(batches), 11)
         found = []
-        for stop in (False, ranks.rank == 2):
+        for stop in (lambda: False, lambda: ranks.rank == 2):
             experiment.updates(step, stop)
             found.append(experiment.stop_agreed)
             experiment.agree_to_stop(stop)
@@ -141,6 +148,91 @@ def test_a_stop_that_one_rank_wants_is_known_to_all(dataset):
         return found
 
     assert on_ranks(3, agreed) == [[False, False, True, True]] * 3
+
+
+class Stop:
+    """Asks to stop when it is looked at for the `after`th time, on one rank alone."""
+
+    def __init__(self, ranks, after) -> None:
+        self.left, self.signal = after if ranks.rank == ranks.size - 1 else np.inf, 0
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        self.signal = 10 if self.left < 0 else 0
+        return self.left < 0
+
+    def at_once(self):
+        return nullcontext()
+
+
+def trained(dataset, folder, ranks, after=np.inf, resume=False):
+    """Train a run until a rank is told to stop; return the folder's numbers in the end."""
+    folder.mkdir(exist_ok=True)
+    run = Run(
+        build_planned(planned(dataset, "ldrl overwrite", compare={"every": 3}), False, ranks), folder, "run", True
+    )
+    run.resume() if resume else run.start()
+    if not np.isinf(after):
+        with pytest.raises(Interrupted) as stopped:
+            run.train(Stop(ranks, after))
+        assert stopped.value.signal_number == 10
+        return []
+    run.train(Stop(ranks, after))
+    with h5py.File(folder / "checkpoint.h5") as file:
+        arrays = [file[f"{part}/{n}/weight"][()] for part in ("network", "rule/feedback") for n in (1, 3)]
+    tables = [
+        np.loadtxt(folder / f"{name}.csv", delimiter=",", skiprows=1) for name in ("metrics", "angles", "feedback")
+    ]
+    tables[0] = tables[0][:, 2:]
+    return [*arrays, *tables]
+
+
+@pytest.mark.parametrize(("size", "then", "after"), [(3, 1, 0), (3, 1, 4), (2, 3, 9), (1, 2, 4), (2, 3, 11)])
+def test_a_run_that_one_rank_was_told_to_stop_goes_on_with_any_number(dataset, tmp_path, size, then, after):
+    """Stops in an evaluation, in steps, in the last evaluation; the checkpoint says nothing of ranks."""
+    wanted = trained(dataset, tmp_path / "undisturbed", ALONE)
+    on_ranks(size, lambda ranks: trained(dataset, tmp_path / "run", ranks, after))
+    assert not (tmp_path / "run/summary.json").exists()
+    for found in on_ranks(then, lambda ranks: trained(dataset, tmp_path / "run", ranks, resume=True)):
+        for mine, theirs in zip(found, wanted, strict=True):
+            # An angle of 0° is the arc cosine of a number a rounding away from 1: 1e-6 degrees.
+            np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=5e-6)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["ranks"] == then
+
+
+def test_a_mistake_that_one_rank_notices_is_everyones():
+    """The others would wait for it for ever."""
+
+    def work(ranks):
+        def look():
+            if ranks.rank == 1:
+                raise UserError("no such file")
+            return ranks.rank
+
+        with pytest.raises(UserError, match=r"^rank 1: no such file$"):
+            agreed(ranks, look)
+        return agreed(ranks, lambda: ranks.rank)
+
+    assert on_ranks(3, work) == [0, 1, 2]
+
+
+def test_ranks_of_different_minds_are_refused(dataset):
+    def work(ranks):
+        lr = 0.1 if ranks.rank == 2 else 0.05
+        config = planned(dataset, "bp", optimizer={"name": "sgd", "lr": lr})
+        with pytest.raises(UserError, match=r"rank 2 .* rank 0: optimizer.lr is 0.05 there and 0.1 here"):
+            check_ranks(ranks, ranks, [config])
+
+    on_ranks(3, work)
+
+
+def test_more_ranks_than_images_of_a_batch_are_refused(dataset):
+    def work(ranks):
+        with pytest.raises(UserError, match="a batch has 2 images, fewer than the 3 ranks"):
+            check_ranks(ranks, ranks, [planned(dataset, "bp", train={"epochs": 1, "batch_size": 2})])
+
+    on_ranks(3, work)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8])

@@ -1,0 +1,57 @@
+"""What several ranks have to be before they share runs: of a number that fits, and of one mind."""
+
+from collections.abc import Sequence
+
+from arraytp.config.difference import first_difference
+from arraytp.errors import UserError
+from arraytp.ranks import Mpi, Ranks
+from arraytp.training.plan import Plan
+
+
+def grouped(everyone: Ranks, ranks_per_run: int | None) -> Ranks:
+    """Return the ranks that share this one's runs: all, or a group of so many.
+
+    Raises
+    ------
+    UserError
+        The ranks are not a multiple of it.
+    """
+    if ranks_per_run is None or ranks_per_run == everyone.size:
+        return everyone
+    if everyone.size % ranks_per_run:
+        raise UserError(
+            f"--ranks-per-run {ranks_per_run}: {everyone.size} ranks were launched, which is not a multiple of it"
+        )
+    assert isinstance(everyone, Mpi)
+    return everyone.split(ranks_per_run)
+
+
+def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
+    """Refuse ranks that would have nothing to do, or that were given different things.
+
+    Raises
+    ------
+    UserError
+        On all ranks alike.
+    """
+    if everyone.size == 1:
+        return
+    given = everyone.gather([(plan.config, plan.dataset.digest) for plan in plans])
+    for rank, theirs in enumerate(given):
+        for (config, digest), (other, other_digest) in zip(given[0], theirs, strict=False):
+            difference = first_difference(config, other)
+            if not difference and digest != other_digest:
+                difference = f"other images or labels in data.dataset {config.data.dataset}"
+            if difference:
+                raise UserError(f"rank {rank} was given something else than rank 0: {difference}")
+        if len(theirs) != len(given[0]):
+            raise UserError(f"rank {rank} was given {len(theirs)} runs, but rank 0 {len(given[0])}")
+    for plan in plans:
+        if plan.config.study is not None:
+            raise UserError("a study runs in one process; start it without mpiexec or srun")
+        batch = min(plan.config.train.batch_size, plan.dataset.counts["train"])
+        if ranks.size > batch:
+            raise UserError(
+                f"train.batch_size: a batch has {batch} images, fewer than the {ranks.size} ranks that share it; start "
+                "fewer, or use --ranks-per-run"
+            )

@@ -1,0 +1,64 @@
+"""What a launcher says, held against the variables that MPICH, Open MPI and Slurm set."""
+
+import subprocess
+import sys
+
+import pytest
+
+from arraytp import ranks
+from arraytp.errors import UserError
+
+VARIABLES = [name for pair in ranks.LAUNCHERS for name in pair] + ["SLURM_JOB_ID", "SLURM_STEP_ID"]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    ranks.world.cache_clear()
+    yield
+    ranks.world.cache_clear()
+
+
+def set_all(monkeypatch, text):
+    for setting in text.split():
+        monkeypatch.setenv(*setting.split("="))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", (1, 0)),
+        ("PMI_SIZE=4 PMI_RANK=3", (4, 3)),
+        ("OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=1", (2, 1)),
+        ("SLURM_NTASKS=8 SLURM_PROCID=5 SLURM_JOB_ID=1 SLURM_STEP_ID=0", (8, 5)),
+        # A batch script itself, and mpiexec within one.
+        ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1", (1, 0)),
+        ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1 PMI_SIZE=2 PMI_RANK=1", (2, 1)),
+    ],
+)
+def test_the_launcher_says_how_many_there_are(monkeypatch, text, wanted):
+    set_all(monkeypatch, text)
+    assert ranks.launched() == wanted
+
+
+def test_launched_without_mpi4py_says_what_to_install(monkeypatch):
+    set_all(monkeypatch, "PMI_SIZE=2 PMI_RANK=0")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"2 processes were launched \(PMI_SIZE\), .* install arraytp\[mpi\]"):
+        ranks.world()
+
+
+def test_only_the_first_of_the_processes_speaks(monkeypatch):
+    """The same line would come as often as there are ranks."""
+    for rank, speaks in ((0, True), (1, False)):
+        set_all(monkeypatch, f"PMI_SIZE=2 PMI_RANK={rank}")
+        assert ranks.speaks() is speaks
+
+
+def test_without_a_launcher_nothing_of_mpi_is_imported():
+    code = (
+        "import sys; from arraytp import cli; from arraytp.ranks import world; world(); print('mpi4py' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
