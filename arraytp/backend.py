@@ -1,6 +1,8 @@
 """Which array module computes: NumPy or CuPy. Nothing else in the package knows CuPy's name."""
 
 import importlib
+import importlib.metadata
+import re
 import resource
 import sys
 from collections.abc import Sequence
@@ -59,10 +61,13 @@ class Backend:
         "numpy" or "cupy".
     xp : module
         The array module.
+    number : int
+        Which device.
     """
 
     name: str
     xp: Any
+    number: int = 0
 
     @property
     def on_host(self) -> bool:
@@ -81,6 +86,11 @@ class Backend:
         """Return arrays of shape () and one dtype as numbers; from a device in one copy."""
         return self.to_host(self.xp.stack(arrays)).tolist() if arrays else []
 
+    def use_device(self) -> None:
+        """Let the calling thread work on this device; every thread begins on the first."""
+        if not self.on_host:
+            self.xp.cuda.Device(self.number).use()
+
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if not self.on_host:
@@ -91,6 +101,20 @@ class Backend:
         if self.on_host:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(self.xp.get_default_memory_pool().total_bytes())
+
+    def memory_words(self, error: MemoryError, batch: int) -> str:
+        """Say what an array that did not fit was too large for, and on a device which `train.batch_size` may fit."""
+        asked = re.search(r"allocating ([\d,]+) bytes", str(error))
+        if self.on_host or asked is None:
+            return str(error)
+        size, held = int(asked[1].replace(",", "")), self.peak_memory()
+        _, total = self.xp.cuda.runtime.memGetInfo()
+        # All but the weights grows with the batch, and the step may not have come to its largest array.
+        fits = max(1, min(batch // 2, batch * total // (held + size)))
+        return (
+            f"train.batch_size {batch} does not fit into the {total:,} bytes of {self.device()}: {size:,} bytes were "
+            f"asked for beside {held:,} in use; try train.batch_size={fits}"
+        )
 
     def device(self) -> str:
         """Name the device."""
@@ -124,7 +148,7 @@ class Upload:
         pinned = importlib.import_module(backend.xp.__name__ + "x").empty_pinned
         # Copies from pinned memory alone overlap with computation.
         self.host: np.ndarray = pinned(shape, dtype)
-        self._xp, self._stream = backend.xp, stream
+        self._backend, self._xp, self._stream = backend, backend.xp, stream
         self._device = self._xp.empty(shape, dtype)
         self._copied: Any = None
         # Before the first copy, whatever used the device's memory last must be done.
@@ -137,6 +161,7 @@ class Upload:
 
     def send(self, count: int) -> None:
         """Begin to copy the first rows of `host`, when the device has done with those before."""
+        self._backend.use_device()
         self._stream.wait_event(self._free)
         self._device[:count].set(self.host[:count], stream=self._stream)
         self._copied = self._stream.record()
@@ -159,31 +184,61 @@ def copy_stream(backend: Backend) -> Any:
 NUMPY = Backend("numpy", np)
 
 
-def get_backend(name: str) -> Backend:
+def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
     """Return the backend of a name.
 
     Parameters
     ----------
     name : {"numpy", "cupy"}
+    device : int, optional
+        Which device; by default ranks take the devices in turn.
+    rank : int
 
     Raises
     ------
     UserError
-        If CuPy is not installed or finds no CUDA device.
+        If there is no such device; if CuPy is not installed, or twice, or finds no CUDA device, driver or libraries
+        that it can compute with.
     """
     if name == "numpy":
         return NUMPY
+    packages = sorted(set(importlib.metadata.packages_distributions().get("cupy", [])))
+    if len(packages) > 1:
+        raise UserError(
+            f"backend cupy: {' and '.join(packages)} are installed, and each overwrites parts of the other; uninstall "
+            f"all of them, then install one: arraytp[cuda12] or arraytp[cuda13]"
+        )
     try:
         cupy: ModuleType = importlib.import_module("cupy")
     except ImportError as error:
         raise UserError(
-            f"backend cupy: CuPy cannot be imported ({error}); install arraytp[cuda12] or arraytp[cuda13], "
+            f"backend cupy: CuPy cannot be imported ({first_line(error)}); install arraytp[cuda12] or arraytp[cuda13], "
             "or use --backend numpy"
         ) from error
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise UserError(f"backend cupy: no CUDA device can be used ({error}); use --backend numpy") from error
+        remedy = "use --backend numpy"
+        if "InsufficientDriver" in str(error):
+            remedy = f"update the driver, install the CuPy that fits it (arraytp[cuda12] is the older one), or {remedy}"
+        raise UserError(f"backend cupy: no CUDA device can be used ({first_line(error)}); {remedy}") from error
     if devices == 0:
         raise UserError("backend cupy: this machine has no CUDA device; use --backend numpy")
-    return Backend("cupy", cupy)
+    if device is not None and device >= devices:
+        raise UserError(f"device: {device}: this machine has {devices}, counted from 0; at most {devices - 1} can be")
+    backend = Backend("cupy", cupy, rank % devices if device is None else device)
+    backend.use_device()
+    try:
+        # CuPy loads the compiler and cuBLAS when they are first needed.
+        float((cupy.ones((2, 2)) @ cupy.ones((2, 2))).sum())
+    except (ImportError, OSError, RuntimeError, cupy.cuda.compiler.CompileException) as error:
+        raise UserError(
+            f"backend cupy: CuPy cannot compute ({first_line(error)}); install it with CUDA's libraries and headers, "
+            "as arraytp[cuda12] and arraytp[cuda13] do, or use --backend numpy"
+        ) from error
+    return backend
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says that is not empty; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

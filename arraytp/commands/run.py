@@ -318,7 +318,8 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
             else:
                 _run(job, run, stop, asked.resume, ranks)
         except MemoryError as error:
-            raise UserError(f"{job.label}: not enough memory: {error}") from error
+            words = job.plan.backend.memory_words(error, job.plan.config.train.batch_size)
+            raise UserError(f"{job.label}: not enough memory: {words}") from error
         except OSError as error:
             raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
 

@@ -52,7 +52,8 @@ def command(
         try:
             not_finite = write_trace(out, experiment, images, labels, noise=not no_noise, stop=stop)
         except MemoryError as error:
-            raise UserError(f"{config}: not enough memory: {error}") from error
+            words = experiment.plan.backend.memory_words(error, experiment.config.train.batch_size)
+            raise UserError(f"{config}: not enough memory: {words}") from error
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     if not_finite:

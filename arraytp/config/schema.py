@@ -140,6 +140,7 @@ class Config:
     name: Annotated[str, MinLen(1), AfterValidator(_checked_name)]
     seed: Border = 0
     backend: Literal["numpy", "cupy"] = "numpy"
+    device: Border | None = None
     dtype: Literal["float32", "float64"] = "float32"
     data: Data
     network: Annotated[NetworkOptions, AfterValidator(_checked_network), Field(examples=[{"name": "lenet"}])]

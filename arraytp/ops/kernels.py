@@ -9,7 +9,8 @@ Dimensions: B batch, (H, W) input size, (P, Q) output size, C channels, k kernel
 from functools import cache
 from typing import Any
 
-from arraytp.backend import Array, array_module
+from arraytp.backend import Array, array_module, first_line
+from arraytp.errors import UserError
 from arraytp.ops import patches
 from arraytp.ops.activations import LEAKY_SLOPE, Activation
 from arraytp.ops.patches import Window
@@ -299,7 +300,18 @@ def kernel(array: Array, name: str, inputs: str, outputs: str, body: str, preamb
 
 @cache
 def _made(xp: Any, name: str, inputs: str, outputs: str, body: str, preamble: str) -> Any:
-    return xp.ElementwiseKernel(inputs, outputs, body, name, preamble=preamble)
+    made = xp.ElementwiseKernel(inputs, outputs, body, name, preamble=preamble)
+
+    def launch(*arguments: Any, **options: Any) -> Any:
+        try:
+            return made(*arguments, **options)
+        except xp.cuda.compiler.CompileException as error:
+            raise UserError(
+                f"backend cupy: the kernel {name} does not compile ({first_line(error)}) with CuPy {xp.__version__}; "
+                "install arraytp[cuda12] or arraytp[cuda13] into an environment of its own, or use --backend numpy"
+            ) from error
+
+    return launch
 
 
 def _sizes(window: Window | None, channels: int, largest: Array) -> list[int]:

@@ -14,6 +14,7 @@ from arraytp.errors import UserError
 from arraytp.fast.orthogonality import regularised
 from arraytp.model.architectures import plan_network
 from arraytp.model.blocks import Block, show_shape
+from arraytp.ranks import launched
 from arraytp.rules import RULES, gnt
 
 TEST_SPLITS = ("test", "val")
@@ -106,7 +107,9 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
         raise UserError(f"compare.against: {list(config.compare.against)}: needs bp, and gnt besides if you like")
     _check_lists(config, blocks)
     _check_study(config, blocks, counts["train"] - config.train.validation)
-    return Plan(config, backend or get_backend(config.backend), dataset, blocks, test_split, notes)
+    return Plan(
+        config, backend or get_backend(config.backend, config.device, launched()[1]), dataset, blocks, test_split, notes
+    )
 
 
 def _check_numbers(value: Any, key: str, dtype: str) -> None:

@@ -455,6 +455,7 @@ ndarray.set = _set
 pinned = []
 cuda = SimpleNamespace(
     Stream=Stream,
+    Device=lambda device=None: SimpleNamespace(use=lambda: None),
     get_current_stream=lambda: current_stream,
     runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: {"name": b"strict double"}),
 )

@@ -1,0 +1,123 @@
+"""What `--backend cupy` says where CuPy, driver, device or memory are not as they should be; with a fake CuPy."""
+
+import importlib.metadata
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from arraytp.backend import NUMPY, Backend, get_backend
+from arraytp.errors import UserError
+from arraytp.ops import kernels
+
+
+class RuntimeFailure(RuntimeError):
+    pass
+
+
+class CompileException(Exception):
+    pass
+
+
+class Fake:
+    """A CuPy whose parts fail as told."""
+
+    def __init__(self, devices=2, count_error=None, compute_error=None):
+        self.used, self.__version__ = [], "0"
+        self._devices, self._count_error, self._compute_error = devices, count_error, compute_error
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(
+                CUDARuntimeError=RuntimeFailure,
+                getDeviceCount=self.count,
+                memGetInfo=lambda: (1000, 8000),
+                getDevice=lambda: 0,
+                getDeviceProperties=lambda number: {"name": b"Fake 8"},
+            ),
+            compiler=SimpleNamespace(CompileException=CompileException),
+            Device=lambda number: SimpleNamespace(use=lambda: self.used.append(number)),
+        )
+
+    def count(self):
+        if self._count_error is not None:
+            raise self._count_error
+        return self._devices
+
+    def ones(self, shape):
+        if self._compute_error is not None:
+            raise self._compute_error
+        return __import__("numpy").ones(shape)
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(total_bytes=lambda: 6000)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Install a fake CuPy, as the package of this name."""
+
+    def install(*packages, **settings):
+        made = Fake(**settings)
+        monkeypatch.setitem(sys.modules, "cupy", made)
+        found = {"cupy": list(packages or ("cupy-cuda12x",))}
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: found)
+        return made
+
+    return install
+
+
+LIBRARY = "libcublas.so.12: cannot open shared object file: No such file or directory"
+CASES = {
+    "two packages": (
+        [("cupy-cuda12x", "cupy-cuda13x"), {}],
+        ["cupy-cuda12x and cupy-cuda13x are installed", "uninstall all of them"],
+    ),
+    "an old driver": (
+        [(), {"count_error": RuntimeFailure("cudaErrorInsufficientDriver: CUDA driver version is insufficient")}],
+        ["cudaErrorInsufficientDriver", "update the driver", "arraytp[cuda12]"],
+    ),
+    "no driver": ([(), {"count_error": RuntimeFailure("cudaErrorNoDevice: no device")}], ["cudaErrorNoDevice"]),
+    "no device": ([(), {"devices": 0}], ["this machine has no CUDA device"]),
+    "no libraries": ([(), {"compute_error": ImportError(f"\n{LIBRARY}\nmore")}], [f"({LIBRARY})", "arraytp[cuda12]"]),
+    "no compiler": ([(), {"compute_error": RuntimeError("CuPy failed to load libnvrtc.so.12")}], ["libnvrtc.so.12"]),
+    "no headers": ([(), {"compute_error": CompileException("fill.cu(3): error: no file\nmore")}], ["fill.cu(3)"]),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), CASES.values(), ids=CASES)
+def test_what_keeps_cupy_from_computing_is_one_line(fake, settings, words):
+    packages, options = settings
+    fake(*packages, **options)
+    with pytest.raises(UserError) as caught:
+        get_backend("cupy")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("backend cupy: ")
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_the_device_is_chosen_by_its_number_or_by_rank(fake):
+    made = fake(devices=3)
+    numbers = [get_backend("cupy", *which).number for which in ((None, 0), (None, 4), (2, 0), (0, 1))]
+    assert numbers == made.used == [0, 1, 2, 0]
+    with pytest.raises(UserError, match="device: 3: this machine has 3, counted from 0; at most 2 can be"):
+        get_backend("cupy", 3)
+
+
+def test_an_array_that_does_not_fit_is_named_with_a_batch_that_may():
+    error = MemoryError("Out of memory allocating 4,000 bytes (allocated so far: 6,000 bytes).")
+    said = Backend("cupy", Fake()).memory_words(error, 128)
+    assert said == (
+        "train.batch_size 128 does not fit into the 8,000 bytes of Fake 8: 4,000 bytes were asked for beside 6,000 in "
+        "use; try train.batch_size=64"
+    )
+    assert "batch_size=1" in Backend("cupy", Fake()).memory_words(error, 1)
+    assert NUMPY.memory_words(MemoryError("no room"), 128) == "no room"
+
+
+def test_a_kernel_that_does_not_compile_is_one_line():
+    def fail(*arguments, **options):
+        raise CompileException("arraytp_x.cu(7): error: what?\n1 error detected")
+
+    made = Fake()
+    made.ElementwiseKernel = lambda *text, **options: fail
+    with pytest.raises(UserError, match=r"the kernel arraytp_x does not compile \(arraytp_x.cu\(7\): error: what\?\)"):
+        kernels._made(made, "arraytp_x", "T x", "T y", "y = x", "")(1, 2)
