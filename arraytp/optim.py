@@ -4,7 +4,7 @@ g gradient, θ parameter, v velocity, m and u first and second moment, t the num
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,6 +36,22 @@ class OptimizerState:
     moments: list[tuple[Array, ...]]
 
 
+@dataclass(frozen=True)
+class Twins:
+    """Arrays that get the very step that the weights of their blocks get, after both have shrunk by 1 − λ.
+
+    Parameters
+    ----------
+    arrays : map of block to array of its weight's shape and dtype, C-contiguous
+        Updated in place.
+    decay : float
+        λ; it decays no weight without a twin, and no bias.
+    """
+
+    arrays: Mapping[int, Array]
+    decay: float
+
+
 def init_optimizer(optimizer: OptimizerOptions, parameters: Sequence[Array]) -> OptimizerState:
     """Return the state before the first step: all moments 0."""
     count = 2 if isinstance(optimizer, options.Adam) else int(optimizer.momentum > 0)
@@ -50,6 +66,7 @@ def apply_updates(
     parameters: Sequence[Array],
     gradients: Sequence[Array],
     workspace: Workspace,
+    twins: Twins | None = None,
 ) -> None:
     """Do one step of SGD or Adam on every parameter, in place.
 
@@ -67,6 +84,7 @@ def apply_updates(
     parameters, gradients : sequences of arrays of the same shapes and dtype, C-contiguous
         Gradients are left as they are.
     workspace : Workspace
+    twins : Twins, optional
 
     Raises
     ------
@@ -79,11 +97,12 @@ def apply_updates(
     for p, (theta, gradient, moments) in enumerate(zip(parameters, gradients, state.moments, strict=True)):
         settings, rate = of_block(optimizer, p // 2), at_block(lr, p // 2)
         flat = [array.reshape(-1) for array in (theta, gradient, *moments)]
+        twin = None if twins is None or p % 2 else twins.arrays.get(p // 2)
         length = HOST_ELEMENTS if workspace.backend.on_host else theta.size
-        tasks += [
-            partial(_step, settings, rate, state.step, [a[part] for a in flat], workspace)
-            for part in slices(theta.size, length)
-        ]
+        for part in slices(theta.size, length):
+            stretch = [a[part] for a in flat]
+            both = None if twin is None or twins is None else (twin.reshape(-1)[part], twins.decay)
+            tasks.append(partial(_step, settings, rate, state.step, stretch, both, workspace))
     workspace.run(tasks)
 
 
@@ -117,10 +136,17 @@ def of_block(optimizer: OptimizerOptions, position: int) -> OptimizerOptions:
     return optimizer
 
 
-def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array], workspace: Workspace) -> None:
-    """Do one step on one stretch of one parameter: arrays are θ, g and the moments."""
+def _step(
+    optimizer: OptimizerOptions,
+    lr: float,
+    step: int,
+    arrays: list[Array],
+    twin: tuple[Array, float] | None,
+    workspace: Workspace,
+) -> None:
+    """Do one step on one stretch of one parameter: arrays are θ, g and the moments; `twin` is an array and λ."""
     theta, g, *moments = arrays
-    if kernels.has_kernels(theta):
+    if twin is None and kernels.has_kernels(theta):
         _fused_step(optimizer, lr, step, arrays)
         return
     work = workspace.scratch.of("optimizer").array("work", (2, theta.size), theta.dtype)
@@ -129,10 +155,17 @@ def _step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array]
         decayed = xp.multiply(theta, theta.dtype.type(optimizer.weight_decay), out=work[1])
         decayed += g
         g = decayed
+    if twin is not None:
+        xp, kept = array_module(theta), theta.dtype.type(1 - twin[1])
+        for array in (theta, twin[0]):
+            xp.multiply(array, kept, out=array)
+    # Either subtracts `work[0]` from θ and leaves it there.
     if isinstance(optimizer, options.Adam):
         adam_step(optimizer, lr, step, theta, g, moments[0], moments[1], work[0])
     else:
         sgd_step(optimizer, lr, theta, g, moments[0] if moments else None, work[0])
+    if twin is not None:
+        array_module(theta).subtract(twin[0], work[0], out=twin[0])
 
 
 def _fused_step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array]) -> None:
@@ -158,7 +191,7 @@ def sgd_step(optimizer: options.SGD, lr: float, theta: Array, g: Array, v: Array
     v : array of the same shape or None
         Velocity, updated in place; 0 before the first step, so that the first step has v = g.
     work : array of the same shape
-        Overwritten.
+        What was subtracted from θ.
     """
     xp, number = array_module(theta), theta.dtype.type
     if v is not None:
@@ -189,7 +222,7 @@ def adam_step(
     m, u : arrays of the same shape
         Moments, updated in place.
     work : array of the same shape
-        Overwritten.
+        What was subtracted from θ.
     """
     xp, number = array_module(theta), theta.dtype.type
     scale, rate = adam_rates(optimizer, lr, step)

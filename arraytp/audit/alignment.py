@@ -1,16 +1,23 @@
-"""Feedback alignment, direct and not: the updates by definition, and BP where the feedback is the transpose."""
+"""Feedback alignment and its relatives: updates by definition, BP where B = W, and what each rule makes of B."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
+from arraytp import optim
 from arraytp.audit import reference
-from arraytp.audit.check import Check, apart, checked, host, worst
+from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, worst
 from arraytp.audit.gradients import PASS, exact, updates_apart
-from arraytp.audit.setting import Setting
-from arraytp.rules import dfa, fa
+from arraytp.audit.setting import Setting, fresh
+from arraytp.model.blocks import Network
+from arraytp.rules import dfa, fa, sign_symmetry
 from arraytp.rules.protocol import State
+from arraytp.training.experiment import Experiment
+
+BATCHES = 2
 
 
 def feedback_alignment(setting: Setting) -> Iterator[Check]:
@@ -26,7 +33,61 @@ def feedback_alignment(setting: Setting) -> Iterator[Check]:
     symmetric = State({n: setting.network.weights[n] for n in state.weights})
     error = updates_apart(setting.propose(state=symmetric), exact(setting.batch))
     yield checked("all blocks: with B = W the update is BP's", "FA with B = W", fa.updates, error, PASS)
-    yield from _independence(setting, state)
+    if setting.rule.follow is None:
+        yield from _independence(setting, state)
+
+
+def sign_symmetry_of(setting: Setting) -> Iterator[Check]:
+    """Check sign symmetry: B's signs and magnitudes on two batches, each with other forward weights."""
+    if setting.rule.follow is not sign_symmetry.follow:
+        return
+    magnitude, state, blocks = setting.options.magnitude, setting.state(), setting.network.blocks
+    sizes = [{n: np.abs(host(B)) for n, B in state.weights.items()}]
+    signs = dict.fromkeys(state.weights, 0)
+    for number in range(BATCHES):
+        weights = [setting.normal(w.shape, 70, number, n) for n, w in enumerate(setting.network.weights)]
+        batch = replace(setting.batch, network=Network(blocks, weights, setting.network.biases), number=number)
+        sign_symmetry.follow(setting.options, state, batch)
+        sizes.append({n: np.abs(host(B)) for n, B in state.weights.items()})
+        for n, B in state.weights.items():
+            signs[n] += int((np.sign(host(B)) != np.sign(host(weights[n]))).sum())
+    for n, wrong in signs.items():
+        label, shape = blocks[n].label, blocks[n].weight_shape
+        yield checked(f"{label}: signs of B that are not W's", "B = |R| ⊙ sign(W)", sign_symmetry.follow, wrong, 0.0)
+        c = math.sqrt(2 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
+        if magnitude == "batch":
+            spread = worst(*(abs(math.sqrt((size[n] ** 2).mean()) / c - 1) for size in sizes))
+            error, tolerance = spread, 5 / math.sqrt(2 * math.prod(shape))
+            repeated = sum(np.array_equal(a[n], b[n]) for a, b in pairwise(sizes))
+            yield checked(f"{label}: batches that share |R|", "drawn anew", sign_symmetry.follow, repeated, 0.0)
+        else:
+            expected = np.full(shape, c) if magnitude == "unit" else sizes[0][n]
+            error, tolerance = worst(*(apart(size[n], expected) for size in sizes)), ROUNDING
+        yield checked(f"{label}: |R|, {magnitude}", "c = √(2/(fan_in + fan_out))", sign_symmetry.init_state, error,
+                      tolerance)  # fmt: skip
+
+
+def kolen_pollack_of(setting: Setting) -> Iterator[Check]:
+    """Check Kolen–Pollack: W − B shrinks by 1 − λ in each of two steps of random updates."""
+    if setting.rule.shared_decay is None:
+        return
+    experiment, kept = fresh(setting), 1 - setting.rule.shared_decay(setting.options)
+    step, before = experiment.forward(setting.images, setting.labels), _differences(experiment)
+    for number in range(BATCHES):
+        updates = [
+            (setting.normal(w.shape, 71, number, n) * 0.1, setting.normal(b.shape, 72, number, n) * 0.1)
+            for n, (w, b) in enumerate(zip(experiment.network.weights, experiment.network.biases, strict=True))
+        ]
+        experiment.apply(step, updates)
+    for n, after in _differences(experiment).items():
+        error = apart(after, kept**BATCHES * before[n])
+        yield checked(f"{setting.network.blocks[n].label}: W − B after {BATCHES} steps", "(1 − λ) per step",
+                      optim.apply_updates, error, PASS)  # fmt: skip
+
+
+def _differences(experiment: Experiment) -> dict[int, Floats]:
+    weights = experiment.network.weights
+    return {n: host(weights[n]) - host(B) for n, B in experiment.rule_state.weights.items()}
 
 
 def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
@@ -67,4 +128,4 @@ def _independence(setting: Setting, state: State) -> Iterator[Check]:
                       largest, min(0.9, 8 / math.sqrt(smallest)))  # fmt: skip
 
 
-CHECKS = (feedback_alignment, direct_feedback_alignment)
+CHECKS = (feedback_alignment, sign_symmetry_of, kolen_pollack_of, direct_feedback_alignment)

@@ -15,7 +15,7 @@ from arraytp.audit.jacobians import jacobians
 from arraytp.audit.setting import Setting
 from arraytp.model.blocks import Block
 from arraytp.optim import at_block
-from arraytp.rules import drl, dtp, gnt, ldrl, ridge_tp, tp
+from arraytp.rules import alignment, drl, dtp, gnt, ldrl, ridge_tp, tp, weight_mirror
 
 Loss = Callable[[Floats, Floats | None], float]
 """(ω, G's bias) → the loss of an iteration of feedback training with given noise."""
@@ -192,6 +192,41 @@ def drl_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
     return loss
 
 
+def mirror_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
+    """−⟨x, yBᵀ⟩ / rows of the noise x and the block's response y to it."""
+    block, theta, bias, s = _block(setting, n)
+    x = noises["epsilon"].reshape(s.shape)
+    y = _response(block, theta, bias, x)
+    return lambda B, _: -float((x * reference.transposed(block, B, y)).sum()) / _rows(y)
+
+
+def alignment_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
+    """Sum of primitives: α self or amp, β decay and, for ia, γ null."""
+    (block, theta, bias, s), options = _block(setting, n), setting.options
+    y = _response(block, theta, bias, s)
+
+    def loss(B: Floats, _: Floats | None) -> float:
+        value = options.beta * (B**2).sum() / 2
+        if options.loss == "sa":
+            return float(value - options.alpha * (B * theta).sum())
+        back = reference.transposed(block, B, y)
+        null = options.gamma * (back**2).sum() / 2 if options.loss == "ia" else 0.0
+        return float(value + (null - options.alpha * (s * back).sum()) / _rows(y))
+
+    return loss
+
+
+def _response(block: Block, theta: Floats, bias: Floats, x: Floats) -> Floats:
+    """Return f(xW + b), without the pool."""
+    z, _, _ = reference.block_forward(block, theta, bias, x)
+    return reference.activation(z, block.activation.name)
+
+
+def _rows(y: Floats) -> int:
+    """Return the number of rows of x's patches."""
+    return int(np.prod(y.shape[:-1]))
+
+
 def _block(setting: Setting, n: int) -> tuple[Block, Floats, Floats, Floats]:
     """Return block, θ, its bias and s^n on the host."""
     at = setting.batch.at(n)
@@ -202,5 +237,7 @@ FEEDBACK_LOSSES: Mapping[Any, tuple[str, Callable[[Setting, int, Mapping[str, Fl
     ldrl.begin: ("L-DRL, Algorithm 3", ldrl_loss),
     dtp.begin: ("DTP, Algorithm 1", dtp_loss),
     drl.begin: ("DRL, Algorithm 2", drl_loss),
+    weight_mirror.begin: ("weight mirror, Eq. 7", mirror_loss),
+    alignment.begin: ("alignment losses, Table 1", alignment_loss),
 }
 """By `Feedback.begin`: source and definition."""

@@ -32,6 +32,7 @@ def steps(setting: Setting) -> Iterator[Check]:
     options, network, experiment = setting.config.optimizer, drifted(setting), fresh(setting)
     for own, array in zip(experiment.network.parameters(), network.parameters(), strict=True):
         own[...] = array
+    decay = 0.0 if setting.rule.shared_decay is None else setting.rule.shared_decay(setting.options)
     theta, state = experiment.network.parameters(), optim.init_optimizer(options, network.parameters())
     experiment.optimizer_state = state
     start = [host(array).copy() for array in theta]
@@ -44,7 +45,8 @@ def steps(setting: Setting) -> Iterator[Check]:
             if options.orthogonality and p in regularised_weights:
                 total = total + _regulariser(options.orthogonality, expected[p])
             lr = _expected_rate(setting.config.schedule, at_block(options.lr, p // 2), 0, t - 1)
-            expected[p] = reference.optimiser_step(options, lr, p // 2, t, expected[p], total, moments[p])
+            lost = decay * expected[p] if p % 2 == 0 and p // 2 in experiment.rule_state.weights else 0.0
+            expected[p] = reference.optimiser_step(options, lr, p // 2, t, expected[p], total, moments[p]) - lost
         step = experiment.forward(setting.images, setting.labels)
         experiment.apply(step, list(zip(gradients[::2], gradients[1::2], strict=True)))
     for n, block in enumerate(network.blocks):

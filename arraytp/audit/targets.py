@@ -93,7 +93,7 @@ def descent(setting: Setting) -> Iterator[Check]:
     output = next(iter(rule.targets(setting.options, setting.state(), batch))).delta
     angle = angle_degrees(output.reshape(batch.dlogits.shape), -batch.dlogits)
     yield checked(f"{label}: angle of the output's t − s to −∂L/∂s, degrees", "downhill", rule.targets, angle, DOWNHILL)
-    pairs = [] if rule.feedback is None else rule.feedback.pairs(setting.state(), setting.network)
+    pairs = rule.pairs(setting.state(), setting.network)
     matched = {n: theta for n, omega, theta in pairs if theta is not None and theta.shape == omega.shape}
     if list(matched) != list(range(1, len(setting.network))):
         return

@@ -46,7 +46,7 @@ LIMIT = 1e-6
 def modules(setting: Setting) -> bool:
     """Tell whether the rule trains a feedback module G^n for every block but the first."""
     trained = setting.rule.feedback
-    return trained is not None and trained.pairs is module_pairs and setting.unpool is not None
+    return trained is not None and setting.rule.pairs is module_pairs and setting.unpool is not None
 
 
 def jacobian_matching(setting: Setting) -> Iterator[Check]:

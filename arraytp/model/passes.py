@@ -7,12 +7,13 @@ rule does not know which it is given.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from arraytp.backend import Array, Backend
-from arraytp.model.blocks import Network, Shape
+from arraytp.model.blocks import Block, Network, Shape
+from arraytp.ops.activations import LINEAR, Activation
 from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import Unpool
 from arraytp.ranks import Part
@@ -88,6 +89,11 @@ class Batch:
     def first(self) -> int:
         """The place of the first sample in the batch."""
         return 0 if self.part is None else self.part.first
+
+    @property
+    def share(self) -> float:
+        """What part of the batch these samples are: the weight of what is no sum over samples in a sum over ranks."""
+        return 1.0 if self.part is None else self.part.count / self.part.size
 
     def summed(self, arrays: Sequence[Array], name: str) -> list[Array]:
         """Return sums over the samples of this rank as sums over those of all ranks, in `array` of that name.
@@ -289,6 +295,31 @@ class At:
         """
         return self.batch.engine.inverse(self, factors, y)
 
+    def alone(self, x: Array) -> Array:
+        """Return f(xW + b), of shape (B, *pre_shape): the block alone, without its pool, on x of s^n's shape.
+
+        Valid until the next call.
+        """
+        network = Network((_without_pool(self.block, self.block.activation),), [self.weight], [self.bias])
+        return self.batch.engine.forward(network, x, "alone").outputs[0]
+
+    def outer(self, x: Array, y: Array, name: str, omega: Array | None = None) -> tuple[Array, Array | None]:
+        """Return xᵀy, of shape weight_shape, over the rows of x's patches; and yωᵀ, of s^n's shape, where ω is given.
+
+        Parameters
+        ----------
+        x : array of s^n's shape
+        y : array of shape (B, *pre_shape)
+        name : str
+            Names the arrays of the results, which are valid until the next call with it.
+        omega : array of shape weight_shape, optional
+        """
+        network = Network((_without_pool(self.block, LINEAR),), [self.weight], [self.bias])
+        passed = ForwardPass([x, y], [y], [None])
+        at = At(replace(self.batch, network=network, forward=passed, dlogits=y, results=name), 0)
+        xy, _, back = self.batch.engine.backward(at, y, omega, None)
+        return xy, back
+
     def iterations(self, unpool: Unpool, training: "NoiseAndProducts") -> "Iterations":
         """Return what iterations of feedback training on this block share; valid until the next call."""
         return self.batch.engine.iterations(self, unpool, training)
@@ -296,6 +327,11 @@ class At:
     def jacobian_overlap(self, unpool: Unpool) -> tuple[Array, Array]:
         """Return N and M of Theorem 4.2, see `arraytp.model.feedback.jacobian_overlap`."""
         return self.batch.jacobian_overlap(self.n, unpool)
+
+
+def _without_pool(block: Block, activation: Activation) -> Block:
+    """Return the block that hands on all of f(z)."""
+    return replace(block, activation=activation, pool=None, auxiliary=0, out_shape=block.pre_shape)
 
 
 class GramErrors(Protocol):

@@ -15,6 +15,10 @@ from arraytp.report.reading import Result
 RULE_COLOURS = {
     "bp": "#000000",
     "fa": "#0072b2",
+    "sign-symmetry": "#56b4e9",
+    "kolen-pollack": "#332288",
+    "weight-mirror": "#6699cc",
+    "alignment": "#882255",
     "dfa": "#d55e00",
     "gait-prop": "#e69f00",
     "tp": "#56b4e9",

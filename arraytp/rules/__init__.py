@@ -2,10 +2,42 @@
 
 from typing import TYPE_CHECKING, Any, Union
 
-from arraytp.rules import bp, dfa, drl, dtp, fa, gait_prop, gnt, ldrl, ldrl_parallel, ridge_tp, tp
+from arraytp.rules import (
+    alignment,
+    bp,
+    dfa,
+    drl,
+    dtp,
+    fa,
+    gait_prop,
+    gnt,
+    kolen_pollack,
+    ldrl,
+    ldrl_parallel,
+    ridge_tp,
+    sign_symmetry,
+    tp,
+    weight_mirror,
+)
 from arraytp.rules.protocol import Options, Rule
 
-_MODULES = (bp, fa, dfa, gait_prop, tp, dtp, ldrl, ldrl_parallel, drl, ridge_tp, gnt)
+_MODULES = (
+    bp,
+    fa,
+    dfa,
+    sign_symmetry,
+    kolen_pollack,
+    weight_mirror,
+    alignment,
+    gait_prop,
+    tp,
+    dtp,
+    ldrl,
+    ldrl_parallel,
+    drl,
+    ridge_tp,
+    gnt,
+)
 
 RULES: dict[str, Rule[Any]] = {module.RULE.name: module.RULE for module in _MODULES}
 """By name."""

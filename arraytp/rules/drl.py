@@ -263,13 +263,13 @@ RULE = Rule(
     local_loss=local_loss,
     feedback=Feedback(
         begin=begin,
-        pairs=pairs,
         flops=feedback_flops,
         closed_form=closed_form,
         expected=lambda options: bool(options.expected),
         epochs=lambda options: (options.pretrain_epochs, options.extra_epochs),
         noise_key=noise_key,
     ),
+    pairs=pairs,
     flops=flops,
     check=check,
 )

@@ -11,13 +11,14 @@ Source: Lillicrap et al. (2016), as compared in the GP paper.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from arraytp.backend import Backend
 from arraytp.model.blocks import Network, backward_flops
 from arraytp.model.initialise import initial_weight
 from arraytp.model.passes import Batch
 from arraytp.options import STRICT, InitName
+from arraytp.rules.feedback import module_pairs
 from arraytp.rules.protocol import Rule, State, Update
 
 
@@ -56,4 +57,4 @@ def flops(options: Options, network: Network) -> int:
     return backward_flops(network.blocks)
 
 
-RULE = Rule(options=Options, init_state=init_state, updates=updates, flops=flops)
+RULE: Rule[Any] = Rule(options=Options, init_state=init_state, updates=updates, pairs=module_pairs, flops=flops)

@@ -181,7 +181,7 @@ def only_block(training: FeedbackTraining, n: int, blocks: int) -> FeedbackTrain
 
 
 def module_pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
-    """Return n, ω^n and θ^n of every block with a feedback module."""
+    """Return n, ω^n or B^n, and the forward weight of every block whose feedback weight has the same shape."""
     return [(n, omega, network.weights[n]) for n, omega in state.weights.items()]
 
 
@@ -196,15 +196,25 @@ def feedback_products(training: FeedbackTraining, network: Network, products: in
 
 
 def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block], reduction: str) -> None:
-    """Refuse what the rules with trained feedback cannot do.
+    """Refuse what the rules with trained feedback modules cannot do.
 
     Raises
     ------
     UserError
-        If a list has not one value per feedback block, the loss is not the mean, or blocks have auxiliary units; names
-        key and blocks.
+        As `check_training`; also if the loss is not the mean, or blocks have auxiliary units; names key and blocks.
     """
     check_targets(rule, blocks, reduction)
+    check_training(training, blocks)
+
+
+def check_training(training: FeedbackTraining, blocks: Sequence[Block]) -> None:
+    """Refuse lists of settings that have not one value per feedback block, and a regulariser of ω.
+
+    Raises
+    ------
+    UserError
+        Names key and blocks.
+    """
     if training.optimizer.orthogonality:
         raise UserError(
             f"rule.feedback.optimizer.orthogonality: {training.optimizer.orthogonality:g}: the regulariser is for θ, "

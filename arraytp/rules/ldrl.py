@@ -27,7 +27,7 @@ from arraytp.model.passes import At, NoiseAndProducts, Samples
 from arraytp.options import SGD
 from arraytp.rules import dtp
 from arraytp.rules.collapse import sgd_iterations
-from arraytp.rules.feedback import check_expected, feedback_products, module_pairs, step_feedback
+from arraytp.rules.feedback import check_expected, feedback_products, step_feedback
 from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule, State
 
 
@@ -120,7 +120,6 @@ RULE: Rule[Any] = replace(
     check=check,
     feedback=Feedback(
         begin=begin,
-        pairs=module_pairs,
         flops=feedback_flops,
         closed_form=closed_form,
         expected=lambda options: options.expected,

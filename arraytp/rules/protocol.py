@@ -158,7 +158,6 @@ class Feedback(Generic[O]):
     ----------
     begin : (options, at, σ, noises) → Iterating
         Return what does the iterations on a block of a batch; `noises` is how many there will be.
-    pairs : (state, network) → list of (n, ω^n, forward weight to compare it with or None)
     flops : (options, network) → int
         Operations of the products of training for one sample.
     settings : options → FeedbackTraining
@@ -177,7 +176,6 @@ class Feedback(Generic[O]):
     """
 
     begin: Callable[[O, At, float, int], Iterating]
-    pairs: Callable[[State, Network], list[tuple[int, Array, Array | None]]]
     flops: Callable[[O, Network], int]
     settings: Callable[[O], FeedbackTraining] = lambda options: options.feedback
     noises: Callable[[O], int] = lambda options: 1
@@ -206,6 +204,11 @@ class Rule(Generic[O]):
         The loss whose gradient `local_update` is, t constant, for arrays of shape (B, *out_shape); for the audit.
     feedback : Feedback, optional
         For rules that train feedback weights.
+    follow : (options, state, batch) → None, optional
+        Set feedback weights that follow from θ, in place; on every batch, before its updates.
+    shared_decay : options → float, optional
+        λ of a rule whose B^n get the very step that the optimiser gives W^n, after both have shrunk by 1 − λ.
+    pairs : (state, network) → list of (n, feedback weight, forward weight to compare it with or None), optional
     flops : (options, network) → int
         Operations of the products of the updates for one sample.
     check : (options, blocks, dtype, loss reduction) → list of str
@@ -225,6 +228,9 @@ class Rule(Generic[O]):
     local_update: Callable[[O, At, Target], Update] | None = None
     local_loss: Callable[[O, Block, Array, Array], float] | None = None
     feedback: Feedback[O] | None = None
+    follow: Callable[[O, State, Batch], None] | None = None
+    shared_decay: Callable[[O], float] | None = None
+    pairs: Callable[[State, Network], list[tuple[int, Array, Array | None]]] = lambda state, network: []
     flops: Callable[[O, Network], int]
     check: Callable[[O, tuple[Block, ...], str, str], list[str]] = lambda options, blocks, dtype, reduction: []
     compared: Callable[[O], O] = lambda options: options

@@ -29,7 +29,7 @@ from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch, Engine
 from arraytp.model.plain import Plain
 from arraytp.ops.loss import LOSSES, label_rank
-from arraytp.optim import OptimizerState, apply_updates, check_gradients, init_optimizer, learning_rates
+from arraytp.optim import OptimizerState, Twins, apply_updates, check_gradients, init_optimizer, learning_rates
 from arraytp.ranks import ALONE, Part, Ranks, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Updates
@@ -208,7 +208,7 @@ class Experiment:
         return mean
 
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
-        """Let the rule train its feedback weights, if it has any, on a batch; θ stays.
+        """Let the rule train its feedback weights on a batch, or set those that follow from θ; θ stays.
 
         `options` may stand in for those of the config; `observe` is told of every iteration.
 
@@ -217,11 +217,16 @@ class Experiment:
         list of arrays of shape (), or None for no iterations
             The loss in the last iteration, per block with feedback; empty for rules without trained feedback.
         """
-        if self.rule.feedback is None:
+        rule, options = self.rule, options or self.config.rule
+        if rule.feedback is None and rule.follow is None:
             return []
-        batch, options = replace(step.batch, number=self.feedback_step), options or self.config.rule
+        batch = replace(step.batch, number=self.feedback_step)
         self.feedback_step += 1
-        return feedback.train(self.rule.feedback, options, self.rule_state, batch, self.workspace, observe)
+        if rule.follow is not None:
+            rule.follow(options, self.rule_state, batch)
+        if rule.feedback is None:
+            return []
+        return feedback.train(rule.feedback, options, self.rule_state, batch, self.workspace, observe)
 
     def updates(self, step: Step, stop: Callable[[], bool] = lambda: False) -> Updates:
         """Return the rule's update of every block, leaving θ as it is; errors as `Rule.propose`.
@@ -302,8 +307,8 @@ class Experiment:
         return between if epoch else first
 
     def feedback_pairs(self) -> list[tuple[int, Array, Array | None]]:
-        """Return n, trained feedback weight, and forward weight to compare it with, of every block that has one."""
-        return [] if self.rule.feedback is None else self.rule.feedback.pairs(self.rule_state, self.network)
+        """Return n, feedback weight, and forward weight to compare it with, of every block that has one."""
+        return self.rule.pairs(self.rule_state, self.network)
 
     def compare_feedback(self, losses: list[Array | None]) -> list[FeedbackComparison]:
         """Measure every trained feedback weight against its forward weight; empty for rules that train none.
@@ -317,7 +322,7 @@ class Experiment:
         ]
 
     def apply(self, step: Step, updates: Updates, epoch: int = 0) -> None:
-        """Let the optimiser apply updates to the θ that the step's forward pass was computed with.
+        """Let the optimiser apply updates to the θ that the step's forward pass was computed with, and to its twins.
 
         The optimiser's regulariser is added to the updates in place.
 
@@ -335,7 +340,9 @@ class Experiment:
                 optimizer.orthogonality, self.network, weights, errors, self.workspace, optimizer.orthogonality_on
             )
         rates = learning_rates(self.config.schedule, optimizer.lr, epoch, self.optimizer_state.step)
-        apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace)
+        decay = None if self.rule.shared_decay is None else self.rule.shared_decay(self.config.rule)
+        twins = None if decay is None else Twins(self.rule_state.weights, decay)
+        apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace, twins)
 
     def evaluate(self, loader: Loader | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Score]:
         """Score the test split, or that of another loader, batch by batch.

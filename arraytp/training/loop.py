@@ -156,10 +156,10 @@ class Run:
         return read_checkpoint(path, self.experiment)
 
     def _restart(self, metrics: list[str], angles: list[str], feedback: list[str]) -> None:
-        """Write the tables anew; feedback.csv only for rules that train feedback."""
+        """Write the tables anew; feedback.csv only for rules whose feedback weights pair with forward ones."""
         self.metrics.restart(metrics)
         self.angles.restart(angles)
-        if self.experiment.rule.feedback is not None:
+        if self.experiment.feedback_pairs():
             self.feedback.restart(feedback)
 
     def train(self, stop: StopRequest) -> None:
@@ -272,7 +272,7 @@ class Run:
         """
         with self._located():
             losses = self.experiment.train_feedback(step)
-        if self.experiment.plan.backend.on_host:
+        if losses and self.experiment.plan.backend.on_host:
             for (n, *_), loss in zip(self.experiment.feedback_pairs(), losses, strict=True):
                 if loss is not None and not math.isfinite(loss):
                     culprit = self._feedback_of(n) if is_finite(step.batch.logits) else None

@@ -126,10 +126,11 @@ def _step(sink: Sink, experiment: Experiment, images: Array, labels: Array, nois
     step = experiment.forward(images, labels)
     _put_activations(sink, step)
     sink.describe("activations", {"loss": float(step.score.loss)})
-    if experiment.rule.feedback is not None:
-        key = experiment.rule.feedback.noise_key
-        observe = partial(_put_iteration, sink, experiment.feedback_step, key, noise)
-        experiment.train_feedback(step, observe=observe)
+    trained = experiment.rule.feedback
+    put = None
+    if trained is not None:
+        put = partial(_put_iteration, sink, experiment.feedback_step, trained.noise_key, noise)
+    experiment.train_feedback(step, observe=put)
     _put_targets(sink, experiment, step)
     experiment.apply(step, _put_updates(sink, experiment, step))
     _put_weights(sink, "weights_after", experiment)

@@ -46,7 +46,7 @@ def make_step(
         pass_ = Batch(engine, net, forward, cross_entropy_backward(cache, reduction), 0, count)
         if learned.feedback is not None:
             feedback.train(learned.feedback, options, state, pass_, engine)
-            for _, omega, theta in learned.feedback.pairs(state, net):
+            for _, omega, theta in learned.pairs(state, net):
                 if theta is not None:
                     angle_degrees(omega, theta)
         updates = learned.propose(options, state, pass_)

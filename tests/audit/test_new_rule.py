@@ -104,7 +104,8 @@ RULE = Rule(
     targets=targets,
     local_update=local_update,
     local_loss=local_loss,
-    feedback=Feedback(begin=begin_with(reconstruct), pairs=module_pairs, flops=feedback_flops),
+    feedback=Feedback(begin=begin_with(reconstruct), flops=feedback_flops),
+    pairs=module_pairs,
     flops=flops,
 )
 

@@ -47,6 +47,13 @@ RULES = {
     "bp": ({"name": "bp"}, (CONV, DENSE)),
     "fa": ({"name": "fa"}, (CONV, DENSE)),
     "dfa": ({"name": "dfa"}, (CONV, DENSE)),
+    "sign-symmetry": ({"name": "sign-symmetry"}, (CONV, DENSE)),
+    "sign-symmetry batch": ({"name": "sign-symmetry", "magnitude": "batch"}, (CONV,)),
+    "sign-symmetry fixed": ({"name": "sign-symmetry", "magnitude": "fixed"}, (CONV,)),
+    "kolen-pollack": ({"name": "kolen-pollack", "decay": 0.1}, (CONV, DENSE)),
+    "weight-mirror": ({"name": "weight-mirror", "feedback": TRAINED}, (CONV, DENSE)),
+    "alignment sa": ({"name": "alignment", "alpha": 0.6, "feedback": TRAINED | {"optimizer": ADAM}}, (CONV,)),
+    "alignment ia": ({"name": "alignment", "loss": "ia", "gamma": 0.3, "feedback": TRAINED}, (CONV, DENSE)),
     "gait-prop literal": ({"name": "gait-prop", "eta": 1e-2}, (SQUARE,)),
     "gait-prop vanilla": ({"name": "gait-prop", "normalise": False, "gamma": 0.1}, (SQUARE,)),
     "gait-prop not rescaled": (
@@ -89,6 +96,7 @@ RULES = {
     "drl expected": ({"name": "drl", "expected": True, "feedback": TRAINED | {"optimizer": ADAM}}, (CONV, DENSE)),
     "drl optimum": ({"name": "drl", "expected": "optimum", "feedback": TRAINED}, (CONV, DENSE)),
 }  # fmt: skip
+FEEDBACK_ALIGNMENT = ("fa", "sign-symmetry", "kolen-pollack", "weight-mirror", "alignment")
 CASES = [
     pytest.param(rule, layers, id=f"{name}-{len(layers)}") for name, (rule, nets) in RULES.items() for layers in nets
 ]
@@ -527,8 +535,9 @@ def updates_of(trace):
     last, forwards = len(trace.blocks) - 1, [trace.weights("forward", n)[0] for n in range(len(trace.blocks))]
     if trace.rule["name"] == "bp":
         return chained(trace, forwards)
-    if trace.rule["name"] == "fa":
-        return chained(trace, [None] + [trace[f"weights/feedback/{n}/weight"] for n in range(1, last + 1)])
+    if trace.rule["name"] in FEEDBACK_ALIGNMENT:
+        place = "weights" if trace.rule["name"] in ("fa", "kolen-pollack") else "weights_after"
+        return chained(trace, [None] + [trace[f"{place}/feedback/{n}/weight"] for n in range(1, last + 1)])
     if trace.rule["name"] == "dfa":
         e = output_gradient(trace)
         directs = [e @ trace[f"weights/feedback/{n}/weight"] for n in range(1, last + 1)]
@@ -543,8 +552,46 @@ def check_activations(trace):
         check(trace[f"activations/{n}/out"], s)
 
 
-LOSSES = {"tp": reconstruction_loss, "dtp": reconstruction_loss, "ldrl": difference_loss,
-          "ldrl-parallel": difference_loss, "drl": direct_loss}  # fmt: skip
+def signed(trace):
+    """Check B's signs after the step's setting, and its magnitudes before and after."""
+    for n in range(1, len(trace.blocks)):
+        weight, _ = trace.weights("forward", n)
+        before, after = (trace[f"{place}/feedback/{n}/weight"] for place in ("weights", "weights_after"))
+        assert torch.equal(torch.sign(after), torch.sign(weight))
+        assert torch.equal(after.abs(), before.abs()) == (trace.rule["magnitude"] != "batch")
+        if trace.rule["magnitude"] == "unit":
+            taps = weight[..., 0, 0].numel()
+            check(after.abs(), torch.full_like(after, (2 / taps / sum(weight.shape[-2:])) ** 0.5))
+
+
+def response(trace, n, x):
+    """Return f(xW + b) of block n, without its pool."""
+    block = {key: value for key, value in trace.blocks[n].items() if key != "pool"}
+    return forward(block, x, *trace.weights("forward", n))[1]
+
+
+def mirrored(trace, n, omega, noise):
+    """Return −⟨x, yBᵀ⟩ over the rows of x's patches, which is −tr(Bᵀ xᵀy) / rows."""
+    x = noise["epsilon"].reshape(trace.input(n).shape)
+    y = response(trace, n, x)
+    return -(x * transposed(trace.blocks[n], y, omega[0], x)).sum() / (y.numel() / y.shape[-1])
+
+
+def regularised(trace, n, omega, noise):
+    """Return the sum of primitives of the alignment losses."""
+    (B, _), rule, x = omega, trace.rule, trace.input(n)
+    decay = rule["beta"] * (B**2).sum() / 2
+    if rule["loss"] == "sa":
+        return decay - rule["alpha"] * (B * trace.weights("forward", n)[0]).sum()
+    y = response(trace, n, x)
+    back, rows = transposed(trace.blocks[n], y, B, x), y.numel() / y.shape[-1]
+    null = rule["gamma"] * (back**2).sum() / 2 / rows if rule["loss"] == "ia" else 0.0
+    return decay - rule["alpha"] * (x * back).sum() / rows + null
+
+
+LOSSES = {"weight-mirror": mirrored, "alignment": regularised, "tp": reconstruction_loss,
+          "dtp": reconstruction_loss, "ldrl": difference_loss, "ldrl-parallel": difference_loss,
+          "drl": direct_loss}  # fmt: skip
 
 
 def check_feedback_training(trace):
@@ -647,6 +694,10 @@ def check_updates(trace):
             check(trace[f"bp/{n}/{part}"], reference[i])
             before = trace[f"weights/forward/{n}/{part}"]
             after = optimised(trace.config["optimizer"], before, [mine[i]], lambda w, n=n: orthogonality(trace, w, n))
+            if trace.rule["name"] == "kolen-pollack" and n and part == "weight":
+                B, kept = trace[f"weights/feedback/{n}/weight"], 1 - trace.rule["decay"]
+                check(trace[f"weights_after/feedback/{n}/weight"], kept * B - (before - after))
+                after = kept * before - (before - after)
             check(trace[f"weights_after/forward/{n}/{part}"], after)
         a, b, attrs = mine[0].flatten(), reference[0].flatten(), trace.attrs[f"updates/forward/{n}"]
         cosine = float(a @ b / a.norm() / b.norm())
@@ -661,9 +712,13 @@ def test_every_number_of_a_step_can_be_recomputed_from_the_file_alone(dataset, t
     assert trace.attrs[""]["version"] == 2
     check_activations(trace)
     trained = len(layers) - 1 if "feedback" in rule else 0
+    if rule["name"] == "sign-symmetry":
+        signed(trace)
     iterations = trained * (1 if rule.get("expected") else 3 * trace.rule.get("samples", 1))
-    assert check_feedback_training(trace) == iterations
-    assert any(name.startswith("targets/") for name in trace.arrays) == (rule["name"] not in ("bp", "fa", "dfa"))
+    if rule["name"] not in ("sign-symmetry", "kolen-pollack"):
+        assert check_feedback_training(trace) == iterations
+    without = ("bp", "dfa", *FEEDBACK_ALIGNMENT)
+    assert any(name.startswith("targets/") for name in trace.arrays) == (rule["name"] not in without)
     if "targets" in trace.attrs:
         check_targets(trace)
     check_updates(trace)

@@ -64,6 +64,12 @@ CASES = {
     "bp": ("bp", {}),
     "fa": ("fa", {}),
     "dfa": ("dfa", {}),
+    "sign-symmetry": ("sign-symmetry", {}),
+    "sign-symmetry batch": ("sign-symmetry", {"magnitude": "batch"}),
+    "kolen-pollack": ("kolen-pollack", {"decay": 0.1}),
+    "weight-mirror": ("weight-mirror", {}),
+    "alignment sa": ("alignment", {}),
+    "alignment ia": ("alignment", {"loss": "ia"}),
     **{f"{name} {unpool}": (name.split()[0], {**options, "unpool": unpool})
        for name, options in LEARNED.items() for unpool in ("overwrite", "accumulate")},
     "drl": ("drl", {}),

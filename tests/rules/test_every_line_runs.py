@@ -30,6 +30,8 @@ NOT_OF_A_STEP = {
     "bp.py": {"flops"},
     "fa.py": {"flops"},
     "dfa.py": {"flops", "direct_flops"},
+    "weight_mirror.py": {"feedback_flops", "check"},
+    "alignment.py": {"feedback_flops", "check"},
     # Of the plan, before a run: refusals and notes. Of the audit: the loss that `local_update` is the gradient of.
     "dtp.py": {"flops", "feedback_flops", "check", "local_loss"},
     "ldrl.py": {"feedback_flops", "check"},
@@ -42,7 +44,14 @@ NOT_OF_A_STEP = {
     # Refuses rates at which the iterations diverge.
     "collapse.py": {"check_converges"},
     # Of the plan; of the bench; of a study.
-    "feedback.py": {"check_feedback", "check_targets", "check_expected", "feedback_products", "only_block"},
+    "feedback.py": {
+        "check_feedback",
+        "check_targets",
+        "check_training",
+        "check_expected",
+        "feedback_products",
+        "only_block",
+    },
     # Names for files, copies for the audit and studies.
     "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts"},
 }
@@ -71,6 +80,12 @@ STEPS = {
     "bp": {"name": "bp"},
     "fa": {"name": "fa"},
     "dfa": {"name": "dfa"},
+    "sign-symmetry unit": {"name": "sign-symmetry"},
+    "sign-symmetry batch": {"name": "sign-symmetry", "magnitude": "batch"},
+    "kolen-pollack": {"name": "kolen-pollack"},
+    "weight-mirror": {"name": "weight-mirror", "feedback": SOME},
+    "alignment sa": {"name": "alignment", "feedback": SOME},
+    "alignment ia": {"name": "alignment", "loss": "ia", "feedback": SOME},
     "gait-prop literal": GAIT_PROP,
     "gait-prop literal vanilla": {"name": "gait-prop", "normalise": False, "gamma": 0.1},
     "gait-prop literal not rescaled": GAIT_PROP | {"rescale_updates": False, "norm": "l2_squared"},

@@ -12,12 +12,19 @@ from arraytp.fast import engine, inverse, overlaps, products
 from arraytp.model.architectures import square
 from arraytp.model.initialise import make_network
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
+from arraytp.rules import RULES
 
 TRAINED = {"feedback": FeedbackTraining(iterations=(2, 1, 1), optimizer=SGD(lr=1e-4, momentum=0.9))}
 CASES = {
     "bp": ("bp", {}),
     "fa": ("fa", {}),
     "dfa": ("dfa", {}),
+    "sign-symmetry": ("sign-symmetry", {}),
+    "sign-symmetry batch": ("sign-symmetry", {"magnitude": "batch"}),
+    "kolen-pollack": ("kolen-pollack", {}),
+    "weight-mirror": ("weight-mirror", TRAINED),
+    "alignment sa": ("alignment", TRAINED),
+    "alignment ia": ("alignment", TRAINED | {"loss": "ia"}),
     "gait-prop literal": ("gait-prop", {}),
     "gait-prop vanilla": ("gait-prop", {"normalise": False, "rescale_updates": False}),
     "gait-prop difference": ("gait-prop", {"form": "difference"}),
@@ -51,7 +58,7 @@ INVERTIBLE = [
 def case_of(case, shape, dtype="float32", threads=1, optimizer=None):
     """Return a trainer of the case on a network that its rule takes."""
     rule, options = CASES[case]
-    if rule not in ("bp", "gait-prop"):
+    if "feedback_init" in RULES[rule].options.__dataclass_fields__:
         options = FEEDBACK_INIT | options
     if rule == "gait-prop":
         # Literal targets are lost in float32's rounding, which is of no matter here.

@@ -46,6 +46,15 @@ CASES = {
     "bp orthogonality": ("bp", {}, SGD(lr=0.1, orthogonality=0.01), True),
     "fa": ("fa", {}, STEEP, False),
     "dfa": ("dfa", {}, STEEP, False),
+    "sign-symmetry unit": ("sign-symmetry", {}, STEEP, False),
+    "sign-symmetry batch": ("sign-symmetry", {"magnitude": "batch"}, STEEP, False),
+    "sign-symmetry fixed": ("sign-symmetry", {"magnitude": "fixed"}, Adam(lr=0.01), False),
+    "kolen-pollack": ("kolen-pollack", {"decay": 0.02}, STEEP, False),
+    "kolen-pollack adam": ("kolen-pollack", {"decay": 0.02}, Adam(lr=0.01, weight_decay=1e-3), False),
+    "weight-mirror": ("weight-mirror", {"feedback": FEEDBACK}, STEEP, False),
+    "alignment wm": ("alignment", {"loss": "wm", "feedback": FEEDBACK}, STEEP, False),
+    "alignment ia": ("alignment", {"loss": "ia", "feedback": ADAPTIVE, "gamma": 0.3}, STEEP, False),
+    "alignment sa": ("alignment", {"feedback": FEEDBACK, "alpha": 0.7}, STEEP, False),
     "gait-prop literal": ("gait-prop", {"eta": 0.01}, SGD(lr=0.03, momentum=0.9), True),
     "gait-prop vanilla": (
         "gait-prop", {"normalise": False, "gamma": 0.2, "rescale_updates": False}, SGD(lr=0.03, momentum=0.9), True

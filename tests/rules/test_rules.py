@@ -145,7 +145,10 @@ def test_the_feedback_is_the_seeds_on_every_place(place, rule, init, dtype):
         assert not np.array_equal(other[n], array)
 
 
-@pytest.mark.parametrize("rule", ["fa", "dfa", "tp", "dtp", "ldrl", "ldrl-parallel", "drl"])
+@pytest.mark.parametrize(
+    "rule",
+    ["fa", "dfa", "kolen-pollack", "weight-mirror", "alignment", "tp", "dtp", "ldrl", "ldrl-parallel", "drl"],
+)
 @pytest.mark.parametrize("init", ["orthogonal", "xavier-normal", "kaiming-uniform"])
 def test_no_feedback_matrix_is_a_forward_weight_or_another_feedback_matrix(rule, init):
     """Published code seeds B of layer k like W of layer k + 1, so that equal shapes give equal matrices.

@@ -18,9 +18,9 @@ from arraytp.training.experiment import build
 from arraytp.training.finite import finite_blocks
 from arraytp.training.loop import Run
 
-LEARNED = ("tp", "dtp", "ldrl", "ldrl expected", "ldrl-parallel", "drl", "drl expected")
+LEARNED = ("weight-mirror", "alignment", "tp", "dtp", "ldrl", "ldrl expected", "ldrl-parallel", "drl", "drl expected")
 GAIT_PROP = {"gait-prop literal": {"eta": 0.01}, "gait-prop difference": {"form": "difference"}}
-RULES = ("bp", "fa", "dfa", *GAIT_PROP, *LEARNED)
+RULES = ("bp", "fa", "dfa", "sign-symmetry", "kolen-pollack", *GAIT_PROP, *LEARNED)
 POOLED = {
     "blocks": [
         {
@@ -79,6 +79,8 @@ def rule_options(rule, optimizer):
         return {"name": "gait-prop"} | GAIT_PROP[rule]
     name, _, expected = rule.partition(" ")
     feedback = {"iterations": [2, 1, 2], "optimizer": OPTIMIZERS[optimizer] | {"lr": 1e-4}}
+    if name == "sign-symmetry":
+        return {"name": name, "magnitude": "batch"}
     options = {"name": name, "feedback_init": "xavier-normal"} | ({"expected": True} if expected else {})
     return options | ({"feedback": feedback} if rule in LEARNED else {})
 

@@ -251,7 +251,7 @@ for _function in (
     np.add, np.subtract, np.multiply, np.divide, np.negative, np.absolute, np.sign, np.maximum, np.minimum, np.sqrt,
     np.square, np.exp, np.expm1, np.log, np.log1p, np.tanh, np.rint, np.greater, np.greater_equal, np.less,
     np.less_equal, np.equal, np.not_equal, np.logical_and, np.logical_or, np.logical_not, np.isfinite, np.isnan,
-    np.isinf, np.cos, np.sin,
+    np.isinf, np.cos, np.sin, np.copysign,
 ):  # fmt: skip
     globals()[_function.__name__] = _ufunc(_function)
 

@@ -12,7 +12,7 @@ from arraytp.model.blocks import Network
 from arraytp.model.passes import Batch, Engine
 from arraytp.model.plain import Plain
 from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
-from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, init_optimizer
+from arraytp.optim import OptimizerOptions, OptimizerState, Twins, apply_updates, init_optimizer
 from arraytp.rules import RULES
 from arraytp.rules.feedback import train
 from arraytp.rules.protocol import Rule, State
@@ -67,9 +67,11 @@ class Trainer:
 
     def train_feedback(self, batch, observe=None):
         """Let the rule train its feedback, if it has any; return the losses."""
+        self.number += 1
+        if self.rule.follow is not None:
+            self.rule.follow(self.options, self.state, batch)
         if self.rule.feedback is None:
             return []
-        self.number += 1
         return train(self.rule.feedback, self.options, self.state, batch, self.workspace, observe)
 
     def step(self, x, labels, reduction="mean"):
@@ -85,8 +87,9 @@ class Trainer:
             add_orthogonality(
                 optimizer.orthogonality, self.network, weights, errors, self.workspace, optimizer.orthogonality_on
             )
+        twins = self.rule.shared_decay and Twins(self.state.weights, self.rule.shared_decay(self.options))
         parameters = self.network.parameters()
-        apply_updates(optimizer, optimizer.lr, self.optimizer_state, parameters, gradients, self.workspace)
+        apply_updates(optimizer, optimizer.lr, self.optimizer_state, parameters, gradients, self.workspace, twins)
 
 
 def trainer(network, rule, optimizer, backend: Backend = NUMPY, threads=1, seed=0, engine=None, **options):

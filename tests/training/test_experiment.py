@@ -241,24 +241,25 @@ def test_every_rule_keeps_to_the_protocol(batch, name):
         assert dweight.dtype == dbias.dtype == weight.dtype
     # Two products per weight and sample, BP's: the least that is one is the output block's dW.
     assert made.rule.flops(made.config.rule, network) >= 2 * network.weights[-1].size
-    assert (rule.targets is None) == (name in ("bp", "fa", "dfa"))
+    relatives = ("fa", "sign-symmetry", "kolen-pollack", "weight-mirror", "alignment")
+    assert (rule.targets is None) == (name in ("bp", "dfa", *relatives))
     assert (rule.local_loss is None) == (rule.local_update is None) == (rule.updates is not None)
     targets = list(made.targets(step))
     assert len(targets) == (len(network) if rule.targets is not None else 0)
     last = network.blocks[-1]
     assert not targets or targets[0].delta.size == len(images) * last.next_shape[0]
-    learned = name in ("tp", "dtp", "ldrl", "ldrl-parallel", "drl")
+    learned = name in ("tp", "dtp", "ldrl", "ldrl-parallel", "drl", "weight-mirror", "alignment")
     assert (rule.feedback is not None) == learned
-    if not learned:
-        assert (losses, pairs, made.feedback_step) == ([], [], 0)
-        return
-    assert [n for n, *_ in pairs] == sorted(made.rule_state.weights) == list(blocks[1:])
-    assert len(losses) == len(network) - 1
-    assert made.feedback_step == 1
+    assert made.feedback_step == (learned or name == "sign-symmetry")
+    assert [n for n, *_ in pairs] == (list(blocks[1:]) if learned or name in relatives else [])
     for n, omega, theta in pairs:
         assert omega is made.rule_state.weights[n]
         assert theta is None or theta.shape == omega.shape
-    assert rule.feedback.flops(made.config.rule, network) > 0
+    assert len(losses) == (len(network) - 1 if learned else 0)
+    if not learned:
+        return
+    # Symmetric alignment, the default, has no products.
+    assert (rule.feedback.flops(made.config.rule, network) > 0) == (name != "alignment")
     assert rule.feedback.epochs(made.config.rule) == (0, 0)
 
 

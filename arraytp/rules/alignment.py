@@ -1,0 +1,135 @@
+"""Alignment losses: FA with a B^n that descends a local regulariser, a sum of named primitives.
+
+    decay  ½‖B‖²                           amp   −tr(xᵀ B y) / rows
+    self   −tr(Bᵀ W)                       null  ½‖y Bᵀ‖² / rows
+
+    wm (weight mirror)            R = α amp + β decay
+    ia (information alignment)    R = α amp + β decay + γ null
+    sa (symmetric alignment)      R = α self + β decay
+
+For every block n = 1 … N−1, x = s^n of the batch and y = f(xW + b), without the pool. Rows are those of x's patches, so
+amp and null are means over samples and positions. B is trained by the loop and the optimiser of all learned feedback,
+K_n steps on every batch, before the updates; σ has no part in it. SA rests at B = (α/β) W. The rest is FA.
+Source: Kunin et al. (2020), Section 3 and Table 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from arraytp.backend import Array, array_module
+from arraytp.model.blocks import Block, Network
+from arraytp.model.passes import At
+from arraytp.options import SGD, STRICT, FeedbackTraining, InitName, NonNegative
+from arraytp.rules import weight_mirror
+from arraytp.rules.feedback import check_training, feedback_products
+from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State
+from arraytp.rules.weight_mirror import inner, rows
+
+Primitive = Literal["decay", "self", "amp", "null"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which sum of primitives, with which coefficients; how B^n is drawn at first and trained."""
+
+    name: Literal["alignment"] = "alignment"
+    loss: Literal["wm", "ia", "sa"] = "sa"
+    alpha: NonNegative = 1.0
+    beta: NonNegative = 1.0
+    gamma: NonNegative = 0.1
+    feedback_init: InitName = "orthogonal"
+    feedback: FeedbackTraining = field(default_factory=lambda: FeedbackTraining(iterations=1, optimizer=SGD(lr=0.01)))
+
+    __pydantic_config__ = STRICT
+
+
+def coefficients(options: Options) -> Mapping[Primitive, float]:
+    """Return the coefficients of the sum by primitive."""
+    if options.loss == "sa":
+        return {"self": options.alpha, "decay": options.beta}
+    null: dict[Primitive, float] = {"null": options.gamma} if options.loss == "ia" else {}
+    return {"amp": options.alpha, "decay": options.beta, **null}
+
+
+def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
+    """Return the iteration: R and its gradient in B, of x and y that stay the same on a batch."""
+    weights, y = coefficients(options), None
+    if options.loss != "sa":
+        y = at.alone(at.s)
+
+    def iterate(state: State, k: int, with_loss: bool) -> Iteration:
+        B = state.weights[at.n]
+        loss, gradient = None, at.batch.array("gradient", B.shape)
+        gradient[...] = 0
+        for name, weight in weights.items():
+            # Of a form of degree d in B, the value is ⟨B, gradient⟩ / d.
+            degree, part = PRIMITIVES[name](at, B, y)
+            # Ranks add up their gradients.
+            part *= part.dtype.type(weight if name in OF_SAMPLES else weight * at.batch.share)
+            if with_loss:
+                value = inner(at, B, part) / part.dtype.type(degree)
+                loss = value if loss is None else loss + value
+            gradient += part
+        return Iteration({"weight": gradient}, loss)
+
+    return iterate
+
+
+def decay(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
+    """½‖B‖²: B."""
+    return 2, _copied(at, B)
+
+
+def self_(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
+    """−tr(BᵀW): −W."""
+    return 1, array_module(B).negative(at.weight, out=at.batch.array("part", B.shape))
+
+
+def amp(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
+    """−tr(xᵀ B y) / rows: −xᵀy / rows."""
+    assert y is not None
+    xy, _ = at.outer(at.s, y, "amp")
+    xy *= xy.dtype.type(-1 / rows(at))
+    return 1, xy
+
+
+def null(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
+    """½‖yBᵀ‖² / rows: (yBᵀ)ᵀ y / rows."""
+    assert y is not None
+    _, back = at.outer(at.s, y, "null", B)
+    assert back is not None
+    part, _ = at.outer(back, y, "null twice")
+    part *= part.dtype.type(1 / rows(at))
+    return 2, part
+
+
+OF_SAMPLES = ("amp", "null")
+PRIMITIVES = {"decay": decay, "self": self_, "amp": amp, "null": null}
+"""By name: (at, B, y) → the degree in B, and the gradient, which is the caller's to overwrite."""
+
+
+def _copied(at: At, array: Array) -> Array:
+    copy = at.batch.array("part", array.shape)
+    copy[...] = array
+    return copy
+
+
+def feedback_flops(options: Options, network: Network) -> int:
+    """Return the operations of the products of feedback training for one sample: y once, xᵀy and null an iteration."""
+    products = {"sa": 0, "wm": 1, "ia": 4}[options.loss]
+    return feedback_products(options.feedback, network, products) if products else 0
+
+
+def check(options: Options, blocks: Sequence[Block], dtype: str, reduction: str) -> list[str]:
+    """Refuse lists of another length than the number of blocks with feedback."""
+    check_training(options.feedback, blocks)
+    return []
+
+
+RULE: Rule[Any] = replace(
+    weight_mirror.RULE,
+    options=Options,
+    feedback=Feedback(begin=begin, flops=feedback_flops),
+    check=check,
+)

@@ -1,0 +1,30 @@
+"""Kolen–Pollack: FA with a B^n that gets the very update that W^n gets; both decay.
+
+    W^n ← (1 − λ) W^n − Δ^n
+    B^n ← (1 − λ) B^n − Δ^n
+
+Δ^n is the optimiser's step on W^n, whichever optimiser. So W − B shrinks by 1 − λ per step, whatever Δ is, and FA turns
+into BP. The optimiser applies both (`shared_decay`). W^0, which has no B, and biases do not decay. The rest is FA.
+Sources: Kolen & Pollack (1994); Akrout et al. (2019), Equations 16 and 17.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from arraytp.options import STRICT, Decay, InitName
+from arraytp.rules import fa
+from arraytp.rules.protocol import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """λ, and how the initial B^n is drawn."""
+
+    name: Literal["kolen-pollack"] = "kolen-pollack"
+    decay: Decay = 1e-4
+    feedback_init: InitName = "orthogonal"
+
+    __pydantic_config__ = STRICT
+
+
+RULE: Rule[Any] = replace(fa.RULE, options=Options, shared_decay=lambda options: options.decay)
