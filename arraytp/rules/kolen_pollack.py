@@ -27,4 +27,9 @@ class Options:
     __pydantic_config__ = STRICT
 
 
-RULE: Rule[Any] = replace(fa.RULE, options=Options, shared_decay=lambda options: options.decay)
+def shared_decay(options: Options) -> float:
+    """Return λ."""
+    return options.decay
+
+
+RULE: Rule[Any] = replace(fa.RULE, options=Options, shared_decay=shared_decay)
