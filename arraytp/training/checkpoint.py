@@ -157,7 +157,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r", locking=False) as file:
             if file.attrs.get("version") not in READABLE:
                 raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
-            if "rule/feedback/0" in file:
+            if file.attrs["version"] == 1 and "rule/feedback/0" in file:
                 raise UserError(
                     f"{path}: is of version 1, which numbers the feedback of rules dfa and drl otherwise; --fresh "
                     "starts over"

@@ -22,7 +22,7 @@ def build():
             "dtype": dtype,
             "data": {"dataset": "fashion-mnist-10k", "in_memory_mb": 0},
             "network": {"blocks": [{"type": "dense", "units": units}, {"type": "dense", "units": 10}]},
-            "rule": {"name": rule},
+            "rule": {"name": rule} if isinstance(rule, str) else rule,
             "optimizer": {"name": optimizer, "lr": 0.1},
             "train": {"epochs": 1, "batch_size": 8},
         }
@@ -187,3 +187,13 @@ def test_blocks_that_are_not_finite_are_told_apart(build):
     assert finite_blocks(made.network) == [True, False]
     made.network.weights[0][0, 0] = np.nan
     assert finite_blocks(made.network) == [False, False]
+
+
+def test_the_random_hidden_layer_of_direct_feedback_is_kept(build, tmp_path):
+    """It is held as weight 0, where version 1 had the feedback of the first block."""
+    made, fresh = build({"name": "drl", "hidden": 3}), build({"name": "drl", "hidden": 3}, seed=1)
+    assert made.rule_state.weights[0].shape == (10, 3)
+    write_checkpoint(tmp_path / "c.h5", made, RUN)
+    fresh.rule_state.weights[0][...] = 0
+    assert read_checkpoint(tmp_path / "c.h5", fresh) == RUN
+    np.testing.assert_array_equal(fresh.rule_state.weights[0], made.rule_state.weights[0])
