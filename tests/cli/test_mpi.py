@@ -163,7 +163,7 @@ def started(place, ranks, *words):
     return process
 
 
-LONG = ("--set", "train.epochs=400", "--set", "train.checkpoint_minutes=0.002")
+LONG = ("--set", "train.epochs=100", "--set", "train.checkpoint_minutes=0.002")
 
 
 @pytest.mark.slow
@@ -192,8 +192,8 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(place, time_of_dea
     assert time.monotonic() - killed < 10
     assert process.returncode != 0
     assert children(process.pid) == []
-    words = ("run", "toy.yml", *SETTINGS, "--set", "train.epochs=400", "--resume", "--out", "some")
+    words = ("run", "toy.yml", *SETTINGS, "--set", "train.epochs=100", "--resume", "--out", "some")
     assert run(generator.choice([0, 2, 3]), *words)[0] == 0
-    assert run(0, "run", "toy.yml", *SETTINGS, "--set", "train.epochs=400", "--out", "undisturbed")[0] == 0
+    assert run(0, "run", "toy.yml", *SETTINGS, "--set", "train.epochs=100", "--out", "undisturbed")[0] == 0
     for mine, theirs in zip(numbers(place / "some"), numbers(place / "undisturbed"), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-9)
