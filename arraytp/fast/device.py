@@ -9,12 +9,14 @@ import numpy as np
 
 from arraytp.backend import NUMPY, Array, Backend, add_product
 from arraytp.fast.engine import Fast
+from arraytp.fast.inverse import first_rows
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients, Iterate, NoiseAndProducts, Sums, Through
 from arraytp.ops import kernels
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.noise import EPSILON, ETA, gaussian
-from arraytp.ops.solve import LU, Cholesky, PseudoInverse
+from arraytp.ops.patches import im2col
+from arraytp.ops.solve import LU, Cholesky, PseudoInverse, symmetric_solve
 from arraytp.options import Unpool
 
 OWNER = "device"
@@ -52,7 +54,9 @@ class Device(Fast):
 
     def backward(self, at: At, ds: Array, through: Through | None, scale: float | Array | None) -> Gradients:
         """See `At.backward`."""
-        if isinstance(through, LU | Cholesky | PseudoInverse):
+        if isinstance(through, Cholesky):
+            return self._backward_through_inverse(at, ds, through, scale)
+        if isinstance(through, LU | PseudoInverse):
             return super().backward(at, ds, through, scale)
         block, s = at.block, at.s
         own, ds = self.of((OWNER, at.batch.results, at.n)), ds.reshape(at.s_next.shape)
@@ -67,6 +71,18 @@ class Device(Fast):
         if through is None:
             return dweight, dbias, None
         return dweight, dbias, self.transposed(block, through, dz, own.array("ds", s.shape, s.dtype))
+
+    def _backward_through_inverse(self, at: At, ds: Array, factors: Cholesky, scale: float | Array | None) -> Gradients:
+        """Return dW, db and (D ⊙ ds) W⁻¹, as `arraytp.fast.inverse.backward_through_inverse` does."""
+        block, s, units = at.block, at.s, at.block.next_shape[-1]
+        if block.window is not None or len(s) >= units:
+            through = self.room("through", as_matrix(at.weight).shape, s.dtype)
+            through[:, :units] = first_rows(self, factors, units).T
+            through[:, units:] = 0
+            return self.backward(at, ds, through.reshape(block.weight_shape), scale)
+        dweight, dbias, dx = self.backward(at, ds, factors.matrix.reshape(block.weight_shape), scale)
+        assert dx is not None
+        return dweight, dbias, symmetric_solve(factors, dx.reshape(len(s), -1)).reshape(s.shape)
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """See `At.feedback`."""
@@ -86,6 +102,22 @@ class Device(Fast):
     def _carried(self, at: At, omega: Array, a: Array) -> Array:
         own = self.of((OWNER, at.batch.results, at.n))
         return self.transposed(at.block, omega, a, own.array("transposed", at.s.shape, at.s.dtype))
+
+    def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
+        """Return N and M: their values at every position by one kernel each, summed over samples, then over a tap's."""
+        block, s = at.block, at.output
+        values = self.room("overlap", (2, len(s), *block.pre_shape), s.dtype)
+        kernels.slope_products(block.activation, block.pool, s, at.index, unpool, values[0], values[1])
+        sums = values.sum(axis=1).reshape(2, -1, block.weight_shape[-1])
+        if block.window is None:
+            return sums[0], sums[1]
+        window, xp = block.window, self.backend.xp
+        ones = xp.ones((1, window.height, window.width, 1), dtype=s.dtype)
+        taps = self.of(OWNER).cached(
+            ("taps", window), sums.shape[1], lambda: im2col(ones, window).reshape(sums.shape[1], -1)
+        )
+        n, m = (xp.matmul(taps.T, each).reshape(*block.weight_shape[:2], 1, -1) for each in sums)
+        return n, m
 
     def iterations(self, at: At, unpool: Unpool, training: NoiseAndProducts) -> "Iterations":
         """See `At.iterations`."""

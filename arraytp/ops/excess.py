@@ -8,7 +8,7 @@ the whole of it is computed.
 
 import numpy as np
 
-from arraytp.backend import Array, array_module
+from arraytp.backend import Array, add_product, array_module
 from arraytp.ops.blas import blas
 
 
@@ -31,7 +31,7 @@ def excess_rows(w: Array, rows: slice, out: Array) -> None:
     n, height = len(out), rows.stop - rows.start
     if array_module(w) is not np:
         wide = w.T if is_tall(w) else w
-        array_module(w).matmul(wide[rows], wide.T, out=out[rows])
+        add_product(wide[rows], wide.T, out[rows])
     elif is_tall(w):
         blas("syrk", "L", "N", height, len(w), 1.0, w[:, rows], 0.0, out[rows, rows])
         np.matmul(w[:, rows].T, w[:, rows.stop :], out=out[rows, rows.stop :])
@@ -59,10 +59,10 @@ def add_excess_product(factor: float, excess: Array, w: Array, part: slice, out:
     n, length = len(excess), part.stop - part.start
     if is_tall(w):
         if array_module(w) is not np:
-            out[part] += w.dtype.type(factor) * (w[part] @ excess)
+            add_product(w[part], excess, out[part], factor, 1.0)
         else:
             blas("symm", "L", "L", n, length, float(factor), excess, w[part], 1.0, out[part])
     elif array_module(w) is not np:
-        out[:, part] += w.dtype.type(factor) * (excess @ w[:, part])
+        add_product(excess, w[:, part], out[:, part], factor, 1.0)
     else:
         blas("symm", "R", "L", length, n, float(factor), excess, w[:, part], 1.0, out[:, part])

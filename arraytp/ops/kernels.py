@@ -219,6 +219,71 @@ def unpool_difference(
     return _gather(name, f, pool, (delta, s, index), numbers, s.shape[-1], unpool, values, out)
 
 
+def slope_products(
+    f: Activation, pool: Window | None, s: Array, index: Array | None, unpool: Unpool, n: Array, m: Array
+) -> None:
+    """Write Σ D_F D_G and Σ D_G² of the outputs whose value a position keeps, as in Theorem 4.2; of shape (B, H, W, C).
+
+    D_F = f'(z), read off s, and D_G = f'(u), u the unpooled s there (`arraytp.model.feedback.jacobian_overlap`).
+    """
+    if not has_kernels(s):
+        take: Any = (lambda t: t) if pool is None else (lambda t: max_unpool(t, index, pool, unpool))
+        ones = array_module(s).ones_like(s)
+        slope = f.backward(array_module(s).ones_like(n), f(take(s)))
+        n[...], m[...] = take(f.backward(ones, s)) * slope, take(ones) * slope * slope
+        return
+    for out, value, result in ((n, "slope(s[at])", "v * slope(f(u))"), (m, "T(1)", "v * slope(f(u)) * slope(f(u))")):
+        name, numbers = f"slopes_{'n' if out is n else 'm'}_{unpool if pool else 'plain'}", (s, s.dtype.type(1))
+        _gather(name, f, pool, (s, s, index), numbers, s.shape[-1], unpool, (value, "s[at]", result), out)
+
+
+def collapse(
+    omega: Array, theta: Array, v: Array | None, c: Array, b: Array, momentum: float, lr: float, iterations: int
+) -> None:
+    """Do K iterations of feedback training in place: `arraytp.rules.collapse.sgd_iterations`. Only with kernels.
+
+    Parameters
+    ----------
+    omega, theta, v : arrays of shape (k, k, C, O) or (in, out)
+        v is None without momentum.
+    c, b : arrays of shape (k, k, 1, O) or (1, out)
+    momentum, lr, iterations
+        μ, the rate and K.
+    """
+    rows = [array.reshape(-1, *array.shape[-2:]) for array in (theta, c, b)]
+    inputs, outputs = "T theta, T c, T b, float64 momentum, float64 lr, int32 count", ["T w"]
+    held = "v" if v is not None else "0"
+    body = f"""
+        double p[6] = {{1, 0, 0, 0, 1, 0}};
+        double a[6] = {{1 - lr * c, -lr * momentum, lr * b, c, momentum, -b}};
+        for (int n = count; n; n >>= 1) {{
+            if (n & 1) multiply(p, a);
+            double square[6];
+            for (int j = 0; j < 6; ++j) square[j] = a[j];
+            multiply(a, square);
+        }}
+        const T before = w, speed = {held};
+        w = T(p[0]) * before + T(p[1]) * speed + T(p[2]) * theta;
+        {"v = T(p[3]) * before + T(p[4]) * speed + T(p[5]) * theta;" if v is not None else ""}"""
+    targets = [omega.reshape(rows[0].shape)]
+    if v is not None:
+        outputs.append("T v")
+        targets.append(v.reshape(rows[0].shape))
+    made = kernel(omega, f"collapse_{len(targets)}", inputs, ", ".join(outputs), body, _MULTIPLY)
+    made(*rows, momentum, lr, iterations, *targets)
+
+
+# The first two rows of a 3×3 matrix whose last row is 0 0 1.
+_MULTIPLY = """
+__device__ void multiply(double* x, const double* y) {
+    double z[6];
+    for (int r = 0; r < 2; ++r) for (int s = 0; s < 3; ++s)
+        z[3 * r + s] = x[3 * r] * y[s] + x[3 * r + 1] * y[3 + s] + (s == 2 ? x[3 * r + 2] : 0);
+    for (int j = 0; j < 6; ++j) x[j] = z[j];
+}
+"""
+
+
 def _gather(
     name: str,
     f: Activation,

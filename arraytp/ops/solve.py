@@ -184,9 +184,10 @@ def symmetric_solve(factors: Cholesky, z: Array) -> Array:
     """Return z (WWᵀ)⁻¹, of shape (R, n) as z, a C-contiguous array that it may overwrite; 2Rn² operations."""
     order = len(factors.triangle)
     if array_module(z) is not np:
-        solve = device_linalg(z).solve_triangular
-        half = solve(factors.triangle, z.T, lower=True, check_finite=False)
-        return solve(factors.triangle, half, trans=1, lower=True, check_finite=False).T
+        # The transposed triangle is in LAPACK's order, so that nothing is copied.
+        solve, upper = device_linalg(z).solve_triangular, factors.triangle.T
+        half = solve(upper, z.T, trans=1, overwrite_b=True, check_finite=False)
+        return solve(upper, half, overwrite_b=True, check_finite=False).T
     blas("potrs", "L", order, len(z), factors.triangle, z)
     return z
 

@@ -19,6 +19,7 @@ from typing import Any
 from arraytp.backend import Array, array_module
 from arraytp.errors import NonFiniteError
 from arraytp.model.passes import At
+from arraytp.ops import kernels
 from arraytp.options import SGD
 from arraytp.rules.protocol import State
 
@@ -52,8 +53,12 @@ def sgd_iterations(at: At, state: State, a: Array, b: Array, optimizer: SGD, lr:
     c = a + optimizer.weight_decay
     if at.batch.engine.backend.on_host:
         check_converges(at, c, optimizer.momentum, lr)
-    power = matrix_power(iteration_matrix(c, b, optimizer.momentum, lr), iterations)
     omega, velocity = state.weights[at.n], state.moments[at.n, "weight"]
+    if kernels.has_kernels(omega):
+        v = velocity[0] if velocity else None
+        kernels.collapse(omega, at.weight, v, c, b, optimizer.momentum, lr, iterations)
+        return
+    power = matrix_power(iteration_matrix(c, b, optimizer.momentum, lr), iterations)
     coefficients = [[power[..., i, j].astype(omega.dtype) for j in range(3)] for i in range(2)]
     rows = tuple(array.reshape(-1, *array.shape[-2:]) for array in (omega, at.weight, *velocity))
     taps = [[entry.reshape(-1, *entry.shape[-2:]) for entry in row] for row in coefficients]

@@ -111,6 +111,17 @@ def test_unpooled_values_and_differences(device, pool, name, unpool, dtype, tole
          [s, delta, index], [(before, dtype)], tolerance)  # fmt: skip
 
 
+@dtypes
+@activations
+@pools
+@pytest.mark.parametrize("unpool", ["overwrite", "accumulate"])
+def test_products_of_slopes(device, pool, name, unpool, dtype, tolerance):
+    (before, _), (_, s, index) = pooled(pool), outputs(pool, name, dtype)
+    f = ACTIVATIONS[name]
+    same(device, lambda s, index, n, m: kernels.slope_products(f, pool, s, index, unpool, n, m), [s, index],
+         [(before, dtype), (before, dtype)], 4 * tolerance)  # fmt: skip
+
+
 @activations
 def test_what_is_not_a_number_stays_so(device, name):
     """A maximum or a comparison that drops NaN would hide a run that has diverged."""
