@@ -22,6 +22,7 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_NTASKS", "SLURM_PROCID"),
 )
+LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 # Seconds in which ranks that end by the same error come to know of each other.
 _PATIENCE = 5.0
 
@@ -170,6 +171,12 @@ def launched() -> tuple[int, int]:
             place = os.environ.get(rank, "")
             return int(os.environ[size]), int(place) if place.isdecimal() else 0
     return 1, 0
+
+
+def local_rank() -> int:
+    """Return which of the processes on this host this is, as the launcher says; 0 without one."""
+    given = (os.environ.get(name, "") for name in LOCAL_RANKS) if launched()[0] > 1 else ()
+    return next((int(value) for value in given if value.isdecimal()), 0)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import pytest
 from arraytp import ranks
 from arraytp.errors import UserError
 
-VARIABLES = [name for pair in ranks.LAUNCHERS for name in pair] + ["SLURM_JOB_ID", "SLURM_STEP_ID"]
+VARIABLES = [name for pair in ranks.LAUNCHERS for name in pair] + [*ranks.LOCAL_RANKS, "SLURM_JOB_ID", "SLURM_STEP_ID"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,22 @@ def set_all(monkeypatch, text):
 def test_the_launcher_says_how_many_there_are(monkeypatch, text, wanted):
     set_all(monkeypatch, text)
     assert ranks.launched() == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", 0),
+        ("MPI_LOCALRANKID=3", 0),
+        ("PMI_SIZE=8 PMI_RANK=5 MPI_LOCALRANKID=1", 1),
+        ("OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_RANK=2", 2),
+        ("SLURM_NTASKS=8 SLURM_PROCID=5 SLURM_LOCALID=3", 3),
+    ],
+)
+def test_the_launcher_says_which_process_of_the_host_this_is(monkeypatch, text, wanted):
+    """The ranks of a host take its devices in turn."""
+    set_all(monkeypatch, text)
+    assert ranks.local_rank() == wanted
 
 
 def test_launched_without_mpi4py_says_what_to_install(monkeypatch):

@@ -14,7 +14,7 @@ from arraytp.errors import UserError
 from arraytp.fast.orthogonality import regularised
 from arraytp.model.architectures import plan_network
 from arraytp.model.blocks import Block, show_shape
-from arraytp.ranks import launched
+from arraytp.ranks import local_rank
 from arraytp.rules import RULES, gnt
 
 TEST_SPLITS = ("test", "val")
@@ -108,7 +108,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     _check_lists(config, blocks)
     _check_study(config, blocks, counts["train"] - config.train.validation)
     return Plan(
-        config, backend or get_backend(config.backend, config.device, launched()[1]), dataset, blocks, test_split, notes
+        config, backend or get_backend(config.backend, config.device, local_rank()), dataset, blocks, test_split, notes
     )
 
 
