@@ -199,12 +199,6 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
     return figure
 
 
-def _paired_block(study: StudyResult, position: int) -> int:
-    """Return the block whose θ an ω is compared with: direct feedback is numbered by the layer that it ends at."""
-    n = study.feedback_blocks[position]
-    return n + 1 if study.feedback_blocks[0] == 0 else n
-
-
 def drift_figure(studies: Sequence[StudyResult]) -> Any:
     """Draw each block's angle to BP's update over its drift, a panel a study, the mean over seeds (GP paper, Figure 5).
 
