@@ -20,9 +20,9 @@ from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallow
 
 COMMANDS = {
     "init": ("arraytp.commands.init", "Write a commented config to start from."),
-    "run": ("arraytp.commands.run", "Train as the given configs say and write result folders."),
-    "trace": ("arraytp.commands.trace", "Write down every number of one training step."),
-    "audit": ("arraytp.commands.audit", "Check the math of a config: gradients, adjoints, theorems, bits."),
+    "run": ("arraytp.commands.run", "Train the given configs and write result folders."),
+    "trace": ("arraytp.commands.trace", "Write every number of one training step to a file."),
+    "audit": ("arraytp.commands.audit", "Check the math of a config: gradients, inverses, theorems."),
     "bench": ("arraytp.commands.bench", "Time the steps of a config, part by part."),
     "report": ("arraytp.commands.report", "Compare result folders in tables and figures."),
     "data": ("arraytp.commands.data", "Fetch, pack, check and describe data sets."),

@@ -22,12 +22,12 @@ HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")
 Line = tuple[str, Check]
 
 
-@click.command(short_help="Check the math of a config: gradients, adjoints, theorems, bits.")
+@click.command(short_help="Check the math of a config: gradients, inverses, theorems.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
-    "--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Write the table to this file as well."
+    "--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Also write the table to this file."
 )
-@click.option("--variant", metavar="NAME", help="Audit this variant only, for a config that has some.")
+@click.option("--variant", metavar="NAME", help="Audit only this variant.")
 @overriding_but_dtype
 def command(
     config: Path, json_path: Path | None, variant: str | None, backend: str | None, overrides: tuple[str, ...]

@@ -20,7 +20,7 @@ from arraytp.report.tables import comparison_table
     "--out",
     metavar="DIR",
     callback=check_folder,
-    help="Where figures and tables go; the folder that holds the results when left out.",
+    help="Where figures and tables go; by default the folder that holds the results.",
 )
 @click.option(
     "--html",

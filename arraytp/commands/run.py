@@ -91,12 +91,12 @@ def _checked_seeds(
     return seeds[0]
 
 
-@click.command(short_help="Train as the given configs say and write result folders.")
+@click.command(short_help="Train the given configs and write result folders.")
 @click.argument("configs", nargs=-1, metavar="CONFIG...", type=click.Path(path_type=Path))
 @overriding
 @click.option("--out", metavar="DIR", callback=check_folder, help="Result folder; default results/<config name>.")
-@click.option("--resume", is_flag=True, help="Go on with runs that were stopped; skip finished ones.")
-@click.option("--fresh", is_flag=True, help="Start over, replacing results that are there.")
+@click.option("--resume", is_flag=True, help="Continue stopped runs and skip finished ones.")
+@click.option("--fresh", is_flag=True, help="Start over and replace existing results.")
 @click.option("--quiet", is_flag=True, help="No progress, only the final table.")
 @click.option("--seeds", metavar="N|a,b,c", callback=_checked_seeds, help="Run every variant with each of these seeds.")
 @click.option(
@@ -116,7 +116,7 @@ def command(
     ranks_per_run: int | None,
     plain: bool,
 ) -> int:
-    """Train as the given CONFIG files say and write result folders.
+    """Train the given CONFIG files and write result folders.
 
     A config with variants writes one folder per variant into the result folder. --seeds 5 (from the config's seed on)
     or --seeds 0,1,2 writes one folder seed-<n> per seed; a run that fails is named, and the others go on.

@@ -15,10 +15,10 @@ from arraytp.training.experiment import Experiment, build
 from arraytp.training.trace import check_replaceable, read_batch, read_weights, write_trace
 
 
-@click.command(short_help="Write down every number of one training step.")
+@click.command(short_help="Write every number of one training step to a file.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", required=True, metavar="FILE.h5", type=click.Path(path_type=Path), help="Where to write.")
-@click.option("--variant", metavar="NAME", help="Which variant, for a config that has some.")
+@click.option("--variant", metavar="NAME", help="Which variant of the config.")
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="Start from the weights of a trace.")
 @click.option("--batch", metavar="FILE", type=click.Path(path_type=Path), help="Use the batch of a trace.")
 @click.option("--no-noise", is_flag=True, help="Write only the keys of noise, from which it can be drawn again.")
