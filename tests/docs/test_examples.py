@@ -105,10 +105,19 @@ TEXTS += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "runs").rglob("*.md")]
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_link_leads_to_a_file(page):
-    text = re.sub(r"^```.*?^```$|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    links = set(re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text))
-    assert not [link for link in links if not (page.parent / link).is_file()]
+def test_a_link_leads_to_a_file_and_a_heading(page):
+    text = re.sub(r"^```.*?^```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = set(re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", text))
+    assert not [link for link, _ in links if link and not (page.parent / link).is_file()]
+    pages = {link: page.parent / link if link else page for link, _ in links}
+    assert not [(link, place) for link, place in links if place and place not in headings(pages[link])]
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_readmes_rule_is_the_rule_that_runs():
