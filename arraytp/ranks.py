@@ -341,5 +341,5 @@ def threads_of(ranks: Ranks) -> int | None:
     if ranks.size == 1 or os.environ.get("OMP_NUM_THREADS"):
         return None
     cores = sorted(os.sched_getaffinity(0))
-    mine = os.uname().nodename, cores
-    return max(1, len(cores) // ranks.gather(mine).count(mine))
+    node = os.uname().nodename, cores
+    return max(1, len(cores) // ranks.gather(node).count(node))

@@ -95,11 +95,11 @@ class _Unpickler(pickle._Unpickler):
 
     def _encode(self, text: Any, encoding: Any) -> _Bytes:
         """Make bytes of text, which a pickle may ask for again and again."""
-        found = _Bytes(text, encoding)
-        self._encoded += len(found)
+        encoded = _Bytes(text, encoding)
+        self._encoded += len(encoded)
         if self._encoded > _MOST_BYTES:
             raise _RefusedError(f"makes more than {_MOST_BYTES:,} bytes")
-        return found
+        return encoded
 
 
 class _Bounded:
@@ -147,8 +147,8 @@ def read_batch(
     if isinstance(labels, _Array):
         labels = _integers(labels, where, label_key)
     if not isinstance(data, _Array) or not isinstance(labels, list):
-        found = ", ".join(repr(key) for key in content) or "nothing"
-        raise UserError(f"{where}: expected an array 'data' and a list {label_key!r}, found {found}")
+        keys = ", ".join(repr(key) for key in content) or "nothing"
+        raise UserError(f"{where}: expected an array 'data' and a list {label_key!r}, found {keys}")
     images = images_of_planes(_rows(data, where))
     return images, checked_labels(labels, len(images), classes, first_label, where)
 

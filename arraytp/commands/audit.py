@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from arraytp.audit import Check, audit
-from arraytp.commands.figures_file import check_replaceable, write_figures
+from arraytp.commands.figures_file import check_json, write_json
 from arraytp.commands.overrides import overriding_but_dtype, settings
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
@@ -38,7 +38,7 @@ def command(
     batch, whatever the config says of them. Exit status 1 if a check fails; docs/audit.md explains the lines.
     """
     if json_path is not None:
-        check_replaceable(json_path, "checks")
+        check_json(json_path, "checks")
     plans = _plans(config, settings(overrides, backend), variant)
     records = {}
     for name, planned in plans.items():
@@ -51,7 +51,7 @@ def command(
         records[name] = _record(planned, lines, seconds)
         click.echo(_table(name, planned.config, lines, seconds))
     if json_path is not None:
-        write_figures(json_path, records)
+        write_json(json_path, records)
     return int(any(record["failed"] for record in records.values()))
 
 

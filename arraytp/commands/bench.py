@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from arraytp.commands.figures_file import check_replaceable, write_figures
+from arraytp.commands.figures_file import check_json, write_json
 from arraytp.commands.overrides import overriding, settings
 from arraytp.config import Config, load_config
 from arraytp.data.loader import Batches
@@ -36,13 +36,13 @@ def command(
     on this machine, and peak memory.
     """
     if json_path is not None:
-        check_replaceable(json_path, "milliseconds")
+        check_json(json_path, "milliseconds")
     figures = {}
     for name, variant in load_config(config, settings(overrides, backend, dtype)).variants.items():
         figures[name or variant.name] = measured = measure(variant, steps)
         click.echo(_table(name or variant.name, measured))
     if json_path is not None:
-        write_figures(json_path, figures)
+        write_json(json_path, figures)
 
 
 def measure(config: Config, steps: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from arraytp.errors import UserError
 from arraytp.files import write_file
 
 
-def check_replaceable(path: Path, key: str) -> None:
+def check_json(path: Path, key: str) -> None:
     """Refuse a path to which figures cannot be written, or that holds something else.
 
     Parameters
@@ -43,7 +43,7 @@ def _holds_figures(path: Path, key: str) -> bool:
     return isinstance(content, dict) and all(isinstance(entry, dict) and key in entry for entry in content.values())
 
 
-def write_figures(path: Path, figures: dict[str, Any]) -> None:
+def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Write figures to a file, whole or not at all; a pipe or device is written to as it is.
 
     Raises

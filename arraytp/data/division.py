@@ -50,8 +50,8 @@ class Division:
     def chunks(self, split: str) -> list[tuple[int, int]]:
         """Return the positions (start, stop) of the split that lie in one chunk of the data set each."""
         edges = [(start, stop) for start, stop in self.dataset.chunks(TRAIN)]
-        found = np.searchsorted(self.rows[split], edges)
-        return [(int(start), int(stop)) for start, stop in found if start < stop]
+        positions = np.searchsorted(self.rows[split], edges)
+        return [(int(start), int(stop)) for start, stop in positions if start < stop]
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
         """Read the images and labels of some positions; else as `Dataset.read`."""

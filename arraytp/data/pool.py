@@ -127,8 +127,8 @@ class Pool:
         places = np.flatnonzero(arrivals >= 0)
         chunks = np.searchsorted(self._plan.arrived, arrivals[places], side="right") - 1
         for chunk in np.unique(chunks):
-            here = places[chunks == chunk]
-            rows = arrivals[here] - self._plan.arrived[chunk]
+            filled = places[chunks == chunk]
+            rows = arrivals[filled] - self._plan.arrived[chunk]
             images, labels = self._read(int(chunk))
-            self.images[here] = images[rows]
-            self.labels[here] = labels[rows]
+            self.images[filled] = images[rows]
+            self.labels[filled] = labels[rows]

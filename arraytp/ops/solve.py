@@ -243,12 +243,12 @@ def _inverse_norm(factors: LU) -> Array:
     xp, order, dtype = array_module(factors.lu), len(factors.lu), factors.lu.dtype
     places = xp.arange(order)
     y = xp.full((1, order), 1 / order, dtype=dtype)
-    found = []
+    norms = []
     for _ in range(DEVICE_STEPS):
         x = _substitute(factors, y)
-        found.append(xp.absolute(x).sum())
+        norms.append(xp.absolute(x).sum())
         growth = _substitute(factors, xp.where(x < 0, dtype.type(-1), dtype.type(1)), transposed=True)
         y = (places == xp.absolute(growth).argmax()).astype(dtype)[None]
     alternating = (1 - 2 * (places % 2)) * (1 + places / max(1, order - 1))
-    found.append(xp.absolute(_substitute(factors, alternating.astype(dtype)[None])).sum() * dtype.type(2 / (3 * order)))
-    return xp.stack(found).max()
+    norms.append(xp.absolute(_substitute(factors, alternating.astype(dtype)[None])).sum() * dtype.type(2 / (3 * order)))
+    return xp.stack(norms).max()

@@ -71,7 +71,7 @@ def block_lines(axes: Axes, result: Result) -> None:
 
 def _draw_angles(axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: str) -> None:
     defined = [angles[~np.isnan(angles)] for (_, angles), _, _ in series]
-    undefined = [label for found, (_, _, label) in zip(defined, series, strict=True) if not found.size]
+    undefined = [label for angles, (_, _, label) in zip(defined, series, strict=True) if not angles.size]
     gap = f"undefined at every step: {', '.join(undefined)}"
     if len(undefined) == len(series):
         note(axes, wrapped(gap) if undefined else empty)
@@ -81,7 +81,7 @@ def _draw_angles(axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: 
     axes.set(xlabel="training step", ylabel="angle to BP's update (°)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _angle_limits(axes, max(found.max() for found in defined if found.size))
+    _angle_limits(axes, max(angles.max() for angles in defined if angles.size))
     axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     if undefined:
         axes.text(0.01, 0.04, wrapped(gap), transform=axes.transAxes, color=NOTE_COLOUR, fontsize=8)

@@ -207,8 +207,8 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
 def _check_ends(result: Result) -> None:
     """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
-    there = {name for name in ("metrics", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
-    if "metrics" in there and isinstance(summary.get("epochs"), int):
+    tables = {name for name in ("metrics", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
+    if "metrics" in tables and isinstance(summary.get("epochs"), int):
         last = int(epochs[-1]) if epochs.size else None
         if last != summary["epochs"]:
             raise UserError(
@@ -223,14 +223,14 @@ def _check_ends(result: Result) -> None:
     against = compare.get("against") if isinstance(compare, dict) else None
     is_measured = result.rule != "bp" or (isinstance(against, list) and "gnt" in against)
     angles, measured = result.angles["step"].size, times * len(result.blocks) if is_measured else 0
-    if "angles" in there and angles != measured:
+    if "angles" in tables and angles != measured:
         raise UserError(
             f"{result.path / 'angles.csv'}: {angles} rows, but {len(result.blocks)} blocks every {every} of "
             f"{summary['steps']} steps make {measured}; rows are missing or of another run"
         )
     trained = result.feedback["step"].size
     # A network of one block has no feedback to train.
-    if "feedback" in there and times and len(result.blocks) > 1 and (trained % times or not trained):
+    if "feedback" in tables and times and len(result.blocks) > 1 and (trained % times or not trained):
         raise UserError(
             f"{result.path / 'feedback.csv'}: {trained} rows, but every {every} of {summary['steps']} steps each block "
             f"has one, {times} in all; rows are missing or of another run"

@@ -240,19 +240,19 @@ class Experiment:
         """Sum what a step has to sum over the ranks, in one message."""
         if step.batch.part is None:
             return updates
-        wanted = array_module(step.score.totals).full(1, float(stop()))
+        stops = array_module(step.score.totals).full(1, float(stop()))
         arrays = [array for pair in updates for array in pair]
-        *summed, totals, wanting = step.batch.summed([*arrays, step.score.totals, wanted], "updates")
+        *summed, totals, stopping = step.batch.summed([*arrays, step.score.totals, stops], "updates")
         step.score.totals[...] = totals
-        self.stop_agreed = bool(wanting[0] > 0)
+        self.stop_agreed = bool(stopping[0] > 0)
         return list(zip(summed[::2], summed[1::2], strict=True))
 
     def agree_to_stop(self, stop: Callable[[], bool]) -> None:
         """Let `stop_agreed` say whether any rank wants to stop, where no step's sum says so."""
         if self.ranks.size > 1:
-            wanting = np.full(1, float(stop()))
-            self.ranks.sum(wanting)
-            self.stop_agreed = bool(wanting[0] > 0)
+            stopping = np.full(1, float(stop()))
+            self.ranks.sum(stopping)
+            self.stop_agreed = bool(stopping[0] > 0)
 
     def targets(self, step: Step) -> Iterator[Target]:
         """Yield the rule's targets, from the last block's output to the first's, if it has any."""
@@ -364,8 +364,8 @@ class Experiment:
         loss, _ = LOSSES[settings.name].forward(logits, labels, settings.reduction, settings.label_smoothing)
         score = _score(self._of_batch(loss, part), logits, labels, settings.reduction, size or len(labels))
         if part is not None:
-            totals, wanted = score.totals, array_module(logits).full(1, float(stop()))
-            summed = part.sum([totals, wanted], array_module(logits).empty(len(totals) + 1), self.plan.backend)
+            totals, stops = score.totals, array_module(logits).full(1, float(stop()))
+            summed = part.sum([totals, stops], array_module(logits).empty(len(totals) + 1), self.plan.backend)
             totals[...] = summed[0]
             self.stop_agreed = bool(summed[1][0] > 0)
         return score

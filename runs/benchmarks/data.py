@@ -143,7 +143,7 @@ def steps() -> dict[str, dict[str, float]]:
     from arraytp.config import load_one
     from arraytp.training.experiment import build
 
-    found = {}
+    shares = {}
     for name, (size, path, variant, settings, augmentation) in STEPS.items():
         shape, count, _ = SETS[size]
         with tempfile.TemporaryDirectory() as folder:
@@ -155,24 +155,24 @@ def steps() -> dict[str, dict[str, float]]:
                 batch = config.train.batch_size
                 job = {mode: loading(dataset, batch, None, in_memory_bytes=in_memory, **options)}
                 load = take_turns(job, rounds=4)[mode]["cpu_us"] * batch / 1e3
-                found[f"{name}, {mode}"] = {"step_cpu_ms": step, "load_cpu_ms": load, "share": load / step}
+                shares[f"{name}, {mode}"] = {"step_cpu_ms": step, "load_cpu_ms": load, "share": load / step}
                 print(
                     f"{name + ', ' + mode:36} ms CPU: step {step:7.1f}, loader {load:6.2f} ({load / step:.2%})",
                     flush=True,
                 )
-    return found
+    return shares
 
 
 def step_ms(experiment: Any) -> float:
     with closing(experiment.train_loader.batches(0)) as batches:
         images, labels = next(batches)
     images, labels = images.copy(), labels.copy()
-    found = []
+    times = []
     for _ in range(4):
         cpu = time.process_time()
         experiment.step(images, labels)
-        found.append(1e3 * (time.process_time() - cpu))
-    return min(found)
+        times.append(1e3 * (time.process_time() - cpu))
+    return min(times)
 
 
 def main() -> None:

@@ -57,9 +57,9 @@ def counted() -> Counter[str]:
     return Counter({name: n for name, n in cpu_cuda.counts().items() if not name.startswith("bytes")})
 
 
-def launches(found: Counter[str]) -> int:
+def launches(calls: Counter[str]) -> int:
     """Return how many of these are work of the device."""
-    kinds = cpu_cuda.summary(found)
+    kinds = cpu_cuda.summary(calls)
     return sum(kinds.get(kind, 0) for kind in ("kernels", "blas", "solver", "memset", "copies"))
 
 
@@ -85,11 +85,11 @@ def measure(folder: str, names: list[str]) -> dict[str, list[Counter[str]]]:
     with writing(Path(folder) / "data", Description("random", (32, 32, 3), tuple("abcdefghij"))) as writer:
         for split in ("train", "test"):
             writer.add(split, np.zeros((8, 32, 32, 3), np.uint8), np.arange(8))
-    found = {}
+    counted = {}
     for name in names:
         data = {"data": {"dataset": f"{folder}/data", "normalize": "none"}, "train": {"epochs": 1, "batch_size": 8}}
-        found[name] = phases(build(parse_config(STEPS[name] | data).variants[""], get_backend("cupy")))
-    return found
+        counted[name] = phases(build(parse_config(STEPS[name] | data).variants[""], get_backend("cupy")))
+    return counted
 
 
 if __name__ == "__main__":
@@ -98,10 +98,10 @@ if __name__ == "__main__":
     parser.add_argument("--most", type=int, default=0, metavar="N", help="show what is launched most, part by part")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(folder, given.names)
+        counted = measure(folder, given.names)
     print("| step |", " | ".join(PHASES), "| all | waits |\n|---" + "|---" * (len(PHASES) + 2) + "|")
     totals, failed = {}, False
-    for name, parts in found.items():
+    for name, parts in counted.items():
         total = sum(parts, Counter())
         totals[name], waits = launches(total), cpu_cuda.summary(total).get("waits", 0)
         print("|", " | ".join([name, *(str(launches(part)) for part in parts), str(totals[name]), str(waits)]), "|")

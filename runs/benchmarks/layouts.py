@@ -71,8 +71,8 @@ def at_offset(path: Path, image_bytes: int) -> Read:
 def mapped(path: Path, shape: tuple[int, ...]) -> Read:
     with h5py.File(path) as file:
         offset = file["images"].id.get_offset()
-    found = np.memmap(path, np.uint8, "r", offset, shape)
-    return lambda first, last, out: np.copyto(out, found[first:last])
+    rows = np.memmap(path, np.uint8, "r", offset, shape)
+    return lambda first, last, out: np.copyto(out, rows[first:last])
 
 
 def jpegs(images: Any) -> tuple[int, Read]:
@@ -98,8 +98,8 @@ def jpegs(images: Any) -> tuple[int, Read]:
 def verified(read: Read, checksums: dict[int, int], labels: Any) -> Read:
     def read_and_check(first: int, last: int, out: Any) -> None:
         read(first, last, out)
-        found = range_checksum(out, labels[first:last])
-        if checksums.setdefault(first, found) != found:
+        checksum = range_checksum(out, labels[first:last])
+        if checksums.setdefault(first, checksum) != checksum:
             raise ValueError(f"rows {first} to {last - 1} are damaged")
 
     return read_and_check

@@ -28,13 +28,13 @@ SIZE = 224
 
 
 def contents(archive: str) -> dict[str, bytes]:
-    found = {}
+    files = {}
     with tarfile.open(archive) as tar:
         for member in tar:
             file = tar.extractfile(member)
             if file is not None and member.name.lower().endswith(SUFFIXES):
-                found[member.name] = file.read()
-    return found
+                files[member.name] = file.read()
+    return files
 
 
 def write_many(path: Path, images: dict[str, bytes], times: int) -> None:
