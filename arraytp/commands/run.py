@@ -311,12 +311,10 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
             agreed(ranks, lambda: _claim(jobs if clears else [job], asked, held) if first else None)
             if clears and first:
                 _clear(jobs)
-            if first and not asked.quiet:
-                click.echo(f"{job.label}: results go to {job.folder}", err=True)
             if run is None:
                 _study(job, stop, asked.quiet)
             else:
-                _run(job, run, stop, asked.resume, ranks)
+                _run(job, run, stop, asked, ranks)
         except MemoryError as error:
             words = job.plan.backend.memory_words(error, job.plan.config.train.batch_size)
             raise UserError(f"{job.label}: not enough memory: {words}") from error
@@ -342,21 +340,21 @@ def _clear(jobs: Sequence[Job]) -> None:
 
 def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
     """Do a study; seeds that are done stay as they are."""
-    _begin(job)
+    _begin(job, quiet)
     run_study(job.plan, job.folder, job.label, stop, quiet, job.plain)
     _draw(job)
 
 
-def _run(job: Job, run: Run, stop: StopRequest, resume: bool, ranks: Ranks) -> None:
+def _run(job: Job, run: Run, stop: StopRequest, asked: Asked, ranks: Ranks) -> None:
     """Train a run to its end; its folder is not touched before the run is known to start."""
     first = ranks.rank == 0
-    if ranks.broadcast(resume and (job.folder / "checkpoint.h5").exists()):
+    if ranks.broadcast(asked.resume and (job.folder / "checkpoint.h5").exists()):
         run.resume()
         if first:
-            _begin(job)
+            _begin(job, asked.quiet)
     else:
         if first:
-            _begin(job)
+            _begin(job, asked.quiet)
         run.start()
     run.train(stop)
     if first:
@@ -371,8 +369,10 @@ def _draw(job: Job) -> None:
         write_figures(job.folder)
 
 
-def _begin(job: Job) -> None:
-    """Let the folder be that of a run which has not finished."""
+def _begin(job: Job, quiet: bool) -> None:
+    """Let the folder be that of a run which has not finished, and name it."""
+    if not quiet:
+        click.echo(f"{job.label}: results go to {job.folder}", err=True)
     (job.folder / "summary.json").unlink(missing_ok=True)
     _write_config(job)
 

@@ -115,7 +115,7 @@ MUTANTS = [
     *_on(
         "bp",
         "ops/pool.py",
-        ("xp.arange(k * k, 0, -1, dtype=xp.uint8)", "xp.arange(1, k * k + 1, dtype=xp.uint8)"),
+        ("(xp.uint8(k * k) - xp.arange(k * k, dtype=xp.uint8))", "xp.arange(1, k * k + 1, dtype=xp.uint8)"),
         ("] += dout * chosen", "] = dout * chosen"),
         ("(rows - window.top) * window.width", "rows * window.width"),
     ),
@@ -142,7 +142,7 @@ MUTANTS = [
         "bp",
         "optim.py",
         ("math.sqrt(1 - optimizer.beta2**step)", "1 - optimizer.beta2**step"),
-        ("rate = lr / correction1", "rate = lr"),
+        ("return 1 / correction2, lr / correction1", "return 1 / correction2, lr"),
         ("work *= number(1 - optimizer.beta2)", "work *= number(1 - optimizer.beta1)"),
         ("    work += number(optimizer.epsilon)\n", ""),
         ("state.step += 1", "state.step += 2"),
@@ -158,7 +158,7 @@ MUTANTS = [
     *_on(
         "gp",
         "optim.py",
-        ("rate = lr * correction2 / correction1", "rate = lr / correction1"),
+        ("return 1.0, lr * correction2 / correction1", "return 1.0, lr / correction1"),
     ),
     *_on("gp", "fast/orthogonality.py", ("4 * strength", "2 * strength")),
     *_on("gp", "ops/excess.py", (": n + 1] -= 1", ": n + 1] += 1")),
@@ -184,7 +184,7 @@ MUTANTS = [
         "fast/inverse.py",
         ("return gram_solve(inverse, rows)", "return rows"),
         ("triangles[n], ridge)", "triangles[n], 0.1)"),
-        ("product(dz, matrix.T, dx, workspace)", "product(dz, matrix.T * 2, dx, workspace)"),
+        ("product(workspace, dz, matrix.T, dx)", "product(workspace, dz, matrix.T * 2, dx)"),
     ),
     *_on(
         "gnt",
@@ -201,7 +201,7 @@ MUTANTS = [
     *_on("pseudo", "fast/orthogonality.py", ("range(1, len(blocks))", "range(2, len(blocks))")),
     *_on("gp", "ops/solve.py", ("[rows.start :: order + 1] = 1", "[rows.start :: order + 1] = 2"),
          ("return x.T\n", "return -x.T\n"), ("y @ factors.matrix.T)", "y @ factors.matrix)")),
-    *_on("gp", "ops/activations.py", ("s.dtype.type(1 / LEAKY_SLOPE)", "s.dtype.type(2 / LEAKY_SLOPE)"),
+    *_on("gp", "ops/activations.py", ("s * s.dtype.type(1 / LEAKY_SLOPE)", "s * s.dtype.type(2 / LEAKY_SLOPE)"),
          ("LEAKY_SLOPE = 0.1", "LEAKY_SLOPE = 0.01")),
     *_on(
         "ldrl",

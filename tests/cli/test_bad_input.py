@@ -179,7 +179,7 @@ def test_a_wrong_setting_is_refused(refused, setting, said):
 
 
 ARGUMENTS = {
-    "no config": ([], ["Missing argument 'CONFIG...'", "arraytp run --help"]),
+    "no config": ([], ["give a config, such as runs/quickstart.yml", "arraytp init my.yml"]),
     "a config that is not there": (["nowhere.yml"], ["nowhere.yml: no such file"]),
     "a folder for a config": (["toy"], ["toy: is a folder; give a config file"]),
     "one of two configs is not there": (["toy.yml", "nowhere.yml"], ["nowhere.yml: no such file"]),

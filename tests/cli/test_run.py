@@ -25,7 +25,7 @@ def test_a_result_folder_holds_the_files_of_the_contract(arraytp, place):
     assert outcome.err == ""
     assert "toy  fa         1" in outcome.out
     assert outcome.out.endswith("results: results/toy\n")
-    assert {path.name for path in folder.iterdir()} == FILES | {"figures"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"feedback.csv", "figures"}
     assert {path.name for path in (folder / "figures").iterdir()} == FIGURES
 
 
