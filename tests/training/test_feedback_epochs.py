@@ -152,8 +152,8 @@ def test_the_tables_have_a_row_per_block(make_config, start, stop_after, rule):
     ]
 
 
-def test_a_rule_without_trained_feedback_has_no_table_of_it(make_config, start, stop_after):
-    run = start(make_config(rule={"name": "fa"}))
+def test_a_rule_without_feedback_that_pairs_with_forward_weights_has_no_table_of_it(make_config, start, stop_after):
+    run = start(make_config(rule={"name": "dfa"}))
     run.train(stop_after())
     assert not (run.folder / "feedback.csv").exists()
 
