@@ -5,13 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from arraytp.errors import UserError
 from arraytp.files import write_file
 from arraytp.report.angles import common_blocks, differs_from_bp
-from arraytp.report.panels import angle_bars, angle_lines, block_lines, epoch_line, epoch_lines, finish_epochs
+from arraytp.report.panels import (
+    angle_bars,
+    angle_lines,
+    block_lines,
+    epoch_line,
+    epoch_lines,
+    feedback_lines,
+    finish_epochs,
+)
 from arraytp.report.reading import Result, read_result
 from arraytp.report.seeds import averaged
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
@@ -23,7 +32,9 @@ _TITLE_WIDTH = 76
 
 
 def write_figures(result: Result | Path | str, out: Path | str | None = None) -> list[Path]:
-    """Write one run's learning_curves.png, angles_per_block.png and, where there are angles, angles_over_time.png.
+    """Write one run's learning_curves.png, angles_per_block.png and, where measured, angles_over_time.png.
+
+    Where feedback weights pair with forward weights, feedback_angles.png besides.
 
     Parameters
     ----------
@@ -47,6 +58,8 @@ def write_figures(result: Result | Path | str, out: Path | str | None = None) ->
     makers = {"learning_curves.png": learning_curves}
     if differs_from_bp(run):
         makers["angles_over_time.png"] = angles_over_time
+    if not np.isnan(run.feedback["angle_deg"]).all():
+        makers["feedback_angles.png"] = feedback_angles
     makers[LAST_FIGURE] = angles_per_block
     with matplotlib.rc_context(RC):
         return [save_figure(make(run), folder / name) for name, make in makers.items()]
@@ -107,6 +120,16 @@ def angles_over_time(result: Result) -> Figure:
     figure = new_figure(7.2, 4.2, f"{result.label}: angle to BP's update during training")
     axes = figure.subplots()
     block_lines(axes, result)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right center", title="block")
+    return figure
+
+
+def feedback_angles(result: Result) -> Figure:
+    """Draw the angle between feedback and forward weights of every block over the training steps."""
+    figure = new_figure(7.2, 4.2, f"{result.label}: angle of feedback to forward weights during training")
+    axes = figure.subplots()
+    feedback_lines(axes, result)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right center", title="block")
     return figure

@@ -69,7 +69,20 @@ def block_lines(axes: Axes, result: Result) -> None:
     _draw_angles(axes, series if differs_from_bp(result) else [], _no_angles([result]))
 
 
-def _draw_angles(axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: str) -> None:
+def feedback_lines(axes: Axes, result: Result) -> None:
+    """Draw one run's angle between feedback and forward weights over the training steps, one line a block."""
+    looks, table = [Look(colour) for colour in shades(len(result.blocks))], result.feedback
+    series = [
+        ((table["step"][rows], table["angle_deg"][rows]), looks[n], result.blocks[n])
+        for n in map(int, np.unique(table["block"]))
+        if not np.isnan(table["angle_deg"][rows := table["block"] == n]).all()
+    ]
+    _draw_angles(axes, series, "not measured", "angle of feedback to forward weight (°)")
+
+
+def _draw_angles(
+    axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: str, ylabel: str = "angle to BP's update (°)"
+) -> None:
     defined = [angles[~np.isnan(angles)] for (_, angles), _, _ in series]
     undefined = [label for angles, (_, _, label) in zip(defined, series, strict=True) if not angles.size]
     gap = f"undefined at every step: {', '.join(undefined)}"
@@ -78,7 +91,7 @@ def _draw_angles(axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: 
         return
     for (steps, angles), look, label in series:
         _draw_series(axes, steps, angles, look, label)
-    axes.set(xlabel="training step", ylabel="angle to BP's update (°)")
+    axes.set(xlabel="training step", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _angle_limits(axes, max(angles.max() for angles in defined if angles.size))

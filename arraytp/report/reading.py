@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from arraytp.config.document import MOST_BYTES, encodable
 from arraytp.disk import read_small, real
 from arraytp.errors import UserError
-from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, VALIDATION_COLUMNS
+from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, NEWER_COLUMNS, VALIDATION_COLUMNS
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -304,12 +304,13 @@ def read_csv(path: Path, expected: Sequence[str], key: Sequence[str], unfinished
     if not rows and unfinished:
         return {name: np.empty(0) for name in expected}
     header = rows[0] if rows else []
-    missing = [name for name in expected if name not in header]
+    missing = [name for name in expected if name not in header and name not in NEWER_COLUMNS]
     if missing:
         raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; expected {','.join(expected)}")
     values = [_numbers(path, line, header, row) for line, row in enumerate(rows[1:], start=2)]
     table = np.array(values, dtype=np.float64).reshape(len(values), len(header))
-    result = {name: table[:, header.index(name)] for name in expected}
+    undefined = np.full(len(values), np.nan)
+    result = {name: table[:, header.index(name)] if name in header else undefined for name in expected}
     _check_key(path, result, key)
     return result
 

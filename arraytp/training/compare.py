@@ -30,6 +30,13 @@ def relative_distance(a: Array, b: Array) -> float:
     return distance / norm
 
 
+def norm_ratio(a: Array, b: Array) -> float:
+    """Return ‖a‖ / ‖b‖ in float64; NaN if b is zero or anything is not finite."""
+    xp = array_module(a, b)
+    above, below = (_norm(array.reshape(-1).astype(xp.float64)) for array in (a, b))
+    return above / below if below > 0 and np.isfinite(above) and np.isfinite(below) else float("nan")
+
+
 def _norm(u: Array) -> float:
     """Return ‖u‖; a plain sum, since that of the BLAS library depends on the number of its threads."""
     return math.sqrt(float(array_module(u).square(u).sum()))

@@ -33,7 +33,7 @@ from arraytp.optim import OptimizerState, Twins, apply_updates, check_gradients,
 from arraytp.ranks import ALONE, Part, Ranks, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Updates
-from arraytp.training.compare import angle_degrees, relative_distance
+from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance
 from arraytp.training.plan import Plan, make_loader, plan
 
 
@@ -77,12 +77,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FeedbackComparison:
-    """A trained feedback weight against the forward weight that it pairs with; NaN where it pairs with none."""
+    """A feedback weight against the forward weight that it pairs with; NaN where it pairs with none.
+
+    `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN for rules that train none.
+    """
 
     block: int
     loss: float
     angle_deg: float
     distance: float
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -311,7 +315,7 @@ class Experiment:
         return self.rule.pairs(self.rule_state, self.network)
 
     def compare_feedback(self, losses: list[Array | None]) -> list[FeedbackComparison]:
-        """Measure every trained feedback weight against its forward weight; empty for rules that train none.
+        """Measure every feedback weight against its forward weight; empty for rules whose weights pair with none.
 
         `losses` are those that `train_feedback` returned, or empty.
         """
@@ -420,11 +424,11 @@ def _summed_updates(batch: Batch, updates: Updates) -> Updates:
     return list(zip(summed[::2], summed[1::2], strict=True))
 
 
-def _aligned(omega: Array, theta: Array | None) -> tuple[float, float]:
-    """Return angle in degrees and relative distance of a feedback weight to a forward weight."""
+def _aligned(omega: Array, theta: Array | None) -> tuple[float, float, float]:
+    """Return angle in degrees, relative distance and ratio of norms of a feedback weight to a forward weight."""
     if theta is None:
-        return math.nan, math.nan
-    return angle_degrees(omega, theta), relative_distance(omega, theta)
+        return math.nan, math.nan, math.nan
+    return angle_degrees(omega, theta), relative_distance(omega, theta), norm_ratio(omega, theta)
 
 
 def _check_labels(labels: Array, classes: int) -> None:

@@ -308,7 +308,7 @@ class Run:
         for each in self.experiment.compare(step, updates):
             self.angles.append(position.step, position.epoch + 1, *each.numbers)
         for pair in self.experiment.compare_feedback(losses):
-            numbers = pair.loss, pair.angle_deg, pair.distance
+            numbers = pair.loss, pair.angle_deg, pair.distance, pair.ratio
             self.feedback.append(position.step, position.epoch + 1, pair.block, *numbers)
         return time.monotonic() - started
 

@@ -13,7 +13,9 @@ VALIDATION_COLUMNS = ("validation_loss", "validation_top1", "validation_top5")
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
 GNT_COLUMNS = ("gnt_angle_deg",)
 DRIFT_COLUMNS = ("step", "block", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
-FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance")
+FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance", "ratio")
+# Tables of earlier versions do not have them.
+NEWER_COLUMNS = ("ratio",)
 
 
 @dataclass
@@ -36,10 +38,10 @@ class CsvTable:
     written: bool = True
 
     def restart(self, rows: list[str]) -> None:
-        """Write the file anew with the given rows."""
-        self.rows = rows
+        """Write the file anew with the given rows; what rows of an earlier version lack at their end is nan."""
+        self.rows = [row + ",nan" * (len(self.columns) - 1 - row.count(",")) for row in rows]
         if self.written:
-            write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *rows)).encode())
+            write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *self.rows)).encode())
 
     def append(self, *values: float) -> None:
         """Add a row to the table and to the file's end."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from samples import rng
 
-from arraytp.training.compare import angle_degrees, relative_distance
+from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance
 
 
 @pytest.mark.parametrize("degrees", [0, 1, 30, 45, 60, 90, 120, 179, 180])
@@ -61,3 +61,11 @@ def test_arrays_of_two_places_are_refused(device):
     host = np.ones(3)
     with pytest.raises(TypeError, match=r"arrays of \w+ and \w+ cannot be mixed"):
         angle_degrees(host, device.put(host))
+
+
+def test_the_ratio_of_norms_is_that_of_numpy_and_undefined_for_a_zero_reference():
+    a, b = rng(1).standard_normal((3, 4)), rng(2).standard_normal((3, 4))
+    assert norm_ratio(a, b) == pytest.approx(np.linalg.norm(a) / np.linalg.norm(b), rel=1e-14)
+    assert norm_ratio(0 * a, b) == 0
+    assert math.isnan(norm_ratio(a, 0 * b))
+    assert math.isnan(norm_ratio(a * np.inf, b))

@@ -1,0 +1,82 @@
+"""feedback.csv: every B of a forward weight's shape against that weight, by formulas of its own."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from arraytp.report import read_results
+from arraytp.report.figures import write_figures
+from arraytp.training.tables import FEEDBACK_COLUMNS
+
+RULES = {
+    "fa": {"name": "fa"},
+    "sign-symmetry": {"name": "sign-symmetry", "magnitude": "batch"},
+    "kolen-pollack": {"name": "kolen-pollack", "decay": 0.1},
+    "weight-mirror": {"name": "weight-mirror"},
+    "alignment": {"name": "alignment"},
+}
+TRAIN = {"epochs": 2, "batch_size": 16, "eval_batch_size": 12}
+
+
+def rows(folder):
+    with (folder / "feedback.csv").open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_comparison_has_angle_distance_and_ratio_of_b_and_w(make_config, start, stop_after, rule):
+    run, measured = start(make_config(rule=RULES[rule], train=TRAIN)), []
+    compare = run.experiment.compare
+
+    def remembered(step, updates):
+        pairs = run.experiment.rule_state.weights, run.experiment.network.weights
+        measured.extend((n, B.copy(), pairs[1][n].copy()) for n, B in pairs[0].items())
+        return compare(step, updates)
+
+    run.experiment.compare = remembered
+    run.train(stop_after())
+    table = rows(run.folder)
+    # Steps 0 and 3 of 6, blocks 1 and 2.
+    assert [(row["step"], row["epoch"], row["block"]) for row in table] == [
+        (step, epoch, n) for step, epoch in ((0, 1), (3, 2)) for n in (1, 2)
+    ]
+    assert tuple(table[0]) == FEEDBACK_COLUMNS
+    for row, (n, B, W) in zip(table, measured, strict=True):
+        b, w = (array.astype(float).ravel() for array in (B, W))
+        assert row["block"] == n
+        cosine = b @ w / np.linalg.norm(b) / np.linalg.norm(w)
+        assert np.cos(np.radians(row["angle_deg"])) == pytest.approx(cosine, abs=1e-9)
+        assert row["distance"] == pytest.approx(np.linalg.norm(b - w) / np.linalg.norm(w), rel=1e-9)
+        assert row["ratio"] == pytest.approx(np.linalg.norm(b) / np.linalg.norm(w), rel=1e-9)
+        assert np.isnan(row["loss"]) == (rule not in ("weight-mirror", "alignment"))
+
+
+@pytest.mark.parametrize("rule", ["bp", "dfa"])
+def test_a_rule_without_such_weights_has_no_table(make_config, start, stop_after, rule):
+    """DFA's B leads from the output's errors, so that no forward weight has its shape."""
+    run = start(make_config(rule={"name": rule}, train=TRAIN))
+    run.train(stop_after())
+    assert not (run.folder / "feedback.csv").exists()
+
+
+def test_a_table_of_an_earlier_version_is_read_and_gone_on_with(make_config, start, stop_after):
+    """It has no column `ratio`."""
+    config = make_config(rule=RULES["fa"], train=TRAIN)
+    run = start(config)
+    run.train(stop_after())
+    path = run.folder / "feedback.csv"
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))
+    (run.folder / "config.yml").write_text("rule: {name: fa}\ntrain: {epochs: 2}\ncompare: {every: 3}\n")
+    (result,) = read_results([run.folder])
+    assert np.isnan(result.feedback["ratio"]).all()
+    assert np.isfinite(result.feedback["distance"]).all()
+    run.feedback.restart(path.read_text().splitlines()[1:])
+    assert np.isnan([row["ratio"] for row in rows(run.folder)]).all()
+
+
+def test_the_angles_are_drawn(make_config, start, stop_after, tmp_path):
+    run = start(make_config(rule=RULES["fa"], train=TRAIN))
+    run.train(stop_after())
+    (run.folder / "config.yml").write_text("rule: {name: fa}\ntrain: {epochs: 2}\ncompare: {every: 3}\n")
+    assert "feedback_angles.png" in {path.name for path in write_figures(run.folder, tmp_path / "figures")}
