@@ -153,8 +153,8 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
         raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
     if config.train.batch_size > images:
         raise UserError(
-            f"train.batch_size: {config.train.batch_size}, but {config.data.dataset} has {images} training "
-            f"images, and a study takes one batch; at most {images}"
+            f"train.batch_size: {config.train.batch_size}, but the train split of {config.data.dataset} has {images} "
+            f"images to train on, and a study takes one batch; at most {images}"
         )
 
 

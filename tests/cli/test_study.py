@@ -106,7 +106,9 @@ def test_a_rule_without_trained_feedback_is_refused(arraytp, study, place):
     (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: fa}\n")
     outcome = arraytp("run", "study.yml")
     assert outcome.status == 2
-    assert "study: rule fa trains no feedback weights; use one of tp, dtp, ldrl" in outcome.err
+    assert (
+        "study: rule fa trains no feedback weights; use one of weight-mirror, alignment, tp, dtp, ldrl" in outcome.err
+    )
 
 
 def test_diverging_feedback_is_named(arraytp, study):
@@ -138,7 +140,7 @@ def test_report_leaves_studies_alone(arraytp, study):
 def test_a_batch_larger_than_the_train_split_is_refused_before_anything_is_written(arraytp, study):
     outcome = arraytp("run", "study.yml", "--set", "train.batch_size=46")
     assert outcome.status == 2
-    assert "train.batch_size: 46, but the train split of toy has 45 images" in outcome.err
+    assert "train.batch_size: 46, but the train split of toy has 45 images to train on" in outcome.err
     assert not study.exists()
     assert arraytp("run", "study.yml", "--quiet", "--set", "train.batch_size=45").status == 0
 

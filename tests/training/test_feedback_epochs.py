@@ -61,7 +61,7 @@ def by_hand(config):
                 losses = made.train_feedback(one)
                 updates = made.updates(one)
                 if step % config.compare.every == 0:
-                    found += [[step, epoch + 1, pair.block, pair.loss, pair.angle_deg, pair.distance]
+                    found += [[step, epoch + 1, pair.block, pair.loss, pair.angle_deg, pair.distance, pair.ratio]
                               for pair in made.compare_feedback(losses)]  # fmt: skip
                 made.apply(one, updates, epoch)
                 step += 1
@@ -144,9 +144,13 @@ def test_the_tables_have_a_row_per_block(make_config, start, stop_after, rule):
     # Compared every 3 of 6 steps.
     assert [row[:3] for row in found] == [[step, epoch, n] for step, epoch in (("0", "1"), ("3", "2")) for n in blocks]
     paired = blocks[1:] if rule.endswith("ddtp") else blocks
-    for _, _, block, loss, angle, distance in found:
+    for _, _, block, loss, angle, distance, ratio in found:
         assert np.isfinite(float(loss))
-        assert (0 <= float(angle) <= 180 and float(distance) > 0) if block in paired else angle == distance == "nan"
+        assert (
+            (0 <= float(angle) <= 180 and float(distance) > 0)
+            if block in paired
+            else angle == distance == ratio == "nan"
+        )
     assert [row[:3] for row in rows(run.folder / "angles.csv")] == [
         [step, epoch, n] for step, epoch in (("0", "1"), ("3", "2")) for n in ("0", "1", "2")
     ]
