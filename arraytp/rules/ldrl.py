@@ -33,9 +33,13 @@ from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule
 
 @dataclass(frozen=True, kw_only=True)
 class LDRLOptions(dtp.TargetOptions):
-    """As DTP's. `expected` descends the expectation for small noise in closed form (Theorem 4.2), without noise."""
+    """As DTP's. `expected` descends the expectation for small noise in closed form (Theorem 4.2), without noise.
+
+    `output_noise: expected` draws ε only, and takes the expectation for small noise of η's part of the gradient.
+    """
 
     expected: bool = False
+    output_noise: Literal["sampled", "expected"] = "sampled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,18 @@ def iterate(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta: Array
     return at.square(r)
 
 
-def begin(options: dtp.TargetOptions, at: At, sigma: float, noises: int) -> Iterating:
+def iterate_input(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta: Array) -> Array:
+    """Add the part of `iterate` that comes from ε; return 0."""
+    d1 = at.a(*at.F(epsilon))
+    d1 -= at.a_next  # a(F(s + ε)) − a(s')
+    at.subtract(epsilon, d1)  # −ε ⋆ d1
+    return array_module(d1).zeros((), dtype=d1.dtype)
+
+
+def begin(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
     """Return what does the iterations of Algorithm 3 on a block."""
+    if options.output_noise == "expected":
+        return begin_expected_output(options, at, sigma, noises)
     shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=2, output_noise=True))
 
     def iteration(state: State, k: int, with_loss: bool) -> Iteration:
@@ -74,6 +88,29 @@ def begin(options: dtp.TargetOptions, at: At, sigma: float, noises: int) -> Iter
         # The loss is quadratic in ω: ⟨ω, ∂/∂ω⟩ = −2 ε·(ω ∘ d1) + 2 ‖ω ∘ d2‖², averaged over the batch.
         loss = (sums.weight * omega).sum() - sums.returned if with_loss else None
         return Iteration({"weight": sums.weight}, loss, shared.noise(k))
+
+    return iteration
+
+
+def begin_expected_output(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
+    """Return iterations that sample ε, and descend (σ²/B) ‖∂G‖², the limit of η's part of the loss, without samples.
+
+    ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], with M of Theorem 4.2: two products an iteration instead of four.
+    """
+    shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=1, output_noise=False))
+    _, M = at.batch.engine.jacobian_overlap(at, options.unpool)
+    a = (M * (2 * sigma**2 / len(at.batch))).astype(at.weight.dtype)
+
+    def iteration(state: State, k: int, with_loss: bool) -> Iteration:
+        omega = state.weights[at.n]
+        sums = shared.sums(iterate_input, k, omega)
+        share = at.batch.array("expected output noise", omega.shape)
+        array_module(omega).multiply(omega, a, out=share)
+        # Linear in ω from ε, quadratic from η.
+        loss = ((sums.weight + share / 2) * omega).sum() if with_loss else None
+        gradient = sums.weight
+        gradient += share
+        return Iteration({"weight": gradient}, loss, shared.noise(k))
 
     return iteration
 
@@ -110,8 +147,13 @@ def expected_gradient(at: At, omega: Array, a: Array, b: Array) -> Array:
 
 
 def feedback_flops(options: LDRLOptions, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample: four an iteration, θ ∘ s once."""
-    return 0 if options.expected else feedback_products(options.feedback, network, 4)
+    """Return the operations of the products of feedback training for one sample, θ ∘ s once among them."""
+    return 0 if options.expected else feedback_products(options.feedback, network, products(options))
+
+
+def products(options: LDRLOptions) -> int:
+    """Return the products of an iteration: θ ∘ (s + ε), −ε ⋆ d1, ω ∘ d2 and r ⋆ d2, the last two where η is drawn."""
+    return 4 if options.output_noise == "sampled" else 2
 
 
 RULE: Rule[Any] = replace(

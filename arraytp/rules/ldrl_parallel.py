@@ -24,8 +24,12 @@ class Options(ldrl.LDRLOptions):
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample: four a noise, θ ∘ s once."""
-    return 0 if options.expected else feedback_products(options.feedback, network, 4 * options.samples)
+    """Return the operations of the products of feedback training for one sample, θ ∘ s once among them."""
+    return (
+        0
+        if options.expected
+        else feedback_products(options.feedback, network, ldrl.products(options) * options.samples)
+    )
 
 
 assert ldrl.RULE.feedback is not None

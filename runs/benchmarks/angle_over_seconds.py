@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from arraytp.report.angles import differs_from_bp, hidden_mean
 from arraytp.report.figures import new_figure, save_figure
@@ -59,6 +59,7 @@ def finish(axes: Axes, title: str) -> None:
     """Label the axes; the scale of seconds is logarithmic."""
     axes.set_xscale("log")
     axes.set(xlabel="seconds of training", title=title)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -47,6 +47,7 @@ LEARNED = {
     "dtp": {},
     "dtp divided": {"divide_by_beta": True, "feedback_init": "symmetric"},
     "ldrl": {},
+    "ldrl output noise": {"output_noise": "expected"},
     "ldrl expected": {"expected": True},
     "ldrl-parallel": {"samples": 3},
     "ldrl-parallel expected": {"expected": True},

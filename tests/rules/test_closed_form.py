@@ -83,19 +83,41 @@ def plain_pass(network, x):
     return pass_of(network, x, engine=plain())
 
 
+@pytest.mark.parametrize("output_noise", ["sampled", "expected"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_expected_gradient_is_the_limit_of_sampled_ones(layer):
+def test_the_expected_gradient_is_the_limit_of_sampled_ones(layer, output_noise):
     """The mean over small noises goes to a ω − b θ as one over the root of their number."""
     block, theta, omega, s = made(layer, "elu", 4)
     sigma, samples = 1e-5, 400
     at = at_block(block, theta, s, plain(), seed=3)
     N, M = at.jacobian_overlap("accumulate")
     limit = 2 / len(s) * (M * omega[0] - N * theta[0])
-    iterate = RULES["ldrl"].feedback.begin(RULES["ldrl"].options(unpool="accumulate"), at, sigma, samples)
+    settings = RULES["ldrl"].options(unpool="accumulate", output_noise=output_noise)
+    iterate = RULES["ldrl"].feedback.begin(settings, at, sigma, samples)
     state = State({1: omega[0]}, {1: omega[1]})
     drawn = [iterate(state, k, False).gradients["weight"] / sigma**2 for k in range(samples)]
     scatter = np.mean([np.linalg.norm(gradient - limit) for gradient in drawn])
     assert np.linalg.norm(np.mean(drawn, axis=0) - limit) < 3 * scatter / samples**0.5
+
+
+@pytest.mark.parametrize("engine", [plain, fast])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_output_noise_in_expectation_is_exact_where_f_is_linear(layer, engine):
+    """With the same ε at any σ, what sampling η changes has the mean 0: in gradients and losses."""
+    block, theta, omega, s = made(layer, "linear", 4)
+    sigma, samples = 0.5, 400
+    drawn = {}
+    for output_noise in ("sampled", "expected"):
+        settings = RULES["ldrl"].options(unpool="accumulate", output_noise=output_noise)
+        at = at_block(block, theta, s, engine(), seed=3)
+        iterate = RULES["ldrl"].feedback.begin(settings, at, sigma, samples)
+        state = State({1: omega[0]}, {1: omega[1]})
+        done = (iterate(state, k, True) for k in range(samples))
+        drawn[output_noise] = [np.append(each.gradients["weight"], each.loss) for each in done]
+    changes = np.subtract(drawn["sampled"], drawn["expected"])
+    scatter = np.linalg.norm(changes[:, :-1], axis=1).mean()
+    assert np.linalg.norm(changes[:, :-1].mean(axis=0)) < 3 * scatter / len(changes) ** 0.5
+    assert abs(changes[:, -1].mean()) < 4 * changes[:, -1].std() / len(changes) ** 0.5
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -34,7 +34,7 @@ NOT_OF_A_STEP = {
     "alignment.py": {"feedback_flops", "check"},
     # Of the plan, before a run: refusals and notes. Of the audit: the loss that `local_update` is the gradient of.
     "dtp.py": {"flops", "feedback_flops", "check", "local_loss"},
-    "ldrl.py": {"feedback_flops", "check"},
+    "ldrl.py": {"feedback_flops", "products", "check"},
     "ldrl_parallel.py": {"feedback_flops"},
     "drl.py": {"flops", "_q_flops", "feedback_flops", "check", "local_loss"},
     "ridge_tp.py": {"check"},
@@ -55,8 +55,17 @@ NOT_OF_A_STEP = {
     # Names for files, copies for the audit and studies.
     "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts"},
 }
-# The trace asks for no target after the last block's.
-UNASKED = {("gait_prop.py", "targets", "return")}
+# The trace asks for no target after the last block's. On a device that compiles, one kernel collapses the iterations.
+UNASKED = {
+    ("gait_prop.py", "targets", "return"),
+    ("collapse.py", "sgd_iterations", "v = velocity[0] if velocity else None"),
+    (
+        "collapse.py",
+        "sgd_iterations",
+        "kernels.collapse(omega, at.weight, v, c, b, optimizer.momentum, lr, iterations)",
+    ),
+    ("collapse.py", "sgd_iterations", "return"),
+}
 
 CONV = [
     {"type": "conv", "channels": 3, "kernel": 3, "padding": 1, "activation": "elu",
@@ -99,6 +108,7 @@ STEPS = {
     "dtp accumulate": {"name": "dtp", "unpool": "accumulate", "feedback": SOME, "feedback_init": "symmetric"},
     "ldrl overwrite": {"name": "ldrl", "unpool": "overwrite", "feedback": SOME},
     "ldrl accumulate": {"name": "ldrl", "unpool": "accumulate", "feedback": SOME},
+    "ldrl output noise": {"name": "ldrl", "output_noise": "expected", "feedback": SOME},
     "ldrl expected": {"name": "ldrl", "expected": True, "feedback": ALL},
     "ldrl expected adam": {"name": "ldrl", "expected": True, "feedback": ALL | {"optimizer": ADAM}},
     "ldrl-parallel": {"name": "ldrl-parallel", "samples": 3, "feedback": SOME},

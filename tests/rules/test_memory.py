@@ -33,6 +33,7 @@ CASES = {
     "dtp": ("dtp", TRAINED),
     "dtp accumulate": ("dtp", TRAINED | {"unpool": "accumulate"}),
     "ldrl": ("ldrl", TRAINED),
+    "ldrl output noise": ("ldrl", TRAINED | {"output_noise": "expected"}),
     "ldrl accumulate": ("ldrl", TRAINED | {"unpool": "accumulate"}),
     "ldrl expected": ("ldrl", TRAINED | {"expected": True}),
     "ldrl-parallel": ("ldrl-parallel", TRAINED | {"samples": 2}),

@@ -58,6 +58,7 @@ RULES = {
     "dtp overwrite": {"name": "dtp", **FEEDBACK},
     "dtp accumulate": {"name": "dtp", "unpool": "accumulate", "divide_by_beta": True, **FEEDBACK},
     "ldrl overwrite": {"name": "ldrl", **FEEDBACK},
+    "ldrl output noise": {"name": "ldrl", "output_noise": "expected", **FEEDBACK},
     "ldrl accumulate": {"name": "ldrl", "unpool": "accumulate", **ADAM},
     "ldrl expected": {"name": "ldrl", "expected": True, **FEEDBACK},
     "ldrl expected adam": {"name": "ldrl", "expected": True, "unpool": "accumulate", **ADAM},
