@@ -13,7 +13,9 @@ from arraytp.training import experiment
 FOLDER = Path(__file__).parents[1] / "runs" / "dtp"
 # The figures' configs are studies, the comparison on the embedded images is of no row of a table.
 EMBEDDED = FOLDER / "fashion-mnist-10k.yml"
-RUNS = sorted(path for path in FOLDER.glob("*.yml") if not path.stem.startswith("figure") and path != EMBEDDED)
+CLOSED = FOLDER / "closed-form.yml"
+OWN = (EMBEDDED, CLOSED)
+RUNS = sorted(path for path in FOLDER.glob("*.yml") if not path.stem.startswith("figure") and path not in OWN)
 SHAPES = {"mnist": ((28, 28, 1), 10), "fashion": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10),
           "imagenet32": ((32, 32, 3), 1000)}  # fmt: skip
 

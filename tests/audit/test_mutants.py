@@ -282,8 +282,9 @@ MUTANTS = [
     *_on(
         "ldrl",
         "rules/ldrl.py",
-        ("at.subtract(epsilon, d1)", "at.add(epsilon, d1)"),
-        ("d1 -= at.a_next", "d1 += at.a_next"),
+        ("at.subtract(epsilon, d1)  # −ε ⋆ d1\n    d2", "at.add(epsilon, d1)\n    d2"),
+        ("d1 -= at.a_next  # a(F(s + ε)) − a(s')\n    at.subtract(epsilon, d1)  # −ε ⋆ d1\n    d2",
+         "d1 += at.a_next\n    at.subtract(epsilon, d1)\n    d2"),
         ("d2 -= at.a_next", "d2 += at.a_next"),
         ("(sums.weight * omega).sum() - sums.returned", "(sums.weight * omega).sum() + sums.returned"),
         ("gradient -= at.weight * b", "gradient += at.weight * b"),

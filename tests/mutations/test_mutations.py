@@ -500,13 +500,21 @@ MUTATIONS = [
     *_in(
         "rules/ldrl.py",
         "model/test_feedback.py rules/test_theorems.py rules/test_pinned.py",
-        ("at.subtract(epsilon, d1)", "at.add(epsilon, d1)"),
+        ("at.subtract(epsilon, d1)  # −ε ⋆ d1\n    d2", "at.add(epsilon, d1)\n    d2"),
         ("d2 -= at.a_next", "d2 += at.a_next"),
         ("at.a(at.s_next + eta, at.index)", "at.a(at.s_next - eta, at.index)"),
         ("scale = 2 * descent.sigma**2", "scale = 2 * descent.sigma"),
         ("(squares * a[..., 0, :]).sum() / 2", "(squares * a[..., 0, :]).sum()"),
         ("gradient -= at.weight * b.astype", "gradient += at.weight * b.astype"),
         ("- sums.returned if", "+ sums.returned if"),
+    ),
+    *_in(
+        "rules/ldrl.py",
+        "rules/test_closed_form.py",
+        ("a = (M * (2 * sigma**2", "a = (M * (sigma**2"),
+        ("gradient += share", "pass"),
+        ("share / 2", "share"),
+        ("    return array_module(d1).zeros", "    at.add(epsilon, d1)\n    return array_module(d1).zeros"),
     ),
     *_in(
         "rules/collapse.py",
