@@ -10,12 +10,12 @@ import numpy as np
 from arraytp.backend import NUMPY, Array, Backend, add_product
 from arraytp.fast.engine import Fast
 from arraytp.fast.inverse import first_rows
+from arraytp.fast.overlaps import per_tap
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients, Iterate, NoiseAndProducts, Sums, Through
 from arraytp.ops import kernels
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.noise import EPSILON, ETA, gaussian
-from arraytp.ops.patches import im2col
 from arraytp.ops.solve import LU, Cholesky, PseudoInverse, symmetric_solve
 from arraytp.options import Unpool
 
@@ -108,16 +108,8 @@ class Device(Fast):
         block, s = at.block, at.output
         values = self.room("overlap", (2, len(s), *block.pre_shape), s.dtype)
         kernels.slope_products(block.activation, block.pool, s, at.index, unpool, values[0], values[1])
-        sums = values.sum(axis=1).reshape(2, -1, block.weight_shape[-1])
-        if block.window is None:
-            return sums[0], sums[1]
-        window, xp = block.window, self.backend.xp
-        ones = xp.ones((1, window.height, window.width, 1), dtype=s.dtype)
-        taps = self.of(OWNER).cached(
-            ("taps", window), sums.shape[1], lambda: im2col(ones, window).reshape(sums.shape[1], -1)
-        )
-        n, m = (xp.matmul(taps.T, each).reshape(*block.weight_shape[:2], 1, -1) for each in sums)
-        return n, m
+        n, m = values.sum(axis=1).reshape(2, -1)
+        return per_tap(block, n, self.of(OWNER)), per_tap(block, m, self.of(OWNER))
 
     def iterations(self, at: At, unpool: Unpool, training: NoiseAndProducts) -> "Iterations":
         """See `At.iterations`."""

@@ -12,10 +12,9 @@ from functools import partial
 
 import numpy as np
 
-from arraytp.backend import Array
+from arraytp.backend import Array, array_module
 from arraytp.fast.parallel import LANES, Buffers, Workspace, even_slices, slices
 from arraytp.fast.passes import places
-from arraytp.model import feedback
 from arraytp.model.blocks import Block
 from arraytp.model.passes import At
 from arraytp.ops.patches import im2col
@@ -28,9 +27,7 @@ SLICE_ELEMENTS = 1 << 16
 
 
 def jacobian_overlap(workspace: Workspace, at: At, mode: Unpool) -> tuple[Array, Array]:
-    """Return N and M, of shape (k, k, 1, O) or (1, out): in float64 on the host, on a device in its dtype."""
-    if not workspace.backend.on_host:
-        return feedback.jacobian_overlap(at.block, at.output, at.index, mode)
+    """Return N and M, of shape (k, k, 1, O) or (1, out), in float64."""
     block = at.block
     own, lanes = workspace.of(OWNER), even_slices(len(at.output), LANES)
     positions = int(np.prod(block.pre_shape))
@@ -44,7 +41,7 @@ def jacobian_overlap(workspace: Workspace, at: At, mode: Unpool) -> tuple[Array,
             _add(block, at.output[part], index, mode, maps[:, number], workspace.scratch)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])
-    return _per_tap(block, maps[0].sum(axis=0), own), _per_tap(block, maps[1].sum(axis=0), own)
+    return per_tap(block, maps[0].sum(axis=0), own), per_tap(block, maps[1].sum(axis=0), own)
 
 
 def _add(block: Block, s: Array, index: Array | None, mode: Unpool, maps: Array, scratch: Buffers) -> None:
@@ -86,13 +83,15 @@ def _kept(maxima: Array, pixels: int, own: Buffers) -> Array:
     return owner[maxima] == numbers
 
 
-def _per_tap(block: Block, sums: Array, own: Buffers) -> Array:
-    """Return sums over those positions whose tap lies inside the image, given the sums at the positions."""
+def per_tap(block: Block, sums: Array, own: Buffers) -> Array:
+    """Return sums over those positions whose tap lies inside the image, given those at the positions, (P · Q · O,)."""
     window = block.window
     if window is None:
         return sums[None]
-    shape = (window.out_height * window.out_width, window.kernel**2)
-    inside = own.cached(
-        ("taps", window), shape[0], lambda: im2col(np.ones((1, window.height, window.width, 1)), window).reshape(shape)
-    )
+    xp, shape = array_module(sums), (window.out_height * window.out_width, window.kernel**2)
+
+    def taps() -> Array:
+        return im2col(xp.ones((1, window.height, window.width, 1), sums.dtype), window).reshape(shape)
+
+    inside = own.cached(("taps", window), shape[0], taps)
     return (inside.T @ sums.reshape(shape[0], -1)).reshape(*block.weight_shape[:2], 1, -1)

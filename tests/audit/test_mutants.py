@@ -239,7 +239,7 @@ MUTANTS = [
         ("xp.ones((1, block.window.height", "2 * xp.ones((1, block.window.height"),
         ("block.activation.difference(u, du)", "-block.activation.difference(u, du)"),
     ),
-    *_on("ldrl", "fast/overlaps.py", ("np.ones((1, window.height", "2 * np.ones((1, window.height")),
+    *_on("ldrl", "fast/overlaps.py", ("xp.ones((1, window.height", "2 * xp.ones((1, window.height")),
     *_on(
         "ldrl",
         "rules/feedback.py",
