@@ -13,16 +13,16 @@ K_n steps on every batch, before the updates; σ has no part in it. SA rests at 
 Source: Kunin et al. (2020), Section 3 and Table 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from arraytp.backend import Array, array_module
-from arraytp.model.blocks import Block, Network
+from arraytp.model.blocks import Network
 from arraytp.model.passes import At
 from arraytp.options import SGD, STRICT, FeedbackTraining, InitName, NonNegative
 from arraytp.rules import weight_mirror
-from arraytp.rules.feedback import check_training, feedback_products
+from arraytp.rules.feedback import feedback_products
 from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State
 from arraytp.rules.weight_mirror import inner, rows
 
@@ -121,15 +121,8 @@ def feedback_flops(options: Options, network: Network) -> int:
     return feedback_products(options.feedback, network, products) if products else 0
 
 
-def check(options: Options, blocks: Sequence[Block], dtype: str, reduction: str) -> list[str]:
-    """Refuse lists of another length than the number of blocks with feedback."""
-    check_training(options.feedback, blocks)
-    return []
-
-
 RULE: Rule[Any] = replace(
     weight_mirror.RULE,
     options=Options,
     feedback=Feedback(begin=begin, flops=feedback_flops),
-    check=check,
 )
