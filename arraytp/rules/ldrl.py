@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from arraytp.backend import Array, array_module
+from arraytp.errors import UserError
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, NoiseAndProducts, Samples
 from arraytp.options import SGD
@@ -53,6 +54,10 @@ def check(options: LDRLOptions, blocks: tuple[Block, ...], dtype: str, reduction
     """Return what is worth knowing before a run: nothing; raises as `dtp.check` and `check_expected`."""
     if options.expected:
         check_expected(options.feedback)
+        if options.output_noise == "expected":
+            raise UserError(
+                "rule.output_noise: expected, but rule.expected draws no noise at all; leave one of them out"
+            )
     return dtp.check(options, blocks, dtype, reduction)
 
 
@@ -95,9 +100,11 @@ def begin(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
 def begin_expected_output(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
     """Return iterations that sample ε, and descend (σ²/B) ‖∂G‖², the limit of η's part of the loss, without samples.
 
-    ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], with M of Theorem 4.2: two products an iteration instead of four.
+    ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], two products an iteration instead of four. M is of Theorem 4.2 (Equations 14
+    to 17), of shape (k, k, 1, O) or (1, out).
     """
     shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=1, output_noise=False))
+    # Of this rank's samples: gradients are summed over the ranks.
     _, M = at.batch.engine.jacobian_overlap(at, options.unpool)
     a = (M * (2 * sigma**2 / len(at.batch))).astype(at.weight.dtype)
 
@@ -146,14 +153,13 @@ def expected_gradient(at: At, omega: Array, a: Array, b: Array) -> Array:
     return gradient
 
 
-def feedback_flops(options: LDRLOptions, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample, θ ∘ s once among them."""
-    return 0 if options.expected else feedback_products(options.feedback, network, products(options))
+def feedback_flops(options: LDRLOptions, network: Network, noises: int = 1) -> int:
+    """Return the operations of the products of feedback training for one sample, with so many noises an iteration.
 
-
-def products(options: LDRLOptions) -> int:
-    """Return the products of an iteration: θ ∘ (s + ε), −ε ⋆ d1, ω ∘ d2 and r ⋆ d2, the last two where η is drawn."""
-    return 4 if options.output_noise == "sampled" else 2
+    θ ∘ s once; for each noise θ ∘ (s + ε) and −ε ⋆ d1, and where η is drawn ω ∘ d2 and r ⋆ d2.
+    """
+    products = 4 if options.output_noise == "sampled" else 2
+    return 0 if options.expected else feedback_products(options.feedback, network, products * noises)
 
 
 RULE: Rule[Any] = replace(

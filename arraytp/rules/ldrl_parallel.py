@@ -10,7 +10,6 @@ from typing import Any, Literal
 from arraytp.model.blocks import Network
 from arraytp.options import FeedbackTraining, Size
 from arraytp.rules import ldrl
-from arraytp.rules.feedback import feedback_products
 from arraytp.rules.protocol import Rule
 
 
@@ -25,11 +24,7 @@ class Options(ldrl.LDRLOptions):
 
 def feedback_flops(options: Options, network: Network) -> int:
     """Return the operations of the products of feedback training for one sample, θ ∘ s once among them."""
-    return (
-        0
-        if options.expected
-        else feedback_products(options.feedback, network, ldrl.products(options) * options.samples)
-    )
+    return ldrl.feedback_flops(options, network, options.samples)
 
 
 assert ldrl.RULE.feedback is not None

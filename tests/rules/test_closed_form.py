@@ -158,6 +158,13 @@ def test_a_closed_form_of_no_iterations_is_refused(rule, more):
         RULES[rule].check(settings, named_blocks("lenet"), "float64", "mean")
 
 
+@pytest.mark.parametrize("rule", ["ldrl", "ldrl-parallel"])
+def test_a_closed_form_beside_sampled_input_noise_is_refused(rule):
+    settings = options(rule, SGD(lr=0.1), expected=True, output_noise="expected")
+    with pytest.raises(UserError, match=r"rule\.output_noise: expected, but rule\.expected draws no noise"):
+        RULES[rule].check(settings, named_blocks("lenet"), "float64", "mean")
+
+
 def test_a_closed_form_of_many_classes_is_refused():
     blocks = named_blocks("lenet")
     last = blocks[-1].__class__(**vars(blocks[-1]) | {"out_shape": (1000,), "label": "dense2"})

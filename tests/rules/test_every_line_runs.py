@@ -31,10 +31,10 @@ NOT_OF_A_STEP = {
     "fa.py": {"flops"},
     "dfa.py": {"flops", "direct_flops"},
     "weight_mirror.py": {"feedback_flops", "check"},
-    "alignment.py": {"feedback_flops", "check"},
+    "alignment.py": {"feedback_flops"},
     # Of the plan, before a run: refusals and notes. Of the audit: the loss that `local_update` is the gradient of.
     "dtp.py": {"flops", "feedback_flops", "check", "local_loss"},
-    "ldrl.py": {"feedback_flops", "products", "check"},
+    "ldrl.py": {"feedback_flops", "check"},
     "ldrl_parallel.py": {"feedback_flops"},
     "drl.py": {"flops", "_q_flops", "feedback_flops", "check", "local_loss"},
     "ridge_tp.py": {"check"},
