@@ -12,7 +12,6 @@ from arraytp.data import augment, order
 from arraytp.data.dataset import Dataset
 from arraytp.data.division import VALIDATION, Division, divide, held_out
 from arraytp.data.loader import Loader
-from arraytp.data.order import PoolPlan
 from arraytp.errors import UserError
 
 # What is read to verify checksums, and at most how many places in it.
@@ -102,17 +101,7 @@ def _rows(config: Config, dataset: Dataset | Division, loader: Loader, training:
     if not loader.streamed:
         return order.memory_order(loader.count, config.seed, 0, shuffle=training)
     plan = order.pool_plan(dataset.chunks(loader.split), config.data.pool_images, config.seed, 0, shuffle=training)
-    return _streamed(plan)
-
-
-def _streamed(plan: PoolPlan) -> np.ndarray:
-    """Return the row of every position by letting images leave the pool one by one."""
-    arrivals, content = plan.arrival_rows(), list(range(plan.capacity))
-    rows = np.empty(len(arrivals), np.int64)
-    for position, place in enumerate(plan.places.tolist()):
-        rows[position] = arrivals[content[place]]
-        content[place] = min(plan.capacity + position, len(arrivals) - 1)
-    return rows
+    return plan.arrival_rows()[plan.leaving]
 
 
 def _augmented(image: Floats, flip: bool, row: int, column: int, padding: int) -> Floats:

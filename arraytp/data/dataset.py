@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
-from arraytp.data.shards import Images, Labels, Shard, check_size, damage, open_shard, read_rows
+from arraytp.data.order import Rows
+from arraytp.data.shards import Images, Labels, Shard, check_size, damage, open_shard, read_rows, rows_per_range
 from arraytp.errors import UserError
 
 _EMBEDDED = Path(__file__).parent / "embedded"
@@ -110,6 +112,17 @@ class Dataset:
                 shard = self._open(entry)
                 read_rows(shard, low - first, high - first, images[low - start : high - start])
                 labels[low - start : high - start] = shard.labels[low - first : high - first]
+
+    def pick(self, split: str, rows: Rows, images: Images, labels: Labels) -> None:
+        """Read increasing rows as `read_into` does; of checksum ranges that none of them lies in nothing is read."""
+        apart = np.flatnonzero(np.diff(rows) > rows_per_range(int(np.prod(self.shape)))) + 1
+        for first, stop in pairwise([0, *apart, len(rows)] if len(rows) else []):
+            run, part = rows[first:stop] - rows[first], slice(first, stop)
+            if run[-1] == len(run) - 1:
+                self.read_into(split, int(rows[first]), images[part], labels[part])
+            else:
+                raw, known = self.read(split, int(rows[first]), int(rows[stop - 1]) + 1)
+                images[part], labels[part] = raw[run], known[run]
 
     def load(self, split: str) -> tuple[Images, Labels]:
         """Read a whole split; as `read`."""

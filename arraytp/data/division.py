@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from arraytp.data.dataset import Dataset
 from arraytp.data.order import Rows
-from arraytp.data.shards import Images, Labels, rows_per_range
+from arraytp.data.shards import Images, Labels
 from arraytp.streams import stream
 
 TRAIN, VALIDATION = "train", "validation"
@@ -57,27 +57,19 @@ class Division:
         """Read the images and labels of some positions; else as `Dataset.read`."""
         images = np.empty((stop - start, *self.shape), np.uint8)
         labels = np.empty(stop - start, np.int64)
-        self.read_into(split, start, images, labels)
+        self.pick(split, np.arange(start, stop), images, labels)
         return images, labels
 
-    def read_into(self, split: str, start: int, images: Images, labels: Labels) -> None:
-        """Read len(images) positions from `start` on into C-contiguous arrays; else as `read`."""
-        rows = self.rows[split][start : start + len(images)]
-        # A range is verified whole; of ranges between two rows nothing is read.
-        apart = np.flatnonzero(np.diff(rows) > rows_per_range(int(np.prod(self.shape)))) + 1
-        done = 0
-        for run in np.split(rows, apart) if len(rows) else []:
-            raw, known = self.dataset.read(TRAIN, int(run[0]), int(run[-1]) + 1)
-            part = slice(done, done + len(run))
-            images[part], labels[part] = raw[run - run[0]], known[run - run[0]]
-            done += len(run)
+    def pick(self, split: str, positions: Rows, images: Images, labels: Labels) -> None:
+        """Read increasing positions; else as `Dataset.pick`."""
+        self.dataset.pick(TRAIN, self.rows[split][positions], images, labels)
 
     def load(self, split: str) -> tuple[Images, Labels]:
         """Read a whole split, chunk by chunk."""
         images = np.empty((len(self.rows[split]), *self.shape), np.uint8)
         labels = np.empty(len(images), np.int64)
         for start, stop in self.chunks(split):
-            self.read_into(split, start, images[start:stop], labels[start:stop])
+            self.pick(split, np.arange(start, stop), images[start:stop], labels[start:stop])
         return images, labels
 
 

@@ -179,7 +179,7 @@ class Loader:
             raise ValueError(f"batch {start} of an epoch with {self.steps_per_epoch}")
         starts = range(start * self.batch_size, self.count, self.batch_size)
         spans = [self._part(first, min(first + self.batch_size, self.count)) for first in starts]
-        source = self._source(epoch, start * self.batch_size)
+        source = self._source(epoch, spans)
         draws = augment.draw(self._seed, epoch, self.count, self._flip, self._padding) if self._augments else None
         batches = self._host_batches if self._backend.on_host else self._device_batches
         return batches(spans, source, draws)
@@ -269,14 +269,14 @@ class Loader:
         """Return how many images this reader's part of a batch has at most."""
         return -(-min(self.batch_size, self.count) // self._share[1])
 
-    def _source(self, epoch: int, position: int) -> _Source:
-        """Return where an epoch's images come from, from a position on."""
+    def _source(self, epoch: int, spans: list[_Span]) -> _Source:
+        """Return where an epoch's images at some positions come from."""
         if self._memory is None:
             plan = pool_plan(self._chunks, self._pool_images, self._seed, epoch, shuffle=self._shuffle)
-            # Each thread holds its part of a batch, and the parts of other readers are passed over.
-            held = (1 + self._threads) * self.batch_size
+            # Each thread holds its part of a batch.
+            held = self._threads * self._most_images()
             memory = self._spare_memory.pop() if self._spare_memory else None
-            return Pool(self.dataset, self.split, plan, position, held, memory)
+            return Pool(self.dataset, self.split, plan, spans, held, memory)
         return _Memory(*self._memory, memory_order(self.count, self._seed, epoch, shuffle=self._shuffle))
 
     def _keep(self, source: _Source) -> None:

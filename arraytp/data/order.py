@@ -7,6 +7,7 @@ so an epoch can be entered at any position.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -34,15 +35,14 @@ class PoolPlan:
         Arrivals before each chunk.
     capacity : int
         Places in the pool: the arrivals of the first whole chunks.
-    places : array of shape (N,), int64
-        The place that the image at each position leaves. Arrival j goes to place j if j < capacity, else to
-        places[j - capacity].
+    leaving : array of shape (N,), int64
+        The arrival that leaves at each position.
     """
 
     chunks: Rows
     arrived: Rows
     capacity: int
-    places: Rows
+    leaving: Rows
 
     def due(self, chunk: int) -> int:
         """Return the position before which a chunk must be in the pool, and after which it may come in.
@@ -80,28 +80,11 @@ def pool_plan(chunks: Sequence[tuple[int, int]], pool_images: int, seed: int, ep
     first = int(np.searchsorted(arrived, needed))
     capacity = int(arrived[first])
     if not shuffle:
-        return PoolPlan(table, arrived, capacity, np.arange(total) % capacity)
-    leaving = [
-        generator.choice(capacity, int(arrived[chunk + 1] - arrived[chunk]), replace=False)
-        for chunk in range(first, len(table))
-    ]
-    return PoolPlan(table, arrived, capacity, np.concatenate([*leaving, generator.permutation(capacity)]))
-
-
-def pool_content(plan: PoolPlan, position: int) -> tuple[Rows, int]:
-    """Return what the pool holds when the images before `position` have left.
-
-    Returns
-    -------
-    arrivals : array of shape (capacity,), int64
-        The arrival in each place; -1 where it has left.
-    chunk : int
-        The next chunk to come in.
-    """
-    chunk = int(np.searchsorted(plan.arrived - plan.capacity, position, side="right")) - 1
-    replaced = int(plan.arrived[chunk]) - plan.capacity
-    arrivals = np.arange(plan.capacity)
-    # Of several arrivals in one place the last one counts, which is how NumPy assigns.
-    arrivals[plan.places[:replaced]] = plan.capacity + np.arange(replaced)
-    arrivals[plan.places[replaced:position]] = -1
-    return arrivals, chunk
+        return PoolPlan(table, arrived, capacity, np.arange(total))
+    content, leaving = np.arange(capacity), np.empty(total, np.int64)
+    for start, stop in pairwise(arrived[first:].tolist()):
+        places = generator.choice(capacity, stop - start, replace=False)
+        leaving[start - capacity : stop - capacity] = content[places]
+        content[places] = np.arange(start, stop)
+    leaving[total - capacity :] = content[generator.permutation(capacity)]
+    return PoolPlan(table, arrived, capacity, leaving)

@@ -1,6 +1,6 @@
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import h5py
 import numpy as np
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arraytp.backend import Backend
-from arraytp.data import augment
+from arraytp.data import augment, shards
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 
@@ -119,6 +119,30 @@ def test_the_ranks_share_every_batch(tiny, batch_size, ranks, in_memory_bytes, p
     for batch in zip(*parts, strict=True):
         sizes = [len(labels) for _, labels in batch]
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_a_rank_reads_the_checksum_ranges_of_its_own_rows_alone_and_once(
+    tmp_path, pack, row_numbers, monkeypatch, ranks, shuffle
+):
+    monkeypatch.setattr(shards, "RANGE_BYTES", 240)
+    dataset, read = pack(tmp_path / "d"), []
+    reader = shards._reader
+
+    @contextmanager
+    def counted(shard):
+        first_row = 250 * int(shard.path.stem[-5:])
+        with reader(shard) as rows:
+            yield lambda first, last, out: (read.append(first_row + first), rows(first, last, out))
+
+    monkeypatch.setattr(shards, "_reader", counted)
+    for rank in range(ranks):
+        read.clear()
+        options = {"seed": 1, "shuffle": shuffle, "in_memory_bytes": 0, "pool_images": 260, "share": (rank, ranks)}
+        batches = copies(Loader(dataset, "train", 24, **options).batches(0, 1))
+        own = {row - row % 250 % 4 for images, _ in batches for row in row_numbers(images)}
+        assert sorted(read) == sorted(own)
 
 
 @modes
