@@ -93,7 +93,8 @@ class SGD:
     """Stochastic gradient descent: v ← μv + g, θ ← θ − lr·v.
 
     `orthogonality` λ adds 4λ(WWᵀ − I)W, or 4λW(WᵀW − I) if W has more rows than columns, to g of the blocks that
-    `orthogonality_on` names. `lr` may be a list, one value per block.
+    `orthogonality_on` names; with `orthogonality_every` n, n times as much at every n-th step and none between.
+    `lr` may be a list, one value per block.
     """
 
     name: Literal["sgd"] = "sgd"
@@ -102,6 +103,7 @@ class SGD:
     weight_decay: NonNegative = 0.0
     orthogonality: NonNegative = 0.0
     orthogonality_on: Regularised = "square"
+    orthogonality_every: Size = 1
 
     __pydantic_config__ = STRICT
 
@@ -122,6 +124,7 @@ class Adam:
     weight_decay: NonNegative = 0.0
     orthogonality: NonNegative = 0.0
     orthogonality_on: Regularised = "square"
+    orthogonality_every: Size = 1
 
     __pydantic_config__ = STRICT
 

@@ -13,7 +13,7 @@ from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import GramErrors as AnyGramErrors
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import add_excess_product, excess_rows
-from arraytp.options import Regularised
+from arraytp.options import SGD, Adam, Regularised
 
 OWNER = "orthogonality"
 # Two tasks for a matrix of order 1024, so that threads end together; measured: 5 % slower than one for E, 2 % for E W.
@@ -59,6 +59,12 @@ def regularised(blocks: Sequence[Block], on: Regularised) -> list[int]:
     if on == "all-but-first":
         return list(range(1, len(blocks)))
     return [n for n, block in enumerate(blocks) if block.is_square]
+
+
+def strength_at(optimizer: SGD | Adam, step: int) -> float:
+    """Return the λ of a step, counted from 0: with `orthogonality_every` n, nλ at every n-th step and 0 between."""
+    every = optimizer.orthogonality_every
+    return 0.0 if (step + 1) % every else every * optimizer.orthogonality
 
 
 def add_orthogonality(

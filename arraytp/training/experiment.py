@@ -22,7 +22,7 @@ from arraytp.config import Config
 from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.data.loader import Loader
 from arraytp.fast.device import fast_engine
-from arraytp.fast.orthogonality import add_orthogonality
+from arraytp.fast.orthogonality import add_orthogonality, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.initialise import make_network
@@ -338,11 +338,9 @@ class Experiment:
         optimizer, parameters = self.config.optimizer, self.network.parameters()
         gradients = [array for pair in updates for array in pair]
         check_gradients(parameters, gradients)
-        if optimizer.orthogonality:
+        if strength := strength_at(optimizer, self.optimizer_state.step):
             weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
-            add_orthogonality(
-                optimizer.orthogonality, self.network, weights, errors, self.workspace, optimizer.orthogonality_on
-            )
+            add_orthogonality(strength, self.network, weights, errors, self.workspace, optimizer.orthogonality_on)
         rates = learning_rates(self.config.schedule, optimizer.lr, epoch, self.optimizer_state.step)
         decay = None if self.rule.shared_decay is None else self.rule.shared_decay(self.config.rule)
         twins = None if decay is None else Twins(self.rule_state.weights, decay)

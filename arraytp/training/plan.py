@@ -100,6 +100,11 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but no weight matrix of this network is "
             "square; set it to 0, or network.square: true, or orthogonality_on: all-but-first for semi-orthogonal ones"
         )
+    if config.optimizer.orthogonality_every > 1 and not config.optimizer.orthogonality:
+        raise UserError(
+            f"optimizer.orthogonality_every: {config.optimizer.orthogonality_every}, but optimizer.orthogonality is 0; "
+            "give λ there, or leave this out"
+        )
     notes = tuple(RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction))
     if "gnt" in config.compare.against:
         gnt.check_jacobians("compare.against: gnt", blocks)

@@ -54,6 +54,7 @@ CONFIGS = {
             "network.square=false",
             "rule={name: gait-prop, inverse: pseudo}",
             "optimizer.orthogonality_on=all-but-first",
+            "optimizer.orthogonality_every=3",
         ),
     ),
 }
@@ -198,7 +199,13 @@ MUTANTS = [
         ("pseudo_inverses(options.ridge)", "pseudo_inverses()"),
         ("f.inverse_difference(s, change)", "f.inverse_difference(s, -change)"),
     ),
-    *_on("pseudo", "fast/orthogonality.py", ("range(1, len(blocks))", "range(2, len(blocks))")),
+    *_on(
+        "pseudo",
+        "fast/orthogonality.py",
+        ("range(1, len(blocks))", "range(2, len(blocks))"),
+        ("(step + 1) % every", "step % every"),
+        ("else every * optimizer", "else optimizer"),
+    ),
     *_on("gp", "ops/solve.py", ("[rows.start :: order + 1] = 1", "[rows.start :: order + 1] = 2"),
          ("return x.T\n", "return -x.T\n"), ("y @ factors.matrix.T)", "y @ factors.matrix)")),
     *_on("gp", "ops/activations.py", ("s * s.dtype.type(1 / LEAKY_SLOPE)", "s * s.dtype.type(2 / LEAKY_SLOPE)"),

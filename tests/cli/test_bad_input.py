@@ -85,6 +85,10 @@ SETTINGS = {
         "optimizer.orthogonality=1e2",
         ["optimizer.orthogonality: 100, but no weight matrix of this network is square", "network.square: true"],
     ),
+    "a regulariser's steps without a regulariser": (
+        "optimizer.orthogonality_every=4",
+        ["optimizer.orthogonality_every: 4, but optimizer.orthogonality is 0"],
+    ),
     "auxiliary units that leave nothing": (
         blocks("{type: dense, units: 8, auxiliary: 8}, {type: dense, units: 3}"),
         ["block 0 (dense1)", "auxiliary: 8 of units: 8 leaves nothing to hand on"],

@@ -368,6 +368,12 @@ MUTATIONS = [
         ("            if n not in self._computed:\n", "            if True:\n"),
     ),
     *_in(
+        "fast/orthogonality.py",
+        "training/test_experiment.py",
+        ("(step + 1) % every", "step % every"),
+        ("else every * optimizer", "else optimizer"),
+    ),
+    *_in(
         "fast/overlaps.py",
         "fast/test_closed_forms.py",
         ("* _kept(maxima, len(s) * pixels, scratch.of(OWNER))", ""),

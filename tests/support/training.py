@@ -6,7 +6,7 @@ from typing import Any
 from arraytp.backend import NUMPY, Backend
 from arraytp.fast.device import fast_engine
 from arraytp.fast.engine import Fast
-from arraytp.fast.orthogonality import add_orthogonality
+from arraytp.fast.orthogonality import add_orthogonality, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.passes import Batch, Engine
@@ -82,11 +82,9 @@ class Trainer:
 
     def apply(self, batch, updates):
         optimizer, gradients = self.optimizer, [array for pair in updates for array in pair]
-        if optimizer.orthogonality:
+        if strength := strength_at(optimizer, self.optimizer_state.step):
             weights, errors = [weight for weight, _ in updates], batch.gram_errors
-            add_orthogonality(
-                optimizer.orthogonality, self.network, weights, errors, self.workspace, optimizer.orthogonality_on
-            )
+            add_orthogonality(strength, self.network, weights, errors, self.workspace, optimizer.orthogonality_on)
         twins = self.rule.shared_decay and Twins(self.state.weights, self.rule.shared_decay(self.options))
         parameters = self.network.parameters()
         apply_updates(optimizer, optimizer.lr, self.optimizer_state, parameters, gradients, self.workspace, twins)

@@ -40,8 +40,8 @@ def small(**sections):
 def batch():
     """Return an experiment and its first training batch, copied so that it stays."""
 
-    def make(config):
-        made = experiment.build(config)
+    def make(config, plain=False):
+        made = experiment.build(config, plain=plain)
         with closing(made.train_loader.batches(0)) as batches:
             images, labels = next(batches)
             return made, images.copy(), labels.copy()
@@ -327,3 +327,27 @@ def test_weights_replaced_between_steps_are_those_that_rule_and_regulariser_see(
         made.step(images, labels)
     for mine, wanted in zip(one.network.weights, other.network.weights, strict=True):
         np.testing.assert_array_equal(mine, wanted)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_regulariser_comes_every_so_many_steps_as_many_times_as_strong(batch, every, plain):
+    """On both engines, against λ·n·4(WWᵀ − I)W added by hand at steps n, 2n, …; the steps between have none."""
+    network = {"blocks": [{"type": "dense", "units": 12}, {"type": "dense", "units": 10}], "square": True}
+    results = []
+    for strength in (2.0, 0.0):
+        optimizer = {"name": "sgd", "lr": 0.01, "momentum": 0.5, "orthogonality": strength}
+        if strength:
+            optimizer["orthogonality_every"] = every
+        config = small(network=network, optimizer=optimizer, dtype="float64")
+        made, images, labels = batch(config, plain)
+        for count in range(1, 8):
+            step = made.forward(images, labels)
+            updates = made.updates(step)
+            if not strength and count % every == 0:
+                w = made.network.weights[1]
+                updates[1][0][...] += every * 2.0 * 4 * (w @ w.T - np.eye(len(w))) @ w
+            made.apply(step, updates)
+        results.append(made.network.weights)
+    for mine, by_hand in zip(*results, strict=True):
+        np.testing.assert_allclose(mine, by_hand, rtol=1e-11, atol=1e-13)
