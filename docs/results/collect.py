@@ -1,49 +1,105 @@
-"""Make results.json and the table of index.md: `python docs/results/collect.py` from the root.
+"""Make results.json and the table of index.md, and keep the runs behind them small in the repository.
 
-published.csv has a row for each published number. Our number is in the row or, where `summaries` names them, the mean
-of a metric over kept summary.json files: `PATTERN:KEY`, as in `runs/cifar10-bp/*/summary.json:final.test_top1`.
+    python docs/results/collect.py                         # from the root: make both files
+    python docs/results/collect.py keep NAME FOLDER…       # keep result folders as runs/NAME/seed-<n>.zip
+
+published.csv has a row for each published number. Our number is in the row or, where `runs` names a metric of kept
+runs, as in `mnist-bp:test_top1`, the mean over them of the last epoch. Then verdict and hours are computed, too.
 """
 
 import csv
+import io
 import json
 import statistics
+import sys
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+
+from ruamel.yaml import YAML
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+# What is kept of a result folder; BP has no angles, an unfinished run no summary.
+FILES = ("config.yml", "metrics.csv", "angles.csv", "summary.json")
 
 
-def verdict(published: float, deviation: float, ours: float) -> str:
-    """Say whether ours is within two standard deviations of the published number or, without any, within one point."""
-    return "reproduced" if abs(ours - published) <= (2 * deviation if deviation else 1.0) else "not reproduced"
+@dataclass(frozen=True)
+class Kept:
+    """One kept run: its last epoch's metrics, and its files' text by name."""
+
+    files: dict[str, str]
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last row of metrics.csv."""
+        *_, row = csv.DictReader(io.StringIO(self.files["metrics.csv"]))
+        return {name: float(cell) for name, cell in row.items()}
 
 
-def measured(summaries: str) -> list[float]:
-    """Return the metric that a row names, of every kept summary."""
-    pattern, _, key = summaries.rpartition(":")
-    values = []
-    for file in sorted(HERE.glob(pattern)):
-        value = json.loads(file.read_text(encoding="utf-8"))
-        for part in key.split("."):
-            value = value[part]
-        values.append(float(value))
-    if not values:
-        raise SystemExit(f"published.csv: {summaries}: there is no such summary")
-    return values
+def keep(name: str, folders: list[Path]) -> None:
+    """Write what is kept of result folders, the same bytes each time."""
+    for folder in folders:
+        config = YAML(typ="safe").load(folder / "config.yml")
+        place = HERE / "runs" / name / f"seed-{config['seed']}.zip"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for file in FILES:
+                if (folder / file).is_file():
+                    text = (folder / file).read_text(encoding="utf-8")
+                    # Where the data set lay is no part of the result.
+                    text = text.replace(config["data"]["dataset"], f"data/{Path(config['data']['dataset']).name}")
+                    archive.writestr(zipfile.ZipInfo(file), text, zipfile.ZIP_DEFLATED)
+
+
+def kept(name: str) -> list[Kept]:
+    """Return the kept runs of one name, by seed."""
+    runs = []
+    for place in sorted((HERE / "runs" / name).glob("seed-*.zip")):
+        with zipfile.ZipFile(place) as archive:
+            runs.append(Kept({file: archive.read(file).decode() for file in archive.namelist()}))
+    if not runs:
+        raise SystemExit(f"published.csv: {name}: docs/results/runs/{name} holds no kept run")
+    return runs
+
+
+def verdict(published: float, deviation: float, ours: float, seeds: int = 1) -> str:
+    """Say whether ours is within two standard deviations or, of one seed or without any deviation, within one point."""
+    tolerance = 2 * deviation if seeds > 1 and deviation else max(2 * deviation, 1.0)
+    return "reproduced" if abs(ours - published) <= tolerance else "not reproduced"
+
+
+def epochs_of(command: str) -> int:
+    """Return the epochs that a row's config asks for."""
+    return int(YAML(typ="safe").load(HERE.parents[1] / command.split()[2])["train"]["epochs"])
+
+
+def computed(row: dict[str, str]) -> dict[str, str]:
+    """Return a row of published.csv with our numbers, those of its kept runs if it names any."""
+    if not row["runs"]:
+        return row
+    name, _, metric = row["runs"].partition(":")
+    lasts = [run.last for run in kept(name)]
+    values, done, planned = (
+        [last[metric] for last in lasts],
+        min(last["epoch"] for last in lasts),
+        epochs_of(row["command"]),
+    )
+    mean = statistics.fmean(values)
+    found = verdict(float(row["published"]), float(row["published_sd"] or 0), mean, len(values))
+    return row | {
+        "ours": f"{mean:.2f}",
+        "ours_sd": f"{statistics.stdev(values):.2f}" if len(values) > 1 else "",
+        "seeds": str(len(values)),
+        "verdict": found if done >= planned else f"unfinished: epoch {done:.0f} of {planned}",
+        "hours": f"{statistics.fmean(last['seconds'] for last in lasts) / 3600:.1f}",
+    }
 
 
 def read() -> list[dict[str, str]]:
     """Return all rows of published.csv, with our numbers where they are computed."""
     with (HERE / "published.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        if row["summaries"]:
-            values = measured(row["summaries"])
-            row["ours"], row["seeds"] = f"{statistics.fmean(values):.2f}", str(len(values))
-            row["ours_sd"] = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            published, deviation = float(row["published"]), float(row["published_sd"] or 0)
-            row["verdict"] = verdict(published, deviation, statistics.fmean(values))
-    return rows
+        return [computed(row) for row in csv.DictReader(file)]
 
 
 def number(text: str) -> float | str | None:
@@ -79,5 +135,7 @@ def made() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["keep"]:
+        keep(sys.argv[2], [Path(folder) for folder in sys.argv[3:]])
     for path, text in made().items():
         path.write_text(text, encoding="utf-8")

@@ -5,19 +5,26 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from arraytp.report.reading import read_result
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results"
 ROWS = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def collect():
-    spec = importlib.util.spec_from_file_location("collect", FOLDER / "collect.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def collect():
+    return script("collect")
 
 
 def test_page_and_json_are_what_the_script_makes(collect):
@@ -26,17 +33,55 @@ def test_page_and_json_are_what_the_script_makes(collect):
         assert path.read_text(encoding="utf-8") == text, path.name
 
 
-def test_a_row_with_kept_summaries_is_their_mean(collect, tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "HERE", tmp_path)
-    for seed, top1 in enumerate((85.0, 86.0)):
-        (tmp_path / f"seed-{seed}.json").write_text(json.dumps({"final": {"test_top1": top1}}), encoding="utf-8")
+def test_a_row_with_kept_runs_is_their_mean(collect, tmp_path, monkeypatch):
+    """Of the last epoch; a run without all epochs of the config is called unfinished, whatever its number."""
+    home = tmp_path / "docs" / "results"
     head = (FOLDER / "published.csv").read_text(encoding="utf-8").splitlines()[0]
-    row = "DTP,Table 1,CIFAR-10,BP,86.34,0.35,,,,not run,arraytp run x.yml,,,seed-*.json:final.test_top1"
-    (tmp_path / "published.csv").write_text(f"{head}\n{row}\n", encoding="utf-8")
-    (made,) = collect.read()
-    assert (made["ours"], made["ours_sd"], made["seeds"], made["verdict"]) == ("85.50", "0.71", "2", "not reproduced")
-    assert collect.verdict(86.34, 0.35, 85.7) == "reproduced"
+    row = "DTP,Table 1,CIFAR-10,BP,86.34,0.35,,,,not run,arraytp run x.yml,,,bp:test_top1"
+    for seed, top1 in enumerate((85.0, 86.0)):
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        config = f"seed: {seed}\ndata: {{dataset: {tmp_path}/images}}\n"
+        (folder / "config.yml").write_text(config, encoding="utf-8")
+        (folder / "metrics.csv").write_text(f"epoch,seconds,test_top1\n1,9,50\n2,5400,{top1}\n", encoding="utf-8")
+    home.mkdir(parents=True)
+    (home / "published.csv").write_text(f"{head}\n{row}\n", encoding="utf-8")
+    monkeypatch.setattr(collect, "HERE", home)
+    collect.keep("bp", sorted(tmp_path.glob("run-*")))
+    assert str(tmp_path) not in collect.kept("bp")[0].files["config.yml"]
+    for epochs, verdict in ((2, "not reproduced"), (5, "unfinished: epoch 2 of 5")):
+        (tmp_path / "x.yml").write_text(f"train: {{epochs: {epochs}}}\n", encoding="utf-8")
+        (made,) = collect.read()
+        assert made["verdict"] == verdict
+        assert (made["ours"], made["ours_sd"], made["seeds"], made["hours"]) == ("85.50", "0.71", "2", "1.5")
+
+
+def test_a_number_of_several_seeds_is_held_to_two_deviations_and_one_of_one_seed_to_a_point(collect):
+    assert collect.verdict(86.34, 0.35, 85.7, 5) == "reproduced"
+    assert collect.verdict(86.34, 0.35, 85.5, 5) == "not reproduced"
+    assert collect.verdict(86.34, 0.35, 85.5) == "reproduced"
     assert collect.verdict(53.2, 0, 54.3) == "not reproduced"
+
+
+def test_a_kept_run_is_a_result_folder_and_can_be_drawn_as_figure_4(collect, tmp_path):
+    """A panel a block, a line a run over epochs; angles at their places."""
+    for name in ("cifar10-ldrl-expected", "cifar10-bp"):
+        (tmp_path / name).mkdir()
+        for file, text in collect.kept(name)[0].files.items():
+            (tmp_path / name / file).write_text(text, encoding="utf-8")
+    assert read_result(tmp_path / "cifar10-bp").finished
+    figure = script("layer_angles").drawn([tmp_path / "cifar10-ldrl-expected"])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["conv1", "conv2", "dense1", "dense2"]
+    epochs, angles = figure.axes[1].lines[0].get_data()
+    measured = read_result(tmp_path / "cifar10-ldrl-expected").angles
+    assert list(angles) == list(measured["angle_deg"][measured["block"] == 1])
+    assert np.floor(epochs) + 1 == pytest.approx(measured["epoch"][measured["block"] == 1])
+
+
+def test_kept_runs_are_few_and_small():
+    files = [file for file in (FOLDER / "runs").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".zip"}
+    assert sum(file.stat().st_size for file in files) < 2**21
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['paper']} {row['place']} {row['what']}")
