@@ -15,7 +15,7 @@ import click
 
 from arraytp import __version__
 from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors, one_line
-from arraytp.ranks import end_all, failed_alone, speaks
+from arraytp.ranks import end_all, failed_alone, launched, speaks
 from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
 COMMANDS = {
@@ -27,6 +27,8 @@ COMMANDS = {
     "report": ("arraytp.commands.report", "Compare result folders in tables and figures."),
     "data": ("arraytp.commands.data", "Fetch, pack, check and describe data sets."),
 }
+# Those that several processes share; each of the others would do the whole work, in the same files.
+_ON_RANKS = ("run", "bench")
 _USER_STATUS = 2
 _FAILURE_STATUS = 1
 _SIGINT_STATUS = 130
@@ -47,6 +49,8 @@ class _LazyGroup(click.Group):
         """Import and return a command."""
         if cmd_name not in COMMANDS:
             ctx.fail(f"there is no command {cmd_name!r}; the commands are {', '.join(COMMANDS)}")
+        if cmd_name not in _ON_RANKS and (processes := launched()[0]) > 1:
+            raise UserError(f"{cmd_name}: runs in one process, not in {processes}; start it without mpiexec or srun")
         with held_back():
             command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command

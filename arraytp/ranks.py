@@ -20,11 +20,12 @@ from arraytp.errors import UserError, UserErrors
 LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("SLURM_NTASKS", "SLURM_PROCID"),
 )
 LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-# Seconds in which ranks that end by the same error come to know of each other.
-_PATIENCE = 5.0
+# Seconds in which ranks that end by the same error come to know of each other, and between two looks.
+_PATIENCE, _PAUSE = 5.0, 0.02
 
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Part:
 def launched() -> tuple[int, int]:
     """Return how many processes the launcher says it has started, and which of them this is; 1 and 0 without one.
 
-    A batch script of Slurm is no process of a step, although the number of the job's tasks is set there.
+    A batch script or shell of Slurm is no process of a step, although the number of the job's tasks is set there.
     """
     for size, rank in LAUNCHERS:
         if size == "SLURM_NTASKS" and "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
@@ -200,11 +201,11 @@ def world() -> Ranks:
             "for this machine's MPI, or arraytp[mpi,mpich] where it has none"
         ) from error
     if mpi.COMM_WORLD.size == 1:
-        library = mpi.Get_library_version().split("\n")[0].strip()
+        library = " ".join(mpi.Get_library_version().split("\n")[0].split())
         raise UserError(
             f"{size} processes were launched ({says}), but each sees only itself and would write into one folder: "
-            f"mpi4py speaks {library}, another MPI than the launcher's; use the mpiexec that belongs to it, or build "
-            "mpi4py with the launcher's MPI"
+            f"mpi4py speaks {library}, another MPI than the launcher's; use the mpiexec that belongs to it or another "
+            "srun --mpi, or build mpi4py with the launcher's MPI"
         )
     return Mpi(mpi, mpi.COMM_WORLD)
 
@@ -244,7 +245,7 @@ class Mpi:
         while not request.Test():
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.01)
+            time.sleep(_PAUSE)
         return True
 
     def split(self, size: int) -> "Mpi":
@@ -262,6 +263,8 @@ class Mpi:
 
 class Turns:
     """Numbers from 0 on, each for the group of ranks that asks first: a counter in the first rank's memory.
+
+    A group that ends by a signal tells the others: each first rank of a group sends one word to each other's.
 
     Parameters
     ----------
@@ -281,6 +284,11 @@ class Turns:
             self._window.Lock(0)
             self._window.Put(array("q", [0]), 0)
             self._window.Unlock(0)
+        firsts = range(0, communicator.size, group.size) if group.rank == 0 else ()
+        self._others = [rank for rank in firsts if rank != communicator.rank]
+        self._heard, self._word = memoryview(array("q", [0] * len(self._others))), array("q", [0])
+        self._receiving = [communicator.Irecv(self._heard[n : n + 1], rank) for n, rank in enumerate(self._others)]
+        self._sending: list[Any] | None = None
         communicator.Barrier()
 
     def below(self, count: int) -> Iterator[int]:
@@ -288,14 +296,33 @@ class Turns:
         while (turn := int(self._group.broadcast(self._add(1)))) < count:
             yield turn
 
-    def end(self) -> None:
-        """Let nobody have a turn any more."""
-        self._add(1 << 32)
+    def heard(self) -> int:
+        """Return the number of the signal that ended another group, 0 while none did."""
+        self._mpi.Request.Testsome(self._receiving)
+        return max(self._heard, default=0)
 
-    def close(self) -> None:
-        """Wait for all groups."""
-        self._communicator.Barrier()
+    def end(self, number: int) -> None:
+        """Let nobody have a turn any more, because of a signal."""
+        self._add(1 << 32)
+        self._tell(number)
+
+    def close(self, stopped: Callable[[], int]) -> None:
+        """Wait for all groups; a signal, whose number `stopped` returns, ends them."""
+        closed = self._communicator.Ibarrier()
+        while not closed.Test():
+            if self._sending is None and (number := stopped()):
+                self.end(number)
+            # MPI's own waiting would take a core from those that still compute.
+            time.sleep(_PAUSE)
+        self._tell(0)
+        self._mpi.Request.Waitall([*self._receiving, *(self._sending or [])])
         self._window.Free()
+
+    def _tell(self, number: int) -> None:
+        """Send the word to the other groups, once."""
+        if self._sending is None:
+            self._word[0] = number
+            self._sending = [self._communicator.Isend(self._word, rank) for rank in self._others]
 
     def _add(self, number: int) -> int:
         """Add to the counter on behalf of the group; return what it was before."""

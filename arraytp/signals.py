@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -30,10 +30,13 @@ class StopRequest:
     ----------
     signal : int
         The number of the signal that came; 0 while none did.
+    elsewhere : callable
+        Returns the number of a signal that came to another process and is meant for this one, too.
     """
 
     def __init__(self, tells: bool = True) -> None:
         self.signal = 0
+        self.elsewhere: Callable[[], int] = lambda: 0
         self._tells = tells
         self._at_once = False
         self._former: dict[int, Any] = {}
@@ -43,6 +46,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether to stop at the next chance."""
+        self.signal = self.signal or self.elsewhere()
         return self.signal != 0
 
     def __enter__(self) -> Self:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from arraytp import ranks
+from arraytp.cli import COMMANDS, main
 from arraytp.errors import UserError
 
 VARIABLES = [name for pair in ranks.LAUNCHERS for name in pair] + [*ranks.LOCAL_RANKS, "SLURM_JOB_ID", "SLURM_STEP_ID"]
@@ -32,7 +33,8 @@ def set_all(monkeypatch, text):
         ("PMI_SIZE=4 PMI_RANK=3", (4, 3)),
         ("OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=1", (2, 1)),
         ("SLURM_NTASKS=8 SLURM_PROCID=5 SLURM_JOB_ID=1 SLURM_STEP_ID=0", (8, 5)),
-        # A batch script itself, and mpiexec within one.
+        # An interactive shell, a batch script itself, and mpiexec within one.
+        ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1 SLURM_STEP_ID=4294967290 SLURM_STEP_NUM_TASKS=1", (1, 0)),
         ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1", (1, 0)),
         ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1 PMI_SIZE=2 PMI_RANK=1", (2, 1)),
     ],
@@ -70,6 +72,17 @@ def test_only_the_first_of_the_processes_speaks(monkeypatch):
     for rank, speaks in ((0, True), (1, False)):
         set_all(monkeypatch, f"PMI_SIZE=2 PMI_RANK={rank}")
         assert ranks.speaks() is speaks
+
+
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"run", "bench"}))
+def test_a_command_for_one_process_is_refused_to_several_in_one_line(monkeypatch, capsys, name):
+    """Each would do the whole work and write the same files."""
+    for rank, lines in ((0, 1), (1, 0)):
+        set_all(monkeypatch, f"PMI_SIZE=2 PMI_RANK={rank}")
+        assert main([name]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+        assert all(f"{name}: runs in one process, not in 2" in line for line in said)
 
 
 def test_without_a_launcher_nothing_of_mpi_is_imported():

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,14 @@ import click
 
 from arraytp.commands.figures_file import check_json, write_json
 from arraytp.commands.overrides import overriding, settings
-from arraytp.config import Config, load_config
+from arraytp.commands.together import check_ranks
+from arraytp.config import load_config
 from arraytp.data.loader import Batches
 from arraytp.model.blocks import block_flops
+from arraytp.ranks import ALONE, Ranks, agreed, world
 from arraytp.rules.feedback import only_block
-from arraytp.training.experiment import Experiment, Step, build
+from arraytp.training.experiment import Experiment, Step, build_planned
+from arraytp.training.plan import Plan, plan
 
 PARTS = ("load", "forward", "feedback", "updates", "optimizer")
 WARM_UP = 2
@@ -33,37 +37,44 @@ def command(
     """Time training steps of CONFIG, every variant in turn.
 
     Prints milliseconds by part, GFLOP/s of the matrix products, the fraction of what one large matrix product reaches
-    on this machine, and peak memory.
+    on this machine, and peak memory. Started by mpiexec or srun, also what share of a step goes to sums over ranks.
     """
     if json_path is not None:
         check_json(json_path, "milliseconds")
-    figures = {}
-    for name, variant in load_config(config, settings(overrides, backend, dtype)).variants.items():
-        figures[name or variant.name] = measured = measure(variant, steps)
-        click.echo(_table(name or variant.name, measured))
-    if json_path is not None:
+    ranks, figures = world(), {}
+    variants = load_config(config, settings(overrides, backend, dtype)).variants
+    plans = agreed(ranks, lambda: {name or variant.name: plan(variant) for name, variant in variants.items()})
+    check_ranks(ranks, ranks, list(plans.values()))
+    for name, planned in plans.items():
+        figures[name] = measure(planned, steps, ranks)
+        if ranks.rank == 0:
+            click.echo(_table(name, figures[name]))
+    if json_path is not None and ranks.rank == 0:
         write_json(json_path, figures)
 
 
-def measure(config: Config, steps: int) -> dict[str, Any]:
-    """Time training steps of a config.
+def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Time training steps of a plan.
 
     Parameters
     ----------
-    config : Config
+    planned : Plan
     steps : int
+    ranks : Ranks
+        Share the steps. The times are this rank's, but those of sums the mean of all, and GFLOP/s of all together.
 
     Returns
     -------
     dict
         Median milliseconds of each part and of the step, images/s, GFLOP/s, that of one large product, memory in MB.
     """
-    experiment = build(config)
+    config, sums = planned.config, _TimedSums(ranks, planned.backend.synchronize)
+    experiment = build_planned(planned, ranks=sums if ranks.size > 1 else ranks)
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
     epoch = 0
     while len(seconds["load"]) < steps + WARM_UP:
         with closing(experiment.train_loader.batches(epoch)) as batches:
-            last = _time_epoch(experiment, batches, seconds, steps + WARM_UP)
+            last = _time_epoch(experiment, batches, seconds, steps + WARM_UP, sums)
         epoch += 1
     medians = {part: statistics.median(values[WARM_UP:] or values) for part, values in seconds.items()}
     step = sum(medians.values())
@@ -73,13 +84,16 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     flops = sum(map(block_flops, network.blocks)) + rule.flops(config.rule, network)
     if rule.feedback is not None:
         flops += rule.feedback.flops(config.rule, network)
-    rate, peak = batch * flops / step / 1e9, peak_rate(experiment) / 1e9
+    rate, peak = batch * flops / step / 1e9, sum(ranks.gather(peak_rate(experiment))) / 1e9
+    waited = statistics.fmean(ranks.gather(statistics.median(sums.of_steps[WARM_UP:] or sums.of_steps)))
     return {
         "rule": config.rule.name,
         "batch": batch,
         "steps": steps,
         "milliseconds": {part: 1e3 * value for part, value in medians.items()} | {"step": 1e3 * step},
         "images_per_second": batch / step,
+        "ranks": ranks.size,
+        "sums": {"milliseconds": 1e3 * waited, "share": waited / step, "per_step": sums.count / len(sums.of_steps)},
         "gflops": rate,
         "peak_gflops": peak,
         "feedback_gflops": _feedback_rates(experiment, last),
@@ -137,15 +151,41 @@ class _Laps:
         self._start = now
 
 
-def _time_epoch(experiment: Experiment, batches: Batches, seconds: dict[str, list[float]], limit: int) -> Step:
+class _TimedSums:
+    """Ranks that note how long their sums take, in which each waits for the slowest."""
+
+    def __init__(self, ranks: Ranks, synchronize: Callable[[], None]) -> None:
+        self._ranks, self._synchronize = ranks, synchronize
+        self.of_steps: list[float] = []
+        self.count, self._seconds = 0, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ranks, name)
+
+    def sum(self, *arguments: Any, **options: Any) -> None:
+        self._synchronize()
+        started = time.perf_counter()
+        self._ranks.sum(*arguments, **options)
+        self._synchronize()
+        self._seconds += time.perf_counter() - started
+        self.count += 1
+
+    def lap(self) -> None:
+        self.of_steps.append(self._seconds)
+        self._seconds = 0.0
+
+
+def _time_epoch(
+    experiment: Experiment, batches: Batches, seconds: dict[str, list[float]], limit: int, sums: _TimedSums
+) -> Step:
     """Do training steps part by part, as `Experiment.step` does them, until the epoch or the limit ends.
 
     Returns the last step.
     """
     laps = _Laps(experiment, seconds)
-    for images, labels in batches:
+    for size, (images, labels) in zip(experiment.train_loader.sizes(), batches, strict=True):
         laps.lap("load")
-        step = experiment.forward(images, labels)
+        step = experiment.forward(images, labels, size)
         laps.lap("forward")
         experiment.train_feedback(step)
         laps.lap("feedback")
@@ -153,6 +193,7 @@ def _time_epoch(experiment: Experiment, batches: Batches, seconds: dict[str, lis
         laps.lap("updates")
         experiment.apply(step, updates)
         laps.lap("optimizer")
+        sums.lap()
         if len(seconds["load"]) >= limit:
             break
     return step
@@ -164,6 +205,10 @@ def _table(name: str, figures: dict[str, Any]) -> str:
     shown = [part for part in PARTS if part != "feedback" or figures["feedback_gflops"]]
     lines += [f"  {part:10} {times[part]:9.2f} ms {100 * times[part] / times['step']:6.1f} %" for part in shown]
     lines.append(f"  {'step':10} {times['step']:9.2f} ms {figures['images_per_second']:10,.0f} images/s")
+    if figures["ranks"] > 1:
+        sums = figures["sums"]
+        share = f"{sums['milliseconds']:9.2f} ms {100 * sums['share']:6.1f} %, waiting included"
+        lines.append(f"  {'of it sums':10} {share}; {sums['per_step']:.3g} per step, over {figures['ranks']} ranks")
     lines.append(
         f"  {figures['gflops']:.0f} GFLOP/s in matrix products, {100 * figures['fraction_of_peak']:.0f} % of the "
         f"{figures['peak_gflops']:.0f} of one large product ({figures['threads']} threads, {figures['device']})"

@@ -255,17 +255,18 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
     if asked.fresh and everyone.rank == 0:
         _clear(jobs)
     turns, interrupted, status = everyone.turns(ranks), None, 0
+    stop.elsewhere = turns.heard
     try:
         mine = (jobs[number] for number in turns.below(len(jobs)))
         status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, go_on=True)
     except Interrupted as error:
         interrupted = error
-        turns.end()
-    turns.close()
+        turns.end(error.signal_number)
+    turns.close(lambda: stop.signal if stop.requested else 0)
     outcomes = everyone.gather((status, interrupted.signal_number if interrupted else 0, str(interrupted or "")))
     number = max(signal_number for _, signal_number, _ in outcomes)
     if number:
-        raise Interrupted("; ".join(text for _, _, text in outcomes if text), number)
+        raise Interrupted("; ".join(dict.fromkeys(text for _, _, text in outcomes if text)), number)
     return max(int(status) for status, _, _ in outcomes)
 
 

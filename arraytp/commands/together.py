@@ -47,8 +47,11 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
         if len(theirs) != len(given[0]):
             raise UserError(f"rank {rank} was given {len(theirs)} runs, but rank 0 {len(given[0])}")
     for plan in plans:
-        if plan.config.study is not None:
-            raise UserError("a study runs in one process; start it without mpiexec or srun")
+        if plan.config.study is not None and ranks.size > 1:
+            raise UserError(
+                "a study runs in one process; start it without mpiexec or srun, or several of them with "
+                "--ranks-per-run 1"
+            )
         batch = min(plan.config.train.batch_size, plan.dataset.counts["train"])
         if ranks.size > batch:
             raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_ranks import on_ranks
 
+from arraytp.commands import bench
 from arraytp.commands.together import check_ranks
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
@@ -140,6 +141,21 @@ def test_a_step_sums_as_rarely_as_it_can(dataset, rule, sums):
     assert on_ranks(2, count) == [sums, sums]
 
 
+def test_bench_tells_what_share_of_a_step_sums_take(dataset, monkeypatch):
+    monkeypatch.setattr(bench, "PEAK_SIZE", 8)
+    planned_once = planned(dataset, "dtp overwrite")
+    found = on_ranks(2, lambda ranks: bench.measure(planned_once, 2, ranks))
+    for figures in found:
+        assert figures["ranks"] == 2
+        assert figures["sums"]["per_step"] == 6
+        assert 0 < figures["sums"]["milliseconds"] < figures["milliseconds"]["step"]
+        assert figures["sums"]["share"] == figures["sums"]["milliseconds"] / figures["milliseconds"]["step"]
+        assert "of it sums" in bench._table("run", figures)
+    alone = bench.measure(planned_once, 1)
+    assert alone["sums"] == {"milliseconds": 0, "share": 0, "per_step": 0}
+    assert "of it sums" not in bench._table("run", alone)
+
+
 def test_a_stop_that_one_rank_wants_is_known_to_all(dataset):
     def agreed(ranks):
         experiment = build_planned(planned(dataset, "bp"), ranks=ranks)
@@ -225,12 +241,22 @@ def test_a_mistake_that_one_rank_notices_is_everyones():
     assert on_ranks(3, work) == [0, 1, 2]
 
 
-def test_ranks_of_different_minds_are_refused(dataset):
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"optimizer": {"name": "sgd", "lr": 0.1}}, "optimizer.lr is 0.05 there and 0.1 here"),
+        ({}, "other images or labels in data.dataset"),
+    ],
+)
+def test_ranks_that_were_given_different_things_are_refused(dataset, monkeypatch, theirs, message):
     def work(ranks):
-        lr = 0.1 if ranks.rank == 2 else 0.05
-        config = planned(dataset, "bp", optimizer={"name": "sgd", "lr": lr})
-        with pytest.raises(UserError, match=r"rank 2 .* rank 0: optimizer.lr is 0.05 there and 0.1 here"):
-            check_ranks(ranks, ranks, [config])
+        given = {"optimizer": {"name": "sgd", "lr": 0.05}} | (theirs if ranks.rank == 2 else {})
+        mine = planned(dataset, "bp", network=POOLED, **given)
+        if not theirs and ranks.rank == 2:
+            shards = mine.dataset.manifest.splits["train"].shards
+            shards[0] = shards[0].model_copy(update={"checksum": "0" * 64})
+        with pytest.raises(UserError, match=f"rank 2 was given something else than rank 0: {message}"):
+            check_ranks(ranks, ranks, [mine])
 
     on_ranks(3, work)
 
