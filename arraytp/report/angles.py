@@ -1,4 +1,4 @@
-"""Angles between a rule's updates and BP's, summarised over a run. Undefined angles are counted, never filled in."""
+"""Angles of a rule's updates to BP's and GNT's, summarised over a run. Undefined ones are counted, never filled in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,22 @@ from numpy.typing import NDArray
 from arraytp.report.reading import Result, numbered_blocks
 
 SHOWN_AS_ZERO = 0.05
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What updates are compared with: its short name, and the column of angles.csv."""
+
+    name: str
+    column: str
+
+
+BP, GNT = Reference("BP", "angle_deg"), Reference("GNT", "gnt_angle_deg")
+
+
+def references(results: Sequence[Result]) -> list[Reference]:
+    """Return what any of the runs was compared with."""
+    return [BP, GNT] if any(result.against_gnt for result in results) else [BP]
 
 
 @dataclass(frozen=True)
@@ -29,11 +45,12 @@ class BlockAngle:
     undefined: int
 
 
-def block_angles(result: Result) -> list[BlockAngle]:
+def block_angles(result: Result, reference: Reference = BP) -> list[BlockAngle]:
     """Return the summary of every block, from the input's on; of several seeds, of their means."""
     if result.seeds:
-        return [_over_seeds(angles) for angles in zip(*map(block_angles, result.seeds), strict=True)]
-    block, angle = result.angles["block"], result.angles["angle_deg"]
+        each = [block_angles(run, reference) for run in result.seeds]
+        return [_over_seeds(angles) for angles in zip(*each, strict=True)]
+    block, angle = result.angles["block"], result.angles[reference.column]
     return [_summary(angle[block == n]) for n in range(len(result.blocks))]
 
 
@@ -49,13 +66,15 @@ def _over_seeds(angles: Sequence[BlockAngle]) -> BlockAngle:
     return BlockAngle(float(means.mean()), float(means.std(ddof=1)), *counts)
 
 
-def block_series(result: Result, block: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def block_series(
+    result: Result, block: int, reference: Reference = BP
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the steps at which a block was measured and its angles there in degrees, shape (measurements,) each."""
     rows = result.angles["block"] == block
-    return result.angles["step"][rows], result.angles["angle_deg"][rows]
+    return result.angles["step"][rows], result.angles[reference.column][rows]
 
 
-def hidden_mean(result: Result) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def hidden_mean(result: Result, reference: Reference = BP) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the steps and the mean angle in degrees of the blocks below the output, or of an only block.
 
     The output block is left out because most rules give it BP's own update. A step at which one of the
@@ -64,12 +83,14 @@ def hidden_mean(result: Result) -> tuple[NDArray[np.float64], NDArray[np.float64
     hidden = max(len(result.blocks) - 1, 1)
     rows = result.angles["block"] < hidden
     steps, place, count = np.unique(result.angles["step"][rows], return_inverse=True, return_counts=True)
-    return steps, np.bincount(place, result.angles["angle_deg"][rows], minlength=len(steps)) / count
+    return steps, np.bincount(place, result.angles[reference.column][rows], minlength=len(steps)) / count
 
 
-def differs_from_bp(result: Result) -> bool:
-    """Say whether there are angles to show: any measured by a rule other than BP, or any above rounding."""
-    angles = result.angles["angle_deg"]
+def has_angles(result: Result, reference: Reference = BP) -> bool:
+    """Say whether there are angles to show: any measured; of BP to itself, any above rounding."""
+    angles = result.angles[reference.column]
+    if reference is GNT:
+        return angles.size > 0 and result.against_gnt
     return angles.size > 0 and (result.rule != "bp" or bool((~(angles < SHOWN_AS_ZERO)).any()))
 
 

@@ -1,17 +1,19 @@
 """Figures of result folders as PNG files: of one run, and of several compared."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from arraytp.errors import UserError
 from arraytp.files import write_file
-from arraytp.report.angles import common_blocks, differs_from_bp
+from arraytp.report.angles import GNT, common_blocks, has_angles, references
 from arraytp.report.panels import (
     angle_bars,
     angle_lines,
@@ -56,7 +58,7 @@ def write_figures(result: Result | Path | str, out: Path | str | None = None) ->
     run = result if isinstance(result, Result) else read_result(result)
     folder = Path(out) if out is not None else run.path / "figures"
     makers = {"learning_curves.png": learning_curves}
-    if differs_from_bp(run):
+    if any(has_angles(run, reference) for reference in references([run])):
         makers["angles_over_time.png"] = angles_over_time
     if not np.isnan(run.feedback["angle_deg"]).all():
         makers["feedback_angles.png"] = feedback_angles
@@ -116,29 +118,32 @@ def angles_per_block(result: Result) -> Figure:
 
 
 def angles_over_time(result: Result) -> Figure:
-    """Draw the angle to BP's update of every block over the training steps."""
-    figure = new_figure(7.2, 4.2, f"{result.label}: angle to BP's update during training")
-    axes = figure.subplots()
-    block_lines(axes, result)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right center", title="block")
-    return figure
+    """Draw the angle to BP's update, and to GNT's where measured, of every block over the training steps."""
+    panels = [partial(block_lines, reference=reference) for reference in references([result])]
+    return _over_time(result, "angle of the update", panels)
 
 
 def feedback_angles(result: Result) -> Figure:
     """Draw the angle between feedback and forward weights of every block over the training steps."""
-    figure = new_figure(7.2, 4.2, f"{result.label}: angle of feedback to forward weights during training")
-    axes = figure.subplots()
-    feedback_lines(axes, result)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right center", title="block")
+    return _over_time(result, "angle of feedback to forward weights", [feedback_lines])
+
+
+def _over_time(result: Result, what: str, panels: Sequence[Callable[[Axes, Result], None]]) -> Figure:
+    figure = new_figure(2.2 + 5 * len(panels), 4.2, f"{result.label}: {what} during training")
+    named = {}
+    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, result)
+        named |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    if named:
+        figure.legend(named.values(), named, loc="outside right center", title="block")
     return figure
 
 
 def comparison(results: Sequence[Result]) -> Figure:
     """Draw four panels: angle over the steps, the largest; angle per block; train and test accuracy over the epochs.
 
-    Runs of several seeds are one line with a band of mean ± standard deviation.
+    Where updates were compared with GNT's, too, a fifth has that angle over the steps. Runs of several seeds are one
+    line with a band of mean ± standard deviation.
     """
     results = averaged(results)
     given, blocks = looks(results), common_blocks(results)
@@ -146,22 +151,28 @@ def comparison(results: Sequence[Result]) -> Figure:
     columns = legend_columns(labels, width=110)
     rows = -(-len(labels) // columns) * max((label.count("\n") + 1 for label in labels), default=1)
     figure = new_figure(10, 7.4 + 0.22 * rows)
-    panels = figure.subplot_mosaic([["A"] * 4, ["B", "B", "C", "D"]], height_ratios=[1.25, 1])
-    a, b, c, d = panels.values()
+    with_gnt = GNT in references(results)
+    above = ["A", "A", "E", "E"] if with_gnt else ["A"] * 4
+    panels = figure.subplot_mosaic([above, ["B", "B", "C", "D"]], height_ratios=[1.25, 1])
+    a, b, c, d = (panels[letter] for letter in "ABCD")
     d.sharey(c)
     angle_lines(a, results, given)
+    if with_gnt:
+        angle_lines(panels["E"], results, given, GNT)
     angle_bars(b, results, given, blocks)
     epoch_lines(c, results, given, "train_top1", "train top-1 (%)")
     splits = " or ".join(sorted({result.split for result in results}))
     epoch_lines(d, results, given, "{split}_top1", f"{splits} top-1 (%)")
-    titles = (
-        "Angle to BP's update during training, mean of the hidden blocks",
-        "Angle to BP's update per block, mean ± s.d.",
-        "Training accuracy",
-        f"{splits} accuracy".capitalize(),
-    )
-    for axes, letter, title in zip((a, b, c, d), "ABCD", titles, strict=True):
-        axes.set_title(f"$\\bf{{{letter}}}$   {title}")
+    of_hidden = "" if with_gnt else ", mean of the hidden blocks"
+    titles = {
+        "A": f"Angle to BP's update during training{of_hidden}",
+        "B": "Angle to BP's update per block, mean ± s.d.",
+        "C": "Training accuracy",
+        "D": f"{splits} accuracy".capitalize(),
+        "E": "Angle to GNT's update (A, E: mean of the hidden blocks)",
+    }
+    for letter, axes in panels.items():
+        axes.set_title(f"$\\bf{{{letter}}}$   {titles[letter]}")
     handles = [d.plot([], [], color=look.colour, linestyle=look.dash, linewidth=2.4)[0] for look in given]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure

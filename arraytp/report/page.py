@@ -16,7 +16,7 @@ from bokeh.models.widgets.tables import DataTable, NumberFormatter, StringFormat
 from bokeh.plotting import figure
 from bokeh.resources import INLINE
 
-from arraytp.report.angles import block_series, common_blocks, differs_from_bp, hidden_mean
+from arraytp.report.angles import Reference, block_series, common_blocks, has_angles, hidden_mean, references
 from arraytp.report.figures import write_bytes
 from arraytp.report.panels import Series
 from arraytp.report.reading import Result
@@ -50,12 +50,13 @@ def write_page(results: Sequence[Result], path: Path) -> Path:
     curves = [
         _lines(_curve_series(runs, given, name), "epoch", label, width=_WIDTH // 2) for name, label in _CURVES.items()
     ]
-    angles = {"mean of the hidden blocks": [(hidden_mean(run), look, run.label) for run, look in _angled(runs, given)]}
-    for n, block in enumerate(common_blocks(runs)):
-        angles[block] = [(block_series(run, n), look, run.label) for run, look in _angled(runs, given)]
     tabs = [
-        TabPanel(child=_lines(series, "training step", "angle to BP's update (°)", width=_WIDTH), title=title)
-        for title, series in angles.items()
+        TabPanel(
+            child=_lines(series, "training step", f"angle to {reference.name}'s update (°)", width=_WIDTH),
+            title=f"{title} to {reference.name}",
+        )
+        for reference in references(runs)
+        for title, series in _angle_series(runs, given, reference).items()
         if series
     ]
     layout = column(
@@ -73,8 +74,15 @@ def write_page(results: Sequence[Result], path: Path) -> Path:
     return write_bytes(file_html(layout, INLINE, title="arraytp report").encode(), path)
 
 
-def _angled(runs: Sequence[Result], given: Sequence[Look]) -> Iterator[tuple[Result, Look]]:
-    return ((run, look) for run, look in zip(runs, given, strict=True) if differs_from_bp(run))
+def _angle_series(
+    runs: Sequence[Result], given: Sequence[Look], reference: Reference
+) -> dict[str, list[tuple[Series, Look, str]]]:
+    """Return by block, and of the hidden blocks' mean, the angles of the runs that have any."""
+    shown = [(run, look) for run, look in zip(runs, given, strict=True) if has_angles(run, reference)]
+    angles = {"mean of the hidden blocks": [(hidden_mean(run, reference), look, run.label) for run, look in shown]}
+    for n, block in enumerate(common_blocks(runs)):
+        angles[block] = [(block_series(run, n, reference), look, run.label) for run, look in shown]
+    return angles
 
 
 def _curve_series(runs: Sequence[Result], given: Sequence[Look], name: str) -> list[tuple[Series, Look, str]]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from arraytp.report.angles import SHOWN_AS_ZERO, block_angles, block_series, differs_from_bp, hidden_mean
+from arraytp.report.angles import BP, SHOWN_AS_ZERO, Reference, block_angles, block_series, has_angles, hidden_mean
 from arraytp.report.reading import Result
 from arraytp.report.seeds import over_seeds
 from arraytp.report.style import NOTE_COLOUR, Look, note, shades, wrapped
@@ -23,7 +23,7 @@ Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 def angle_bars(axes: Axes, results: Sequence[Result], looks: Sequence[Look], blocks: Sequence[str]) -> None:
     """Draw each block's mean angle over the run as bars, one a run, with the standard deviation."""
-    shown = [(result, look) for result, look in zip(results, looks, strict=True) if differs_from_bp(result)]
+    shown = [(result, look) for result, look in zip(results, looks, strict=True) if has_angles(result)]
     if not shown:
         note(axes, _no_angles(results))
         return
@@ -47,26 +47,27 @@ def angle_bars(axes: Axes, results: Sequence[Result], looks: Sequence[Look], blo
     if sum(len(block) + 2 for block in blocks) > 44:
         axes.tick_params(axis="x", labelrotation=40)
     axes.grid(visible=False, axis="x")
-    axes.set(xlim=(-0.6, len(blocks) - 0.4), ylabel="angle to BP's update (°)")
+    axes.set(xlim=(-0.6, len(blocks) - 0.4), ylabel=_to(BP))
     _angle_limits(axes, highest)
 
 
-def angle_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look]) -> None:
+def angle_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], reference: Reference = BP) -> None:
     """Draw the mean angle of the blocks below the output over the training steps, one line a run."""
-    shown = [(result, look) for result, look in zip(results, looks, strict=True) if differs_from_bp(result)]
-    series = [(hidden_mean(result), look, result.label) for result, look in shown]
-    _draw_angles(axes, series, _no_angles(results))
+    shown = [(result, look) for result, look in zip(results, looks, strict=True) if has_angles(result, reference)]
+    series = [(hidden_mean(result, reference), look, result.label) for result, look in shown]
+    _draw_angles(axes, series, _no_angles(results, reference), _to(reference))
     for result, look in shown:
         if result.seeds:
-            _band(axes, [hidden_mean(run) for run in result.seeds], look)
+            _band(axes, [hidden_mean(run, reference) for run in result.seeds], look)
 
 
-def block_lines(axes: Axes, result: Result) -> None:
+def block_lines(axes: Axes, result: Result, reference: Reference = BP) -> None:
     """Draw one run's angle over the training steps, one line a block."""
     looks = [Look(colour) for colour in shades(len(result.blocks))]
     named = enumerate(zip(looks, result.blocks, strict=True))
-    series = [(block_series(result, n), look, label) for n, (look, label) in named]
-    _draw_angles(axes, series if differs_from_bp(result) else [], _no_angles([result]))
+    series = [(block_series(result, n, reference), look, label) for n, (look, label) in named]
+    shown = series if has_angles(result, reference) else []
+    _draw_angles(axes, shown, _no_angles([result], reference), _to(reference))
 
 
 def feedback_lines(axes: Axes, result: Result) -> None:
@@ -80,9 +81,7 @@ def feedback_lines(axes: Axes, result: Result) -> None:
     _draw_angles(axes, series, "not measured", "angle of feedback to forward weight (°)")
 
 
-def _draw_angles(
-    axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: str, ylabel: str = "angle to BP's update (°)"
-) -> None:
+def _draw_angles(axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: str, ylabel: str) -> None:
     defined = [angles[~np.isnan(angles)] for (_, angles), _, _ in series]
     undefined = [label for angles, (_, _, label) in zip(defined, series, strict=True) if not angles.size]
     gap = f"undefined at every step: {', '.join(undefined)}"
@@ -159,8 +158,12 @@ def finish_epochs(axes: Axes, results: Sequence[Result], ylabel: str, drawn: boo
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
 
 
-def _no_angles(results: Sequence[Result]) -> str:
-    only_bp = results and all(result.rule == "bp" for result in results)
+def _to(reference: Reference) -> str:
+    return f"angle to {reference.name}'s update (°)"
+
+
+def _no_angles(results: Sequence[Result], reference: Reference = BP) -> str:
+    only_bp = reference is BP and results and all(result.rule == "bp" for result in results)
     return "0° by definition: this is BP" if only_bp else "not measured"
 
 

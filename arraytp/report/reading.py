@@ -17,7 +17,14 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from arraytp.config.document import MOST_BYTES, encodable
 from arraytp.disk import read_small, real
 from arraytp.errors import UserError
-from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, METRICS_COLUMNS, NEWER_COLUMNS, VALIDATION_COLUMNS
+from arraytp.training.tables import (
+    ANGLES_COLUMNS,
+    FEEDBACK_COLUMNS,
+    GNT_COLUMNS,
+    METRICS_COLUMNS,
+    NEWER_COLUMNS,
+    VALIDATION_COLUMNS,
+)
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -67,6 +74,13 @@ class Result:
     def split(self) -> str:
         """What every epoch was evaluated on: the split test, or validation."""
         return "validation" if self.config["train"].get("validation") else "test"
+
+    @property
+    def against_gnt(self) -> bool:
+        """Whether updates were compared with those by Gauss-Newton targets, too."""
+        compare = self.config.get("compare")
+        against = compare.get("against") if isinstance(compare, dict) else None
+        return isinstance(against, list) and "gnt" in against
 
     @property
     def finished(self) -> bool:
@@ -191,7 +205,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         config_text=text,
         config=config,
         metrics=read_csv(path / "metrics.csv", columns, ("epoch",), unfinished),
-        angles=read_csv(path / "angles.csv", ANGLES_COLUMNS, ("step", "block"), unfinished),
+        angles=read_csv(path / "angles.csv", ANGLES_COLUMNS + GNT_COLUMNS, ("step", "block"), unfinished),
         feedback=read_csv(path / "feedback.csv", FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,
     )
@@ -220,8 +234,7 @@ def _check_ends(result: Result) -> None:
     if not (isinstance(every, int) and every > 0 and isinstance(summary.get("steps"), int) and result.blocks_are_named):
         return
     times = -(-summary["steps"] // every)
-    against = compare.get("against") if isinstance(compare, dict) else None
-    is_measured = result.rule != "bp" or (isinstance(against, list) and "gnt" in against)
+    is_measured = result.rule != "bp" or result.against_gnt
     angles, measured = result.angles["step"].size, times * len(result.blocks) if is_measured else 0
     if "angles" in tables and angles != measured:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from arraytp.report.angles import BlockAngle, block_angles, common_blocks
+from arraytp.report.angles import BP, GNT, BlockAngle, Reference, block_angles, common_blocks, references
 from arraytp.report.reading import Result
 from arraytp.report.seeds import averaged, each_seed
 
@@ -20,6 +20,7 @@ _NARROWEST = 60
 _NOT_MEASURED = "\N{EN DASH}"
 _HEADERS = ["run", "rule", "epochs", "train loss", "test top-1", "best top-1", "test top-5", "images/s"]
 SPLITS = ("test", "validation")
+_UNITS = {BP: "angle°", GNT: "GNT°"}
 _METRICS = ("train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5")
 
 
@@ -72,30 +73,32 @@ def csv_table(results: Sequence[Result]) -> str:
 
 def records(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return the rows of the CSV; None where nothing was measured."""
-    blocks = common_blocks(results)
-    return [_record(result, blocks) for result in results]
+    blocks, against = common_blocks(results), references(results)
+    return [_record(result, blocks, against) for result in results]
 
 
-def _record(result: Result, blocks: Sequence[str]) -> dict[str, Any]:
+def _record(result: Result, blocks: Sequence[str], against: Sequence[Reference]) -> dict[str, Any]:
     summary = result.summary or {}
     record: dict[str, Any] = {"run": result.label, "rule": result.rule, "seed": result.config.get("seed")}
     record |= {"finished": "yes" if result.finished else "no", "epochs": _epochs_done(result)}
     record |= {f"final_{name}": _given(_last(result, name)) for name in _METRICS}
     record |= {f"best_{split}_top1": _given(_best(result)) if split == result.split else None for split in SPLITS}
     record |= {name: summary.get(name) for name in ("images_per_second", "peak_memory_mb")}
-    for name, angle in zip(blocks, _padded(block_angles(result), len(blocks)), strict=True):
-        key = name.replace(" ", "_")
-        mean, deviation = (angle.mean, angle.deviation) if angle and angle.measured else (None, None)
-        record |= {f"angle_{key}": mean, f"angle_{key}_sd": deviation}
+    for reference in against:
+        for name, angle in zip(blocks, _angles(result, reference, len(blocks)), strict=True):
+            key = reference.column.replace("deg", name.replace(" ", "_"))
+            mean, deviation = (angle.mean, angle.deviation) if angle else (None, None)
+            record |= {key: mean, f"{key}_sd": deviation}
     return record
 
 
 def _cells(results: Sequence[Result]) -> list[list[str]]:
     """Return the header and one row a run, as text; angles come last."""
     blocks = common_blocks(results) if any(result.angles["block"].size for result in results) else []
-    rows = [[*_HEADERS, *(f"{name} angle°" for name in blocks)]]
+    against = references(results)
+    rows = [[*_HEADERS, *(f"{name} {_UNITS[reference]}" for reference in against for name in blocks)]]
     for result in results:
-        angles = _padded(block_angles(result), len(blocks))[: len(blocks)]
+        angles = [angle for reference in against for angle in _angles(result, reference, len(blocks))]
         rows.append([*_performance(result), *(_angle(angle, bool(result.seeds)) for angle in angles)])
     return rows
 
@@ -124,7 +127,7 @@ def _spread(result: Result, number: Callable[[Result], float], form: str) -> str
 
 
 def _angle(angle: BlockAngle | None, spread: bool) -> str:
-    if angle is None or not angle.measured:
+    if angle is None:
         return _NOT_MEASURED
     if angle.undefined == angle.measured or math.isnan(angle.mean):
         return "undef."
@@ -155,8 +158,10 @@ def _epochs_done(result: Result) -> int:
     return int(epochs[-1]) if epochs.size else 0
 
 
-def _padded(angles: Sequence[BlockAngle], count: int) -> list[BlockAngle | None]:
-    return [*angles, *[None] * (count - len(angles))]
+def _angles(result: Result, reference: Reference, count: int) -> list[BlockAngle | None]:
+    """Return the angles of so many blocks; None where the run has none or was not compared with this."""
+    angles = [] if reference is GNT and not result.against_gnt else block_angles(result, reference)[:count]
+    return [*(angle if angle.measured else None for angle in angles), *[None] * (count - len(angles))]
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
@@ -169,6 +174,8 @@ def _notes(results: Sequence[Result]) -> list[str]:
         notes.append("angle°: mean angle in degrees between the weight update and BP's on the same batch and weights.")
     else:
         notes.append("Angles to BP were not measured.")
+    if GNT in references(results):
+        notes.append("GNT°: the same to the update by Gauss-Newton targets.")
     partly = [result.label for result, angle in angles if 0 < angle.undefined < angle.measured]
     if partly:
         notes.append(f"*: without the steps at which an update was zero or not finite ({', '.join(_unique(partly))}).")

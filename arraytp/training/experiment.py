@@ -281,13 +281,12 @@ class Experiment:
     def compare(self, step: Step, updates: Updates) -> list[Comparison]:
         """Measure the rule's weight updates against BP's, and those of GNT if asked for, on the same weights and batch.
 
-        Rules that say so are measured at other options, such as a small β; `updates`, whose arrays serve for that
-        meanwhile, are as before afterwards.
+        Rules that say so are measured at other options, such as a small β; `updates` stay as they are.
         """
-        options = self.rule.compared(self.config.rule)
-        own, elsewhere = updates, options != self.config.rule
-        if elsewhere:
-            own = _summed_updates(step.batch, self.rule.propose(options, self.rule_state, step.batch))
+        own, options = updates, self.rule.compared(self.config.rule)
+        if options != self.config.rule:
+            batch = replace(step.batch, results="compared")
+            own = _summed_updates(batch, self.rule.propose(options, self.rule_state, batch))
         comparisons = [
             Comparison(n, angle_degrees(weight, exact), relative_distance(weight, exact))
             for n, ((weight, _), (exact, _)) in enumerate(zip(own, self.exact_updates(step), strict=True))
@@ -298,9 +297,6 @@ class Experiment:
                 replace(each, gnt_angle_deg=angle_degrees(own[each.block][0], gauss_newton[each.block][0]))
                 for each in comparisons
             ]
-        if elsewhere and step.batch.part is None:
-            # On several ranks `updates` are sums, which lie elsewhere.
-            self.updates(step)
         return comparisons
 
     def feedback_epochs(self, epoch: int) -> int:

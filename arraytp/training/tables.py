@@ -14,8 +14,8 @@ ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
 GNT_COLUMNS = ("gnt_angle_deg",)
 DRIFT_COLUMNS = ("step", "block", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
 FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance", "ratio")
-# Tables of earlier versions do not have them.
-NEWER_COLUMNS = ("ratio",)
+# Not every table has them.
+NEWER_COLUMNS = ("ratio", *GNT_COLUMNS)
 
 
 @dataclass

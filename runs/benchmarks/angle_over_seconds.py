@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from arraytp.report.angles import differs_from_bp, hidden_mean
+from arraytp.report.angles import has_angles, hidden_mean
 from arraytp.report.figures import new_figure, save_figure
 from arraytp.report.reading import Result, read_results
 from arraytp.report.style import RC, looks
@@ -32,7 +32,7 @@ def main() -> None:
         for result, look in zip(results, looks(results), strict=True):
             style = {"color": look.colour, "linestyle": look.dash, "label": result.label, "markersize": 3.5}
             per_second, per_epoch = steps_per_second(result), steps_per_epoch(result)
-            if differs_from_bp(result):
+            if has_angles(result):
                 steps, mean = hidden_mean(result)
                 angles.plot((steps + 1) / per_second, mean, **style)
             epochs = result.metrics["epoch"][1:]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from arraytp.report.figures import angles_over_time, comparison
 from arraytp.report.reading import read_results
 from arraytp.report.tables import comparison_table, csv_table, markdown_table
 
@@ -23,6 +24,14 @@ top-1, top-5: accuracy in percent, test at the end of the last epoch, best over 
 angle°: mean angle in degrees between the weight update and BP's on the same batch and weights.
 Not finished: stopped.
 """
+
+
+def compared_with_gnt(folder: Path) -> None:
+    """Say that a run was compared with GNT, at 40 + 2n degrees in block n."""
+    config, (head, *rows) = folder / "config.yml", (folder / "angles.csv").read_text().splitlines()
+    config.write_text(config.read_text() + "  against: [bp, gnt]\n")
+    rows = [f"{row},{40 + 2 * int(row.split(',')[2])}" for row in rows]
+    (folder / "angles.csv").write_text("\n".join([f"{head},gnt_angle_deg", *rows]) + "\n")
 
 
 @pytest.fixture
@@ -119,3 +128,25 @@ def test_markdown_has_the_same_cells_and_escapes_bars(make_result: Make) -> None
     assert header.startswith("| run | rule | epochs | train loss |")
     assert rule.count("---") == header.count(" | ") + 1
     assert row == r"| a\|b | fa | 2 | 1.000 | 60.25 | 60.25 | 90.00 | 12,346 | 35.0 | 25.0 | 15.0 | 5.0 |"
+
+
+def test_angles_to_gnt_stand_beside_those_to_bp(make_result: Make) -> None:
+    """BP, at 0° to itself, is 40 + 2n° from GNT; a run that was not compared with GNT has a dash."""
+    folder = make_result("results/bp", "bp", angles={0: [0.0, 0.0]}, blocks=("a", "b"))
+    compared_with_gnt(folder)
+    make_result("results/fa", blocks=("a", "b"))
+    results = read_results([folder.parent])
+    lines = comparison_table(results).splitlines()
+    assert [line.split()[-4:] for line in (lines[1], *lines[3:5])] == [
+        ["angle°", "angle°", "GNT°", "GNT°"],
+        ["0.0", "0.0", "40.0", "42.0"],
+        ["15.0", "5.0", DASH, DASH],
+    ]
+    bp, fa = csv.DictReader(io.StringIO(csv_table(results)))
+    assert (bp["gnt_angle_b"], bp["angle_b"], fa["gnt_angle_b"]) == ("42.0", "0.0", "")
+    panels = comparison(results).axes
+    assert [axes.get_ylabel() for axes in panels[:2]] == [f"angle to {name}'s update (°)" for name in ("BP", "GNT")]
+    assert [list(axes.lines[0].get_ydata()) for axes in panels[:2]] == [[10.0, 20.0], [40.0]]
+    left, right = angles_over_time(results[0]).axes
+    assert "this is BP" in left.texts[0].get_text()
+    assert [list(line.get_ydata()) for line in right.lines] == [[40.0], [42.0]]

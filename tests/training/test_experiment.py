@@ -165,6 +165,24 @@ def test_bp_is_at_no_angle_to_itself_and_fa_with_the_forward_weights_is_bp(batch
             assert found.distance == pytest.approx(0, abs=1e-12)
 
 
+def test_a_comparison_at_another_beta_is_that_of_its_update_and_leaves_the_steps_update(batch):
+    """Targets of a curved network depend on β, so that the two updates do not point the same way."""
+    rule = {"name": "dtp", "beta": 0.9, "compare_beta": 0.01, "feedback_init": "symmetric"}
+    deeper = {"blocks": [SMALL_NETWORK["blocks"][0], *SMALL_NETWORK["blocks"]]}
+    made, images, labels = batch(small(rule=rule, network=deeper, dtype="float64"))
+    other = replace(made.config.rule, beta=0.01)
+    step = made.forward(images, labels)
+    exact = made.exact_updates(step)[0][0].copy()
+    small_step = made.rule.propose(other, made.rule_state, step.batch)[0][0].copy()
+    updates = made.updates(step)
+    before = [array.copy() for pair in updates for array in pair]
+    found = made.compare(step, updates)[0].angle_deg
+    for old, new in zip(before, (array for pair in updates for array in pair), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert found == pytest.approx(angle_degrees(small_step, exact), abs=1e-9)
+    assert abs(found - angle_degrees(before[0], exact)) > 1e-3
+
+
 def test_arrays_may_be_replaced_between_steps(batch):
     made, images, labels = batch(small())
     made.network.weights[1] = np.zeros_like(made.network.weights[1])
