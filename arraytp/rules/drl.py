@@ -140,12 +140,10 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
         (2/(B D)) (A Q − Σ_b J_b),  0 at Q* = A⁻¹ Σ_b J_b
     """
     A, J = at.batch.jacobian_sums[at.n]
-    xp, q = array_module(A), state.weights[at.n]
+    q = state.weights[at.n]
     scale = A.dtype.type(2 / (len(at.batch) * q.shape[1]))
     if options.expected == "optimum":
-        # What A, computed in its dtype, has in directions that no sample's J reaches is rounding.
-        rcond = len(A) * float(np.finfo(A.dtype).eps)
-        q[...] = xp.linalg.pinv(A.astype(xp.float64), rcond=rcond) @ J
+        q[...] = least(A, J)
     else:
         for k in range(descent.iterations):
             gradient = at.batch.product(A, q, "gradient")
@@ -155,6 +153,20 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
     # Of what is ‖J_bᵀ Q − I‖² = tr(Qᵀ A Q) − 2 tr(Qᵀ J) + D, averaged.
     loss = ((q * (A @ q)).sum() - 2 * (q * J).sum()) * (scale / 2) + 1
     return {"A": A, "J": J, "loss": loss}
+
+
+def least(A: Array, J: Array) -> Array:
+    """Return Q* = A⁻¹ J in float64, by the pseudo-inverse."""
+    xp = array_module(A)
+    # What A, computed in its dtype, has in directions that no sample's J reaches is rounding.
+    return xp.linalg.pinv(A.astype(xp.float64), rcond=len(A) * float(np.finfo(A.dtype).eps)) @ J
+
+
+def optimum(options: Options, batch: Batch) -> dict[int, Array]:
+    """Return Q* of every hidden s^n for the linear difference loss of up to `MOST_CLASSES` classes."""
+    if options.loss != "difference" or options.hidden or batch.logits.shape[1] > MOST_CLASSES:
+        return {}
+    return {n: least(A, J) for n, (A, J) in batch.jacobian_sums.items()}
 
 
 def noise_key(n: int) -> int:
@@ -269,6 +281,7 @@ RULE = Rule(
         epochs=lambda options: (options.pretrain_epochs, options.extra_epochs),
         noise_key=noise_key,
     ),
+    optimum=optimum,
     pairs=pairs,
     flops=flops,
     check=check,

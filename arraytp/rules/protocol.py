@@ -208,6 +208,9 @@ class Rule(Generic[O]):
         Set feedback weights that follow from θ, in place; on every batch, before its updates.
     shared_decay : options → float, optional
         λ of a rule whose B^n get the very step that the optimiser gives W^n, after both have shrunk by 1 − λ.
+    optimum : (options, batch) → map of n to array, optional
+        The feedback weights at which the batch's feedback loss is least, where they have a closed form; empty if the
+        settings have none.
     pairs : (state, network) → list of (n, feedback weight, forward weight to compare it with or None), optional
     flops : (options, network) → int
         Operations of the products of the updates for one sample.
@@ -230,6 +233,7 @@ class Rule(Generic[O]):
     feedback: Feedback[O] | None = None
     follow: Callable[[O, State, Batch], None] | None = None
     shared_decay: Callable[[O], float] | None = None
+    optimum: Callable[[O, Batch], Mapping[int, Array]] | None = None
     pairs: Callable[[State, Network], list[tuple[int, Array, Array | None]]] = lambda state, network: []
     flops: Callable[[O, Network], int]
     check: Callable[[O, tuple[Block, ...], str, str], list[str]] = lambda options, blocks, dtype, reduction: []

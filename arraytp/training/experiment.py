@@ -79,7 +79,8 @@ class Comparison:
 class FeedbackComparison:
     """A feedback weight against the forward weight that it pairs with; NaN where it pairs with none.
 
-    `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN for rules that train none.
+    `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN for rules that train none. For rules that know it, also the relative distance to
+    the optimum of the batch's feedback loss; NaN where the settings have none.
     """
 
     block: int
@@ -87,6 +88,13 @@ class FeedbackComparison:
     angle_deg: float
     distance: float
     ratio: float
+    optimum_distance: float | None = None
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers of a row of feedback.csv."""
+        numbers = self.block, self.loss, self.angle_deg, self.distance, self.ratio
+        return numbers if self.optimum_distance is None else (*numbers, self.optimum_distance)
 
 
 @dataclass(frozen=True)
@@ -310,16 +318,22 @@ class Experiment:
         """Return n, feedback weight, and forward weight to compare it with, of every block that has one."""
         return self.rule.pairs(self.rule_state, self.network)
 
-    def compare_feedback(self, losses: list[Array | None]) -> list[FeedbackComparison]:
+    def compare_feedback(self, losses: list[Array | None], step: Step | None = None) -> list[FeedbackComparison]:
         """Measure every feedback weight against its forward weight; empty for rules whose weights pair with none.
 
-        `losses` are those that `train_feedback` returned, or empty.
+        `losses` are those that `train_feedback` returned, or empty. With a step, rules that know the optimum of its
+        batch are measured against that, too.
         """
-        pairs = self.feedback_pairs()
-        return [
+        pairs, optimum = self.feedback_pairs(), self.rule.optimum
+        found = [
             FeedbackComparison(n, math.nan if loss is None else float(loss), *_aligned(omega, theta))
             for (n, omega, theta), loss in zip(pairs, losses or [None] * len(pairs), strict=True)
         ]
+        if optimum is None or step is None:
+            return found
+        best = optimum(self.config.rule, step.batch)
+        distances = [relative_distance(omega, best[n]) if n in best else math.nan for n, omega, _ in pairs]
+        return [replace(each, optimum_distance=far) for each, far in zip(found, distances, strict=True)]
 
     def apply(self, step: Step, updates: Updates, epoch: int = 0) -> None:
         """Let the optimiser apply updates to the θ that the step's forward pass was computed with, and to its twins.

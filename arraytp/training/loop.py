@@ -31,6 +31,7 @@ from arraytp.training.tables import (
     FEEDBACK_COLUMNS,
     GNT_COLUMNS,
     METRICS_COLUMNS,
+    OPTIMUM_COLUMNS,
     VALIDATION_COLUMNS,
     CsvTable,
     Totals,
@@ -103,9 +104,10 @@ class Run:
         validated = experiment.validation_loader is not None
         # What every epoch is evaluated on, and `best` chosen by.
         self._split = "validation" if validated else "test"
+        knows = experiment.rule.optimum is not None
         self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS + VALIDATION_COLUMNS * validated)
         self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS + (GNT_COLUMNS if experiment.against_gnt else ()))
-        self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS)
+        self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS + OPTIMUM_COLUMNS * knows)
         for table in (self.metrics, self.angles, self.feedback):
             table.written = self._writes
         self._unread: list[Score] = []
@@ -307,9 +309,8 @@ class Run:
         position = self.position
         for each in self.experiment.compare(step, updates):
             self.angles.append(position.step, position.epoch + 1, *each.numbers)
-        for pair in self.experiment.compare_feedback(losses):
-            numbers = pair.loss, pair.angle_deg, pair.distance, pair.ratio
-            self.feedback.append(position.step, position.epoch + 1, pair.block, *numbers)
+        for pair in self.experiment.compare_feedback(losses, step):
+            self.feedback.append(position.step, position.epoch + 1, *pair.numbers)
         return time.monotonic() - started
 
     def _evaluate(self, epoch: int, stop: StopRequest, progress: Progress) -> None:

@@ -160,7 +160,7 @@ def _measure_feedback(
                 f"{table.path.parent}: feedback of block {pair.block} diverged within {iterations} iterations; a "
                 "smaller rule.feedback.optimizer.lr may help"
             )
-        table.append(iterations, 0, pair.block, pair.loss, pair.angle_deg, pair.distance, pair.ratio)
+        table.append(iterations, 0, *pair.numbers)
     return losses
 
 

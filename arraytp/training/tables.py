@@ -12,6 +12,7 @@ METRICS_COLUMNS = (
 VALIDATION_COLUMNS = ("validation_loss", "validation_top1", "validation_top5")
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
 GNT_COLUMNS = ("gnt_angle_deg",)
+OPTIMUM_COLUMNS = ("optimum_distance",)
 DRIFT_COLUMNS = ("step", "block", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
 FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance", "ratio")
 # Not every table has them.

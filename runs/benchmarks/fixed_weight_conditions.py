@@ -1,13 +1,13 @@
-"""The conditions of fixed-weight DTP (Shibuya et al. 2023), and how far DRL's Q is from its optimum, over training.
+"""The conditions of fixed-weight DTP (Shibuya et al. 2023) over training, for rules with a feedback module G^n.
 
-For rules with a feedback module G^n, block by block, means over the samples of a batch:
+Block by block, means over the samples of a batch:
 
     trace     tr(∂F ∂G) over ‖∂F‖‖∂G‖, −1 to 1: positive where the feedback points the right way on average
-    positive  share of the eigenvalues of ∂F ∂G with a positive real part; of dense blocks, `--samples` samples
+    positive  share of the eigenvalues of ∂F ∂G with a positive real part; of `--samples` samples, and of blocks with
+              up to `--largest` outputs, since the matrix has a row for each
     angle     between the block's update and BP's
 
-For rule drl, block by block: ‖Q − Q*‖/‖Q*‖ and the angle between Q and Q*, Q* = (Σ J Jᵀ)⁺ Σ J of the batch
-(docs/math/dtp.md). The config trains; every `--every` steps there is a row.
+The config trains; every `--every` steps there is a row.
 
     python runs/benchmarks/fixed_weight_conditions.py CONFIG[:VARIANT] [--set KEY=VALUE]… [--steps 100] [--every 20]
 """
@@ -20,9 +20,10 @@ import numpy as np
 
 from arraytp.backend import Array
 from arraytp.config import load_one
+from arraytp.model.feedback import picked, transposed, unpooled
 from arraytp.model.passes import At
-from arraytp.rules import drl
-from arraytp.training.compare import angle_degrees, relative_distance
+from arraytp.ops.conv import conv_forward
+from arraytp.options import Unpool
 from arraytp.training.experiment import Experiment, Step, build
 
 
@@ -33,20 +34,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--largest", type=int, default=2048)
     given = parser.parse_args()
     path, _, variant = given.config.partition(":")
     experiment = build(load_one(path, given.overrides, variant or None))
-    direct = experiment.rule is drl.RULE
-    if not direct and not hasattr(experiment.config.rule, "unpool"):
-        parser.error(f"rule {experiment.config.rule.name} has neither feedback modules nor direct feedback Q")
-    print("| step | block | " + ("distance | angle (°) |" if direct else "trace | positive | angle (°) |"))
-    print("|---|---|---|---|" + ("" if direct else "---|"))
+    if not hasattr(experiment.config.rule, "unpool"):
+        parser.error(f"rule {experiment.config.rule.name} has no feedback modules; use tp, dtp, ldrl or ldrl-parallel")
+    print("| step | block | trace | positive | angle (°) |")
+    print("|---|---|---|---|---|")
     for number, (images, labels) in enumerate(itertools.islice(batches(experiment), given.steps + 1)):
         step = experiment.forward(images, labels)
         experiment.train_feedback(step)
         if number % given.every == 0:
-            measure = optimum if direct else conditions
-            for label, numbers in measure(experiment, step, given.samples):
+            for label, numbers in conditions(experiment, step, given.samples, given.largest):
                 print(f"| {number} | {label} | {' | '.join(f'{value:.3g}' for value in numbers)} |")
         experiment.apply(step, experiment.updates(step))
 
@@ -57,7 +57,7 @@ def batches(experiment: Experiment):
             yield from loaded
 
 
-def conditions(experiment: Experiment, step: Step, samples: int):
+def conditions(experiment: Experiment, step: Step, samples: int, largest: int):
     """Yield label, trace, share of eigenvalues and angle of every block with a feedback module."""
     angles = [each.angle_deg for each in experiment.compare(step, experiment.updates(step))]
     for n, omega in experiment.rule_state.weights.items():
@@ -65,7 +65,11 @@ def conditions(experiment: Experiment, step: Step, samples: int):
         N, M = at.jacobian_overlap(experiment.config.rule.unpool)
         # tr(∂F ∂G) = Σ θ ω N and ‖∂G‖² = Σ ω² M; ‖∂F‖² is Σ θ² of the derivatives D² where N has D D_G.
         trace, size = float((theta * omega * N).sum()), np.sqrt(float((omega**2 * M).sum()) * forward_square(at))
-        share = positive_share(at, omega, samples) if at.block.window is None else float("nan")
+        share = float("nan")
+        if at.s_next[0].size <= largest:
+            taken = range(min(samples, len(at.s_next)))
+            eigenvalues = [np.linalg.eigvals(product(at, omega, b, experiment.config.rule.unpool)) for b in taken]
+            share = float(np.mean([(values.real > 0).mean() for values in eigenvalues]))
         yield at.block.label, (trace / size, share, angles[n])
 
 
@@ -79,23 +83,25 @@ def forward_square(at: At) -> float:
     return total
 
 
-def positive_share(at: At, omega: Array, samples: int) -> float:
-    """Return the share of eigenvalues of ∂F ∂G with a positive real part: D ⊙ (θᵀ ω) ⊙ D_G of a dense block."""
-    product, f, shares = at.weight.T.astype(np.float64) @ omega, at.block.activation, []
-    for s in at.s_next[:samples]:
-        ones = np.ones_like(s)
-        slope, feedback_slope = f.backward(ones, s), f.backward(ones, f(s.copy()))
-        shares.append(float((np.linalg.eigvals(slope[:, None] * product * feedback_slope).real > 0).mean()))
-    return float(np.mean(shares))
-
-
-def optimum(experiment: Experiment, step: Step, samples: int):
-    """Yield label, relative distance and angle of every Q to its optimum on the batch."""
-    for n, q in experiment.rule_state.weights.items():
-        A, J = step.batch.jacobian_sums[n]
-        rcond = len(A) * float(np.finfo(A.dtype).eps)
-        best = np.linalg.pinv(A.astype(np.float64), rcond=rcond) @ J
-        yield f"Q^{n}", (relative_distance(q, best), angle_degrees(q, best))
+def product(at: At, omega: Array, b: int, unpool: Unpool) -> Array:
+    """Return ∂F ∂G of sample b, column by column: each unit of s^{n+1} through G's linear part, then through F's."""
+    block, s, units = at.block, at.s_next[b : b + 1].astype(np.float64), at.s_next[b].size
+    omega, theta = omega.astype(np.float64), at.weight.astype(np.float64)
+    ones, rows = np.ones_like(s), []
+    for first in range(0, units, 128):
+        taken = np.arange(first, min(first + 128, units))
+        index = None if at.index is None else np.repeat(at.index[b : b + 1], len(taken), axis=0)
+        unit = np.eye(units)[taken].reshape(-1, *s.shape[1:])
+        u = unpooled(block, np.repeat(s, len(taken), axis=0), index, unpool)
+        slope = block.activation.backward(np.ones_like(u), block.activation(u))
+        back = transposed(block, omega, slope * unpooled(block, unit, index, unpool))
+        if block.window is None:
+            z = back.reshape(len(taken), -1) @ theta
+        else:
+            z, _ = conv_forward(back, theta, np.zeros(theta.shape[-1]), block.window)
+        z = z if index is None else picked(block, z, index)
+        rows.append((block.activation.backward(ones, s) * z).reshape(len(taken), units))
+    return np.concatenate(rows).T
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from arraytp.report import read_results
 from arraytp.report.figures import write_figures
-from arraytp.training.tables import FEEDBACK_COLUMNS
+from arraytp.training.tables import FEEDBACK_COLUMNS, OPTIMUM_COLUMNS
 
 RULES = {
     "fa": {"name": "fa"},
@@ -50,6 +50,29 @@ def test_every_comparison_has_angle_distance_and_ratio_of_b_and_w(make_config, s
         assert row["distance"] == pytest.approx(np.linalg.norm(b - w) / np.linalg.norm(w), rel=1e-9)
         assert row["ratio"] == pytest.approx(np.linalg.norm(b) / np.linalg.norm(w), rel=1e-9)
         assert np.isnan(row["loss"]) == (rule not in ("weight-mirror", "alignment"))
+
+
+@pytest.mark.parametrize("options", [{}, {"expected": "optimum"}, {"hidden": 5}], ids=str)
+def test_drls_table_has_the_distance_of_q_to_its_optimum(make_config, start, stop_after, options):
+    """The output is linear: its Jacobian is Wᵀ for every sample, and A⁻¹ J is the pseudo-inverse of W."""
+    run, measured = start(make_config(rule={"name": "drl", **options}, train=TRAIN)), []
+    compare = run.experiment.compare
+
+    def remembered(step, updates):
+        measured.append((run.experiment.rule_state.weights[2].copy(), run.experiment.network.weights[2].copy()))
+        return compare(step, updates)
+
+    run.experiment.compare = remembered
+    run.train(stop_after())
+    table = rows(run.folder)
+    assert tuple(table[0]) == (*FEEDBACK_COLUMNS, *OPTIMUM_COLUMNS)
+    for first, last, (Q, W) in zip(table[::2], table[1::2], measured, strict=True):
+        if "hidden" in options:
+            assert np.isnan(last["optimum_distance"])
+            continue
+        best = np.linalg.pinv(W.astype(float))
+        assert last["optimum_distance"] == pytest.approx(np.linalg.norm(Q - best) / np.linalg.norm(best), abs=1e-5)
+        assert (max(first["optimum_distance"], last["optimum_distance"]) < 1e-5) == bool(options)
 
 
 @pytest.mark.parametrize("rule", ["bp", "dfa"])
