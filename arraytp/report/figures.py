@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -130,12 +131,12 @@ def feedback_angles(result: Result) -> Figure:
 
 def _over_time(result: Result, what: str, panels: Sequence[Callable[[Axes, Result], None]]) -> Figure:
     figure = new_figure(2.2 + 5 * len(panels), 4.2, f"{result.label}: {what} during training")
-    named = {}
+    named: dict[str, Any] = {}
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, result)
         named |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     if named:
-        figure.legend(named.values(), named, loc="outside right center", title="block")
+        figure.legend(list(named.values()), list(named), loc="outside right center", title="block")
     return figure
 
 
@@ -152,8 +153,7 @@ def comparison(results: Sequence[Result]) -> Figure:
     rows = -(-len(labels) // columns) * max((label.count("\n") + 1 for label in labels), default=1)
     figure = new_figure(10, 7.4 + 0.22 * rows)
     with_gnt = GNT in references(results)
-    above = ["A", "A", "E", "E"] if with_gnt else ["A"] * 4
-    panels = figure.subplot_mosaic([above, ["B", "B", "C", "D"]], height_ratios=[1.25, 1])
+    panels = figure.subplot_mosaic("AAEE;BBCD" if with_gnt else "AAAA;BBCD", height_ratios=[1.25, 1])
     a, b, c, d = (panels[letter] for letter in "ABCD")
     d.sharey(c)
     angle_lines(a, results, given)

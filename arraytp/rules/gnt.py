@@ -9,7 +9,7 @@ With J^n_b of shape (C, D) the Jacobian of the logits of sample b in its s^n, an
 For γ → 0 the change of s^n is the least that changes the logits by −β e (to first order): J⁺ e, what exact inverses of
 all layers would give. For large γ it is BP's Jᵀ e over γ. All J come from C backward passes.
 
-Source: Meulemans et al. (2020), Section 3. There GNT is a method to compare with, as it is here (`compare.against`).
+Source: Meulemans et al. (2020). There GNT is a method to compare with, as it is here (`compare.against`).
 """
 
 from collections.abc import Iterator, Sequence
