@@ -238,6 +238,6 @@ FEEDBACK_LOSSES: Mapping[Any, tuple[str, Callable[[Setting, int, Mapping[str, Fl
     dtp.begin: ("DTP, Algorithm 1", dtp_loss),
     drl.begin: ("DRL, Algorithm 2", drl_loss),
     weight_mirror.begin: ("weight mirror, Eq. 7", mirror_loss),
-    alignment.begin: ("alignment losses, Table 1", alignment_loss),
+    alignment.begin: ("Kunin et al.", alignment_loss),
 }
 """By `Feedback.begin`: source and definition."""
