@@ -124,7 +124,7 @@ def read_small(path: Path, most: int) -> bytes:
     # Otherwise the very opening of a pipe waits for its other end.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PATIENCE)[0]:
-            raise UserError(f"{path}: is a pipe to which nobody writes; give a file")
+            raise UserError(f"{path}: is a pipe without a writer; give a file")
         os.set_blocking(file.fileno(), True)
         content = file.read(most + 1)
     if len(content) > most:

@@ -169,7 +169,7 @@ def _load(file: BinaryIO, where: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, expected a batch (a dict)")
     if not all(isinstance(key, bytes | str) for key in content):
-        raise UserError(f"{where}: has keys that are no text, expected a batch")
+        raise UserError(f"{where}: has keys that are not text, expected a batch")
     # Python 2 wrote the keys as bytes.
     return {_text(key): value for key, value in content.items()}
 
@@ -191,7 +191,7 @@ def _integers(array: _Array, where: Path | str, key: str) -> list[int]:
         ) in _INTEGERS and len(raw) == count * int(code[-1]):
             given = code[0] if code[0] in "<>" else order if order in "<>" else "<"
             return np.frombuffer(raw, given + code.lstrip("<>|=")).tolist()  # type: ignore[no-any-return]
-    raise UserError(f"{where}: {key!r} is no array of integers (N,) with its whole content")
+    raise UserError(f"{where}: {key!r} is not an array of integers (N,) with its whole content")
 
 
 def _rows(data: _Array, where: Path | str) -> Images:

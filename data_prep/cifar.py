@@ -80,7 +80,7 @@ def read_binary(content: bytes, where: str, layout: _Layout) -> tuple[Images, La
     row_bytes = layout.label_bytes + _PIXELS
     if not content or len(content) % row_bytes:
         refuse_text_transfer(content, where)
-        raise UserError(f"{where}: {len(content)} bytes are no whole number of rows of {row_bytes}; fetch it again")
+        raise UserError(f"{where}: {len(content)} bytes are not a whole number of rows of {row_bytes}; fetch it again")
     rows = np.frombuffer(content, np.uint8).reshape(-1, row_bytes)
     labels = checked_labels(rows[:, layout.label_bytes - 1].tolist(), len(rows), len(layout.classes), 0, where)
     return images_of_planes(rows[:, layout.label_bytes :]), labels

@@ -99,7 +99,7 @@ def fetch(source: Source, folder: Path, progress: Progress) -> None:
             except OSError as error:
                 raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
         else:
-            raise UserError(f"{'; '.join(failures)}; the same command goes on with what has arrived")
+            raise UserError(f"{'; '.join(failures)}; the same command continues the download")
 
 
 def _imported(name: str) -> Any:

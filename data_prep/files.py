@@ -191,7 +191,7 @@ def _copy(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
     while block := packed.read(2**20):
         if plain.tell() > most:
             raise UserError(
-                f"{src}: unpacks to more than {_MOST_RATIO} times its size, as no archive of images does; refused"
+                f"{src}: unpacks to more than {_MOST_RATIO} times its size, which archives of images do not; refused"
             )
         plain.write(block)
 

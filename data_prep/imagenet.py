@@ -189,7 +189,7 @@ def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document
     other = next((documents[name] for name in documents if _OTHER_YEAR.fullmatch(name)), None)
     if other is not None and (truth is None or (class_map is not None and class_map.where.endswith(".txt"))):
         raise UserError(
-            f"{other.where}: of another year's devkit, whose numbers need not be those of the images of 2012; "
+            f"{other.where}: from the devkit of another year, whose numbers may differ from those of 2012; "
             f"give {DEVKIT}"
         )
     if truth is None or class_map is None:
@@ -250,7 +250,7 @@ def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -
     Raises
     ------
     UserError
-        A class is no wnid, the tree is neither layout, or the ground truth does not fit the images.
+        A class is not a wnid, the tree is neither layout, or the ground truth does not fit the images.
     """
     flat, unlabelled, given = {}, set(), {}
     for row, name in image_rows(files):
@@ -263,7 +263,7 @@ def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -
     plan = plan_tree(files, leave=flat.keys() | unlabelled, given=given)
     wrong = next((name for name in plan.classes if not _WNID.fullmatch(name)), None)
     if wrong is not None and not all(name.isdecimal() for name in plan.classes):
-        raise UserError(f"{files.root}: class folder {wrong!r} is no wnid, like n01440764")
+        raise UserError(f"{files.root}: class folder {wrong!r} is not a wnid, such as n01440764")
     if not flat:
         return plan
     if "val" in plan.splits:

@@ -34,8 +34,8 @@ def command(
 ) -> int:
     """Check everything that can be checked about the network, data and rule of CONFIG, every variant in turn.
 
-    Prints what is checked, by which equation, the function, its error and the tolerance. In float64 and on a small
-    batch, whatever the config says of them. Exit status 1 if a check fails; docs/audit.md explains the lines.
+    Prints one line per check: what is checked, the equation, the function, the error and the tolerance. Computes in
+    float64 on a small batch. The exit status is 1 if a check fails. docs/audit.md explains the lines.
     """
     if json_path is not None:
         check_json(json_path, "checks")

@@ -29,7 +29,7 @@ PEAK_SIZE, PEAK_ROUNDS = 2048, 5
 @click.command(short_help="Time the steps of a config, part by part.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Steps to time.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers to this file.")
 @overriding
 def command(
     config: Path, steps: int, json_path: Path | None, backend: str | None, dtype: str | None, overrides: tuple[str, ...]

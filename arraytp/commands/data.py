@@ -73,42 +73,46 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     multiple=True,
     callback=_parse_limits,
     metavar="SPLIT=N",
-    help="Take N images of a split, evenly by class, the first in the files. Can be given for each split.",
+    help="Take the first N images of a split, evenly by class; repeatable.",
 )
 @click.option("--compression", type=click.Choice(["none", "gzip"]), default="none", show_default=True)
-@click.option("--shard-images", type=click.IntRange(min=1), help="Images per shard.  [default: what 64 MiB hold]")
+@click.option("--shard-images", type=click.IntRange(min=1), help="Images per shard.  [default: 64 MiB of pixels]")
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the order of the train images."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the order of the train images.",
 )
 @click.option(
     "--size",
     callback=_parse_size,
     metavar="N|HxW",
-    help="Resize image files to N x N or H x W pixels.  [default: as they are, all the same]",
+    help="Resize image files to N x N or H x W pixels.  [default: their own size, the same for all]",
 )
 @click.option(
     "--resize",
     type=click.Choice(get_args(Resize)),
     default="stretch",
     show_default=True,
-    help="Change the images' aspect, or scale the shorter side and cut off both ends of the longer.",
+    help="Stretch images to the new size, or scale the shorter side and crop the longer one.",
 )
 @click.option(
     "--exif",
     type=click.Choice(get_args(Exif)),
-    help="Turn images as their EXIF orientation says, or not.  [default: ignore for imagenet, apply for folder]",
+    help="Apply the EXIF orientation of images, or ignore it.  [default: ignore for imagenet, apply for folder]",
 )
 @click.option(
     "--max-skipped",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Leave out up to this many broken image files, and list them in skipped.csv.",
+    help="Skip up to this many broken image files and list them in skipped.csv.",
 )
 @click.option(
     "--devkit",
     type=_FOLDER,
-    help="imagenet with a flat val/, imagenet32: the devkit, folder or archive.  [default: in SRC]",
+    help="Devkit (folder or archive), for imagenet with a flat val/ and for imagenet32.  [default: in SRC]",
 )
 @click.pass_context
 def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: Path | None, **options: Any) -> None:
@@ -172,7 +176,7 @@ def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackO
 @click.argument("name", type=click.Choice(list(SOURCES)))
 @click.argument("dst", type=_FOLDER)
 def fetch(name: str, dst: Path) -> None:
-    """Fetch the official files of the data set NAME into the folder DST; what is there is not fetched again."""
+    """Fetch the official files of a data set into the folder DST, except those that are there already."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as display:
         tasks: dict[str, TaskID] = {}
@@ -192,7 +196,7 @@ def fetch(name: str, dst: Path) -> None:
 @command.command(epilog=_DATASET_HELP)
 @click.argument("dataset")
 def check(dataset: str) -> None:
-    """Read all images and labels of a data set and list all damage, a line each; exit status 2 if there is any."""
+    """Read all images and labels of a data set and list all damage, one line each; exit status 2 if there is any."""
     opened = find_dataset(dataset)
     problems = list(opened.problems())
     for problem in problems:
@@ -205,7 +209,7 @@ def check(dataset: str) -> None:
 
 @command.command(epilog=_DATASET_HELP)
 @click.argument("dataset")
-@click.option("--json", "as_json", is_flag=True, help="Print dataset.json's content, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the content of dataset.json, for programs.")
 def info(dataset: str, as_json: bool) -> None:
     """Describe a data set."""
     opened = open_dataset(dataset)

@@ -30,7 +30,7 @@ def check_json(path: Path, key: str) -> None:
         raise UserError(f"--json {path}: is a folder; give a file, for example {path / 'figures.json'}")
     if path.is_file() and not _holds_figures(path, key):
         raise UserError(
-            f"--json {path}: exists and is no earlier result of this command; only those are overwritten, so give "
+            f"--json {path}: exists and is not an earlier result of this command; only such are overwritten; give "
             "another file"
         )
 

@@ -20,20 +20,20 @@ from arraytp.report.tables import comparison_table
     "--out",
     metavar="DIR",
     callback=check_folder,
-    help="Where figures and tables go; by default the folder that holds the results.",
+    help="Folder for figures and tables.  [default: the folder that contains the results]",
 )
 @click.option(
     "--html",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Also write one page to look at in a browser, without a network; needs the extra html.",
+    help="Also write one page for a browser, which needs no network; needs the extra html.",
 )
 def command(folders: tuple[Path, ...], out: Path | None, html: Path | None) -> None:
     """Print a table and write figures that compare result folders.
 
-    A DIR is a result folder, or a folder that holds some, such as that of a run with variants. Every run's own figures
-    go to RUN/figures; with more than one run, or with --out, comparison.png, comparison.md and comparison.csv go beside
-    the runs' folders.
+    DIR is a result folder, or a folder that contains result folders, such as that of a run with variants. Figures of
+    each run go to RUN/figures. With more than one run, or with --out, comparison.png, comparison.md and comparison.csv
+    go beside the folders of the runs.
     """
     results = read_results(folders)
     click.echo(comparison_table(results), nl=False)

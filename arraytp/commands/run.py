@@ -100,7 +100,7 @@ def _checked_seeds(
 @click.option("--quiet", is_flag=True, help="No progress, only the final table.")
 @click.option("--seeds", metavar="N|a,b,c", callback=_checked_seeds, help="Run every variant with each of these seeds.")
 @click.option(
-    "--ranks-per-run", type=click.IntRange(min=1), metavar="P", help="Several runs at a time, each on P ranks."
+    "--ranks-per-run", type=click.IntRange(min=1), metavar="P", help="Do several runs at a time, each on P ranks."
 )
 @click.option("--plain", is_flag=True, help="Compute with the readable primitives, whole batches at a time.")
 def command(
@@ -118,21 +118,21 @@ def command(
 ) -> int:
     """Train the given CONFIG files and write result folders.
 
-    A config with variants writes one folder per variant into the result folder. --seeds 5 (from the config's seed on)
-    or --seeds 0,1,2 writes one folder seed-<n> per seed; a run that fails is named, and the others go on.
+    A config with variants writes one folder per variant into the result folder. --seeds 5 (starting from the config's
+    seed) or --seeds 0,1,2 writes one folder seed-<n> per seed. If a run fails, a line names it; the others continue.
 
-    Started by mpiexec or srun, a run is shared by all ranks; with --ranks-per-run, groups of P ranks take the next run
-    that is left.
+    Under mpiexec or srun, all ranks share a run. With --ranks-per-run, groups of P ranks take the next run that is
+    left.
 
-    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU writes a checkpoint first; the same command with --resume goes
-    on from there. With --plain the numbers are the same to rounding, and take several times as long.
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU writes a checkpoint and stops. The same command with --resume
+    continues from it. With --plain, numbers are the same up to rounding, and a run takes several times as long.
     """
     if not configs:
         raise UserError(
             "give a config, such as runs/quickstart.yml in a clone; `arraytp init my.yml` writes one to start from"
         )
     if resume and fresh:
-        raise UserError("--resume and --fresh exclude each other: go on, or start over")
+        raise UserError("--resume and --fresh exclude each other: continue, or start over")
     overridden = settings(overrides, backend, dtype)
     everyone = world()
     batches = agreed(
@@ -184,7 +184,7 @@ def _jobs(
             raise UserError(f"{path}{f' (variant {variant})' if variant else ''}: {error}") from error
         place = folder / variant if variant else folder
         if not encodable(os.path.basename(os.path.realpath(place))):
-            raise UserError(f"{str(place)!r}: the folder's name is no UTF-8 text, so that no figure can show it")
+            raise UserError(f"{str(place)!r}: the folder's name is not UTF-8 text, so figures cannot show it")
         label = variant or file.name
         if seeds is None:
             jobs.append(Job(planned, label, place, plain, folder, of_seeds=False))
@@ -212,15 +212,17 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
         if job.folder.is_symlink() and not job.folder.exists():
             raise UserError(f"{job.folder}: is a link that leads nowhere; --out needs a folder")
         if job.of_seeds and any((job.folder.parent / name).exists() for name in OWN_FILES):
-            raise UserError(f"{job.folder.parent}: holds results of a run without --seeds; --out takes another folder")
+            raise UserError(
+                f"{job.folder.parent}: holds results of a run without --seeds; --out selects another folder"
+            )
         if not (fresh or job.of_seeds or job.study) and any(job.folder.glob("seed-*/config.yml")):
-            raise UserError(f"{job.folder}: holds results of a run with --seeds; --out takes another folder")
+            raise UserError(f"{job.folder}: holds results of a run with --seeds; --out selects another folder")
         if fresh or not any((job.folder / name).exists() for name in OWN_FILES):
             continue
         if not resume:
             raise UserError(
-                f"{job.folder}: holds results already; --resume goes on with them, --fresh starts over, "
-                "--out takes another folder"
+                f"{job.folder}: holds results already; --resume continues them, --fresh starts over, "
+                "--out selects another folder"
             )
         checkpoint = job.folder / "checkpoint.h5"
         if checkpoint.exists() and check_owner(checkpoint, job.plan):
@@ -229,7 +231,7 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
         if difference:
             raise UserError(
                 f"{job.folder}: holds a run of another config ({difference}); --fresh starts over, "
-                "--out takes another folder"
+                "--out selects another folder"
             )
 
 
@@ -242,7 +244,7 @@ def _stored(folder: Path) -> Config:
     try:
         return load_one(folder / "config.yml")
     except UserError as error:
-        raise UserError(f"{error}; --fresh starts over, --out takes another folder") from error
+        raise UserError(f"{error}; --fresh starts over, --out selects another folder") from error
 
 
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:

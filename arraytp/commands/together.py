@@ -43,7 +43,7 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
             if not difference and digest != other_digest:
                 difference = f"other images or labels in data.dataset {config.data.dataset}"
             if difference:
-                raise UserError(f"rank {rank} was given something else than rank 0: {difference}")
+                raise UserError(f"rank {rank} was given something different from rank 0: {difference}")
         if len(theirs) != len(given[0]):
             raise UserError(f"rank {rank} was given {len(theirs)} runs, but rank 0 {len(given[0])}")
     for plan in plans:

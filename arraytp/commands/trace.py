@@ -17,11 +17,11 @@ from arraytp.training.trace import check_replaceable, read_batch, read_weights, 
 
 @click.command(short_help="Write every number of one training step to a file.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", required=True, metavar="FILE.h5", type=click.Path(path_type=Path), help="Where to write.")
-@click.option("--variant", metavar="NAME", help="Which variant of the config.")
+@click.option("--out", required=True, metavar="FILE.h5", type=click.Path(path_type=Path), help="File to write.")
+@click.option("--variant", metavar="NAME", help="Variant of the config.")
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="Start from the weights of a trace.")
 @click.option("--batch", metavar="FILE", type=click.Path(path_type=Path), help="Use the batch of a trace.")
-@click.option("--no-noise", is_flag=True, help="Write only the keys of noise, from which it can be drawn again.")
+@click.option("--no-noise", is_flag=True, help="Do not write noise, only its keys, from which it can be drawn again.")
 @overriding
 def command(
     config: Path,

@@ -120,7 +120,7 @@ def square(layers: Sequence[Layer], blocks: tuple[Block, ...]) -> list[Layer]:
         if inputs < handed_on:
             raise UserError(
                 f"network block {n} ({block.label}): square: {inputs} inputs cannot give the {handed_on} units that "
-                f"are handed on; at most {inputs} can be"
+                f"are passed on; at most {inputs} can be"
             )
         if isinstance(layer, Conv):
             result.append(replace(layer, channels=inputs, auxiliary=inputs - handed_on))

@@ -29,8 +29,8 @@ def check_invertible(rule: str, blocks: tuple[Block, ...]) -> None:
             )
         if not block.is_square:
             raise UserError(
-                f"{where}a weight matrix of {inputs}x{outputs} is not square; it needs {inputs} units in all, those "
-                "not handed on as auxiliary ones: network.square: true sees to that"
+                f"{where}a weight matrix of {inputs}x{outputs} is not square; it needs {inputs} units, "
+                "auxiliary ones included; use network.square: true"
             )
 
 

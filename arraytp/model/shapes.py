@@ -36,7 +36,7 @@ def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Sha
         try:
             block = _conv(layer, label, shape) if isinstance(layer, options.Conv) else _dense(layer, label, shape)
             if math.prod(block.weight_shape) > LARGEST_WEIGHT:
-                raise ValueError(f"a weight of {show_shape(block.weight_shape)} fits into no memory")
+                raise ValueError(f"a weight of {show_shape(block.weight_shape)} does not fit into memory")
         except ValueError as error:
             raise UserError(f"network block {n} ({label}): input {show_shape(shape)}: {error}") from error
         blocks.append(block)
@@ -81,5 +81,5 @@ def _dense(layer: options.Dense, label: str, shape: Shape) -> Block:
 def _check_auxiliary(auxiliary: int, units: int, key: str) -> None:
     if auxiliary >= units:
         raise ValueError(
-            f"auxiliary: {auxiliary} of {key}: {units} leaves nothing to hand on; {key} counts the auxiliary ones too"
+            f"auxiliary: {auxiliary} of {key}: {units} leaves nothing to pass on; {key} counts auxiliary units, too"
         )

@@ -188,7 +188,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         raise UserError(f"{path} is not a result folder: it holds no config.yml")
     label = label or real(path).name
     if not encodable(label):
-        raise UserError(f"{str(path)!r}: the folder's name is no UTF-8 text, so that no figure can show it; rename it")
+        raise UserError(f"{str(path)!r}: the folder's name is not UTF-8 text, so figures cannot show it; rename it")
     text = _text(path / "config.yml", MOST_BYTES)
     config = _read_config(path / "config.yml", text)
     if "study" in config:
@@ -352,6 +352,6 @@ def _check_key(path: Path, table: Columns, key: Sequence[str]) -> None:
         if values[0] < last:
             raise UserError(f"{path}, line {line}: {named} comes after {key[0]} {last:.0f}; rows must be in order")
         if values in seen:
-            raise UserError(f"{path}, line {line}: {named} is there twice")
+            raise UserError(f"{path}, line {line}: {named} occurs twice")
         seen.add(values)
         last = values[0]

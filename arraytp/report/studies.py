@@ -106,13 +106,13 @@ def _read_summary(path: Path) -> tuple[dict[str, Any], Floats]:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(summary, dict) or not summary.keys() >= {"blocks", "seeds", "seconds"}:
-            raise ValueError("no object with blocks, seeds and seconds")
+            raise ValueError("not an object with blocks, seeds and seconds")
         updates = np.array([seed["update_angle_deg"] for seed in summary["seeds"]], dtype=np.float64)
         if updates.ndim != 2 or updates.shape[1] != len(summary["blocks"]):
             raise ValueError(f"update_angle_deg has the shape {updates.shape}, blocks is {summary['blocks']}")
         summary["seconds"] = float(summary["seconds"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged: {error}; delete it, and --resume writes it anew") from error
+        raise UserError(f"{path}: is damaged: {error}; delete it, and --resume writes it again") from error
     return summary, updates
 
 

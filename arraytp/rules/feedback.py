@@ -247,8 +247,8 @@ def check_targets(rule: str, blocks: Sequence[Block], reduction: str) -> None:
     for n, block in enumerate(blocks):
         if block.auxiliary:
             raise UserError(
-                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, for which rule {rule} "
-                "has no use; they are GAIT-prop's (network.square: false)"
+                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, which rule {rule} "
+                "does not support; use network.square: false"
             )
 
 

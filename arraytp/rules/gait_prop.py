@@ -95,14 +95,14 @@ def check_pseudo(options: Options, blocks: tuple[Block, ...]) -> None:
     """Refuse what has no meaning with pseudo-inverses: raises as `check`."""
     if options.form == "literal":
         raise UserError(
-            "rule.form: literal inverts f, W and every pool, which rule.inverse: pseudo does without; use form: "
+            "rule.form: literal inverts f, W and every pool, which rule.inverse: pseudo does not; use form: "
             "difference, or inverse: exact"
         )
     for n, block in enumerate(blocks):
         if block.auxiliary:
             raise UserError(
-                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, for which rule "
-                f"{options.name} with inverse: pseudo has no use; use network.square: false, or inverse: exact"
+                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, which rule "
+                f"{options.name} with inverse: pseudo does not support; use network.square: false, or inverse: exact"
             )
 
 

@@ -159,12 +159,12 @@ def _opened(path: Path) -> Iterator[h5py.File]:
                 raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
             if file.attrs["version"] == 1 and "rule/feedback/0" in file:
                 raise UserError(
-                    f"{path}: is of version 1, which numbers the feedback of rules dfa and drl otherwise; --fresh "
+                    f"{path}: is of version 1, in which the feedback of rules dfa and drl has other numbers; --fresh "
                     "starts over"
                 )
             yield file
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no checkpoint to go on from; --fresh starts over") from error
+        raise UserError(f"{path}: there is no checkpoint to continue from; --fresh starts over") from error
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         if words := system_words(error):
             raise UnreadableError(f"{path}: the checkpoint cannot be read: {words}") from error

@@ -144,11 +144,11 @@ class Run:
         if self.position.epoch + (self.position.batch > 0) > train.epochs:
             raise UserError(
                 f"{path}: is in epoch {self.position.epoch + (self.position.batch > 0)} already, but train.epochs is "
-                f"{train.epochs}; ask for more epochs, or start over with --fresh"
+                f"{train.epochs}; set more epochs, or start over with --fresh"
             )
         if train.steps is not None and self.position.step > train.steps:
             raise UserError(
-                f"{path}: has {self.position.step} steps already, but train.steps is {train.steps}; ask for more "
+                f"{path}: has {self.position.step} steps already, but train.steps is {train.steps}; set more "
                 "steps, or start over with --fresh"
             )
         self._restart(*tables)

@@ -77,7 +77,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     if config.train.validation >= counts["train"]:
         raise UserError(
             f"train.validation: {config.train.validation}, but the train split of {config.data.dataset} has "
-            f"{counts['train']} images, and one at least must be trained on; at most {counts['train'] - 1}"
+            f"{counts['train']} images, and at least one must remain for training; at most {counts['train'] - 1}"
         )
     widest = MOST_CROP_PADDING * max(dataset.shape[:2])
     if config.data.crop_padding > widest:
@@ -109,7 +109,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     if "gnt" in config.compare.against:
         gnt.check_jacobians("compare.against: gnt", blocks)
     if "bp" not in config.compare.against:
-        raise UserError(f"compare.against: {list(config.compare.against)}: needs bp, and gnt besides if you like")
+        raise UserError(f"compare.against: {list(config.compare.against)}: must contain bp, and may contain gnt")
     _check_lists(config, blocks)
     _check_study(config, blocks, counts["train"] - config.train.validation)
     return Plan(
@@ -155,7 +155,9 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
         trained = ", ".join(name for name, rule in RULES.items() if rule.feedback is not None)
         raise UserError(f"study: rule {config.rule.name} trains no feedback weights; use one of {trained}")
     if len(blocks) < 2:
-        raise UserError(f"study: the network has one block, {blocks[0].label}, and no feedback; it needs two at least")
+        raise UserError(
+            f"study: the network has one block, {blocks[0].label}, and so no feedback; it needs at least two"
+        )
     if config.train.batch_size > images:
         raise UserError(
             f"train.batch_size: {config.train.batch_size}, but the train split of {config.data.dataset} has {images} "
@@ -169,7 +171,7 @@ def _check_drift(config: Config) -> None:
         inverting = ", ".join(name for name, rule in RULES.items() if rule.inverts)
         raise UserError(f"study.kind: drift: rule {config.rule.name} inverts no weights; use {inverting}")
     if not config.compare.every:
-        raise UserError("compare.every: 0: a study of drift measures every so many steps; use at least 1")
+        raise UserError("compare.every: 0: a study of drift measures at such steps; use at least 1")
     if config.backend != "numpy":
         raise UserError(f"study.kind: drift: is for backend numpy, not {config.backend}")
 

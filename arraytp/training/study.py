@@ -169,7 +169,7 @@ def _read_seed(path: Path, config: Config, blocks: int) -> dict[str, Any]:
     try:
         seed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(seed, dict) or not seed.keys() >= {"update_angle_deg", "seconds"}:
-            raise ValueError("no object with update_angle_deg and seconds")
+            raise ValueError("not an object with update_angle_deg and seconds")
         shape = np.array(seed["update_angle_deg"], np.float64).shape
         if shape != (blocks,):
             raise ValueError(f"update_angle_deg has the shape {shape}, not ({blocks},)")

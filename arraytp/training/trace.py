@@ -208,7 +208,7 @@ def check_replaceable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; give a file, for example {path / 'trace.h5'}")
     if path.exists() and not (path.is_file() and _is_trace(path)):
-        raise UserError(f"--out {path}: exists and is no trace; only traces are overwritten, so give another file")
+        raise UserError(f"--out {path}: exists and is not a trace; only traces are overwritten; give another file")
 
 
 def _is_trace(path: Path) -> bool:
@@ -217,7 +217,7 @@ def _is_trace(path: Path) -> bool:
             return bool(file.attrs.get("format") == FORMAT)
     except OSError as error:
         if words := system_words(error):
-            raise UserError(f"--out {path}: exists and cannot be looked at: {words}") from error
+            raise UserError(f"--out {path}: exists and cannot be read: {words}") from error
         return False
 
 

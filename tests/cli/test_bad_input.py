@@ -91,7 +91,7 @@ SETTINGS = {
     ),
     "auxiliary units that leave nothing": (
         blocks("{type: dense, units: 8, auxiliary: 8}, {type: dense, units: 3}"),
-        ["block 0 (dense1)", "auxiliary: 8 of units: 8 leaves nothing to hand on"],
+        ["block 0 (dense1)", "auxiliary: 8 of units: 8 leaves nothing to pass on"],
     ),
     "an output whose auxiliary units are too many": (
         blocks("{type: dense, units: 8}, {type: dense, units: 8, auxiliary: 6}"),
@@ -129,7 +129,7 @@ SETTINGS = {
     "a name of 300 letters": (f"name={'n' * 300}", ["name must be usable as a folder's name", "at most 200 bytes"]),
     "a weight that no memory holds": (
         blocks("{type: dense, units: 4611686018427387904}, {type: dense, units: 3}"),
-        ["block 0 (dense1)", "a weight of 64x4611686018427387904 fits into no memory"],
+        ["block 0 (dense1)", "a weight of 64x4611686018427387904 does not fit into memory"],
     ),
     "a rate per block, one too few": (
         "optimizer.lr=[0.1, 0.2]",
@@ -202,7 +202,7 @@ ARGUMENTS = {
     "a folder of blanks": (["toy.yml", "--out", " "], ["--out is empty; give a folder"]),
     "a folder whose name is no text": (
         ["toy.yml", "--out", "o\udcff"],
-        ["'o\\udcff': the folder's name is no UTF-8 text"],
+        ["'o\\udcff': the folder's name is not UTF-8 text"],
     ),
     "a link to nothing": (["toy.yml", "--out", "sub/link"], ["sub/link: is a link that leads nowhere"]),
 }
@@ -326,8 +326,7 @@ def test_results_that_are_there_are_not_overwritten(arraytp, refused):
     arraytp("run", "toy.yml", "--quiet")
     message = refused("run", "toy.yml")
     assert message == (
-        "results/toy: holds results already; --resume goes on with them, --fresh starts over, "
-        "--out takes another folder"
+        "results/toy: holds results already; --resume continues them, --fresh starts over, --out selects another folder"
     )
 
 
@@ -643,7 +642,7 @@ def test_a_link_to_itself_is_named(refused, place):
 def test_a_pipe_without_its_other_end_is_not_waited_for(refused, arraytp, place, monkeypatch):
     monkeypatch.setattr("arraytp.disk._PATIENCE", 0.1)
     os.mkfifo(place / "pipe")
-    assert refused("run", "pipe") == "pipe: is a pipe to which nobody writes; give a file"
+    assert refused("run", "pipe") == "pipe: is a pipe without a writer; give a file"
     assert refused("trace", "toy.yml", "--out", "t.h5", "--weights", "pipe") == "pipe: is a pipe or device; give a file"
     assert refused("data", "pack", "folder", "pipe", "packed") == "pipe: is a pipe or device; give a file"
     assert arraytp("bench", "toy.yml", "--steps", 1, "--json", "pipe").err.startswith(

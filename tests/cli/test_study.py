@@ -147,7 +147,7 @@ def test_a_batch_larger_than_the_train_split_is_refused_before_anything_is_writt
 
 DAMAGE = [
     ("seed-1/summary.json", b'{"seed": 0', "is damaged: Expecting"),
-    ("seed-1/summary.json", b"[]", "is damaged: no object with update_angle_deg and seconds"),
+    ("seed-1/summary.json", b"[]", "is damaged: not an object with update_angle_deg and seconds"),
     ("seed-1/summary.json", b'{"update_angle_deg": ["x", 1, 2], "seconds": 1}', "is damaged: could not convert"),
     ("seed-1/summary.json", b'{"update_angle_deg": [1], "seconds": 1}', "has the shape (1,), not (3,)"),
     ("seed-1/summary.json", b"\xff", "is damaged: 'utf-8' codec"),
@@ -155,7 +155,7 @@ DAMAGE = [
     ("seed-1/feedback.csv", b"step,epoch,block,loss,angle_deg,distance\n0,0,1,x,1,1\n", "line 2: loss is 'x'"),
     ("seed-1/feedback.csv", b"step,epoch,block,loss,angle_deg,distance\n0,0,1,1,1,1\n", "1 rows, not those of"),
     ("seed-1/feedback.csv", None, "is missing or has no rows"),
-    ("summary.json", b"{}", "is damaged: no object with blocks, seeds and seconds"),
+    ("summary.json", b"{}", "is damaged: not an object with blocks, seeds and seconds"),
 ]
 
 

@@ -182,8 +182,8 @@ class System:
             "'data' is not a row-major",
         ),
         ("python", PY, pickle.dumps({"data": ROWS, "labels": [True] * 12}, 2), "label 0 .* is 'True'"),
-        ("binary", BIN, lambda c: c[:-1], "36875 bytes are no whole number of rows of 3073"),
-        ("binary", BIN, b"", "0 bytes are no whole number"),
+        ("binary", BIN, lambda c: c[:-1], "36875 bytes are not a whole number of rows of 3073"),
+        ("binary", BIN, b"", "0 bytes are not a whole number"),
         ("binary", BIN, lambda c: b"\x0a" + c[1:], r"label 0 \(from 0\) is '10', expected 0 to 9"),
         ("python", PY, pickle.dumps(System()), r"refused: the pickle names (posix|os)\.system"),
         ("python", PY, pickle.dumps({"data": System()}, 0), r"refused: the pickle names (posix|os)\.system"),
@@ -300,7 +300,7 @@ def test_batches_of_every_protocol_and_with_labels_as_an_array_are_read(protocol
 
 @pytest.mark.parametrize("labels", [np.array(ROW_LABELS, float), np.array([ROW_LABELS]), np.array(["a"] * 12)], ids=str)
 def test_an_array_of_anything_but_labels_is_refused(labels):
-    with pytest.raises(UserError, match="'labels' is no array of integers"):
+    with pytest.raises(UserError, match="'labels' is not an array of integers"):
         read(pickle.dumps({"data": ROWS, "labels": labels}))
 
 

@@ -79,7 +79,7 @@ def test_a_file_arrives_with_progress_and_is_not_fetched_again(server, tmp_path)
 def test_a_download_that_was_cut_goes_on_where_it_stopped(server, tmp_path):
     server.behaviours = ["cut", "cut", "whole"]
     for _ in range(2):
-        with pytest.raises(UserError, match=r"/a/x\.gz: .*; the same command goes on with what has arrived"):
+        with pytest.raises(UserError, match=r"/a/x\.gz: .*; the same command continues the download"):
             fetched(server, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".x.gz.part"]
     fetched(server, tmp_path)
@@ -122,7 +122,7 @@ def test_the_next_address_is_tried_and_all_failures_told(server, tmp_path):
     fetched(server, tmp_path / "d", addresses=2)
     assert [path for path, _ in server.asked] == ["/a/x.gz", "/b/x.gz"]
     server.behaviours = ["missing", "missing"]
-    with pytest.raises(UserError, match=r"/a/x\.gz: 404 .*; http.*/b/x\.gz: 404 .*; the same command goes on"):
+    with pytest.raises(UserError, match=r"/a/x\.gz: 404 .*; http.*/b/x\.gz: 404 .*; the same command continues"):
         fetched(server, tmp_path / "e", addresses=2)
 
 

@@ -175,7 +175,7 @@ GROUND = DEVKIT + "ILSVRC2012_validation_ground_truth.txt"
         ({DEVKIT + "meta.mat": meta_mat()[:200]}, "meta.mat: cannot be read as a class map"),
         ({DEVKIT + "meta.mat": None}, "no meta.mat or map_clsloc.txt; give --devkit"),
         ({"val/n01440764/ILSVRC2012_val_00000006.JPEG": jpeg(1)}, "both flat and in class folders"),
-        ({"train/fish/x.JPEG": jpeg(1)}, "class folder 'fish' is no wnid"),
+        ({"train/fish/x.JPEG": jpeg(1)}, "class folder 'fish' is not a wnid"),
         ({"val/other.JPEG": jpeg(1)}, "'val/other.JPEG' is not split/class/image"),
         ({f"train/n07753113/n07753113_{i}.JPEG": None for i in range(4)}, "is n07753113, which has no train image"),
     ],
@@ -278,7 +278,7 @@ def test_the_devkit_of_another_year_is_refused(tmp_path, with_truth):
     contents[DEVKIT + "ILSVRC2014_clsloc_validation_ground_truth.txt"] = contents[GROUND]
     if not with_truth:
         del contents[GROUND]
-    with pytest.raises(UserError, match=r"ILSVRC2014_clsloc.*: of another year's devkit"):
+    with pytest.raises(UserError, match=r"ILSVRC2014_clsloc.*: from the devkit of another year"):
         pack(write(tmp_path / "s", contents), tmp_path / "d", PackOptions(size=(8, 8)))
 
 

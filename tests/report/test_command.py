@@ -58,7 +58,7 @@ def test_a_run_whose_name_is_no_text_is_refused_but_not_one_below(make_result: M
     folder = make_result("results\udcff/fa")
     CliRunner().invoke(command, [str(folder)], catch_exceptions=False)
     other = make_result("fa\udcff")
-    with pytest.raises(UserError, match=r"fa\\udcff': the folder's name is no UTF-8 text"):
+    with pytest.raises(UserError, match=r"fa\\udcff': the folder's name is not UTF-8 text"):
         CliRunner().invoke(command, [str(other)], catch_exceptions=False)
 
 

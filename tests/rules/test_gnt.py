@@ -115,7 +115,7 @@ TREE = {
 SQUARE = {"blocks": TREE["network"]["blocks"], "square": True}
 REFUSED = [
     ({"loss": {"reduction": "sum"}}, "loss.reduction: sum: rule gnt is defined for the mean loss"),
-    ({"network": SQUARE}, r"network block 1 \(dense2\): has 2 auxiliary units, for which rule gnt has no use"),
+    ({"network": SQUARE}, r"network block 1 \(dense2\): has 2 auxiliary units, which rule gnt does not support"),
     ({"network": SQUARE, "rule": {"name": "bp"}},
      r"compare.against: gnt: is not defined for auxiliary units, and network block 1 \(dense2\) has 2; use network"),
     ({"compare": {"against": ["gnt"]}}, r"compare.against: \['gnt'\]: needs bp"),

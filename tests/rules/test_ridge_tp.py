@@ -142,7 +142,7 @@ REFUSED = [
     ({"network": {"name": "lenet", "activation": "relu"}},
      r"network block 1 \(conv2\): rule ridge-tp inverts the activation.*relu has no inverse; use leaky-relu"),
     ({"network": {"blocks": [{"type": "dense", "units": 20}, {"type": "dense", "units": 10}], "square": True}},
-     r"network block 1 \(dense2\): has 10 auxiliary units, for which rule ridge-tp has no use"),
+     r"network block 1 \(dense2\): has 10 auxiliary units, which rule ridge-tp does not support"),
     ({"rule": {"name": "ridge-tp", "ridge": 0.0}}, "rule.ridge must be a number above 0, got 0.0"),
     ({"rule": {"name": "ridge-tp", "clip": 1.0}}, "rule.clip must be a number"),
 ]  # fmt: skip

@@ -85,7 +85,9 @@ def test_a_checkpoint_of_version_1_goes_on_unless_its_feedback_is_numbered_other
     assert read_checkpoint(path, build()) == RUN
     with h5py.File(path, "r+") as file:
         file["rule/feedback/0/weight"] = np.zeros(3)
-    with pytest.raises(UserError, match="is of version 1, which numbers the feedback of rules dfa and drl otherwise"):
+    with pytest.raises(
+        UserError, match="is of version 1, in which the feedback of rules dfa and drl has other numbers"
+    ):
         read_checkpoint(path, build())
 
 
@@ -136,7 +138,7 @@ def test_a_checkpoint_of_another_rule_or_optimiser_is_refused(build, tmp_path, o
 
 
 def test_a_missing_checkpoint_is_named(build, tmp_path):
-    with pytest.raises(UserError, match=r"c\.h5: there is no checkpoint to go on from; --fresh starts over"):
+    with pytest.raises(UserError, match=r"c\.h5: there is no checkpoint to continue from; --fresh starts over"):
         read_checkpoint(tmp_path / "c.h5", build())
 
 

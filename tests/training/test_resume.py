@@ -164,7 +164,7 @@ def test_a_run_that_lost_its_summary_ends_again_where_it_ended(make_config, star
 
 def test_fewer_steps_than_are_trained_are_refused(make_config, start, stop_after):
     start(limited(make_config, 4, 4)).train(stop_after())
-    with pytest.raises(UserError, match=r"checkpoint\.h5: has 4 steps already, but train\.steps is 3; ask for more"):
+    with pytest.raises(UserError, match=r"checkpoint\.h5: has 4 steps already, but train\.steps is 3; set more"):
         start(limited(make_config, 4, 3), resume=True)
 
 
