@@ -167,8 +167,8 @@ def test_what_is_too_ill_conditioned_depends_on_the_dtype(place, dtype, number):
     [
         (Conv(channels=4, kernel=2, pool=Pool(kernel=1, stride=1)), "max-pooling has no inverse"),
         (Conv(channels=4, kernel=2, activation="relu"), "relu has no inverse"),
-        (Conv(channels=3, kernel=2), "4x3 is not square.*4 units in all"),
-        (Dense(units=9), "16x9 is not square.*16 units in all"),
+        (Conv(channels=3, kernel=2), "4x3 is not square.*4 units, auxiliary"),
+        (Dense(units=9), "16x9 is not square.*16 units, auxiliary"),
     ],
 )
 def test_a_block_without_inverse_is_refused_at_once(layer, words):
