@@ -178,8 +178,8 @@ def test_a_block_without_inverse_is_refused_at_once(layer, words):
 
 
 @pytest.mark.parametrize("layer", [Dense(units=5, auxiliary=5), Conv(channels=2, kernel=1, auxiliary=3)])
-def test_auxiliary_units_leave_something_to_hand_on(layer):
-    with pytest.raises(UserError, match=r"auxiliary: [53] of (units: 5|channels: 2) leaves nothing to hand on"):
+def test_auxiliary_units_leave_something_to_pass_on(layer):
+    with pytest.raises(UserError, match=r"auxiliary: [53] of (units: 5|channels: 2) leaves nothing to pass on"):
         plan_blocks([layer], (4, 4, 1))
 
 
