@@ -163,16 +163,17 @@ def comparison(results: Sequence[Result]) -> Figure:
     epoch_lines(c, results, given, "train_top1", "train top-1 (%)")
     splits = " or ".join(sorted({result.split for result in results}))
     epoch_lines(d, results, given, "{split}_top1", f"{splits} top-1 (%)")
-    of_hidden = "" if with_gnt else ", mean of the hidden blocks"
     titles = {
-        "A": f"Angle to BP's update during training{of_hidden}",
+        "A": "Angle to BP's update during training, mean of the hidden blocks",
         "B": "Angle to BP's update per block, mean ± s.d.",
         "C": "Training accuracy",
         "D": f"{splits} accuracy".capitalize(),
-        "E": "Angle to GNT's update (A, E: mean of the hidden blocks)",
     }
-    for letter, axes in panels.items():
-        axes.set_title(f"$\\bf{{{letter}}}$   {titles[letter]}")
+    if with_gnt:
+        titles |= {"A": "Angle to BP's update, mean of hidden blocks", "E": "Angle to GNT's, mean of hidden blocks"}
+    # In the order of reading.
+    for letter, (panel, axes) in zip("ABCDE", panels.items(), strict=False):
+        axes.set_title(f"$\\bf{{{letter}}}$   {titles[panel]}")
     handles = [d.plot([], [], color=look.colour, linestyle=look.dash, linewidth=2.4)[0] for look in given]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
