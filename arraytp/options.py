@@ -22,8 +22,6 @@ PerBlock = Positive | Annotated[tuple[Positive, ...], MinLen(1)]
 CountPerBlock = Border | Annotated[tuple[Border, ...], MinLen(1)]
 Probability = Annotated[float, Ge(0), Le(1)]
 
-STRICT = {"extra": "forbid", "strict": True}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
@@ -32,8 +30,6 @@ class Pool:
     kernel: Size
     stride: Size
     padding: Border = 0
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +49,6 @@ class Conv:
     pool: Pool | None = None
     auxiliary: Border = 0
 
-    __pydantic_config__ = STRICT
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
@@ -67,8 +61,6 @@ class Dense:
     units: Size
     activation: ActivationName = "linear"
     auxiliary: Border = 0
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +76,6 @@ class NetworkOptions:
     activation: ActivationName | None = None
     init: InitName = "kaiming-uniform"
     square: bool = False
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +94,6 @@ class SGD:
     orthogonality: NonNegative = 0.0
     orthogonality_on: Regularised = "square"
     orthogonality_every: Size = 1
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +114,6 @@ class Adam:
     orthogonality_on: Regularised = "square"
     orthogonality_every: Size = 1
 
-    __pydantic_config__ = STRICT
-
 
 @dataclass(frozen=True, kw_only=True)
 class FeedbackTraining:
@@ -140,8 +126,6 @@ class FeedbackTraining:
     sigma: PerBlock = 0.2
     optimizer: Annotated[SGD | Adam, Discriminator("name")] = field(default_factory=lambda: SGD(lr=1e-3, momentum=0.9))
 
-    __pydantic_config__ = STRICT
-
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
@@ -153,8 +137,6 @@ class Constant:
     name: Literal["constant"] = "constant"
     warmup_steps: Border = 0
 
-    __pydantic_config__ = STRICT
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
@@ -165,8 +147,6 @@ class Cosine:
     eta_min: NonNegative = 1e-5
     warmup_steps: Border = 0
 
-    __pydantic_config__ = STRICT
-
 
 @dataclass(frozen=True, kw_only=True)
 class Staircase:
@@ -176,8 +156,6 @@ class Staircase:
     epochs: Annotated[tuple[Size, ...], MinLen(1)]
     factor: Annotated[float, Gt(1)] = 10.0
     warmup_steps: Border = 0
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if list(self.epochs) != sorted(set(self.epochs)):

@@ -9,7 +9,6 @@ from pydantic import AfterValidator, Discriminator, Field
 
 from arraytp.options import (
     SGD,
-    STRICT,
     Adam,
     Border,
     Constant,
@@ -25,6 +24,7 @@ from arraytp.rules import RuleOptions, bp
 
 # File systems take 255 bytes.
 LONGEST_NAME = 200
+STRICT = {"extra": "forbid", "strict": True}
 
 
 def _checked_name(name: str) -> str:
@@ -56,8 +56,6 @@ class Normalize:
     mean: Annotated[tuple[float, ...], MinLen(1)]
     std: Annotated[tuple[Positive, ...], MinLen(1)]
 
-    __pydantic_config__ = STRICT
-
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
             raise ValueError(
@@ -76,8 +74,6 @@ class Data:
     in_memory_mb: Border = 4096
     pool_images: Size = 16384
 
-    __pydantic_config__ = STRICT
-
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
@@ -86,8 +82,6 @@ class Loss:
     name: Literal["cross-entropy", "mse"] = "cross-entropy"
     reduction: Literal["mean", "sum"] = "mean"
     label_smoothing: Decay = 0.0
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +95,6 @@ class Train:
     validation: Border = 0
     checkpoint_minutes: Positive = 2.0
 
-    __pydantic_config__ = STRICT
-
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
@@ -114,8 +106,6 @@ class Compare:
     every: Border = 100
     against: tuple[Literal["bp", "gnt"], ...] = ("bp",)
     damping: Positive = 1.0
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +119,6 @@ class Study:
     seeds: Size = 5
     rounds: Border = 100
     biases: bool = True
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,4 +140,5 @@ class Config:
     compare: Compare = Compare()
     study: Study | None = None
 
+    # Holds for the sections, too: unknown keys and text for numbers are errors.
     __pydantic_config__ = STRICT

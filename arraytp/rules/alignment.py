@@ -20,7 +20,7 @@ from typing import Any, Literal
 from arraytp.backend import Array, array_module
 from arraytp.model.blocks import Network
 from arraytp.model.passes import At
-from arraytp.options import SGD, STRICT, FeedbackTraining, InitName, NonNegative
+from arraytp.options import SGD, FeedbackTraining, InitName, NonNegative
 from arraytp.rules import weight_mirror
 from arraytp.rules.feedback import feedback_products
 from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State
@@ -40,8 +40,6 @@ class Options:
     gamma: NonNegative = 0.1
     feedback_init: InitName = "orthogonal"
     feedback: FeedbackTraining = field(default_factory=lambda: FeedbackTraining(iterations=1, optimizer=SGD(lr=0.01)))
-
-    __pydantic_config__ = STRICT
 
 
 def coefficients(options: Options) -> Mapping[Primitive, float]:

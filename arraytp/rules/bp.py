@@ -12,7 +12,6 @@ from typing import Literal
 
 from arraytp.model.blocks import Network, backward_flops
 from arraytp.model.passes import Batch
-from arraytp.options import STRICT
 from arraytp.rules.protocol import Rule, State, Update
 
 
@@ -21,8 +20,6 @@ class Options:
     """Backpropagation has nothing to set."""
 
     name: Literal["bp"] = "bp"
-
-    __pydantic_config__ = STRICT
 
 
 def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:

@@ -17,7 +17,7 @@ from typing import Literal
 from arraytp.backend import Backend
 from arraytp.model.blocks import Network, adjoint_flops
 from arraytp.model.passes import Batch
-from arraytp.options import STRICT, InitName
+from arraytp.options import InitName
 from arraytp.rules.feedback import init_direct
 from arraytp.rules.protocol import Rule, State, Update
 
@@ -28,8 +28,6 @@ class Options:
 
     name: Literal["dfa"] = "dfa"
     feedback_init: InitName = "orthogonal"
-
-    __pydantic_config__ = STRICT
 
 
 def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:

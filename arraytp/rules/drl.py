@@ -39,7 +39,7 @@ from arraytp.model.passes import At, Batch
 from arraytp.ops.activations import TANH
 from arraytp.ops.noise import EPSILON
 from arraytp.optim import at_block
-from arraytp.options import STRICT, Adam, Border, FeedbackTraining, InitName, Positive
+from arraytp.options import Adam, Border, FeedbackTraining, InitName, Positive
 from arraytp.rules.dfa import direct_flops
 from arraytp.rules.feedback import check_expected, check_feedback, init_direct, init_moments, step_feedback
 from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule, State, Target, Update
@@ -67,8 +67,6 @@ class Options:
     loss: Literal["difference", "reconstruction"] = "difference"
     hidden: Border = 0
     expected: bool | Literal["optimum"] = False
-
-    __pydantic_config__ = STRICT
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:

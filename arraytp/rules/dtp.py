@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 from arraytp.backend import Array, Backend
 from arraytp.model.blocks import Block, Network, backward_flops
 from arraytp.model.passes import At, Batch, NoiseAndProducts, Samples
-from arraytp.options import STRICT, FeedbackTraining, Positive, Unpool
+from arraytp.options import FeedbackTraining, Positive, Unpool
 from arraytp.rules.feedback import FeedbackInit, check_feedback, feedback_products, init_feedback, module_pairs
 from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State, Target, Update
 
@@ -40,8 +40,6 @@ class TargetOptions:
     feedback_init: FeedbackInit = "kaiming-uniform"
     feedback: FeedbackTraining = field(default_factory=FeedbackTraining)
     compare_beta: Positive = 0.005
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)

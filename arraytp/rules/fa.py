@@ -17,7 +17,7 @@ from arraytp.backend import Backend
 from arraytp.model.blocks import Network, backward_flops
 from arraytp.model.initialise import initial_weight
 from arraytp.model.passes import Batch
-from arraytp.options import STRICT, InitName
+from arraytp.options import InitName
 from arraytp.rules.feedback import module_pairs
 from arraytp.rules.protocol import Rule, State, Update
 
@@ -28,8 +28,6 @@ class Options:
 
     name: Literal["fa"] = "fa"
     feedback_init: InitName = "orthogonal"
-
-    __pydantic_config__ = STRICT
 
 
 def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:

@@ -44,7 +44,7 @@ from arraytp.model.passes import At, Batch
 from arraytp.ops.activations import LEAKY_RELU
 from arraytp.ops.norms import row_norms
 from arraytp.ops.solve import Factors, PseudoInverse
-from arraytp.options import STRICT, Positive
+from arraytp.options import Positive
 from arraytp.rules.protocol import Rule, State, Target, Update
 
 
@@ -64,8 +64,6 @@ class Options:
     norm: Literal["l2", "l2_squared"] = "l2"
     scale_by_sqrt_dim: bool = True
     rescale_updates: bool = True
-
-    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.form is None:

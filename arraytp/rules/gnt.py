@@ -19,7 +19,7 @@ from typing import Any, Literal
 from arraytp.errors import UserError
 from arraytp.model.blocks import Block, Network, adjoint_flops, block_flops
 from arraytp.model.passes import Batch
-from arraytp.options import STRICT, Positive
+from arraytp.options import Positive
 from arraytp.rules import dtp
 from arraytp.rules.drl import MOST_CLASSES
 from arraytp.rules.feedback import check_targets
@@ -34,8 +34,6 @@ class Options:
     damping: Positive = 1.0
     beta: Positive = 0.5
     divide_by_beta: bool = False
-
-    __pydantic_config__ = STRICT
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:

@@ -11,7 +11,7 @@ Sources: Kolen & Pollack (1994); Akrout et al. (2019), Equations 16 and 17.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from arraytp.options import STRICT, Decay, InitName
+from arraytp.options import Decay, InitName
 from arraytp.rules import fa
 from arraytp.rules.protocol import Rule
 
@@ -23,8 +23,6 @@ class Options:
     name: Literal["kolen-pollack"] = "kolen-pollack"
     decay: Decay = 1e-4
     feedback_init: InitName = "orthogonal"
-
-    __pydantic_config__ = STRICT
 
 
 def shared_decay(options: Options) -> float:

@@ -23,7 +23,7 @@ from arraytp.backend import Array, array_module
 from arraytp.errors import UserError
 from arraytp.model.blocks import Block
 from arraytp.model.passes import At, Batch
-from arraytp.options import STRICT, Positive
+from arraytp.options import Positive
 from arraytp.rules import dtp
 from arraytp.rules.feedback import check_targets
 from arraytp.rules.protocol import Rule, State, Target
@@ -40,8 +40,6 @@ class Options:
     beta: Positive = 0.5
     divide_by_beta: bool = False
     compare_beta: Positive = 0.005
-
-    __pydantic_config__ = STRICT
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:

@@ -19,7 +19,6 @@ from arraytp.backend import Backend, array_module
 from arraytp.model.blocks import Network
 from arraytp.model.initialise import fans, initial_weight
 from arraytp.model.passes import Batch
-from arraytp.options import STRICT
 from arraytp.rules import fa
 from arraytp.rules.protocol import Rule, State
 
@@ -30,8 +29,6 @@ class Options:
 
     name: Literal["sign-symmetry"] = "sign-symmetry"
     magnitude: Literal["unit", "batch", "fixed"] = "unit"
-
-    __pydantic_config__ = STRICT
 
 
 def scale(shape: tuple[int, ...]) -> float:

@@ -20,7 +20,7 @@ from arraytp.backend import Backend, array_module
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At
 from arraytp.ops.noise import EPSILON
-from arraytp.options import SGD, STRICT, FeedbackTraining, InitName
+from arraytp.options import SGD, FeedbackTraining, InitName
 from arraytp.rules import fa
 from arraytp.rules.feedback import check_training, feedback_products, init_moments
 from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State
@@ -35,8 +35,6 @@ class Options:
     feedback: FeedbackTraining = field(
         default_factory=lambda: FeedbackTraining(iterations=1, sigma=1.0, optimizer=SGD(lr=0.01, weight_decay=0.5))
     )
-
-    __pydantic_config__ = STRICT
 
 
 def init_state(options: Any, network: Network, seed: int, backend: Backend) -> State:
