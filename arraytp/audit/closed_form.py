@@ -14,15 +14,14 @@ import numpy as np
 from arraytp.audit import reference
 from arraytp.audit.check import Check, Floats, apart, checked, host, worst
 from arraytp.audit.feedback import STEP_ROUNDING, SUMS
-from arraytp.audit.jacobians import jacobians, sums
+from arraytp.audit.jacobians import expected_gradient, jacobians, overlap, sums
 from arraytp.audit.observed import in_closed_form
-from arraytp.audit.overlap import expected_gradient, overlap
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
 from arraytp.model.passes import Batch
 from arraytp.rules import drl, ldrl
 from arraytp.rules.feedback import descent_of
-from arraytp.rules.protocol import Descent, State
+from arraytp.rules.protocol import Descent, Feedback, State
 
 # Not a power of two, so that a power by squaring multiplies as well.
 ITERATIONS, BATCHES = 5, 2
@@ -55,30 +54,26 @@ def closed_form(setting: Setting) -> Iterator[Check]:
     """Check ω, the optimiser's moments and the loss after all iterations on a block, on two batches."""
     if not in_closed_form(setting):
         return
-    trained = setting.rule.feedback
-    assert trained is not None
-    assert trained.closed_form is not None
-    define = EXPECTATIONS.get(trained.closed_form)
+    define = EXPECTATIONS.get(_feedback(setting).closed_form)
     expectations = {} if define is None else define(setting)
     for n, block in enumerate(setting.network.blocks[1:], start=1):
         fast, plain = setting.state(), setting.state()
         losses = [_run(setting, batch, state, n) for batch, state in ((setting.batch, fast), (setting.plain, plain))]
         pairs = zip(fast.named().values(), plain.named().values(), strict=True)
         error = worst(*(apart(a, b) for a, b in pairs), *(_loss_error(a, b) for a, b in zip(*losses, strict=True)))
-        yield checked(f"{block.label}: closed form, fast engine against plain", "the same", trained.closed_form, error,
-                      STEP_ROUNDING)  # fmt: skip
+        yield checked(f"{block.label}: closed form, fast engine against plain", "the same",
+                      _feedback(setting).closed_form, error, STEP_ROUNDING)  # fmt: skip
         if n in expectations:
             yield from _by_definition(setting, n, expectations[n], fast, losses[0])
 
 
 def _run(setting: Setting, batch: Batch, state: State, n: int) -> list[Array]:
     """Let the rule do all iterations on a block of two batches; return its losses."""
-    trained, losses = setting.rule.feedback, []
-    assert trained is not None
-    assert trained.closed_form is not None
+    compute, losses = _feedback(setting).closed_form, []
+    assert compute is not None
     for number in range(BATCHES):
         at = replace(batch, number=number).at(n)
-        losses.append(trained.closed_form(setting.options, state, at, _descent(setting, n, number))["loss"])
+        losses.append(compute(setting.options, state, at, _descent(setting, n, number))["loss"])
     return losses
 
 
@@ -88,10 +83,13 @@ def _loss_error(actual: Array, expected: Array) -> float:
     return abs(a - b) / max(abs(b), 1.0)
 
 
+def _feedback(setting: Setting) -> Feedback[Any]:
+    assert setting.rule.feedback is not None
+    return setting.rule.feedback
+
+
 def _descent(setting: Setting, n: int, number: int) -> Descent:
-    trained = setting.rule.feedback
-    assert trained is not None
-    descent = descent_of(trained.settings(setting.options), n, number, setting.workspace)
+    descent = descent_of(_feedback(setting).settings(setting.options), n, number, setting.workspace)
     return replace(descent, iterations=ITERATIONS, step=number * ITERATIONS)
 
 
@@ -99,8 +97,7 @@ def _by_definition(
     setting: Setting, n: int, expected: Expectation, state: State, losses: list[Array]
 ) -> Iterator[Check]:
     """Check a closed form against the steps, or the optimum, that it stands for."""
-    trained, label, descent = setting.rule.feedback, setting.network.blocks[n].label, _descent(setting, n, 0)
-    assert trained is not None
+    trained, label, descent = _feedback(setting), setting.network.blocks[n].label, _descent(setting, n, 0)
     before, after = host(setting.experiment.rule_state.weights[n]), host(state.weights[n])
     if expected.at_once:
         error = float(np.abs(expected.gradient(after)).max()) / expected.size
@@ -125,7 +122,7 @@ def _by_definition(
 
 
 def _ldrl(setting: Setting) -> dict[int, Expectation]:
-    """(σ²/B)(‖∂G‖² − 2⟨∂Fᵀ, ∂G⟩) = (σ²/B) Σ ω (ωM − 2θN), see `arraytp.audit.overlap`."""
+    """(σ²/B)(‖∂G‖² − 2⟨∂Fᵀ, ∂G⟩) = (σ²/B) Σ ω (ωM − 2θN), see `arraytp.audit.jacobians.overlap`."""
     return {n: _ldrl_block(setting, n) for n in range(1, len(setting.network))}
 
 

@@ -1,22 +1,44 @@
-"""Updates of the rule, whichever it is: the fast engine against the readable one."""
+"""The same step by other means: updates on the readable engine, and activations and updates of a device on the host.
+
+Feedback training, whose noise is the device's own, is held against its losses by `arraytp.audit.feedback`.
+"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from arraytp.audit.check import Check, checked
+from arraytp.audit.check import Check, apart, checked, host
 from arraytp.audit.gradients import PASS, updates_apart
 from arraytp.audit.setting import Setting
+from arraytp.backend import NUMPY
+from arraytp.training.experiment import Experiment, build_planned
+
+# Sums in another order, layer after layer.
+ON_HOST = 1e-8
 
 
 def both(setting: Setting) -> Iterator[Check]:
     """Check the update of every block on both engines."""
     rule = setting.rule
-    function = rule.updates or rule.local_update
     # Nudges of the literal form of GAIT-prop leave few digits to what inverts: such rules have checks of their own.
     tolerance = None if rule.inverts else PASS
     pairs = zip(setting.network.blocks, setting.propose(), setting.propose(setting.plain), strict=True)
     for block, fast, plain in pairs:
-        yield checked(f"{block.label}: update, fast engine against plain", "the same", function,
-                      updates_apart([fast], [plain]), tolerance)  # fmt: skip
+        yield checked(f"{block.label}: update, fast engine against plain", "the same",
+                      rule.updates or rule.local_update, updates_apart([fast], [plain]), tolerance)  # fmt: skip
 
 
-CHECKS = (both,)
+def against_host(setting: Setting) -> Iterator[Check]:
+    """Check a device's activations and updates of one step with the initial feedback weights, against NumPy's."""
+    if setting.experiment.plan.backend.on_host:
+        return
+    rule, on_device = setting.rule, build_planned(setting.experiment.plan)
+    on_host = build_planned(replace(setting.experiment.plan, backend=NUMPY))
+    device_step = on_device.forward(setting.raw, setting.labels)
+    host_step = on_host.forward(host(setting.raw), host(setting.labels))
+    updates, expected = on_device.updates(device_step), on_host.updates(host_step)
+    for n, block in enumerate(setting.network.blocks):
+        error = apart(device_step.batch.at(n).output, host_step.batch.at(n).output)
+        yield checked(f"{block.label}: activations on the host", "the same", Experiment.forward, error, ON_HOST)
+        error = updates_apart([updates[n]], [expected[n]])
+        yield checked(f"{block.label}: updates on the host", "the same", rule.updates or rule.local_update, error,
+                      ON_HOST)  # fmt: skip

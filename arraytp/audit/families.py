@@ -3,12 +3,12 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from arraytp.audit import (
     alignment,
     closed_form,
     data,
-    device,
     engines,
     feedback,
     gait_prop,
@@ -16,7 +16,6 @@ from arraytp.audit import (
     inverses,
     ops,
     optimisers,
-    own,
     state,
     targets,
     theorems,
@@ -28,20 +27,27 @@ from arraytp.training.experiment import build_planned
 from arraytp.training.plan import Plan
 
 Function = Callable[[Setting], Iterator[Check]]
+
+
+def _own(setting: Setting) -> Iterator[Check]:
+    """Yield the lines of the checks that the rule itself brings, `arraytp.rules.protocol.Rule.checks`."""
+    return chain.from_iterable(check(setting) for check in setting.rule.checks)
+
+
 FAMILIES: dict[str, tuple[Function, ...]] = {
     "operations": ops.CHECKS,
     "gradients": gradients.CHECKS,
-    "engines": engines.CHECKS,
+    "engines": (engines.both,),
     "feedback alignment": alignment.CHECKS,
     "inverses": inverses.CHECKS,
     "GAIT-prop": gait_prop.CHECKS,
     "feedback training": (*feedback.CHECKS, *closed_form.CHECKS),
     "targets": targets.CHECKS,
     "theorems": theorems.CHECKS,
-    "own checks": own.CHECKS,
+    "own checks": (_own,),
     "optimiser": optimisers.CHECKS,
     "run": state.CHECKS,
-    "device": device.CHECKS,
+    "device": (engines.against_host,),
     "batches": data.CHECKS,
 }
 

@@ -17,7 +17,7 @@ from arraytp.audit.check import Check, Floats, apart, checked, host, worst
 from arraytp.audit.differences import relative
 from arraytp.audit.feedback import SUMS
 from arraytp.audit.gradients import exact
-from arraytp.audit.overlap import expected_gradient, overlap
+from arraytp.audit.jacobians import expected_gradient, overlap
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
 from arraytp.model.blocks import block_flops
