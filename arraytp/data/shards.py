@@ -21,8 +21,9 @@ from isal import isal_zlib
 
 from arraytp.data.chunks import check_chunks, piece_offset, read_chunk, read_whole
 from arraytp.data.manifest import ShardEntry
-from arraytp.disk import flush_folder, system_words
+from arraytp.disk import system_words
 from arraytp.errors import UnreadableError, UserError
+from arraytp.files import replacing
 
 FORMAT = "arraytp-shard"
 VERSION = 1
@@ -67,7 +68,7 @@ def rows_per_range(image_bytes: int) -> int:
 
 
 def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool) -> ShardEntry:
-    """Write a shard under a temporary name, flush it to the disk and rename it; it does not stay in the system's cache.
+    """Write a shard as `arraytp.files.replacing` does; it does not stay in the system's cache.
 
     The bytes depend on the arguments and on the HDF5 and zlib libraries only.
 
@@ -93,8 +94,7 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
     # Shuffling bytes helps labels of eight bytes; pixels have one byte, so there is nothing to shuffle.
     image_layout = packed | {"chunks": (chunk, *images.shape[1:])} if compression else {}
     label_layout = packed | {"shuffle": True, "chunks": (len(labels),)} if compression else {}
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w+b") as raw:
+    with replacing(path) as raw:
         sink = _Sink(raw)
         # The v110 layout carries checksums over HDF5's own structures.
         with h5py.File(sink, "w", libver=("v110", "v110")) as file:
@@ -106,10 +106,8 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
             file.create_dataset("images", data=images, **image_layout)
         if sink.error is not None:
             raise sink.error
-    size = temporary.stat().st_size
-    replace_durably(temporary, path)
     _leave_cache(path)
-    return ShardEntry(file=path.name, count=len(images), bytes=size, checksum=_digest(checksums))
+    return ShardEntry(file=path.name, count=len(images), bytes=path.stat().st_size, checksum=_digest(checksums))
 
 
 class _Sink(io.RawIOBase):
@@ -150,14 +148,6 @@ class _Sink(io.RawIOBase):
     def tell(self) -> int:
         """Return the place."""
         return self._file.tell()
-
-
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Rename a finished file into place; after a power cut there is the old file or the new one, whole."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    flush_folder(path.parent)
 
 
 def _leave_cache(path: Path) -> None:

@@ -6,6 +6,7 @@ first image that is in none of them.
 
 import csv
 import errno
+import io
 import os
 import re
 import zlib
@@ -22,15 +23,16 @@ import numpy as np
 from arraytp import __version__
 from arraytp.data.journal import Finished, Journal, Skipped
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, SplitEntry, manifest_text
-from arraytp.data.shards import Images, Labels, damage, replace_durably, write_shard
+from arraytp.data.shards import Images, Labels, damage, write_shard
 from arraytp.data.statistics import PixelSums, mean_and_std, pixel_sums
 from arraytp.disk import HeldError, open_locked
-from arraytp.errors import Interrupted, UserError
+from arraytp.errors import UserError
+from arraytp.files import write_file
 
 SHARD_BYTES = 2**26
 _MARKER = ".arraytp-pack"
 SKIPPED_NAME = "skipped.csv"
-_OWN_FILES = re.compile(r"([a-z][a-z0-9_]*-[0-9]{5}\.h5|dataset\.json|skipped\.csv)(\.tmp)?")
+_OWN_FILES = re.compile(r"([a-z][a-z0-9_]*-[0-9]{5}\.h5|dataset\.json|skipped\.csv)(\..*partial)?")
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,9 @@ class DatasetWriter:
         if empty:
             raise UserError(f"{self.folder}: no image for split {empty[0]!r}; nothing was packed")
         if self.skipped:
-            self._write_skipped()
+            table = io.StringIO()
+            csv.writer(table).writerows([("path", "reason"), *(skipped[1:] for skipped in self.skipped)])
+            write_file(self.folder / SKIPPED_NAME, table.getvalue().encode())
         assert self._sums is not None
         mean, std = mean_and_std(self._sums)
         manifest = Manifest(
@@ -203,17 +207,8 @@ class DatasetWriter:
             },
             source=self.description.source,
         )
-        temporary = self.folder / f"{FILE_NAME}.tmp"
-        temporary.write_text(manifest_text(manifest), encoding="ascii")
-        replace_durably(temporary, self.folder / FILE_NAME)
+        write_file(self.folder / FILE_NAME, manifest_text(manifest).encode("ascii"))
         return manifest
-
-    def _write_skipped(self) -> None:
-        path = self.folder / SKIPPED_NAME
-        temporary = path.with_name(f"{SKIPPED_NAME}.tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("path", "reason"), *(skipped[1:] for skipped in self.skipped)])
-        replace_durably(temporary, path)
 
 
 @contextmanager
@@ -291,9 +286,7 @@ def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
             writer.finish()
         finally:
             writer.close()
-    except (OSError, Interrupted):
-        for path in writer.folder.glob("*.tmp"):
-            path.unlink()
+    except OSError:
         raise
     except Exception:
         _remove_own_files(writer.folder)

@@ -26,7 +26,7 @@ def interrupted(folder, rows, description=DESCRIPTION):
     with contextlib.suppress(KeyboardInterrupt), writing(folder, description, shard_images=2) as writer:
         rest = slice(writer.taken("train"), rows)
         writer.add("train", NINE[rest], NINE_LABELS[rest])
-        (folder / "train-00004.h5.tmp").write_bytes(b"half")
+        (folder / "train-00004.h5.partial").write_bytes(b"half")
         raise KeyboardInterrupt
 
 
@@ -140,7 +140,7 @@ def test_an_exception_leaves_nothing(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "train-00000.h5", "dataset.json.tmp"])
+@pytest.mark.parametrize("name", ["notes.txt", "train-00000.h5", "dataset.json.partial"])
 def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"not empty .it holds '{name}'"), writing(tmp_path, DESCRIPTION):

@@ -136,14 +136,13 @@ def test_a_pack_killed_anywhere_goes_on_and_ends_with_the_same_bytes(tmp_path, s
 def test_a_full_disk_is_one_error_and_the_next_pack_goes_on(tmp_path, source, capsys, monkeypatch, failing):
     calls = []
 
-    def replace_durably(temporary, path):
+    def replace(partial, path):
         calls.append(path.name)
         if len(calls) == failing:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
-        replace(temporary, path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
+        return os.replace(partial, path)
 
-    replace = writer.replace_durably
-    monkeypatch.setattr("arraytp.data.shards.replace_durably", replace_durably)
+    monkeypatch.setattr("pathlib.Path.replace", replace)
     capsys.readouterr()
     assert pack(source, tmp_path / "d") == 2
     error = capsys.readouterr().err
