@@ -21,21 +21,11 @@ _DIMENSIONS = {"images": 3, "labels": 1}
 _UNSIGNED_BYTE = 8
 _GZIP = b"\x1f\x8b"
 _MOST_ENTRIES = 2**20
+_FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+    "fashion-mnist": tuple(_FASHION.split(",")),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
 }
 
