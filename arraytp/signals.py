@@ -51,9 +51,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         """Take over the signals."""
-        for number in (signal.SIGINT, *ENDING):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._former[number] = signal.signal(number, self._receive)
+        self._former = _answered(self._receive)
         return self
 
     def __exit__(
@@ -61,8 +59,7 @@ class StopRequest:
     ) -> None:
         """Give the signals back."""
         self._notice.cancel()
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        _answer_as_before(self._former)
         self._former = {}
 
     @contextmanager
@@ -86,6 +83,17 @@ class StopRequest:
         with suppress(RuntimeError):
             if self._tells:
                 self._notice.start()
+
+
+def _answered(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Let a handler answer SIGINT and those of `ENDING` that are not ignored; return who did before."""
+    numbers = [each for each in (signal.SIGINT, *ENDING) if signal.getsignal(each) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _answer_as_before(former: dict[int, Any]) -> None:
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 def _tell_what_is_waited_for() -> None:
@@ -117,15 +125,11 @@ def ended_by_signals() -> Iterator[Ended]:
             raise KeyboardInterrupt
         raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
 
-    former: dict[int, Any] = {}
-    for ending in (signal.SIGINT, *ENDING):
-        if signal.getsignal(ending) is not signal.SIG_IGN:
-            former[ending] = signal.signal(ending, stop)
+    former = _answered(stop)
     try:
         yield ended
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        _answer_as_before(former)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """`arraytp audit`: everything that can be checked about a config's network, data and rule, in a table."""
 
-import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,8 @@ def _shown(name: str) -> Iterator[Any]:
 
 
 def _counts(lines: Sequence[Line]) -> dict[str, int]:
-    verdicts = [check.verdict for _, check in lines]
-    return {
-        "passed": verdicts.count("pass"),
-        "failed": verdicts.count("fail"),
-        "information": verdicts.count("info"),
-    }
+    verdicts = Counter(check.verdict for _, check in lines)
+    return {"passed": verdicts["pass"], "failed": verdicts["fail"], "information": verdicts["info"]}
 
 
 def _record(planned: Plan, lines: Sequence[Line], seconds: float) -> dict[str, Any]:
@@ -111,18 +108,7 @@ def _record(planned: Plan, lines: Sequence[Line], seconds: float) -> dict[str, A
         "backend": config.backend,
         "seconds": seconds,
         **_counts(lines),
-        "checks": [
-            {
-                "family": family,
-                "what": check.what,
-                "source": check.source,
-                "function": check.function,
-                "error": check.error if math.isfinite(check.error) else None,
-                "tolerance": check.tolerance,
-                "verdict": check.verdict,
-            }
-            for family, check in lines
-        ],
+        "checks": [{"family": family, **asdict(check), "verdict": check.verdict} for family, check in lines],
     }
 
 

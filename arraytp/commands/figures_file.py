@@ -7,7 +7,7 @@ from typing import Any
 
 from arraytp.disk import real
 from arraytp.errors import UserError
-from arraytp.files import write_file
+from arraytp.files import json_safe, write_file
 
 
 def check_json(path: Path, key: str) -> None:
@@ -44,14 +44,14 @@ def _holds_figures(path: Path, key: str) -> bool:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures to a file, whole or not at all; a pipe or device is written to as it is.
+    """Write figures to a file, whole or not at all, NaN and infinities as null; a pipe or device as it is.
 
     Raises
     ------
     UserError
         The path cannot be written.
     """
-    content = (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode()
+    content = (json.dumps(json_safe(figures), indent=2, ensure_ascii=False) + "\n").encode()
     try:
         if path.exists() and not path.is_file():
             # A pipe that nobody reads from is not waited for.

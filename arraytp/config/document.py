@@ -20,7 +20,7 @@ _CORE = "tag:yaml.org,2002:"
 _MAXIMUM_DEPTH = 50
 # An alias of aliases of aliases is a short text that means more entries than memory holds.
 _MOST_ENTRIES = 100_000
-MOST_BYTES = 2**20
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_document(path: str | Path) -> Document:
         If there is no such file, or it is not one YAML document in UTF-8; names the file and the line.
     """
     try:
-        content = read_small(Path(path), MOST_BYTES)
+        content = read_small(Path(path), _MOST_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:

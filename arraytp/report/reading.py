@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from arraytp.config.document import MOST_BYTES, encodable
-from arraytp.disk import read_small, real
+from arraytp.config.document import encodable, read_document
+from arraytp.disk import real
 from arraytp.errors import UserError
 from arraytp.training.tables import (
     ANGLES_COLUMNS,
@@ -42,8 +40,8 @@ class Result:
         The folder.
     label : str
         What tables and figures call the run.
-    config_text, config : str, dict
-        config.yml as written, and parsed.
+    config : dict
+        config.yml, parsed.
     metrics, angles, feedback : dict of str to ndarray
         The columns of the CSV files, float64, one array of shape (rows,) each; no rows where the file is missing.
     summary : dict or None
@@ -56,7 +54,6 @@ class Result:
 
     path: Path
     label: str
-    config_text: str
     config: dict[str, Any]
     metrics: Columns
     angles: Columns
@@ -189,8 +186,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
     label = label or real(path).name
     if not encodable(label):
         raise UserError(f"{str(path)!r}: the folder's name is not UTF-8 text, so figures cannot show it; rename it")
-    text = _text(path / "config.yml", MOST_BYTES)
-    config = _read_config(path / "config.yml", text)
+    config = _read_config(path / "config.yml")
     if "study" in config:
         raise UserError(
             f"{path}: holds a study, not a training run; its table is study.md and its figures are in figures/, there "
@@ -202,7 +198,6 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
     result = Result(
         path=path,
         label=label,
-        config_text=text,
         config=config,
         metrics=read_csv(path / "metrics.csv", columns, ("epoch",), unfinished),
         angles=read_csv(path / "angles.csv", ANGLES_COLUMNS + GNT_COLUMNS, ("step", "block"), unfinished),
@@ -250,9 +245,9 @@ def _check_ends(result: Result) -> None:
         )
 
 
-def _text(path: Path, most: int | None = None) -> str:
+def _text(path: Path) -> str:
     try:
-        return (path.read_bytes() if most is None else read_small(path, most)).decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8 text; the file is damaged") from error
@@ -260,14 +255,8 @@ def _text(path: Path, most: int | None = None) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _read_config(path: Path, text: str) -> dict[str, Any]:
-    try:
-        tree = YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}, line {line}: not YAML: {error.problem}") from error
-    except (YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+def _read_config(path: Path) -> dict[str, Any]:
+    tree = read_document(path).tree
     for section, key in (("rule", "name"), ("train", "epochs")):
         inner = tree.get(section) if isinstance(tree, dict) else None
         if not isinstance(inner, dict) or key not in inner:

@@ -616,7 +616,7 @@ def test_a_character_beyond_the_last_is_not_valid_yaml(refused, place):
     assert refused("run", "odd.yml").startswith("odd.yml: not valid YAML: ")
     assert refused("run", "toy.yml", "--set", f"name={BEYOND}").startswith(f"--set name={BEYOND}: not valid YAML: ")
     (place / "config.yml").write_text(f"name: {BEYOND}\n")
-    assert refused("report", ".").startswith("config.yml: not YAML: ")
+    assert refused("report", ".").startswith("config.yml: not valid YAML: ")
 
 
 def test_a_working_directory_that_is_gone_is_named(arraytp, place, monkeypatch):

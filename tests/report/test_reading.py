@@ -89,7 +89,7 @@ def test_the_line_being_written_is_left_out_while_the_run_has_not_finished(make_
         ("summary.json", "{", "[{", "summary.json, line 1: not JSON"),
         ("summary.json", '["conv1"', '[1, "conv1"', "summary.json: blocks is [1, 'conv1'"),
         ("summary.json", "12345.6", '"fast"', "summary.json: images_per_second is 'fast', not a number"),
-        ("config.yml", "name: demo", "name: [demo", "config.yml, line 2: not YAML"),
+        ("config.yml", "name: demo", "name: [demo", "config.yml:2: not valid YAML"),
         ("config.yml", "rule:", "rules:", "config.yml: rule.name is missing"),
         ("config.yml", "epochs: 2", "epochs: two", "config.yml: train.epochs is 'two', not a whole number"),
     ],
