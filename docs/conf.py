@@ -14,6 +14,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "docstrings",
     "mathml",
+    "notebook",
     "source_links",
 ]
 html_math_renderer = "mathml"

@@ -1,5 +1,6 @@
 """The site builds without a warning, and every link within it leads somewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -54,9 +55,21 @@ def test_a_named_function_links_to_its_line(site):
 
 
 @pytest.mark.slow
+def test_the_notebook_is_the_tutorial(folder, site):
+    """Its cells are the page's blocks; .ci/tutorial executes them."""
+    assert 'href="tutorial.ipynb"' in site["tutorial.html"]
+    cells = json.loads((folder / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:sh|python)\n(.*?)\n```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert [re.sub(r"^%%.*\n", "", cell) for cell in code] == blocks
+    assert len(blocks) >= 10
+
+
+@pytest.mark.slow
 def test_a_name_that_does_not_exist_fails_the_build(tmp_path):
     (tmp_path / "docs").mkdir()
-    for file in ("conf.py", "docstrings.py", "mathml.py", "source_links.py"):
+    for file in ("conf.py", "docstrings.py", "mathml.py", "notebook.py", "source_links.py", "tutorial.md"):
         (tmp_path / "docs" / file).write_bytes((ROOT / "docs" / file).read_bytes())
     (tmp_path / "arraytp").symlink_to(ROOT / "arraytp")
     (tmp_path / "docs" / "index.md").write_text("# Page\n\n`arraytp.rules.dtp.tragets`\n", encoding="utf-8")
