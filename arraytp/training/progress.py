@@ -1,4 +1,4 @@
-"""What a training run shows while it works: a live line on a terminal, plain lines elsewhere, nothing when quiet.
+"""What a training run shows: a live line on a terminal or in a notebook, plain lines elsewhere, nothing when quiet.
 
 Everything goes to standard error, so that standard output holds results only.
 """
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -150,9 +151,11 @@ class Progress:
         self._quiet = quiet
         self._console = _Console(file=stream or sys.stderr, highlight=False)
         terminal = self._console.is_interactive and self._console.file.isatty()
+        # rich draws in a notebook by this package; without it, a note would stand in place of the line.
+        notebook = self._console.is_jupyter and find_spec("ipywidgets") is not None
         self._live = (
             Live(_Line(self.meter), console=self._console, auto_refresh=False, redirect_stdout=False)
-            if terminal and not quiet
+            if (terminal or notebook) and not quiet
             else None
         )
         self._wait = _REFRESH_SECONDS if self._live else math.inf if quiet else _PLAIN_SECONDS
