@@ -21,7 +21,7 @@ def check_invertible(rule: str, blocks: tuple[Block, ...]) -> None:
         where = f"network block {n} ({block.label}): rule {rule} inverts every block but the first, and "
         inputs, outputs = int(np.prod(block.weight_shape[:-1])), block.out_shape[-1]
         if block.pool is not None:
-            raise UserError(f"{where}max-pooling has no inverse; use a convolution with a stride instead")
+            raise UserError(f"{where}max-pooling has no inverse; use a stride instead, or rule.inverse: pseudo")
         if block.activation.inverse is None:
             raise UserError(
                 f"{where}{block.activation.name} has no inverse; use leaky-relu or linear (all values), elu (values "
