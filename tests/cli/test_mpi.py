@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -83,8 +84,27 @@ def test_groups_of_ranks_take_the_runs_that_are_left(place):
     assert run(1, *words[:-2], "--resume")[0] == 0
 
 
+def test_studies_share_ranks_and_one_study_does_not(place):
+    study = (
+        "--set",
+        "study={rounds: 1, seeds: 1}",
+        "--set",
+        "rule={name: ldrl, beta: 0.1}",
+        "--quiet",
+        "--out",
+        "some",
+    )
+    status, out, said = run(2, "run", "variants.yml", *study)
+    assert (status, out, len(said)) == (2, "", 1)
+    assert "a study runs in one process" in said[0]
+    status, out, said = run(2, "run", "variants.yml", *study, "--ranks-per-run", "1")
+    assert (status, out.count("results: some"), said) == (0, 1, [])
+    assert (place / "some/bp/summary.json").exists()
+    assert (place / "some/dfa/summary.json").exists()
+
+
 def test_a_run_that_fails_in_a_group_is_named_once_and_the_others_go_on(place):
-    text = (place / "toy.yml").read_text().replace("lr: 0.05", "lr: 1e200")
+    text = (place / "toy.yml").read_text().replace("lr: 0.05", "lr: 1e308")
     (place / "bad.yml").write_text(text + "variants: {bad: {}, good: {optimizer: {lr: 0.05}}}\n")
     status, _, said = run(2, "run", "bad.yml", *SETTINGS, "--seeds", "2", "--ranks-per-run", "1", "--out", "some")
     assert status == 1
@@ -97,7 +117,7 @@ def test_a_run_that_fails_in_a_group_is_named_once_and_the_others_go_on(place):
     [
         (("--ranks-per-run", "3"), 2, "2 ranks were launched, which is not a multiple"),
         (("--set", "train.batch_size=1"), 2, "a batch has 1 images, fewer than the 2 ranks"),
-        (("--set", "optimizer.lr=1e200", "--set", "dtype=float64"), 1, "not finite at step 1"),
+        (("--set", "optimizer.lr=1e308", "--set", "dtype=float64"), 1, "not finite at step 1"),
         (("--resume", "--fresh"), 2, "exclude each other"),
         (("--set", "rule.name=nothing"), 2, "rule.name"),
     ],
@@ -124,77 +144,77 @@ def test_processes_that_do_not_see_each_other_write_nothing(place, tree, variabl
     assert tree() == before
 
 
-def children(pid):
-    """Return the Python processes that an mpiexec has started."""
-    found = []
+def ranks_of(place):
+    """Return the processes that work in a place for an mpiexec, by rank; also those that it has left behind."""
+    found = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                line = (entry / "cmdline").read_bytes().split(b"\0")
-                group = os.getpgid(int(entry.name))
-            except OSError:
-                continue
-            started_by = group == pid or _parent_chain(int(entry.name), pid)
-            if started_by and b"arraytp" in line and b"mpiexec" not in line[0]:
-                found.append(int(entry.name))
-    return sorted(found)
+        with suppress(OSError):
+            if entry.name.isdecimal() and os.readlink(entry / "cwd") == str(place):
+                given = dict(each.partition(b"=")[::2] for each in (entry / "environ").read_bytes().split(b"\0"))
+                if b"PMI_RANK" in given and b"arraytp" in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found[int(given[b"PMI_RANK"])] = int(entry.name)
+    return found
 
 
-def _parent_chain(pid, ancestor):
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, IndexError):
-            return False
-    return False
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
-def started(place, ranks, *words):
-    """Start a long run on ranks; return it when its first step is done."""
-    process = subprocess.Popen(
-        command(ranks, "run", "toy.yml", *SETTINGS, *words, "--out", "some"),
+def started(ranks, *words):
+    return subprocess.Popen(
+        command(ranks, "run", "toy.yml", *SETTINGS, *LONG, *words, "--out", "some"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (place / "some/metrics.csv").exists():
-        time.sleep(0.02)
-    return process
 
 
 LONG = ("--set", "train.epochs=100", "--set", "train.checkpoint_minutes=0.002")
+GROUPS = ("--seeds", "2", "--ranks-per-run", "1", "--set", "train.epochs=1000")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [(), GROUPS], ids=["one run", "groups"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_any_rank_stops_all_with_one_checkpoint(place, number, rank):
-    process = started(place, 2, *LONG)
-    time.sleep(1)
-    os.kill(children(process.pid)[rank], number)
+def test_a_signal_to_any_rank_stops_all_with_one_checkpoint_per_run(place, number, rank, words):
+    folders = [place / "some" / seed for seed in (("seed-0", "seed-1") if words else ("",))]
+    process = started(2, *words)
+    wait_for(lambda: all((folder / "checkpoint.h5").exists() for folder in folders))
+    os.kill(ranks_of(place)[rank], number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert len([line for line in said.splitlines() if "stopped in" in line]) == 1
-    assert (place / "some/checkpoint.h5").exists()
+    (line,) = (line for line in said.splitlines() if "stopped in" in line)
+    assert line.count("stopped in") == len(folders)
+    assert not any((folder / "summary.json").exists() for folder in folders)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The numbers of the run of one process that nothing disturbs, once there are some."""
+    return []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("time_of_death", range(int(os.environ.get("KILLS", "10"))))
-def test_a_killed_rank_ends_the_others_and_any_number_goes_on(place, time_of_death):
-    """At random moments; the run of one process that nothing disturbed has the same numbers in the end."""
+@pytest.mark.parametrize("time_of_death", range(int(os.environ.get("KILLS", "5"))))
+def test_a_killed_rank_ends_the_others_and_any_number_goes_on(place, undisturbed, time_of_death):
+    """At random moments, the start among them; 50 of them with KILLS=50."""
     generator = random.Random(time_of_death)
-    process = started(place, 2, *LONG)
-    time.sleep(generator.uniform(0, 3))
+    process = started(2)
+    wait_for(lambda: len(ranks_of(place)) == 2)
+    time.sleep(generator.uniform(0, 4))
     killed = time.monotonic()
-    os.kill(generator.choice(children(process.pid)), signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(generator.choice([*ranks_of(place).values()] or [process.pid]), signal.SIGKILL)
     process.communicate(timeout=30)
     assert time.monotonic() - killed < 10, "the others wait for the sums of a rank that is no more"
-    assert process.returncode != 0
-    assert children(process.pid) == []
-    words = ("run", "toy.yml", *SETTINGS, "--set", "train.epochs=100", "--resume", "--out", "some")
-    status, _, said = run(generator.choice([0, 2, 3]), *words)
+    assert ranks_of(place) == {}
+    words = ("run", "toy.yml", *SETTINGS, "--set", "train.epochs=100")
+    status, _, said = run(generator.choice([0, 2, 3]), *words, "--resume", "--out", "some")
     assert (status, said) == (0, [])
-    assert run(0, "run", "toy.yml", *SETTINGS, "--set", "train.epochs=100", "--out", "undisturbed")[0] == 0
-    for mine, theirs in zip(numbers(place / "some"), numbers(place / "undisturbed"), strict=True):
+    if not undisturbed:
+        assert run(0, *words, "--out", "undisturbed")[0] == 0
+        undisturbed += numbers(place / "undisturbed")
+    for mine, theirs in zip(numbers(place / "some"), undisturbed, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-9)

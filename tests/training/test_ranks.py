@@ -3,6 +3,7 @@
 Images are 90 in batches of 11, so that the last has 2, and most ranks none of them.
 """
 
+import functools
 import json
 from contextlib import closing, nullcontext
 
@@ -117,11 +118,16 @@ def numbers_of(planned, ranks, plain):
     return [*found, *experiment.network.parameters()]
 
 
+@functools.cache
+def of_one_rank(dataset, rule, plain):
+    return numbers_of(planned(dataset, rule), ALONE, plain)
+
+
 @pytest.mark.parametrize(("size", "plain"), [(2, False), (3, False), (5, False), (3, True)])
 @pytest.mark.parametrize("rule", RULES)
 def test_every_number_of_a_step_is_that_of_one_rank(dataset, rule, size, plain):
     """Updates, feedback weights, losses, counts, angles, evaluation, the weights after three steps."""
-    wanted = numbers_of(planned(dataset, rule), ALONE, plain)
+    wanted = of_one_rank(dataset, rule, plain)
     for found in on_ranks(size, lambda ranks: numbers_of(planned(dataset, rule), ranks, plain)):
         assert len(found) == len(wanted)
         for mine, theirs in zip(found, wanted, strict=True):
