@@ -65,6 +65,12 @@ def place(request):
     return _PLACES[request.param]()
 
 
+@pytest.fixture(scope="session", params=["numpy", "strict", pytest.param("cupy", marks=pytest.mark.gpu)])
+def computer(request):
+    """Every backend: for tests that hand no array over, where read-only arguments would be the same test again."""
+    return _PLACES[request.param]()
+
+
 @pytest.fixture(scope="session", params=["strict", pytest.param("cupy", marks=pytest.mark.gpu)])
 def device(request):
     """Every place that is not the host."""

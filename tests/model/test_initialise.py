@@ -89,8 +89,8 @@ def test_weight_and_bias_share_no_number():
 
 
 @pytest.mark.parametrize("init", ["kaiming-uniform", "xavier-normal", "orthogonal"])
-def test_a_network_is_the_same_on_every_place_and_rounded_from_double(place, init):
+def test_a_network_is_the_same_on_every_place_and_rounded_from_double(computer, init):
     double = make_network(named_blocks("lenet"), init, 5, "float64")
-    single = make_network(named_blocks("lenet"), init, 5, "float32", place.backend)
+    single = make_network(named_blocks("lenet"), init, 5, "float32", computer.backend)
     for wanted, found in zip(double.weights + double.biases, single.weights + single.biases, strict=True):
-        np.testing.assert_array_equal(place.get(found), wanted.astype(np.float32))
+        np.testing.assert_array_equal(computer.get(found), wanted.astype(np.float32))

@@ -17,10 +17,10 @@ def drawn(shape=SHAPE, first=0, sigma=1.0, key=(7, 1, 2, 3), dtype="float64", ba
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_numbers_of_a_key_are_always_the_same(place, dtype):
-    found = drawn(dtype=dtype, sigma=0.3, backend=place.backend)
-    drawn(dtype=dtype, key=(7, 1, 2, 4), backend=place.backend)
-    np.testing.assert_array_equal(found, drawn(dtype=dtype, sigma=0.3, backend=place.backend))
+def test_the_numbers_of_a_key_are_always_the_same(computer, dtype):
+    found = drawn(dtype=dtype, sigma=0.3, backend=computer.backend)
+    drawn(dtype=dtype, key=(7, 1, 2, 4), backend=computer.backend)
+    np.testing.assert_array_equal(found, drawn(dtype=dtype, sigma=0.3, backend=computer.backend))
     assert found.dtype == dtype
 
 
@@ -55,27 +55,27 @@ def test_the_key_of_a_counter_has_64_bits():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("cuts", [[CHUNK], [3 * CHUNK, CHUNK, 2 * CHUNK], [5, 6, 40], [CHUNK - 1, 3 * CHUNK + 1]])
-def test_parts_have_the_numbers_that_they_have_in_the_whole(place, cuts, dtype):
+def test_parts_have_the_numbers_that_they_have_in_the_whole(computer, cuts, dtype):
     """Cut at chunks or within, drawn in any order: each rank draws the noise of its own samples alone."""
-    whole, bounds = drawn(dtype=dtype, backend=place.backend), sorted({0, *cuts, SHAPE[0]})
+    whole, bounds = drawn(dtype=dtype, backend=computer.backend), sorted({0, *cuts, SHAPE[0]})
     order = sorted(itertools.pairwise(bounds), key=lambda part: part[0] * 7 % 11)
     for start, stop in order:
-        part = drawn((stop - start, *SHAPE[1:]), start, dtype=dtype, backend=place.backend)
+        part = drawn((stop - start, *SHAPE[1:]), start, dtype=dtype, backend=computer.backend)
         np.testing.assert_array_equal(part, whole[start:stop])
 
 
-def test_every_part_of_the_key_and_every_chunk_has_numbers_of_its_own(place):
+def test_every_part_of_the_key_and_every_chunk_has_numbers_of_its_own(computer):
     keys = [(7, 1, 2, 3), (8, 1, 2, 3), (7, 0, 2, 3), (7, 1, 3, 3), (7, 1, 2, 0), (7, 1, 2)]
     firsts = [(key, first) for key in keys for first in (0, CHUNK)]
-    chunks = [drawn((CHUNK, 8), first, key=key, backend=place.backend) for key, first in firsts]
+    chunks = [drawn((CHUNK, 8), first, key=key, backend=computer.backend) for key, first in firsts]
     for i, a in enumerate(chunks):
         for b in chunks[:i]:
             assert not np.intersect1d(a, b).size
 
 
-def test_the_numbers_are_normal(place):
+def test_the_numbers_are_normal(computer):
     """A million numbers: moments within five of their standard errors."""
-    x, sigma = drawn((1000, 1000), sigma=0.2, backend=place.backend), 0.2
+    x, sigma = drawn((1000, 1000), sigma=0.2, backend=computer.backend), 0.2
     z, error = x / sigma, 1e-3
     assert abs(z.mean()) < 5 * error
     assert abs((z**2).mean() - 1) < 5 * error * np.sqrt(2)

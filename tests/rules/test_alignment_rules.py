@@ -387,7 +387,7 @@ def test_b_turns_towards_w_and_the_updates_towards_bp(rule):
             yield np.degrees(np.arccos((B * W).sum() / np.linalg.norm(B) / np.linalg.norm(W)))
 
     before = list(angles())
-    x, labels = batch(made.network.blocks, 64)
+    x, labels = batch(made.network.blocks, 32)
     for _ in range(60):
         made.step(x, labels)
     assert min(before) > 60

@@ -133,15 +133,15 @@ def test_the_state_holds_one_matrix_per_hidden_activation(name):
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
 @pytest.mark.parametrize("init", ["orthogonal", "xavier-normal", "kaiming-uniform"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_feedback_is_the_seeds_on_every_place(place, rule, init, dtype):
+def test_the_feedback_is_the_seeds_on_every_place(computer, rule, init, dtype):
     blocks = fitting_blocks([Conv(channels=3, kernel=3), Dense(units=9), Dense(units=4)], (6, 5, 2))
-    network, host = (make_network(blocks, init, 3, dtype, backend) for backend in (place.backend, NUMPY))
-    placed_state = trainer(network, rule, SGD(lr=1), place.backend, seed=3, feedback_init=init).state.weights
+    network, host = (make_network(blocks, init, 3, dtype, backend) for backend in (computer.backend, NUMPY))
+    placed_state = trainer(network, rule, SGD(lr=1), computer.backend, seed=3, feedback_init=init).state.weights
     host_state = trainer(host, rule, SGD(lr=1), NUMPY, seed=3, feedback_init=init).state.weights
     other = trainer(host, rule, SGD(lr=1), NUMPY, seed=4, feedback_init=init).state.weights
     for n, array in host_state.items():
         assert placed_state[n].dtype == dtype
-        np.testing.assert_array_equal(place.get(placed_state[n]), array)
+        np.testing.assert_array_equal(computer.get(placed_state[n]), array)
         assert not np.array_equal(other[n], array)
 
 

@@ -177,14 +177,14 @@ def test_training_on_one_batch_goes_on_lowering_the_loss(rule):
 
 
 @pytest.mark.parametrize("init", ["kaiming-uniform", "xavier-normal", "orthogonal", "symmetric"])
-def test_the_first_feedback_weights(place, init):
+def test_the_first_feedback_weights(computer, init):
     """Shapes of θ; PyTorch's bounds 1/√fan_in of the reversed block; never θ's own numbers unless symmetric."""
-    network = make_network(BLOCKS, "kaiming-uniform", 0, "float32", place.backend)
-    state = dtp.init_state(dtp.Options(feedback_init=init), network, 0, place.backend)
+    network = make_network(BLOCKS, "kaiming-uniform", 0, "float32", computer.backend)
+    state = dtp.init_state(dtp.Options(feedback_init=init), network, 0, computer.backend)
     assert list(state.weights) == list(state.biases) == [1, 2, 3]
     for n, block in list(enumerate(network.blocks))[1:]:
-        weight, bias = place.get(state.weights[n]), place.get(state.biases[n])
-        theta = place.get(network.weights[n])
+        weight, bias = computer.get(state.weights[n]), computer.get(state.biases[n])
+        theta = computer.get(network.weights[n])
         assert (weight.shape, bias.shape) == (theta.shape, block.in_shape[-1:])
         assert weight.dtype == bias.dtype == np.float32
         assert np.array_equal(weight, theta) == (init == "symmetric")
@@ -198,7 +198,7 @@ def test_the_first_feedback_weights(place, init):
             assert np.abs(bias).max() > 0
         else:
             assert not bias.any()
-        assert not any(place.get(moment).any() for part in ("weight", "bias") for moment in state.moments[n, part])
+        assert not any(computer.get(moment).any() for part in ("weight", "bias") for moment in state.moments[n, part])
 
 
 LABELS = r"conv2, dense1, dense2"

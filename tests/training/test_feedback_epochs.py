@@ -61,8 +61,7 @@ def by_hand(config):
                 losses = made.train_feedback(one)
                 updates = made.updates(one)
                 if step % config.compare.every == 0:
-                    found += [[step, epoch + 1, pair.block, pair.loss, pair.angle_deg, pair.distance, pair.ratio]
-                              for pair in made.compare_feedback(losses)]  # fmt: skip
+                    found += [[step, epoch + 1, *pair.numbers] for pair in made.compare_feedback(losses, one)]
                 made.apply(one, updates, epoch)
                 step += 1
         passes += 1
@@ -108,7 +107,8 @@ def test_a_run_may_be_stopped_at_every_kind_of_step(make_config, start, stop_aft
     feedback = 3 * PER_EPOCH if rule == "s-ddtp" else 0
     assert stop.looks == 3 * 2 + 2 * PER_EPOCH + feedback
     expected = everything(whole)
-    places = range(stop.looks) if rule == "s-ddtp" else (3, 6, 9)
+    # The second stop comes at the look after the first.
+    places = range(0, stop.looks, 2) if rule == "s-ddtp" else (3, 6, 9)
     for after in places:
         run = start(config, f"stopped-{after}")
         with pytest.raises(Interrupted):
@@ -144,7 +144,7 @@ def test_the_tables_have_a_row_per_block(make_config, start, stop_after, rule):
     # Compared every 3 of 6 steps.
     assert [row[:3] for row in found] == [[step, epoch, n] for step, epoch in (("0", "1"), ("3", "2")) for n in blocks]
     paired = blocks[1:] if rule.endswith("ddtp") else blocks
-    for _, _, block, loss, angle, distance, ratio in found:
+    for _, _, block, loss, angle, distance, ratio, *_ in found:
         assert np.isfinite(float(loss))
         assert (
             (0 <= float(angle) <= 180 and float(distance) > 0)

@@ -75,7 +75,8 @@ def test_a_run_may_be_stopped_after_any_step_and_within_any_evaluation(
     # 3 evaluations of 2 batches (20 images by 12), 2 epochs of 3 steps (45 images by 16).
     assert looks == 3 * 2 + 2 * 3
     expected = everything(whole)
-    for after in range(looks):
+    # Everywhere with one rule; with the others at a look of each kind.
+    for after in range(looks) if rule == "fa" else (1, 4, 6, 8):
         resumed = run_with_stops(start, stop_after, config, f"stopped-{after}", [after])
         assert everything(resumed) == expected, f"stopped at look {after}"
 
