@@ -1,6 +1,7 @@
 import io
 import math
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def clock() -> Clock:
 
 def plain_run(clock: Clock, **settings: object) -> str:
     """Two epochs of two steps, 1 s a step, 3 s an evaluation."""
-    stream = io.StringIO()
+    stream = settings.pop("stream", None) or io.StringIO()
     with Progress("fa", 2, 2, stream=stream, clock=clock, **settings) as progress:  # type: ignore[arg-type]
         clock.now += 3
         progress.epoch(ROW0)
@@ -43,7 +44,8 @@ def plain_run(clock: Clock, **settings: object) -> str:
                 progress.step(100, loss=1.5, top1=50.0)
             clock.now += 3
             progress.epoch(row)
-    return stream.getvalue()
+    stream.seek(0)
+    return stream.read()
 
 
 def test_elsewhere_than_on_a_terminal_every_epoch_is_one_plain_line(clock: Clock) -> None:
@@ -52,6 +54,24 @@ def test_elsewhere_than_on_a_terminal_every_epoch_is_one_plain_line(clock: Clock
         "fa  epoch 1/2  train loss 1.250  top-1 55.0 %  test loss 0.900  top-1 65.0 %  100 images/s  ETA 0:05\n"
         "fa  epoch 2/2  train loss 1.000  top-1 65.0 %  test loss 0.800  top-1 70.0 %  100 images/s  took 0:13\n"
     )
+
+
+def test_a_log_file_and_a_dumb_terminal_get_the_same_lines(clock: Clock, tmp_path: Path, monkeypatch) -> None:
+    lines = plain_run(clock)
+    monkeypatch.setenv("TERM", "dumb")
+    assert plain_run(Clock(), stream=Terminal()) == lines
+    with (tmp_path / "run.log").open("w+", encoding="utf-8") as log:
+        assert plain_run(Clock(), stream=log) == lines
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color_turns_colours_off(clock: Clock, monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
+    """The variable counts where it is not empty, see no-color.org."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    colours = re.findall(r"\x1b\[[0-9;]*m", plain_run(clock, stream=Terminal()))
+    assert bool(colours) != bool(no_color)
 
 
 def test_quiet_writes_nothing(clock: Clock) -> None:
