@@ -34,7 +34,7 @@ from arraytp.training.plan import Plan, plan
 from arraytp.training.study import run_study
 
 MOST_SEEDS = 1000
-OWN_FILES = ("config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
+OWN_FILES = ("config.yml", "metrics.csv", "steps.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
 
 
 @dataclass(frozen=True)

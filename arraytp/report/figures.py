@@ -23,12 +23,15 @@ from arraytp.report.panels import (
     epoch_lines,
     feedback_lines,
     finish_epochs,
+    step_lines,
 )
 from arraytp.report.reading import Result, read_result
 from arraytp.report.seeds import averaged
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
 
+# Accuracies of more are clearer by epochs.
+_FEW_EPOCHS = 5
 LAST_FIGURE = "angles_per_block.png"
 """Written last: where it is, all of a run's figures are."""
 _TITLE_WIDTH = 76
@@ -141,10 +144,11 @@ def _over_time(result: Result, what: str, panels: Sequence[Callable[[Axes, Resul
 
 
 def comparison(results: Sequence[Result]) -> Figure:
-    """Draw four panels: angle over the steps, the largest; angle per block; train and test accuracy over the epochs.
+    """Draw the angle over the steps, the largest panel; the angle per block; train and test accuracy over the epochs.
 
-    Where updates were compared with GNT's, too, a fifth has that angle over the steps. Runs of several seeds are one
-    line with a band of mean ± standard deviation.
+    Where no run has more than a few epochs, accuracy is over the steps instead. Where updates were compared with GNT's,
+    too, one more has that angle over the steps. Runs of several seeds are one line with a band of mean ± standard
+    deviation.
     """
     results = averaged(results)
     given, blocks = looks(results), common_blocks(results)
@@ -153,20 +157,24 @@ def comparison(results: Sequence[Result]) -> Figure:
     rows = -(-len(labels) // columns) * max((label.count("\n") + 1 for label in labels), default=1)
     figure = new_figure(10, 7.4 + 0.22 * rows)
     with_gnt = GNT in references(results)
-    panels = figure.subplot_mosaic("AAEE;BBCD" if with_gnt else "AAAA;BBCD", height_ratios=[1.25, 1])
-    a, b, c, d = (panels[letter] for letter in "ABCD")
-    d.sharey(c)
-    angle_lines(a, results, given)
+    few = all(run.steps["step"].size > 1 and run.metrics["epoch"].size <= _FEW_EPOCHS + 1 for run in results)
+    layout = f"{'AAEE' if with_gnt else 'AAAA'};{'BBCC' if few else 'BBCD'}"
+    panels = figure.subplot_mosaic(layout, height_ratios=[1.25, 1])
+    angle_lines(panels["A"], results, given)
     if with_gnt:
         angle_lines(panels["E"], results, given, GNT)
-    angle_bars(b, results, given, blocks)
-    epoch_lines(c, results, given, "train_top1", "train top-1 (%)")
+    angle_bars(panels["B"], results, given, blocks)
     splits = " or ".join(sorted({result.split for result in results}))
-    epoch_lines(d, results, given, "{split}_top1", f"{splits} top-1 (%)")
+    if few:
+        step_lines(panels["C"], results, given)
+    else:
+        panels["D"].sharey(panels["C"])
+        epoch_lines(panels["C"], results, given, "train_top1", "train top-1 (%)")
+        epoch_lines(panels["D"], results, given, "{split}_top1", f"{splits} top-1 (%)")
     titles = {
         "A": "Angle to BP's update during training, mean of the hidden blocks",
         "B": "Angle to BP's update per block, mean ± s.d.",
-        "C": "Training accuracy",
+        "C": f"Training accuracy; ring: {splits} accuracy at the end" if few else "Training accuracy",
         "D": f"{splits} accuracy".capitalize(),
     }
     if with_gnt:
@@ -174,7 +182,8 @@ def comparison(results: Sequence[Result]) -> Figure:
     # In the order of reading.
     for letter, (panel, axes) in zip("ABCDE", panels.items(), strict=False):
         axes.set_title(f"$\\bf{{{letter}}}$   {titles[panel]}")
-    handles = [d.plot([], [], color=look.colour, linestyle=look.dash, linewidth=2.4)[0] for look in given]
+    drawn = panels["C"]
+    handles = [drawn.plot([], [], color=look.colour, linestyle=look.dash, linewidth=2.4)[0] for look in given]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
 

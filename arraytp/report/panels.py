@@ -91,12 +91,16 @@ def _draw_angles(axes: Axes, series: Sequence[tuple[Series, Look, str]], empty: 
     for (steps, angles), look, label in series:
         _draw_series(axes, steps, angles, look, label)
     axes.set(xlabel="training step", ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _number_steps(axes)
     _angle_limits(axes, max(angles.max() for angles in defined if angles.size))
     axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     if undefined:
         axes.text(0.01, 0.04, wrapped(gap), transform=axes.transAxes, color=NOTE_COLOUR, fontsize=8)
+
+
+def _number_steps(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _draw_series(axes: Axes, steps: NDArray[np.float64], angles: NDArray[np.float64], look: Look, label: str) -> None:
@@ -125,6 +129,19 @@ def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], co
         for result, look in zip(results, looks, strict=True)
     ]
     finish_epochs(axes, results, ylabel, any(drawn))
+
+
+def step_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look]) -> None:
+    """Draw training accuracy over the steps, one line a run, and the test accuracy at the end of each as a ring."""
+    for result, look in zip(results, looks, strict=True):
+        steps, last = result.steps["step"], (result.summary or {}).get("steps", np.nan)
+        _draw_series(axes, steps, result.steps["train_top1"], look, result.label)
+        if result.seeds:
+            _band(axes, [(run.steps["step"], run.steps["train_top1"]) for run in result.seeds], look)
+        style: dict[str, Any] = {"facecolors": "none", "edgecolors": look.colour, "linewidths": 2, "zorder": 3}
+        axes.scatter(last, result.metrics[f"{result.split}_top1"][-1:], s=60, clip_on=False, **style)
+    axes.set(xlabel="training step", ylabel="top-1 (%)")
+    _number_steps(axes)
 
 
 def epoch_line(axes: Axes, result: Result, look: Look, column: str, label: str, alpha: float = 1.0) -> bool:

@@ -21,6 +21,7 @@ from arraytp.training.tables import (
     GNT_COLUMNS,
     METRICS_COLUMNS,
     NEWER_COLUMNS,
+    STEPS_COLUMNS,
     VALIDATION_COLUMNS,
 )
 
@@ -42,7 +43,7 @@ class Result:
         What tables and figures call the run.
     config : dict
         config.yml, parsed.
-    metrics, angles, feedback : dict of str to ndarray
+    metrics, steps, angles, feedback : dict of str to ndarray
         The columns of the CSV files, float64, one array of shape (rows,) each; no rows where the file is missing.
     summary : dict or None
         summary.json; None while the run has not finished.
@@ -56,6 +57,7 @@ class Result:
     label: str
     config: dict[str, Any]
     metrics: Columns
+    steps: Columns
     angles: Columns
     feedback: Columns
     summary: dict[str, Any] | None
@@ -200,6 +202,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         label=label,
         config=config,
         metrics=read_csv(path / "metrics.csv", columns, ("epoch",), unfinished),
+        steps=read_csv(path / "steps.csv", STEPS_COLUMNS, ("step",), unfinished),
         angles=read_csv(path / "angles.csv", ANGLES_COLUMNS + GNT_COLUMNS, ("step", "block"), unfinished),
         feedback=read_csv(path / "feedback.csv", FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,
@@ -216,7 +219,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
 def _check_ends(result: Result) -> None:
     """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
-    tables = {name for name in ("metrics", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
+    tables = {name for name in ("metrics", "steps", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
     if "metrics" in tables and isinstance(summary.get("epochs"), int):
         last = int(epochs[-1]) if epochs.size else None
         if last != summary["epochs"]:
@@ -228,6 +231,11 @@ def _check_ends(result: Result) -> None:
     every = compare.get("every") if isinstance(compare, dict) else None
     if not (isinstance(every, int) and every > 0 and isinstance(summary.get("steps"), int) and result.blocks_are_named):
         return
+    if "steps" in tables and len(result.steps["step"]) != summary["steps"] // every:
+        raise UserError(
+            f"{result.path / 'steps.csv'}: {len(result.steps['step'])} rows, but one after every {every} of "
+            f"{summary['steps']} steps makes {summary['steps'] // every}; rows are missing or of another run"
+        )
     times = -(-summary["steps"] // every)
     is_measured = result.rule != "bp" or result.against_gnt
     angles, measured = result.angles["step"].size, times * len(result.blocks) if is_measured else 0

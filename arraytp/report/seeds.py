@@ -49,6 +49,7 @@ def _mean(runs: Sequence[Result]) -> Result:
         path=place,
         label=above,
         metrics=_mean_columns([run.metrics for run in counted]),
+        steps=_mean_columns([run.steps for run in counted]),
         angles=_mean_columns([run.angles for run in counted]),
         feedback=_mean_columns([run.feedback for run in counted]),
         summary=summary,

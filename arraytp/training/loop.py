@@ -32,6 +32,7 @@ from arraytp.training.tables import (
     GNT_COLUMNS,
     METRICS_COLUMNS,
     OPTIMUM_COLUMNS,
+    STEPS_COLUMNS,
     VALIDATION_COLUMNS,
     CsvTable,
     Totals,
@@ -65,6 +66,8 @@ class Position:
         Images trained in `train_seconds`.
     totals : Totals
         Of the running epoch.
+    recent : Totals
+        Since the last row of steps.csv.
     """
 
     epoch: int = 0
@@ -77,10 +80,11 @@ class Position:
     train_seconds: float = 0.0
     train_images: int = 0
     totals: Totals = field(default_factory=Totals)
+    recent: Totals = field(default_factory=Totals)
 
 
 class Run:
-    """A training run that writes a result folder: metrics.csv, angles.csv, feedback.csv, summary.json, checkpoint.h5.
+    """A training run that writes a result folder: metrics.csv, steps.csv, angles.csv, feedback.csv, and others.
 
     On several ranks each has a `Run`, and the first writes and shows.
 
@@ -106,9 +110,10 @@ class Run:
         self._split = "validation" if validated else "test"
         knows = experiment.rule.optimum is not None
         self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS + VALIDATION_COLUMNS * validated)
+        self.steps = CsvTable(folder / "steps.csv", STEPS_COLUMNS)
         self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS + (GNT_COLUMNS if experiment.against_gnt else ()))
         self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS + OPTIMUM_COLUMNS * knows)
-        for table in (self.metrics, self.angles, self.feedback):
+        for table in (self.metrics, self.steps, self.angles, self.feedback):
             table.written = self._writes
         self._unread: list[Score] = []
         # Of the last forward pass of training, while its arrays are valid.
@@ -121,7 +126,7 @@ class Run:
         """Begin at the beginning."""
         # Machines of different kinds may have drawn weights that differ in a last digit.
         share_state(self.experiment, None)
-        self._restart([], [], [])
+        self._restart([], [], [], [])
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint; rows of the tables that were written after it are dropped.
@@ -136,9 +141,10 @@ class Run:
         state = agreed(self.experiment.ranks, lambda: self._read(path) if self._writes else {})
         state = share_state(self.experiment, state)
         try:
-            totals = Totals(**state["position"].pop("totals"))
-            self.position = Position(**state["position"], totals=totals)
-            tables = state["metrics"], state["angles"], state["feedback"]
+            # Checkpoints of versions before steps.csv have neither its rows nor its sums.
+            totals, recent = (Totals(**state["position"].pop(name, {})) for name in ("totals", "recent"))
+            self.position = Position(**state["position"], totals=totals, recent=recent)
+            tables = state["metrics"], state.get("steps", []), state["angles"], state["feedback"]
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
         if self.position.epoch + (self.position.batch > 0) > train.epochs:
@@ -157,9 +163,10 @@ class Run:
         check_owner(path, self.experiment.plan)
         return read_checkpoint(path, self.experiment)
 
-    def _restart(self, metrics: list[str], angles: list[str], feedback: list[str]) -> None:
+    def _restart(self, metrics: list[str], steps: list[str], angles: list[str], feedback: list[str]) -> None:
         """Write the tables anew; feedback.csv only for rules whose feedback weights pair with forward ones."""
         self.metrics.restart(metrics)
+        self.steps.restart(steps)
         self.angles.restart(angles)
         if self.experiment.feedback_pairs():
             self.feedback.restart(feedback)
@@ -250,6 +257,10 @@ class Run:
                 position.step += 1
                 position.train_images += size
                 self._collect(step.score, progress)
+                if every and position.step % every == 0:
+                    self._read_scores(progress)
+                    self.steps.append(position.step, position.epoch + 1, *position.recent.means())
+                    position.recent = Totals()
                 now = time.monotonic()
                 position.train_seconds, mark = position.train_seconds + now - mark, now
                 self._pause(stop, progress)
@@ -297,6 +308,7 @@ class Run:
         for score, (loss, top1, top5) in zip(scores, host.tolist(), strict=True):
             fresh.add(loss, top1, top5, score.images)
             self.position.totals.add(loss, top1, top5, score.images)
+            self.position.recent.add(loss, top1, top5, score.images)
         if not math.isfinite(fresh.loss):
             bad = next(i for i, (loss, _, _) in enumerate(host.tolist()) if not math.isfinite(loss))
             self._fail(f"at step {self.position.step - len(scores) + bad}")
@@ -370,8 +382,8 @@ class Run:
         self._tick()
         # The row of an epoch that train.steps cut short is written again, should the run go on.
         metrics = self.metrics.rows[: self.position.epoch + 1]
-        tables = {"metrics": metrics, "angles": self.angles.rows, "feedback": self.feedback.rows}
-        state = {"position": asdict(self.position), **tables}
+        tables = {"steps": self.steps.rows, "angles": self.angles.rows, "feedback": self.feedback.rows}
+        state = {"position": asdict(self.position), "metrics": metrics, **tables}
         write_checkpoint(self.folder / "checkpoint.h5", self.experiment, state)
         self._saved = time.monotonic()
 

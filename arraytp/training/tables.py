@@ -10,6 +10,7 @@ METRICS_COLUMNS = (
 )  # fmt: skip
 # With train.validation, after the others; those of the test split are then of the last epoch alone.
 VALIDATION_COLUMNS = ("validation_loss", "validation_top1", "validation_top5")
+STEPS_COLUMNS = ("step", "epoch", "train_loss", "train_top1", "train_top5")
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
 GNT_COLUMNS = ("gnt_angle_deg",)
 OPTIMUM_COLUMNS = ("optimum_distance",)

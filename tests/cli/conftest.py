@@ -137,7 +137,8 @@ def _numbers(folder):
                     )
                 )
         steps = int(file["optimizer"].attrs["step"])
-    return metrics, (folder / "angles.csv").read_text(), arrays, steps
+    tables = [(folder / f"{table}.csv").read_text() for table in ("angles", "steps")]
+    return metrics, tables, arrays, steps
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from arraytp.config import load_one
 
-FILES = {"config.yml", "metrics.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5"}
+FILES = {"config.yml", "metrics.csv", "steps.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5"}
 FIGURES = {"learning_curves.png", "angles_per_block.png", "angles_over_time.png", "feedback_angles.png"}
 
 

@@ -47,6 +47,9 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         taken = {0: first, 10: [angle + 10 for angle in first]} if angles is None else angles
         triples = [[s, 1, n, angle, 0.5] for s, given in taken.items() for n, angle in enumerate(given)]
         _csv(folder / "angles.csv", ANGLES, triples)
+        # Accuracy 20 % after ten steps and 10 % more after each ten.
+        taken_steps = [[s, 1, 2.0, s + 10.0, 90.0] for s in range(10, (steps or 0) + 1, 10)]
+        _csv(folder / "steps.csv", "step,epoch,train_loss,train_top1,train_top5", taken_steps)
         if finished:
             summary = {"name": "demo", "rule": rule, "images_per_second": 12345.6, "peak_memory_mb": 321.0}
             summary |= {"blocks": list(blocks)} if named else {}

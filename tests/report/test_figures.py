@@ -1,5 +1,6 @@
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -77,6 +78,16 @@ def test_a_comparison_is_a_picture_and_two_tables(make_result: Make, tmp_path: P
     assert png_size(picture)[0] == 1500
     assert markdown.read_text(encoding="utf-8").startswith("| run |")
     assert table.read_text(encoding="utf-8").startswith("run,rule,seed")
+
+
+def test_accuracies_of_few_epochs_are_drawn_over_the_steps(make_result: Make) -> None:
+    """Train as a line, test as a ring at the end; over epochs where there are many, or no steps.csv."""
+    short, long = (read_result(make_result(f"results/{epochs}", steps=20, epochs=epochs)) for epochs in (2, 9))
+    _, _, accuracy = comparison([short]).axes
+    np.testing.assert_array_equal(accuracy.lines[0].get_data(), [[10, 20], [20, 30]])
+    np.testing.assert_array_equal(accuracy.collections[0].get_offsets(), [[20, 60.25]])
+    for results in ([short, long], [replace(short, steps={**short.steps, "step": np.empty(0)})]):
+        assert len(comparison(results).axes) == 4
 
 
 def test_drawing_leaves_the_users_matplotlib_as_it_was(make_result: Make, tmp_path: Path) -> None:

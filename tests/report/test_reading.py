@@ -112,6 +112,7 @@ def test_damage_is_reported_with_file_and_line(make_result: Make, file: str, old
         ("metrics.csv", "ends with epoch 1, but summary.json says that the run has 2"),
         ("angles.csv", "7 rows, but 4 blocks every 10 of 20 steps make 8"),
         ("feedback.csv", "5 rows, but every 10 of 20 steps each block has one, 2 in all"),
+        ("steps.csv", "1 rows, but one after every 10 of 20 steps makes 2"),
         ("metrics.csv", "ends with its header, but summary.json says"),
         ("angles.csv", "0 rows, but 4 blocks every 10 of 20 steps make 8"),
         ("feedback.csv", "0 rows, but every 10 of 20 steps each block has one"),

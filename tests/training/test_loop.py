@@ -13,9 +13,9 @@ from arraytp.training.experiment import Comparison
 
 
 def by_hand(config):
-    """Train without the loop; return the experiment, what metrics.csv should say, and what angles.csv should say."""
+    """Train without the loop; return the experiment and what metrics.csv, angles.csv and steps.csv should say."""
     made = experiment.build(config)
-    metrics, angles, step = [[np.nan] * 3 + scored(made)], [], 0
+    metrics, angles, seen = [[np.nan] * 3 + scored(made)], [], []
     for epoch in range(config.train.epochs):
         totals, images_seen = np.zeros(3), 0
         with closing(made.train_loader.batches(epoch)) as batches:
@@ -23,14 +23,19 @@ def by_hand(config):
                 one = made.forward(images, labels)
                 made.train_feedback(one)
                 updates = made.updates(one)
-                if step % config.compare.every == 0:
-                    angles += [(step, epoch + 1, comparison) for comparison in made.compare(one, updates)]
+                if len(seen) % config.compare.every == 0:
+                    angles += [(len(seen), epoch + 1, comparison) for comparison in made.compare(one, updates)]
                 made.apply(one, updates, epoch)
                 totals += one.score.totals
                 images_seen += one.score.images
-                step += 1
+                seen.append((epoch + 1, one.score))
         metrics.append([*means(totals, images_seen), *scored(made)])
-    return made, metrics, angles
+    every, steps = config.compare.every, []
+    for end in range(every, len(seen) + 1, every):
+        batches = [score for _, score in seen[end - every : end]]
+        sums = means(sum(score.totals for score in batches), sum(score.images for score in batches))
+        steps.append([end, seen[end - 1][0], *sums])
+    return made, metrics, angles, steps
 
 
 def means(totals, images):
@@ -58,13 +63,14 @@ def test_the_loop_does_what_one_would_do_by_hand(make_config, start, stop_after,
         train={"epochs": 3, "batch_size": 16, "eval_batch_size": 12},
         compare={"every": 2},
     )
-    made, metrics, angles = by_hand(config)
+    made, metrics, angles, steps = by_hand(config)
     run = start(config)
     run.train(stop_after())
     for own, looped in zip(made.network.weights, run.experiment.network.weights, strict=True):
         np.testing.assert_array_equal(own, looped)
     written = [[float(cell) for cell in row[3:]] for row in rows(run.folder / "metrics.csv")]
     np.testing.assert_array_equal(written, metrics)
+    np.testing.assert_allclose(np.array(rows(run.folder / "steps.csv"), float), steps, rtol=1e-13)
     assert [row[0] for row in rows(run.folder / "metrics.csv")] == ["0", "1", "2", "3"]
     found = [
         (int(step), int(epoch), Comparison(int(block), float(angle), float(distance)))

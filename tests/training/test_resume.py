@@ -38,7 +38,7 @@ def everything(run):
         [array.tobytes() for array in arrays],
         experiment.optimizer_state.step,
         metrics(run.folder),
-        (run.folder / "angles.csv").read_text(),
+        [(run.folder / f"{table}.csv").read_text() for table in ("angles", "steps")],
         (run.position.epoch, run.position.batch, run.position.step, run.position.train_images),
     )
 
