@@ -7,7 +7,7 @@ import pytest
 from feedback_blocks import at_block, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import ACTIVATIONS, NAMED, batch, chains, close, named_blocks, placed, random_network, rng
+from samples import ACTIVATIONS, NAMED, batch, chains, close, fitting_blocks, named_blocks, placed, random_network, rng
 from training import fast, pass_of, plain
 
 from arraytp.backend import NUMPY
@@ -16,13 +16,14 @@ from arraytp.model.architectures import plan_network
 from arraytp.model.feedback import feedback_forward
 from arraytp.model.passes import NoiseAndProducts
 from arraytp.ops.noise import EPSILON, ETA, gaussian
-from arraytp.options import NetworkOptions
+from arraytp.options import Dense, NetworkOptions
 from arraytp.rules import RULES
 from arraytp.rules.protocol import State
 
 ROUNDING = 1e-12
 SIGMA, KEY = 0.3, {"seed": 7, "number": 3}
 UNPOOL = ("overwrite", "accumulate")
+DENSE = [Dense(units=11, activation="elu"), Dense(units=8, activation="tanh"), Dense(units=4)]
 ON_HOST = SimpleNamespace(put=np.array, get=np.asarray, backend=NUMPY)
 
 
@@ -86,8 +87,9 @@ class Noises(type(plain())):
         return result
 
 
-@pytest.mark.parametrize("unpool", UNPOOL)
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    ("name", "unpool"), [*((name, "overwrite") for name in NAMED), ("lenet", "accumulate"), ("vgg", "accumulate")]
+)
 def test_iterations_on_named_networks_equal_the_plain_ones(place, name, unpool):
     check_blocks(place, named_blocks(name), 3, unpool)
 
@@ -190,10 +192,10 @@ def unused_result(at, omega, bias, epsilon, eta):
 
 @pytest.mark.parametrize("iterate", [shared_factors, held_results, unused_result])
 @pytest.mark.parametrize("count", [1, 5])
-@pytest.mark.parametrize("name", ["lenet", "fc-deep"])
+@pytest.mark.parametrize("name", ["lenet", "dense"])
 def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place, name, count, iterate):
     """Results of two calls stay apart, and an x that comes again gives the rows of that x."""
-    blocks = named_blocks(name)
+    blocks = named_blocks("lenet") if name == "lenet" else fitting_blocks(DENSE, (10,))
     network, (x, _) = random_network(blocks), batch(blocks, count)
     needed = NoiseAndProducts(SIGMA, 1, products=4, output_noise=False)
     sums = {}

@@ -1,6 +1,7 @@
 """What tests draw: windows, blocks, small forms of the named networks, batches; and how close two arrays are."""
 
 from dataclasses import replace
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,13 +38,19 @@ def named_blocks(name, square=False):
 
 def random_network(blocks, seed=0, dtype="float64"):
     """Return a network on the host whose activations keep their size; biases are not 0, so that losing one shows."""
-    generator = rng(seed, 1)
     network = Network(blocks)
-    for block in blocks:
-        fan_in = int(np.prod(block.weight_shape[:-1]))
-        network.weights.append((generator.standard_normal(block.weight_shape) * fan_in**-0.5).astype(dtype))
-        network.biases.append((0.3 * generator.standard_normal(block.weight_shape[-1])).astype(dtype))
+    for weight, bias in _drawn(tuple(block.weight_shape for block in blocks), seed):
+        fan_in = int(np.prod(weight.shape[:-1]))
+        network.weights.append((weight * fan_in**-0.5).astype(dtype, copy=False))
+        network.biases.append((0.3 * bias).astype(dtype, copy=False))
     return network
+
+
+@lru_cache(maxsize=4)
+def _drawn(shapes, seed):
+    """Draw weights and biases; millions of numbers take as long as the test that they are for."""
+    generator = rng(seed, 1)
+    return [(generator.standard_normal(shape), generator.standard_normal(shape[-1])) for shape in shapes]
 
 
 def placed(network, put):
