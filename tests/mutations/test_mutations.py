@@ -647,7 +647,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-SAMPLE = 4
+SAMPLE = 3
 # Neighbours in the list share their tests' time; shuffled once, a sample has mistakes of several files.
 TURNS = random.Random(0).sample(MUTATIONS, len(MUTATIONS))
 
@@ -676,7 +676,7 @@ def test_each_mutation_changes_one_place(mutation):
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     folder = package(tmp_path_factory.mktemp("mutated"))
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "mutations"))
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("mutations"))
     shutil.copy(ROOT / "setup.cfg", folder)
     for name in ("runs", "docs"):
         (folder / name).symlink_to(ROOT / name)

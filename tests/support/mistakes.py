@@ -28,8 +28,8 @@ def occurrences(mutation: Mutation) -> int:
 
 
 def package(folder: Path) -> Path:
-    """Copy the package into a folder."""
-    shutil.copytree(ROOT / "arraytp", folder / "arraytp", ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the package into a folder, compiled files included: they are told by the time of their source."""
+    shutil.copytree(ROOT / "arraytp", folder / "arraytp")
     return folder
 
 
