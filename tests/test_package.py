@@ -1,5 +1,6 @@
 """What the package says of itself is the same everywhere."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -22,3 +23,9 @@ def test_the_version_is_one():
         "10.48550/arXiv.2102.11598",
         "10.48550/arXiv.2201.13415",
     }
+
+
+def test_the_paper_cites_what_its_bibliography_has():
+    cited = re.findall(r"@(\w+\d{4})", (ROOT / "paper.md").read_text(encoding="utf-8"))
+    entries = re.findall(r"^@\w+\{(\w+),", (ROOT / "paper.bib").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(entries) == sorted(set(cited))
