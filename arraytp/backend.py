@@ -240,5 +240,5 @@ def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says that is not empty; its type where it says nothing."""
+    """Return the first non-empty line of an error's message, or the error's type if there is no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

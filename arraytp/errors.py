@@ -33,7 +33,7 @@ class UnreadableError(UserError):
 
 
 class NonFiniteError(ArithmeticError):
-    """Training left the finite numbers; the message says at which step and in which block. Exit status 1."""
+    """A number is not finite; the message names the step and the block. Exit status 1."""
 
 
 class IllConditionedError(NonFiniteError):
@@ -41,7 +41,7 @@ class IllConditionedError(NonFiniteError):
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or the like arrived and the state was saved; the message says how to go on.
+    """SIGINT, SIGTERM or a similar signal arrived and the state was saved; the message says how to continue.
 
     No Exception, so that what expects anything of a damaged file does not take it for damage.
 

@@ -129,7 +129,7 @@ class FeedbackTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The learning rate stays as it is.
+    """The learning rate is constant.
 
     `warmup_steps`, here and in the other schedules: W steps over which the rate rises, lr·t/W at step t = 1 … W.
     """

@@ -161,7 +161,7 @@ class Part:
 
 
 def launched() -> tuple[int, int]:
-    """Return how many processes the launcher says it has started, and which of them this is; 1 and 0 without one.
+    """Return the number of processes that the launcher reports, and the number of this one; 1 and 0 without a launcher.
 
     A batch script or shell of Slurm is no process of a step, although the number of the job's tasks is set there.
     """
@@ -175,7 +175,7 @@ def launched() -> tuple[int, int]:
 
 
 def local_rank() -> int:
-    """Return which of the processes on this host this is, as the launcher says; 0 without one."""
+    """Return this process's number among those on this host, as the launcher reports it; 0 without a launcher."""
     given = (os.environ.get(name, "") for name in LOCAL_RANKS) if launched()[0] > 1 else ()
     return next((int(value) for value in given if value.isdecimal()), 0)
 

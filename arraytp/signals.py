@@ -105,7 +105,7 @@ def _tell_what_is_waited_for() -> None:
 
 @dataclass
 class Ended:
-    """The number of the signal that ended what is entered, 0 while none did."""
+    """The number of the signal that ended the block, or 0."""
 
     signal: int = 0
 

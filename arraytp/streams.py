@@ -1,4 +1,4 @@
-"""Random streams named by what they are for, so that no two draws share numbers and order of calls never matters."""
+"""Random streams named by their purpose: two draws never share numbers, and the order of calls does not matter."""
 
 import numpy as np
 

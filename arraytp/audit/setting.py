@@ -113,7 +113,7 @@ class Setting:
         return Batch(engine, network, forward, dlogits, self.config.seed)
 
     def propose(self, batch: Batch | None = None, options: Any = None, state: State | None = None) -> Updates:
-        """Return the rule's updates as arrays of their own; on this batch, of its options and state if not given."""
+        """Return the rule's updates as new arrays; by default on this batch, with this setting's options and state."""
         state = self.state() if state is None else state
         return copied(self.rule.propose(options or self.options, state, batch or self.batch))
 
@@ -149,7 +149,7 @@ def copied(updates: Updates) -> Updates:
 
 
 def small(config: Config, flops: int, count: int) -> Config:
-    """Return a config as it is audited: float64, a small batch, few iterations of feedback training.
+    """Return the config for an audit: float64, a small batch, few iterations of feedback training.
 
     `flops` is of a forward pass of one sample, `count` the number of training images.
     """

@@ -44,7 +44,7 @@ def _holds_figures(path: Path, key: str) -> bool:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures to a file, whole or not at all, NaN and infinities as null; a pipe or device as it is.
+    """Write numbers to a file atomically, NaN and infinities as null; to a pipe or device directly.
 
     Raises
     ------

@@ -64,7 +64,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds the results of all epochs and steps, or all seeds, of this config."""
+        """Whether the folder has the results of all epochs and steps, or of all seeds, of this config."""
         study = self.plan.config.study
         seeds = range(study.seeds if study is not None else 0)
         names = ("config.yml", "summary.json", *(f"seed-{n}/summary.json" for n in seeds))

@@ -16,7 +16,7 @@ _LONGEST_VALUE = 60
 
 
 def members(annotation: Any) -> list[Any]:
-    """Return the alternatives of an annotation, without None; one that has no alternatives is its own."""
+    """Return the alternatives of an annotation, without None; an annotation without alternatives is its only one."""
     bare = _bare(annotation)
     if get_origin(bare) in (Union, UnionType):
         return [member for part in get_args(bare) if part is not NoneType for member in members(part)]

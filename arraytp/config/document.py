@@ -25,7 +25,7 @@ _MOST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Document:
-    """What a text says and where.
+    """The content of a config text, with the place of each value.
 
     Parameters
     ----------

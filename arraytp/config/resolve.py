@@ -1,4 +1,4 @@
-"""Which settings each variant of a file ends up with, `--set` overrides included, and what is wrong with them."""
+"""The settings of each variant of a file, with `--set` overrides, and the problems in them."""
 
 import json
 import re
@@ -182,7 +182,7 @@ class _Places:
         self._source = document.source
 
     def finding(self, problem: Problem) -> _Finding:
-        """Put the place before a problem: of its key or, where that is missing, of the map it should be in."""
+        """Put the place before a problem: that of its key or, if the key is missing, of the map around it."""
         path = tuple(map(str, problem.path))
         for place in _lookups(path, problem.absent):
             for layer, is_own in self._layers:

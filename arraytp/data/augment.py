@@ -1,4 +1,4 @@
-"""Flip, edge-padded crop and normalisation, on either array module; what is random is drawn on the host.
+"""Flip, edge-padded crop and normalisation, on either array module; random numbers are drawn on the host.
 
 These are the readable definitions, and what runs on a device; `arraytp.data.prepare` computes the same on the host,
 faster.

@@ -53,7 +53,7 @@ def _filters(dataset: h5py.Dataset) -> list[int]:
 
 
 def read_chunk(dataset: h5py.Dataset, first: int) -> bytes:
-    """Unpack the chunk that begins at a row, of an array that `check_chunks` admits; a last one is filled up."""
+    """Unpack the chunk that begins at a row of an array that `check_chunks` accepts; the last chunk is filled up."""
     size = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
     mask, packed = dataset.id.read_direct_chunk((first, *(0 for _ in dataset.shape[1:])))
     unpacker = isal_zlib.decompressobj()

@@ -1,4 +1,4 @@
-"""A training split in two: what is trained on, and what is held out for validation."""
+"""A training split in two parts: images for training, and images held out for validation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ def divide(dataset: Dataset, count: int) -> Division:
 
 
 def held_out(labels: npt.NDArray[np.int64], count: int) -> Rows:
-    """Choose rows at random, of every class its share: count · n_c/n rounded by largest remainders.
+    """Choose rows at random in proportion to the classes: count · n_c/n rounded by largest remainders.
 
     They depend on labels and count alone, not on a run's seed, so all seeds, rules and settings have the same.
 

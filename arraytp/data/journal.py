@@ -1,4 +1,4 @@
-"""The journal of a pack: what is being packed and which shards are finished, so that a killed pack can go on.
+"""The journal of a pack: its settings and its finished shards, so that a killed pack can continue.
 
 The first line says what is packed, as a checksum; each further one, as JSON, tells of one finished shard. A line counts
 when it ends: a process that is killed while it writes loses that line and nothing else.

@@ -154,7 +154,7 @@ class Loader:
         return -(-self.count // self.batch_size)
 
     def sizes(self, start: int = 0) -> list[int]:
-        """Return the number of images of every batch of an epoch from batch `start` on, of all readers together."""
+        """Return the number of images of every batch of an epoch, from batch `start` on, summed over all readers."""
         starts = range(start * self.batch_size, self.count, self.batch_size)
         return [min(self.batch_size, self.count - first) for first in starts]
 

@@ -1,4 +1,4 @@
-"""`dataset.json`: what a data set's folder says about itself, read with every claim checked."""
+"""`dataset.json`: the description of a data set in its folder. Reading it checks every claim."""
 
 import hashlib
 import json

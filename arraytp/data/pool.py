@@ -20,7 +20,7 @@ class Memory(NamedTuple):
 
 
 class Pool:
-    """The images of a streamed epoch at some positions; it reads ahead no more than the plan says.
+    """The images of a streamed epoch at some positions; it reads ahead only as far as the plan says.
 
     A claimed image stays where it lies, in a row of `images` (R, H, W, C) and `labels` (R,), until that row is
     released: so threads can use it there, while the next chunk comes into rows that are free.

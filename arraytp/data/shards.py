@@ -196,7 +196,7 @@ def _damage_is_the_users_to_know(path: Path, rows: str) -> Iterator[None]:
 
 
 def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Shard:
-    """Open a shard and hold it against what `dataset.json` says.
+    """Open a shard and compare it with `dataset.json`.
 
     Parameters
     ----------

@@ -173,11 +173,11 @@ class DatasetWriter:
         entries.append(entry)
 
     def close(self) -> None:
-        """Wait for the shard that is being written, whatever becomes of it."""
+        """Wait for the shard that is being written; errors are ignored."""
         self._thread.shutdown()
 
     def finish(self) -> Manifest:
-        """Write what is left, `skipped.csv` if a file was skipped, and `dataset.json`.
+        """Write the remaining images, `skipped.csv` if a file was skipped, and `dataset.json`.
 
         Raises
         ------

@@ -257,7 +257,7 @@ class LaneSums:
 
 
 class Gathered:
-    """The rows of x, and ± d, of all products x ⋆ d and all samples, above each other."""
+    """The rows of x, and of ± d, of all products x ⋆ d and all samples, stacked."""
 
     def __init__(self, shared: Iterations, omega: Array, lanes: int) -> None:
         (inputs, outputs), self._sample_rows = as_matrix(omega).shape, shared.products.sample_rows

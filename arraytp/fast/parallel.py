@@ -1,4 +1,4 @@
-"""Sharing the work of a step among threads, and the arrays that it is done in.
+"""Threads that share the work of a step, and the arrays that they use.
 
 A step is cut into tasks whose number and extent depend on shapes alone, never on the number of threads; every task
 writes to places of its own. So the result is the same, bit for bit, on one thread or many. While tasks run, the BLAS
@@ -52,7 +52,7 @@ class Buffers:
         return self._flat[key][:size].reshape(shape)
 
     def cached(self, name: Hashable, length: int, make: Callable[[], Array]) -> Array:
-        """Return the first `length` rows of what `make` once made for this name; made anew when it has fewer."""
+        """Return the first `length` rows of the array that `make` made for this name; a longer one is made if needed."""
         if name not in self._cached or len(self._cached[name]) < length:
             self._cached[name] = make()
         return self._cached[name][:length]
@@ -140,7 +140,7 @@ def even_slices(count: int, parts: int) -> list[slice]:
 
 
 def lanes(weight_bytes: int, batch: int, on_host: bool) -> list[slice]:
-    """Cut the batch into lanes, each of which sums up a gradient of its own; fewer for large weights."""
+    """Cut the batch into lanes; each lane sums up its own gradient. There are fewer lanes for large weights."""
     if not on_host:
         return [slice(0, batch)]
     return even_slices(batch, max(2, min(LANES, LANE_BYTES // weight_bytes)))

@@ -123,7 +123,7 @@ class Split:
         return row_patches(x, window, out, wide)
 
     def stack(self, d: Array, scratch: Buffers) -> Array:
-        """Return at every row of pixels the k rows of d that it has a part in, of shape (samples · H · Q, k·O)."""
+        """Return, for every row of pixels, the k rows of d to which it contributes, of shape (samples · H · Q, k·O)."""
         own, window = scratch.of(OWNER), self.window
         out = own.array("stacked", (len(d) * self.sample_rows, window.kernel * d.shape[-1]), d.dtype)
         tall = own.filled(("tall", window), (len(d), window.height + window.kernel - 1, *d.shape[2:]), d.dtype, 0.0)

@@ -1,4 +1,4 @@
-"""Blocks and networks: what is fixed about a block, and a chain of blocks with its parameters θ.
+"""Blocks and networks: the fixed properties of a block, and a chain of blocks with its parameters θ.
 
 A network is a chain of blocks F^0 … F^{N−1}, s^0 = x, s^{n+1} = F^n(s^n). A block is
 affine (dense | conv) → activation → [max-pool]; a dense block flattens its input first.
@@ -52,7 +52,7 @@ class Block:
 
     @property
     def next_shape(self) -> Shape:
-        """Shape per sample of s^{n+1}, what is handed on to the next block: the output without auxiliary units."""
+        """Shape per sample of s^{n+1}, which is passed on to the next block: the output without auxiliary units."""
         return *self.out_shape[:-1], self.out_shape[-1] - self.auxiliary
 
     @property

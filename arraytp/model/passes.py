@@ -92,7 +92,7 @@ class Batch:
 
     @property
     def share(self) -> float:
-        """What part of the batch these samples are: the weight of what is no sum over samples in a sum over ranks."""
+        """The share of these samples in the batch: in sums over ranks, the weight of what is not a sum over samples."""
         return 1.0 if self.part is None else self.part.count / self.part.size
 
     def summed(self, arrays: Sequence[Array], name: str) -> list[Array]:
@@ -255,7 +255,7 @@ class At:
         return self.batch.engine.backward(self, ds, through if self.n > 0 else None, scale)
 
     def carry(self, d: Array, inverse: PseudoInverse) -> Array:
-        """Return (unpool d) W⁺, of s^n's shape: the least change of s^n by which z at the pool's maxima changes by d.
+        """Return (unpool d) W⁺, of s^n's shape: the smallest change of s^n that changes z at the pool's maxima by d.
 
         Patches that overlap add up, and so do windows of the pool.
 

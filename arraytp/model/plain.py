@@ -166,7 +166,7 @@ class Plain:
         return done
 
     def backward(self, at: At, ds: Array, through: Through | None, scale: float | Array | None) -> Gradients:
-        """Return the gradients of one block, z computed anew."""
+        """Return the gradients of one block; z is computed again."""
         block = at.block
         z, _, _ = block_forward(block, at.weight, at.bias, at.s)
         ds = ds.reshape(at.s_next.shape)

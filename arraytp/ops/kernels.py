@@ -1,4 +1,4 @@
-"""Fused element-wise kernels of a device, each one launch; what is no product, no inverse and no sum over a batch.
+"""Fused element-wise kernels of a device, one launch each: all but products, inverses and sums over a batch.
 
 A function runs its kernel on CuPy arrays. On other arrays it runs its array twin, the same in operations of
 `arraytp.ops`, which is what tests hold the kernel against. Arrays are C-contiguous; results are written to `out`.

@@ -164,7 +164,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_result(folder: Path | str, label: str | None = None) -> Result:
-    """Read one result folder, of an unfinished run too.
+    """Read one result folder; the run may be unfinished.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ O = TypeVar("O", bound=TargetOptions)
 
 
 def check(options: Any, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Return what is worth knowing before a run: nothing.
+    """Check a config before a run; return notes for the user, here none.
 
     Raises
     ------

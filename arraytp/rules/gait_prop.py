@@ -71,7 +71,7 @@ class Options:
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Return what is worth knowing before a run, one line each.
+    """Check a config before a run; return notes for the user, one line each.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def check_pseudo(options: Options, blocks: tuple[Block, ...]) -> None:
 
 
 def inverses(options: Options, batch: Batch) -> Mapping[int, Factors | PseudoInverse]:
-    """Return W⁻¹, or W⁺, of every block but the first, as factors; raises IllConditionedError."""
+    """Return W⁻¹ or W⁺ of every block except the first, as factors; raises IllConditionedError."""
     return batch.inverses if options.inverse == "exact" else batch.pseudo_inverses()
 
 
@@ -217,7 +217,7 @@ def crossings(options: Options, at: At, target: Target) -> int:
 
 
 def per_sample(values: Array, like: Array) -> Array:
-    """Return one value a sample, of shape (B,), with as many axes as `like`."""
+    """Return one value per sample, of shape (B,), with as many axes as `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 

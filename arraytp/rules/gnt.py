@@ -37,7 +37,7 @@ class Options:
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Return what is worth knowing before a run: nothing.
+    """Check a config before a run; return notes for the user, here none.
 
     Raises
     ------

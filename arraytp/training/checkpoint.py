@@ -117,7 +117,7 @@ def read_owner(path: Path) -> tuple[Config, str] | None:
 
 
 def check_owner(path: Path, plan: Plan) -> bool:
-    """Refuse to go on with a run of another config, whatever the config.yml beside the checkpoint says, or other data.
+    """Refuse to continue a run of another config or other data; the checkpoint counts, not the config.yml beside it.
 
     Data that have only moved are the same.
 

@@ -241,7 +241,7 @@ class Experiment:
         return feedback.train(rule.feedback, options, self.rule_state, batch, self.workspace, observe)
 
     def updates(self, step: Step, stop: Callable[[], bool] = lambda: False) -> Updates:
-        """Return the rule's update of every block, leaving θ as it is; errors as `Rule.propose`.
+        """Return the rule's update of every block without changing θ; errors as in `Rule.propose`.
 
         On several ranks they are summed, and with them the step's score and whether any rank wants to stop, as `stop`
         tells.
@@ -260,7 +260,7 @@ class Experiment:
         return list(zip(summed[::2], summed[1::2], strict=True))
 
     def agree_to_stop(self, stop: Callable[[], bool]) -> None:
-        """Let `stop_agreed` say whether any rank wants to stop, where no step's sum says so."""
+        """Let `stop_agreed` say whether any rank wants to stop, where a step's sum does not tell."""
         if self.ranks.size > 1:
             stopping = np.full(1, float(stop()))
             self.ranks.sum(stopping)

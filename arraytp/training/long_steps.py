@@ -14,7 +14,7 @@ LONG = 1.0
 
 
 class LongSteps:
-    """Gives a step up in the middle where the one before was long; how long the first takes is not known.
+    """Abandons a step in the middle if the step before was long; the length of the first step is not known.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ class CsvTable:
     written: bool = True
 
     def restart(self, rows: list[str]) -> None:
-        """Write the file anew with the given rows; what rows of an earlier version lack at their end is nan."""
+        """Write the file again with the given rows; columns that rows of an earlier version lack become nan."""
         self.rows = [row + ",nan" * (len(self.columns) - 1 - row.count(",")) for row in rows]
         if self.written:
             write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *self.rows)).encode())
