@@ -52,7 +52,7 @@ class Buffers:
         return self._flat[key][:size].reshape(shape)
 
     def cached(self, name: Hashable, length: int, make: Callable[[], Array]) -> Array:
-        """Return the first `length` rows of the array that `make` made for this name; a longer one is made if needed."""
+        """Return the first `length` rows of the array that `make` made for this name; a longer one where needed."""
         if name not in self._cached or len(self._cached[name]) < length:
             self._cached[name] = make()
         return self._cached[name][:length]
