@@ -81,7 +81,7 @@ def _s_next(setting: Setting, n: int, weight: Array, bias: Array) -> Array:
 
 
 def descent(setting: Setting) -> Iterator[Check]:
-    """Check that targets lead downhill: that of the output, and what a block hands down where ω is its forward weight.
+    """Check that targets lead downhill: that of the output, and what a block passes down where ω is its forward weight.
 
     The latter holds for targets that are s itself where the loss has no gradient, by a rule that trains an ω for every
     forward weight but the first. Other targets have no such property, nor ReLU at its zeros: the line informs.
@@ -107,7 +107,7 @@ def descent(setting: Setting) -> Iterator[Check]:
         if expected is not None and expected.any():
             angle = angle_degrees(handed_down.reshape(expected.shape), expected)
             holds = differences and not at.block.activation.flat_below_zero
-            yield checked(f"{at.block.label}: angle of t − s that it hands down to BP's, ω = θ, degrees", "downhill",
+            yield checked(f"{at.block.label}: angle of its t − s below to BP's, ω = θ, degrees", "downhill",
                           rule.targets, angle, DOWNHILL if holds else None)  # fmt: skip
 
 

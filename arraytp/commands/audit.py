@@ -1,5 +1,6 @@
 """`arraytp audit`: everything that can be checked about a config's network, data and rule, in a table."""
 
+import shutil
 import sys
 import time
 from collections import Counter
@@ -116,13 +117,14 @@ def _table(name: str, config: Config, lines: Sequence[Line], seconds: float) -> 
     """Return the lines of one variant, family by family."""
     rows = [(family, _cells(check)) for family, check in lines]
     widths = [max(len(cells[i]) for cells in [HEADERS, *(cells for _, cells in rows)]) for i in range(len(HEADERS))]
-    shown = [f"{name}: rule {config.rule.name}, {config.backend}, float64", _joined(HEADERS, widths)]
+    columns = _fitting(widths)
+    shown = [f"{name}: rule {config.rule.name}, {config.backend}, float64", _joined(HEADERS, widths, columns)]
     former = ""
     for family, cells in rows:
         if family != former:
-            shown += [f"─ {family} ".ljust(sum(widths) + 2 * len(widths) - 2, "─")]
+            shown += [f"─ {family} ".ljust(_total(widths, columns), "─")]
             former = family
-        shown.append(_joined(cells, widths))
+        shown.append(_joined(cells, widths, columns))
     counts = _counts(lines)
     shown += [
         f"{name}: {counts['passed']} passed, {counts['failed']} failed, {counts['information']} for information; "
@@ -139,7 +141,21 @@ def _cells(check: Check) -> tuple[str, ...]:
     return check.what, check.source, check.function, error, tolerance, verdict
 
 
-def _joined(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(cells[3:5], widths[3:5], strict=True)]
-    return "  ".join([*left, *right, cells[5]]).rstrip()
+def _fitting(widths: Sequence[int]) -> list[int]:
+    """Return the columns that a terminal has room for; elsewhere, all."""
+    columns = list(range(len(HEADERS)))
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
+    for least_wanted in ("function", "by", "tolerance"):
+        if _total(widths, columns) > room:
+            columns.remove(HEADERS.index(least_wanted))
+    return columns
+
+
+def _total(widths: Sequence[int], columns: Sequence[int]) -> int:
+    return sum(widths[i] + 2 for i in columns) - 2
+
+
+def _joined(cells: Sequence[str], widths: Sequence[int], columns: Sequence[int]) -> str:
+    numbers = [HEADERS.index("error"), HEADERS.index("tolerance")]
+    padded = [cells[i].rjust(widths[i]) if i in numbers else cells[i].ljust(widths[i]) for i in columns]
+    return "  ".join(padded).rstrip()

@@ -3,7 +3,7 @@
 θ is trained as in a run; every `compare.every` steps and for every block n a row of drift.csv has, besides the loss,
 
     angle_deg      between the block's update and BP's
-    own_deg        between what the block hands down, (D e) W⁻¹, and (D e) Wᵀ for the same e; NaN for block 0
+    own_deg        between what the block passes down, (D e) W⁻¹, and (D e) Wᵀ for the same e; NaN for block 0
     drift_rms      root mean square of σ² − 1 over the singular values σ of the block's W: ‖WWᵀ − I‖/√K of K×K
     drift_largest  the largest |σ² − 1|; both NaN for block 0 unless its W is square
 """
@@ -76,7 +76,7 @@ def _measure(experiment: Experiment, step: Step, table: CsvTable, number: int, a
 
 
 def own_angles(experiment: Experiment, step: Step) -> list[float]:
-    """Return by how many degrees W⁻¹ turns what each block hands down, against Wᵀ; NaN for block 0."""
+    """Return by how many degrees W⁻¹ turns what each block passes down, compared with Wᵀ; NaN for block 0."""
     batch = replace(step.batch, results="own")
     assert experiment.rule.inverses is not None
     e, inverses, angles = batch.dlogits, experiment.rule.inverses(experiment.config.rule, batch), []

@@ -168,7 +168,7 @@ MISTAKES = {
     "a sign in iterate": (trained_by(begin_with(subtracting)), "feedback gradient by differences"),
     "the bias in iterate": (trained_by(begin_with(with_half_a_bias)), "feedback gradient by differences"),
     "the output's sign": (replace(RULE, targets=uphill_output), "angle of the output's t − s"),
-    "the targets' sign": (replace(RULE, targets=turned_difference), "angle of t − s that it hands down to BP's"),
+    "the targets' sign": (replace(RULE, targets=turned_difference), "angle of its t − s below to BP's"),
     "the update's sign": (replace(RULE, local_update=turned_update), "update as the local loss's gradient"),
     "the noise's number": (trained_by(foreign_noise), "noise by its keys"),
     "the initial state": (replace(RULE, init_state=keeping_state), "arrays that differ between two runs"),

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arraytp.audit import audit
+from arraytp.audit import Check, audit
+from arraytp.commands.audit import _table
 from arraytp.config import load_one
 from arraytp.training.plan import plan
+
+ROOT = Path(__file__).parents[2]
 
 LDRL = ("--set", "rule={name: ldrl, feedback: {iterations: 2, sigma: 0.3}}")
 SQUARE = ("--set", "network={square: true, init: orthogonal, blocks: [{type: dense, units: 6, activation: leaky-relu}, "
@@ -89,6 +92,27 @@ def test_every_variant_is_audited_unless_one_is_chosen(arraytp):
     outcome = arraytp("audit", "variants.yml", "--json", "a.json", "--variant", "dfa")
     assert outcome.status == 0
     assert list(json.loads(Path("a.json").read_text())) == ["dfa"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "header"),
+    [
+        (70, ["what", "error", "verdict"]),
+        (80, ["what", "error", "tolerance", "verdict"]),
+        (200, ["what", "by", "function", "error", "tolerance", "verdict"]),
+    ],
+)
+def test_a_narrow_terminal_shows_fewer_columns(monkeypatch, columns, header):
+    """Lines that wrap cannot be read; a pipe gets all columns."""
+    check = Check("conv2: " + 43 * "x", "Eq. 4", "arraytp." + 40 * "y", 1e-9, 1e-6)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    config = load_one(ROOT / "runs" / "quickstart.yml", variant="fa")
+    full = _table("fa", config, [("ops", check)], 1.0).splitlines()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = _table("fa", config, [("ops", check)], 1.0).splitlines()
+    assert shown[1].split() == header
+    assert max(map(len, shown)) <= columns
+    assert full[1].split() == ["what", "by", "function", "error", "tolerance", "verdict"]
 
 
 def test_a_check_that_fails_is_marked_and_the_status_is_1(arraytp, monkeypatch):
