@@ -148,6 +148,7 @@ def test_a_flipped_bit_in_an_image_or_label_is_always_noticed_with_its_rows(
     dataset.read("train", *other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "row_bytes"), [("images", 12), ("labels", 8)])
 def test_each_of_a_thousand_flipped_bits_is_noticed(spoilt_plain, kind, row_bytes):
     folder, whole, offsets = spoilt_plain

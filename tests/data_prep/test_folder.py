@@ -3,11 +3,7 @@
 import csv
 import io
 import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -328,27 +324,6 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path, pixels, mode)
 def test_a_source_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder or archive"):
         pack(tmp_path / "nowhere", tmp_path / "d", PackOptions())
-
-
-def test_a_killed_pack_cannot_be_opened_and_the_next_one_gives_the_same_bytes(tmp_path):
-    contents = {f"train/a/{i}.jpg": encoded(noise(300, 300), "JPEG") for i in range(60)}
-    src = write_tree(tmp_path / "s", contents)
-    call = "import sys; from arraytp.cli import main; sys.exit(main())"
-    arguments = ["data", "pack", "folder", str(src), str(tmp_path / "d"), "--size", "200", "--shard-images", "2"]
-    process = subprocess.Popen([sys.executable, "-c", call, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not list((tmp_path / "d").glob("train-*.h5")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(UserError, match=r"dataset\.json: not found"):
-        open_dataset(tmp_path / "d")
-    options = PackOptions(size=(200, 200), shard_images=2)
-    pack(src, tmp_path / "d", options)
-    pack(src, tmp_path / "e", options)
-    names = sorted(path.name for path in (tmp_path / "d").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "e").iterdir())
-    assert len(names) == 31
-    assert all((tmp_path / "d" / name).read_bytes() == (tmp_path / "e" / name).read_bytes() for name in names)
 
 
 @pytest.mark.parametrize("size", ["0", "x", "4x", "x4", "4x4x4", "-3", "99999"])
