@@ -20,7 +20,7 @@ from arraytp.config.difference import first_difference
 from arraytp.config.document import encodable
 from arraytp.errors import Interrupted, NonFiniteError, UserError, one_line
 from arraytp.files import write_file
-from arraytp.ranks import Mpi, Ranks, agreed, world
+from arraytp.ranks import Mpi, Ranks, agreed, launched, world
 from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.figures import LAST_FIGURE
 from arraytp.report.seeds import seeds_table
@@ -419,6 +419,9 @@ def _report(batches: list[list[Job]]) -> None:
 
 
 def _command_to_resume() -> str:
-    """Return the command line that this process was started with, --resume instead of --fresh."""
+    """Return the command line that this process was started with, --resume instead of --fresh, and its launcher."""
     words = [word for word in sys.argv[2:] if not re.fullmatch(r"--(fresh|resume)", word)]
-    return shlex.join(["arraytp", "run", "--resume", *words])
+    processes, _ = launched()
+    by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(processes)
+    launcher = [] if processes == 1 else ["srun"] if by_srun else ["mpiexec", "-n", str(processes)]
+    return shlex.join([*launcher, "arraytp", "run", "--resume", *words])

@@ -187,6 +187,7 @@ def test_a_signal_to_any_rank_stops_all_with_one_checkpoint_per_run(place, numbe
     assert process.returncode == 128 + number
     (line,) = (line for line in said.splitlines() if "stopped in" in line)
     assert line.count("stopped in") == len(folders)
+    assert "; go on with: mpiexec -n 2 arraytp run --resume toy.yml " in line
     assert not any((folder / "summary.json").exists() for folder in folders)
 
 
