@@ -120,6 +120,11 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_every_figure_is_in_the_gallery():
+    shown = re.findall(r"\(images/([\w.-]+)\)", (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(image.name for image in (ROOT / "docs" / "images").iterdir())
+
+
 def test_readmes_rule_is_the_rule_that_runs():
     """The reader is told that these lines run."""
     (lines,) = blocks(README, "py")
