@@ -63,7 +63,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 
 
 @command.command()
-@click.argument("source", type=click.Choice(_SOURCES))
+@click.argument("source", metavar="SOURCE", type=click.Choice(_SOURCES))
 @click.argument("src", type=_FOLDER)
 @click.argument("dst", type=_FOLDER)
 @click.option("--name", callback=_parse_name, help="The data set's name.  [default: SOURCE]")
@@ -119,11 +119,13 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     """Pack SRC, the official files of SOURCE, into a data set in the new or empty folder DST.
 
     \b
-    mnist, fashion-mnist, kmnist  SRC: folder with the four IDX files, gzipped or not
-    cifar10, cifar100             SRC: tar archive or folder, python or binary version
-    imagenet                      SRC: folder of official archives, or folder or tar archive with train/WNID/ and val/
-    imagenet32                    SRC: folder with train_data_batch_1 to _10 and val_data
-    folder                        SRC: folder or tar archive of images SPLIT/CLASS/*.jpg, jpeg, png, webp
+    mnist, fashion-mnist, kmnist  folder with the four IDX files, gzipped or not
+    cifar10, cifar100             archive or folder, python or binary version
+    imagenet                      folder with the official archives, or folder
+                                  or tar archive with train/WNID/ and val/
+    imagenet32                    folder: train_data_batch_1 to _10, val_data
+    folder                        folder or tar archive of SPLIT/CLASS/ with
+                                  images (jpg, jpeg, png, webp)
     """  # noqa: D301 - click's mark for lines that stay as they are is the backspace itself
     _refuse_foreign_options(context, source)
     given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
@@ -173,10 +175,13 @@ def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackO
 
 
 @command.command()
-@click.argument("name", type=click.Choice(list(SOURCES)))
+@click.argument("name", metavar="NAME", type=click.Choice(list(SOURCES)))
 @click.argument("dst", type=_FOLDER)
 def fetch(name: str, dst: Path) -> None:
-    """Fetch the official files of a data set into the folder DST, except those that are there already."""
+    """Fetch the official files of a data set into the folder DST, except those that are there already.
+
+    NAME is mnist, fashion-mnist, kmnist, cifar10 or cifar100.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as display:
         tasks: dict[str, TaskID] = {}

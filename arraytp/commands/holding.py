@@ -58,4 +58,6 @@ class Holds:
             return
         if not locked and not self._warned:
             self._warned = True
-            click.echo(f"arraytp: note: {folder}: this file system has no locks; do not start a second run here", err=True)
+            click.echo(
+                f"arraytp: note: {folder}: this file system has no locks; do not start a second run here", err=True
+            )

@@ -139,6 +139,13 @@ def test_the_help_lists_every_command(capsys):
     assert listed == list(cli.COMMANDS)
 
 
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "data pack", "data fetch", "data check", "data info"])
+def test_help_fits_a_terminal_of_80_columns(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["frob"]])
 def test_help_imports_nothing_heavy(arguments):
     code = f"""

@@ -165,7 +165,9 @@ def test_without_locks_a_run_says_so_and_works(arraytp, place, monkeypatch, numb
     monkeypatch.setattr(disk.fcntl, "flock", refuse)
     outcome = arraytp("run", "toy.yml", "--quiet")
     assert outcome.status == 0
-    assert outcome.err == ("arraytp: note: results/toy: this file system has no locks; do not start a second run here\n")
+    assert outcome.err == (
+        "arraytp: note: results/toy: this file system has no locks; do not start a second run here\n"
+    )
     assert not [path for path in place.rglob("*") if path.name.endswith((".partial", LOCK_NAME))]
 
 
