@@ -80,5 +80,11 @@ def test_the_help_of_pack_shows_a_line_for_each_source(capsys):
     text = capsys.readouterr().out
     assert "\b" not in text
     assert "\\b" not in text
-    lines = [line.split("  ")[1] for line in text.splitlines() if "SRC:" in line]
-    assert lines == ["mnist, fashion-mnist, kmnist", "cifar10, cifar100", "imagenet", "imagenet32", "folder"]
+    lines = [line.split("  ")[1] for line in text.partition("DST.\n")[2].partition("Options:")[0].splitlines() if line]
+    assert [line for line in lines if line] == [
+        "mnist, fashion-mnist, kmnist",
+        "cifar10, cifar100",
+        "imagenet",
+        "imagenet32",
+        "folder",
+    ]
