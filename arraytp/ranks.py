@@ -225,6 +225,9 @@ class Mpi:
         # Errors are told on a way of their own, which no sum that others wait in can take up.
         self._errors = communicator.Dup()
         self.rank, self.size = communicator.rank, communicator.size
+        cores = os.uname().nodename, sorted(os.sched_getaffinity(0))
+        # How many ranks have the same cores.
+        self.sharing = self.gather(cores).count(cores)
 
     def sum(self, buffer: "Array") -> None:
         """See `Ranks.sum`."""
@@ -363,10 +366,10 @@ def _known_world() -> Ranks:
 def threads_of(ranks: Ranks) -> int | None:
     """Return how many threads a rank should use: its share of the cores that it and others of its host may use.
 
-    None for one process, and where OMP_NUM_THREADS says it.
+    None for one process, and where OMP_NUM_THREADS says it. Ranks of other runs take their share, too.
     """
-    if ranks.size == 1 or os.environ.get("OMP_NUM_THREADS"):
+    everyone = _known_world()
+    sharing = everyone.sharing if isinstance(everyone, Mpi) else ranks.size
+    if sharing == 1 or os.environ.get("OMP_NUM_THREADS"):
         return None
-    cores = sorted(os.sched_getaffinity(0))
-    node = os.uname().nodename, cores
-    return max(1, len(cores) // ranks.gather(node).count(node))
+    return max(1, len(os.sched_getaffinity(0)) // sharing)

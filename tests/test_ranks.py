@@ -60,6 +60,17 @@ def test_the_launcher_says_which_process_of_the_host_this_is(monkeypatch, text, 
     assert ranks.local_rank() == wanted
 
 
+@pytest.mark.parametrize(("sharing", "asked", "wanted"), [(2, "", 4), (16, "", 1), (1, "", None), (2, "3", None)])
+def test_a_rank_uses_its_share_of_the_cores_whatever_run_it_is_of(monkeypatch, sharing, asked, wanted):
+    """Groups of one rank would otherwise each take all of them."""
+    everyone = object.__new__(ranks.Mpi)
+    everyone.sharing = sharing
+    monkeypatch.setattr(ranks, "_known_world", lambda: everyone)
+    monkeypatch.setattr(ranks.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert ranks.threads_of(ranks.ALONE) == wanted
+
+
 def test_launched_without_mpi4py_says_what_to_install(monkeypatch):
     set_all(monkeypatch, "PMI_SIZE=2 PMI_RANK=0")
     monkeypatch.setitem(sys.modules, "mpi4py", None)

@@ -315,7 +315,7 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
             if clears and first:
                 _clear(jobs)
             if run is None:
-                _study(job, stop, asked.quiet)
+                _study(job, stop, asked.quiet, ranks)
             else:
                 _run(job, run, stop, asked, ranks)
         except MemoryError as error:
@@ -341,11 +341,13 @@ def _clear(jobs: Sequence[Job]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def _study(job: Job, stop: StopRequest, quiet: bool) -> None:
+def _study(job: Job, stop: StopRequest, quiet: bool, ranks: Ranks) -> None:
     """Do a study; seeds that are done stay as they are."""
-    _begin(job, quiet)
-    run_study(job.plan, job.folder, job.label, stop, quiet, job.plain)
-    _draw(job)
+    first = ranks.rank == 0
+    agreed(ranks, lambda: _begin(job, quiet) if first else None)
+    run_study(job.plan, job.folder, job.label, stop, quiet or not first, job.plain, ranks)
+    if first:
+        _draw(job)
 
 
 def _run(job: Job, run: Run, stop: StopRequest, asked: Asked, ranks: Ranks) -> None:

@@ -47,14 +47,9 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
         if len(theirs) != len(given[0]):
             raise UserError(f"rank {rank} was given {len(theirs)} runs, but rank 0 {len(given[0])}")
     for plan in plans:
-        if plan.config.study is not None and ranks.size > 1:
+        study, batch = plan.config.study, min(plan.config.train.batch_size, plan.dataset.counts["train"])
+        what = f"train.batch_size: a batch has {batch} images" if study is None else f"study.seeds: {study.seeds} seeds"
+        if ranks.size > (batch if study is None else study.seeds):
             raise UserError(
-                "a study runs in one process; start it without mpiexec or srun, or several of them with "
-                "--ranks-per-run 1"
-            )
-        batch = min(plan.config.train.batch_size, plan.dataset.counts["train"])
-        if ranks.size > batch:
-            raise UserError(
-                f"train.batch_size: a batch has {batch} images, fewer than the {ranks.size} ranks that share it; start "
-                "fewer, or use --ranks-per-run"
+                f"{what}, fewer than the {ranks.size} ranks that share them; start fewer, or use --ranks-per-run"
             )

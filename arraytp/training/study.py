@@ -27,6 +27,7 @@ from arraytp.config.difference import config_of, first_difference
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
 from arraytp.optim import at_block
+from arraytp.ranks import ALONE, Ranks
 from arraytp.signals import StopRequest
 from arraytp.training.drift import drift_seed
 from arraytp.training.experiment import Experiment, Step, build_planned
@@ -37,11 +38,18 @@ from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, GNT_COLUMN
 
 
 def run_study(
-    planned: Plan, folder: Path, label: str, stop: StopRequest, quiet: bool = False, plain: bool = False
+    planned: Plan,
+    folder: Path,
+    label: str,
+    stop: StopRequest,
+    quiet: bool = False,
+    plain: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Do every seed that is not done yet, and write summary.json.
 
-    A seed's numbers depend on the config alone, so one that was stopped halfway is simply done again.
+    A seed's numbers depend on the config alone, so one that was stopped halfway is simply done again; and ranks share
+    no seed, but each does others.
 
     Parameters
     ----------
@@ -56,6 +64,8 @@ def run_study(
         Show no progress.
     plain : bool
         Compute with the plain primitives.
+    ranks : Ranks
+        The first writes summary.json.
 
     Raises
     ------
@@ -69,8 +79,8 @@ def run_study(
     study = planned.config.study
     if study is None:
         raise ValueError("the config has no section study")
-    seeds = []
-    for n in range(study.seeds):
+    own, stopped, called = {}, 0, label
+    for n in range(ranks.rank, study.seeds, ranks.size):
         place = folder / f"seed-{n}"
         if place.exists() and not place.is_dir():
             raise UserError(f"{place}: is a file, but a seed's results need a folder; delete it")
@@ -83,17 +93,25 @@ def run_study(
                 with stop.at_once():
                     summary_of_seed = do_seed(seeded, place, called, quiet, plain)
             except Interrupted as error:
-                raise Interrupted(f"{called}: stopped; the seeds before it are done", error.signal_number) from None
+                stopped = error.signal_number
+                break
             write_json(place / "summary.json", summary_of_seed)
-        seeds.append(_read_seed(place / "summary.json", seeded.config, len(planned.blocks)))
+        own[n] = _read_seed(place / "summary.json", seeded.config, len(planned.blocks))
+    outcomes = ranks.gather((own, stopped, called))
+    for _, number, where in outcomes:
+        if number:
+            raise Interrupted(f"{where}: stopped; the seeds before it are done", number)
+    done = dict(sorted(each for seeds, *_ in outcomes for each in seeds.items()))
+    if ranks.rank:
+        return
     config, plan = planned.config, planned
     summary = {
         "name": config.name,
         "rule": config.rule.name,
         "kind": study.kind,
         "blocks": [block.label for block in plan.blocks],
-        "seeds": seeds,
-        "seconds": sum(seed["seconds"] for seed in seeds),
+        "seeds": list(done.values()),
+        "seconds": sum(seed["seconds"] for seed in done.values()),
         "versions": {"arraytp": __version__, **plan.backend.versions()},
         "device": plan.backend.device(),
     }

@@ -84,23 +84,14 @@ def test_groups_of_ranks_take_the_runs_that_are_left(place):
     assert run(1, *words[:-2], "--resume")[0] == 0
 
 
-def test_studies_share_ranks_and_one_study_does_not(place):
-    study = (
-        "--set",
-        "study={rounds: 1, seeds: 1}",
-        "--set",
-        "rule={name: ldrl, beta: 0.1}",
-        "--quiet",
-        "--out",
-        "some",
-    )
-    status, out, said = run(2, "run", "variants.yml", *study)
-    assert (status, out, len(said)) == (2, "", 1)
-    assert "a study runs in one process" in said[0]
-    status, out, said = run(2, "run", "variants.yml", *study, "--ranks-per-run", "1")
+@pytest.mark.parametrize("groups", [(), ("--ranks-per-run", "1")])
+def test_ranks_share_studies(place, groups):
+    study = ("--set", "study={rounds: 1, seeds: 2}", "--set", "rule.name=ldrl", "--quiet", "--out", "some")
+    status, out, said = run(2, "run", "variants.yml", *study, *groups)
     assert (status, out.count("results: some"), said) == (0, 1, [])
-    assert (place / "some/bp/summary.json").exists()
-    assert (place / "some/dfa/summary.json").exists()
+    for variant in ("bp", "dfa"):
+        assert (place / "some" / variant / "summary.json").exists()
+        assert (place / "some" / variant / "seed-1/summary.json").exists()
 
 
 def test_a_run_that_fails_in_a_group_is_named_once_and_the_others_go_on(place):

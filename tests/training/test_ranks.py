@@ -18,9 +18,11 @@ from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import Interrupted, UserError
 from arraytp.ranks import ALONE, agreed, share
+from arraytp.signals import StopRequest
 from arraytp.training.experiment import build_planned
 from arraytp.training.loop import Run
 from arraytp.training.plan import plan
+from arraytp.training.study import run_study
 
 POOL = {"kernel": 3, "stride": 2, "padding": 1}
 POOLED = {
@@ -261,18 +263,49 @@ def test_ranks_that_were_given_different_things_are_refused(dataset, monkeypatch
         if not theirs and ranks.rank == 2:
             shards = mine.dataset.manifest.splits["train"].shards
             shards[0] = shards[0].model_copy(update={"checksum": "0" * 64})
-        with pytest.raises(UserError, match=f"rank 2 was given something else than rank 0: {message}"):
+        with pytest.raises(UserError, match=f"rank 2 was given something different from rank 0: {message}"):
             check_ranks(ranks, ranks, [mine])
 
     on_ranks(3, work)
 
 
-def test_more_ranks_than_images_of_a_batch_are_refused(dataset):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": {"epochs": 1, "batch_size": 2}}, "a batch has 2 images, fewer than the 3 ranks"),
+        ({"study": {"seeds": 2}}, "study.seeds: 2 seeds, fewer than the 3 ranks"),
+    ],
+)
+def test_more_ranks_than_there_is_to_share_are_refused(dataset, settings, message):
     def work(ranks):
-        with pytest.raises(UserError, match="a batch has 2 images, fewer than the 3 ranks"):
-            check_ranks(ranks, ranks, [planned(dataset, "bp", train={"epochs": 1, "batch_size": 2})])
+        with pytest.raises(UserError, match=message):
+            check_ranks(ranks, ranks, [planned(dataset, "ldrl overwrite", **settings)])
 
     on_ranks(3, work)
+
+
+def test_ranks_share_the_seeds_of_a_study(dataset, tmp_path):
+    """The numbers are those of one process; a rank that is told to stop lets the others end their seeds."""
+    config = planned(dataset, "ldrl overwrite", study={"seeds": 3, "rounds": 1})
+
+    def study(folder, ranks=ALONE, stopped=False):
+        stop = StopRequest(tells=False)
+        stop.signal = 10 if stopped and ranks.rank == 1 else 0
+        folder.mkdir(exist_ok=True)
+        run_study(config, folder, "study", stop, True, ranks=ranks)
+        return json.loads((folder / "summary.json").read_text())["seeds"] if ranks.rank == 0 else []
+
+    def interrupted(ranks):
+        with pytest.raises(Interrupted, match="seed 2/3: stopped") as error:
+            study(tmp_path / "shared", ranks, True)
+        assert error.value.signal_number == 10
+
+    wanted = study(tmp_path / "alone")
+    on_ranks(2, interrupted)
+    assert sorted(path.parent.name for path in (tmp_path / "shared").glob("*/summary.json")) == ["seed-0", "seed-2"]
+    found, _ = on_ranks(2, lambda ranks: study(tmp_path / "shared", ranks))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8])
