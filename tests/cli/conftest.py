@@ -85,6 +85,8 @@ def arraytp(place, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             if not figures and words[:1] == ["run"]:
                 patch.setattr("arraytp.commands.run.write_figures", lambda *_: None)
+                for name in ("update_figure", "alignment_figure", "drift_figure", "save_figure"):
+                    patch.setattr(f"arraytp.report.studies.{name}", lambda *_: None)
                 patch.setattr("arraytp.commands.run.write_comparison", lambda *_: None)
             capsys.readouterr()
             status = cli.main(words)

@@ -60,7 +60,7 @@ def test_symmetric_feedback_is_at_0_degrees_from_the_start_and_seeds_differ(arra
 
 
 def test_table_and_figures_tell_of_all_variants(arraytp, study):
-    outcome = arraytp("run", "study.yml", "--quiet")
+    outcome = arraytp("run", "study.yml", "--quiet", figures=True)
     table = (study / "study.md").read_text()
     assert table.strip() in outcome.out
     for name in ("ldrl", "symmetric", "drl"):
@@ -74,9 +74,8 @@ def test_table_and_figures_tell_of_all_variants(arraytp, study):
 
 def test_resume_draws_what_a_kill_left_undrawn(arraytp, study):
     assert arraytp("run", "study.yml", "--quiet").status == 0
-    shutil.rmtree(study / "drl" / "figures")
     (study / "drl" / "study.md").unlink()
-    assert arraytp("run", "study.yml", "--quiet", "--resume").status == 0
+    assert arraytp("run", "study.yml", "--quiet", "--resume", figures=True).status == 0
     assert (study / "drl" / "figures" / "updates.png").stat().st_size > 5000
     assert (study / "drl" / "study.md").exists()
 
@@ -126,7 +125,7 @@ def test_a_network_without_feedback_is_refused(arraytp, place):
     (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: ldrl}\n")
     outcome = arraytp("run", "study.yml", "--set", alone)
     assert outcome.status == 2
-    assert "study: the network has one block, dense1, and no feedback" in outcome.err
+    assert "study: the network has one block, dense1, and so no feedback" in outcome.err
 
 
 def test_report_leaves_studies_alone(arraytp, study):
