@@ -11,7 +11,10 @@ pytest.importorskip("bokeh", reason="needs the extra html")
 
 
 @pytest.fixture
-def page(make_result, tmp_path):
+def page(make_result, tmp_path, monkeypatch):
+    # PNG files take longer than the page.
+    monkeypatch.setattr("arraytp.commands.report.write_figures", lambda *_: None)
+    monkeypatch.setattr("arraytp.commands.report.write_comparison", lambda *_: [tmp_path] * 3)
     make_result("results/bp", "bp", angles={})
     results = make_result("results/fa").parent
     assert main(["report", str(results), "--html", str(tmp_path / "page.html")]) == 0
