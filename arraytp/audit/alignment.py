@@ -124,7 +124,7 @@ def _independence(setting: Setting, state: State) -> Iterator[Check]:
                 largest = worst(largest, abs(float(b @ w)) / float(np.linalg.norm(b) * np.linalg.norm(w)))
                 smallest = min(smallest, b.size)
     if math.isfinite(smallest):
-        yield checked("largest |cosine| between a B and a weight", "streams of their own", setting.rule.init_state,
+        yield checked("largest |cosine| between a B and a weight", "separate streams", setting.rule.init_state,
                       largest, min(0.9, 8 / math.sqrt(smallest)))  # fmt: skip
 
 

@@ -254,7 +254,7 @@ def gaussian_noise(setting: Setting) -> Iterator[Check]:
     chunks = [(whole[: noise.CHUNK], part) for part in parts[1:]]
     pairs = [*((whole, other) for other in others), *chunks]
     largest = worst(*(abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1])) for a, b in pairs))
-    yield checked("noise: correlation between keys and chunks", "streams of their own", noise.gaussian, largest,
+    yield checked("noise: correlation between keys and chunks", "separate streams", noise.gaussian, largest,
                   6 / math.sqrt(parts[0].size))  # fmt: skip
 
 

@@ -26,9 +26,7 @@ def repetition(setting: Setting) -> Iterator[Check]:
         run = read_checkpoint(path, resumed)
     counts = (first.optimizer_state.step, first.feedback_step), (resumed.optimizer_state.step, resumed.feedback_step)
     differing = _differing(saved, _arrays(resumed)) + (counts[0] != counts[1]) + (run != RUN)
-    yield checked(
-        "arrays and counts that a checkpoint does not give back", "same bits", read_checkpoint, differing, 0.0
-    )
+    yield checked("arrays and counts that a checkpoint does not restore", "same bits", read_checkpoint, differing, 0.0)
     for experiment, steps in ((first, (1,)), (second, (0, 1)), (resumed, (1,))):
         for number in steps:
             _step(setting, experiment, number)
