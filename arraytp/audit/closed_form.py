@@ -111,8 +111,8 @@ def _by_definition(
             omega = reference.optimiser_step(descent.optimizer, descent.lr, n - 1, t, omega, g, moments)
             if t % ITERATIONS == 0:
                 values.append(expected.loss(omega))
-        yield checked(f"{label}: {ITERATIONS} iterations at once, on {BATCHES} batches", expected.source, trained.closed_form,
-                      apart(after - before, omega - before), STEP_ROUNDING)  # fmt: skip
+        yield checked(f"{label}: {ITERATIONS} iterations at once, on {BATCHES} batches", expected.source,
+                      trained.closed_form, apart(after - before, omega - before), STEP_ROUNDING)  # fmt: skip
         error = worst(*(apart(a, b) for a, b in zip(state.moments[n, "weight"], moments, strict=False)))
         yield checked(f"{label}: the optimiser's moments after them", expected.source, trained.closed_form, error,
                       STEP_ROUNDING)  # fmt: skip
