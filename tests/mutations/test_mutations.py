@@ -230,6 +230,10 @@ MUTATIONS = [
         ("part[...] = 0 if self.empty else", "part[...] ="),
         ("return share(self.size, self.ranks.rank, self.ranks.size)[0]", "return 0"),
     ),
+    *_in("training/study.py", "training/test_ranks.py", ("study.seeds, ranks.size)", "study.seeds, 1)")),
+    *_in("data/dataset.py", "data/test_loader.py", ("> rows_per_range(int(np.prod(self.shape)))", "> 10**9")),
+    *_in("data/pool.py", "data/test_pool.py", ("self._arrivals[part]] = rows", "self._arrivals[part]] = rows[::-1]")),
+    *_in("data/order.py", "data/test_order.py", ("content[places] = np.arange(start, stop)", "pass")),
     *_in(
         "model/passes.py",
         "training/test_ranks.py",
