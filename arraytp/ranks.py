@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from arraytp.errors import UserError, UserErrors
@@ -26,11 +27,15 @@ LAUNCHERS = (
 LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 # Seconds in which ranks that end by the same error come to know of each other, and between two looks.
 _PATIENCE, _PAUSE = 5.0, 0.02
+# Into how many parts `train.exact` cuts a batch, whatever the number of ranks, which divides it.
+PARTS = 8
+# Elements that are summed over the parts at once.
+STRETCH = 1 << 14
 
 
 if TYPE_CHECKING:
     # The command line looks here before it needs NumPy.
-    from arraytp.backend import Array, Backend
+    from arraytp.backend import Array
 
 T = TypeVar("T")
 
@@ -41,8 +46,11 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def sum(self, buffer: "Array") -> None:
-        """Replace an array, C-contiguous, by its sum over the ranks."""
+    def sum(self, buffer: "Array", in_order: bool = False) -> None:
+        """Replace an array, C-contiguous, by its sum over the ranks.
+
+        `in_order` is in the order of `pairwise`, for a multiple of `PARTS` elements.
+        """
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, on every rank."""
@@ -59,7 +67,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def sum(self, buffer: "Array") -> None:
+    def sum(self, buffer: "Array", in_order: bool = False) -> None:
         """Leave the buffer: it is the sum."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -108,56 +116,97 @@ def share(count: int, rank: int, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's part of a global batch.
+    """A part of a global batch that is computed alone: a rank's, or in exact mode one of `PARTS`.
 
     Parameters
     ----------
     ranks : Ranks
     size : int
         Samples of the global batch.
+    number : int
+        Which part this is.
+    exact : bool
     """
 
     ranks: Ranks
     size: int
+    number: int
+    exact: bool = False
 
     @property
     def first(self) -> int:
         """The place of the part's first sample in the global batch."""
-        return share(self.size, self.ranks.rank, self.ranks.size)[0]
+        return share(self.size, self.number, PARTS if self.exact else self.ranks.size)[0]
 
     @property
     def count(self) -> int:
         """The samples of the part."""
-        first, end = share(self.size, self.ranks.rank, self.ranks.size)
+        first, end = share(self.size, self.number, PARTS if self.exact else self.ranks.size)
         return end - first
 
     @property
     def empty(self) -> bool:
-        """Whether the rank has no sample; it computes with one of its own making, which counts nothing."""
+        """Whether there is no sample; one of the rank's own making is computed with, which counts nothing."""
         return self.count == 0
 
-    def sum(self, arrays: "Sequence[Array]", flat: "Array", backend: "Backend") -> "list[Array]":
-        """Return the sums of arrays over the ranks, as parts of `flat`; one message for all.
 
-        Parameters
-        ----------
-        arrays : sequence of arrays
-        flat : array of shape (elements of all arrays,)
-            Overwritten; of the dtype to sum in.
-        backend : Backend
-            Of the arrays.
-        """
-        summed, first = [], 0
-        for each in arrays:
-            part = flat[first : first + each.size]
-            part[...] = 0 if self.empty else each.reshape(-1)
-            summed.append(part.reshape(each.shape))
-            first += each.size
-        host = backend.to_host(flat)
-        self.ranks.sum(host)
-        if host is not flat:
-            flat[...] = backend.asarray(host)
-        return summed
+def parts_of(ranks: Ranks, size: int, exact: bool) -> list[Part]:
+    """Return the parts of a global batch of `size` samples that this rank computes."""
+    count = PARTS // ranks.size if exact else 1
+    return [Part(ranks, size, ranks.rank * count + number, exact) for number in range(count)]
+
+
+class RankSums:
+    """Sums over all samples of a batch, in one buffer, to which arrays are added one after another.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        This rank's.
+    flat : array of one axis
+        Has room for all arrays; overwritten, of the dtype to sum in. In exact mode of a multiple of `PARTS` elements.
+    engine : object with `backend` and `in_slices`
+        Of the arrays: `arraytp.model.passes.Engine`.
+    """
+
+    def __init__(self, parts: Sequence[Part], flat: "Array", engine: Any) -> None:
+        self._parts, self._flat, self._engine = parts, flat, engine
+        self._end, self._summed = 0, list["Array"]()
+
+    def add(self, arrays: "Sequence[Sequence[Array]]") -> None:
+        """Take the next arrays of every part, and sum them over the parts."""
+        for of_parts in zip(*arrays, strict=True):
+            like = of_parts[0]
+            start, self._end = self._end, self._end + like.size
+            total = self._flat[start : self._end]
+            terms = [None if part.empty else each.reshape(-1) for part, each in zip(self._parts, of_parts, strict=True)]
+            self._engine.in_slices(like.size, partial(_add_up, total, terms))
+            self._summed.append(total.reshape(like.shape))
+
+    def finished(self) -> "list[Array]":
+        """Return the sums over all ranks, as parts of the buffer; one message for all."""
+        ranks, flat = self._parts[0].ranks, self._flat
+        if ranks.size > 1:
+            flat[self._end :] = 0
+            host = self._engine.backend.to_host(flat)
+            ranks.sum(host, in_order=self._parts[0].exact)
+            if host is not flat:
+                flat[...] = self._engine.backend.asarray(host)
+        return self._summed
+
+
+def _add_up(total: "Array", terms: "Sequence[Array | None]", part: slice) -> None:
+    """Write the sum of some elements of all terms, None being 0, in stretches that fit a core's cache."""
+    for first in range(part.start, part.stop, STRETCH):
+        own = slice(first, min(first + STRETCH, part.stop))
+        total[own] = pairwise([total.dtype.type(0) if term is None else term[own] for term in terms])
+
+
+def pairwise(parts: "Sequence[Array]") -> "Array":
+    """Return ((p0 + p1) + (p2 + p3)) + …, of a power of two of arrays: the same bits wherever they are added."""
+    while len(parts) > 1:
+        parts = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def launched() -> tuple[int, int]:
@@ -229,9 +278,18 @@ class Mpi:
         # How many ranks have the same cores.
         self.sharing = self.gather(cores).count(cores)
 
-    def sum(self, buffer: "Array") -> None:
+    def sum(self, buffer: "Array", in_order: bool = False) -> None:
         """See `Ranks.sum`."""
-        self._communicator.Allreduce(self._mpi.IN_PLACE, buffer)
+        if in_order:
+            self._sum_in_order(buffer)
+        else:
+            self._communicator.Allreduce(self._mpi.IN_PLACE, buffer)
+
+    def _sum_in_order(self, buffer: "Array") -> None:
+        """Give each rank its segment of all buffers, let it add them up, and gather the segments."""
+        segments = buffer.copy().reshape(self.size, -1)
+        self._communicator.Alltoall(buffer, segments)
+        self._communicator.Allgather(pairwise(segments), buffer)
 
     def gather(self, value: Any) -> list[Any]:
         """See `Ranks.gather`."""

@@ -159,7 +159,7 @@ def small(config: Config, flops: int, count: int) -> Config:
         in_memory_mb=min(config.data.in_memory_mb, MOST_MEGABYTES),
         pool_images=min(config.data.pool_images, POOL_IMAGES),
     )
-    train = replace(config.train, batch_size=batch)
+    train = replace(config.train, batch_size=batch, exact=False)
     return replace(config, dtype="float64", data=data, rule=_few_iterations(config.rule), train=train)
 
 
@@ -236,5 +236,5 @@ def fresh(setting: Setting, threads: int | None = None) -> Experiment:
         rule_state=rule.init_state(config.rule, network, config.seed, plan.backend),
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
         workspace=engine,
-        engine=engine,
+        engines=(engine,),
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from arraytp.config.difference import first_difference
 from arraytp.errors import UserError
-from arraytp.ranks import Mpi, Ranks
+from arraytp.ranks import PARTS, Mpi, Ranks
 from arraytp.training.plan import Plan
 
 
@@ -47,6 +47,11 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
         if len(theirs) != len(given[0]):
             raise UserError(f"rank {rank} was given {len(theirs)} runs, but rank 0 {len(given[0])}")
     for plan in plans:
+        if plan.config.train.exact and PARTS % ranks.size:
+            raise UserError(
+                f"train.exact: {ranks.size} ranks share a run, but not evenly the {PARTS} parts that a batch is cut "
+                "into; start 1, 2, 4 or 8, or use --ranks-per-run"
+            )
         study, batch = plan.config.study, min(plan.config.train.batch_size, plan.dataset.counts["train"])
         what = f"train.batch_size: a batch has {batch} images" if study is None else f"study.seeds: {study.seeds} seeds"
         if ranks.size > (batch if study is None else study.seeds):

@@ -40,7 +40,9 @@ def command(
     the layout.
     """
     check_replaceable(out)
-    experiment = build(load_one(config, settings(overrides, backend, dtype), variant))
+    # The arrays of a trace are those of the batch as a whole.
+    overridden = [*settings(overrides, backend, dtype), "train.exact=false"]
+    experiment = build(load_one(config, overridden, variant))
     for note in experiment.plan.notes:
         click.echo(f"arraytp: note: {note}", err=True)
     if weights is not None:

@@ -94,6 +94,7 @@ class Train:
     eval_batch_size: Size = 256
     validation: Border = 0
     checkpoint_minutes: Positive = 2.0
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from arraytp.backend import Array, array_module
 from arraytp.fast.modules import write_input
-from arraytp.fast.parallel import Task, Workspace, even_slices, lanes, slices
+from arraytp.fast.parallel import Task, Workspace, even_slices, slices
 from arraytp.fast.passes import pool
 from arraytp.fast.products import Patches, Products, iteration_slice, matmul, split_products
 from arraytp.model.passes import At, Iterate, NoiseAndProducts, Sums
@@ -110,7 +110,7 @@ class Iterations:
         """
         noises, samples, scalar = self.noise(k), len(self.s), omega.dtype.type
         epsilon, eta = noises["epsilon"], noises["eta" if "eta" in noises else "epsilon"]
-        parts, matrix = lanes(omega.nbytes, samples, self.workspace.backend.on_host), self.products.matrix(omega)
+        parts, matrix = self.workspace.lanes(omega.nbytes, samples), self.products.matrix(omega)
         length = self.length if self.by_lanes else samples
         products = (LaneSums if self.by_lanes else Gathered)(self, omega, len(parts))
         biases = None if bias is None else self.own.array("biases", (samples, len(bias)), omega.dtype)

@@ -68,7 +68,7 @@ def transposed(workspace: Workspace, at: At, omega: Array, inputs: Callable[[sli
         inputs(part, a)
         products.transposed(products.stack(a, scratch), matrix, scratch, out=out[part])
 
-    _, length = pass_slices(products, batch, like.itemsize, workspace.backend.on_host)
+    _, length = pass_slices(products, batch, like.itemsize, workspace.backend.on_host, workspace.most_lanes)
     workspace.run([partial(samples, part) for part in slices(batch, length)])
     return out.reshape(like.shape)
 

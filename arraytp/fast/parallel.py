@@ -5,6 +5,7 @@ writes to places of its own. So the result is the same, bit for bit, on one thre
 library is held to one thread per task: the samples of a task stay in a core's cache from one operation to the next.
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import threadpoolctl
@@ -85,6 +86,7 @@ class Workspace:
         self.threads = (threads or default_threads()) if backend.on_host else 1
         self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
         self.shared, self._thread, self._scratch = Buffers(backend), threading.local(), list[Buffers]()
+        self.most_lanes = LANES
         # An owner's buffers that all threads share: for results, not for a task's scratch.
         self.of = self.shared.of
 
@@ -96,35 +98,51 @@ class Workspace:
             self._scratch.append(self._thread.scratch)
         return self._thread.scratch  # type: ignore[no-any-return]
 
+    def beside(self) -> Self:
+        """Return a workspace for one of several parts of a batch: on the same threads, with results of its own."""
+        other = copy.copy(self)
+        other.shared, other.most_lanes = Buffers(self.backend), 1
+        other.of = other.shared.of
+        return other
+
+    def lanes(self, weight_bytes: int, batch: int) -> list[slice]:
+        """Cut the batch into lanes; each lane sums up its own gradient. There are fewer lanes for large weights."""
+        if not self.backend.on_host or self.most_lanes == 1:
+            return [slice(0, batch)]
+        return even_slices(batch, max(2, min(self.most_lanes, LANE_BYTES // weight_bytes)))
+
     def run(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks and wait for them."""
-        if not self.backend.on_host:
+        """Run all tasks and wait for them; those of a task one after another."""
+        if not self.backend.on_host or getattr(self._thread, "busy", False):
             for task in tasks:
                 task()
             return
-        with _one_blas_thread():
+        with one_blas_thread():
             queue, lock = iter(tasks), threading.Lock()
             helpers = range(min(self.threads, len(tasks)) - 1)
-            futures = [self._pool.submit(_work, queue, lock) for _ in helpers if self._pool is not None]
+            futures = [self._pool.submit(self._work, queue, lock) for _ in helpers if self._pool is not None]
             try:
-                _work(queue, lock)
+                self._work(queue, lock)
             finally:
                 for future in futures:
                     future.result()
 
+    def _work(self, queue: Iterator[Task], lock: threading.Lock) -> None:
+        """Run tasks from the queue until it is empty."""
+        self._thread.busy = True
+        try:
+            while True:
+                with lock:
+                    task = next(queue, None)
+                if task is None:
+                    return
+                task()
+        finally:
+            self._thread.busy = False
+
     def nbytes(self) -> int:
         """Return the bytes that all buffers hold."""
         return sum(buffers.nbytes() for buffers in (self.shared, *self._scratch))
-
-
-def _work(queue: Iterator[Task], lock: threading.Lock) -> None:
-    """Run tasks from the queue until it is empty."""
-    while True:
-        with lock:
-            task = next(queue, None)
-        if task is None:
-            return
-        task()
 
 
 def slices(stop: int, length: int, start: int = 0) -> list[slice]:
@@ -139,13 +157,6 @@ def even_slices(count: int, parts: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def lanes(weight_bytes: int, batch: int, on_host: bool) -> list[slice]:
-    """Cut the batch into lanes; each lane sums up its own gradient. There are fewer lanes for large weights."""
-    if not on_host:
-        return [slice(0, batch)]
-    return even_slices(batch, max(2, min(LANES, LANE_BYTES // weight_bytes)))
-
-
 def tiles(count: int) -> list[slice]:
     """Cut one side of a product so that threads share it and packing the other factor stays cheap."""
     return even_slices(count, min(TILES, count // TILE_WIDTH))
@@ -158,7 +169,7 @@ def default_threads() -> int:
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """Hold the BLAS libraries to one thread per caller, as threadpoolctl's own limit does in three times the time."""
     libraries = _blas().lib_controllers
     former = [library.get_num_threads() for library in libraries]

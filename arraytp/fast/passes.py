@@ -21,7 +21,7 @@ from functools import cache, partial
 import numpy as np
 
 from arraytp.backend import Array, array_module
-from arraytp.fast.parallel import LANES, Buffers, Task, Workspace, even_slices, lanes, slices, tiles
+from arraytp.fast.parallel import LANES, Buffers, Task, Workspace, even_slices, slices, tiles
 from arraytp.fast.products import Patches, matmul, pass_slices, split_products
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients
@@ -81,7 +81,7 @@ def _conv_forward(
     workspace: Workspace, block: Block, weight: Array, bias: Array, x: Array, out: Array, index: Array | None
 ) -> None:
     matrix, products = as_matrix(weight), Patches(block)
-    group, length = pass_slices(products, len(x), x.itemsize, workspace.backend.on_host)
+    group, length = pass_slices(products, len(x), x.itemsize, workspace.backend.on_host, workspace.most_lanes)
 
     def samples(part: slice) -> None:
         s, scratch = out[part], workspace.scratch
@@ -126,8 +126,20 @@ def _dense_backward(
     dweight, dbias, dx = out
     tasks: list[Task] = [*_product_tasks(x.T, dz, dweight), partial(dz.sum, axis=0, out=dbias)]
     if through is not None and dx is not None:
-        tasks = _product_tasks(dz, through.T, dx.reshape(x.shape)) + tasks
+        if workspace.most_lanes == 1:
+            tasks = [partial(_product_of_few, workspace, dz, through, dx.reshape(x.shape)), *tasks]
+        else:
+            tasks = _product_tasks(dz, through.T, dx.reshape(x.shape)) + tasks
     workspace.run(tasks)
+
+
+def _product_of_few(workspace: Workspace, dz: Array, through: Array, dx: Array) -> None:
+    """Write dz throughᵀ of the few samples of a part: BLAS copies W for every product, and fastest untransposed."""
+    own = workspace.scratch.of(OWNER)
+    columns, out = own.array("columns", dz.T.shape, dz.dtype), own.array("dx columns", dx.T.shape, dx.dtype)
+    columns[...] = dz.T
+    matmul(through, columns, out)
+    dx[...] = out.T
 
 
 def _conv_backward(
@@ -139,14 +151,16 @@ def _conv_backward(
     out: tuple[Array, Array, Array | None],
 ) -> None:
     dweight, dbias, dx = out
-    x, block, on_host = at.s, _handing_on(at.block), workspace.backend.on_host
+    x, block = at.s, _handing_on(at.block)
     products = Patches(block) if through is None else split_products(block)
     matrix = None if through is None else products.matrix(through)
-    group, length = pass_slices(products, len(x), x.itemsize, on_host)
-    parts = lanes(dweight.nbytes, len(x), on_host)
+    group, length = pass_slices(products, len(x), x.itemsize, workspace.backend.on_host, workspace.most_lanes)
+    parts = workspace.lanes(dweight.nbytes, len(x))
     total, own = products.fold(dweight), workspace.of(OWNER)
-    lane_weight = own.array("lane weights", (len(parts), *total.shape), x.dtype)
-    lane_bias = own.array("lane biases", (len(parts), *dbias.shape), x.dtype)
+    lane_weight, lane_bias = total[None], dbias[None]
+    if len(parts) > 1:
+        lane_weight = own.array("lane weights", (len(parts), *total.shape), x.dtype)
+        lane_bias = own.array("lane biases", (len(parts), *dbias.shape), x.dtype)
 
     def lane(number: int) -> None:
         lane_weight[number].fill(0)
@@ -168,9 +182,10 @@ def _conv_backward(
                     products.transposed(stacked, matrix, scratch, out=dx[part][inner])
 
     workspace.run([partial(lane, number) for number in range(len(parts))])
-    cut = even_slices(len(total), LANES)
-    workspace.run([partial(lane_weight[:, part].sum, axis=0, out=total[part]) for part in cut])
-    lane_bias.sum(axis=0, out=dbias)
+    if len(parts) > 1:
+        cut = even_slices(len(total), LANES)
+        workspace.run([partial(lane_weight[:, part].sum, axis=0, out=total[part]) for part in cut])
+        lane_bias.sum(axis=0, out=dbias)
 
 
 @cache

@@ -162,8 +162,10 @@ def split_products(block: Block) -> Products:
     return Patches(block)
 
 
-def pass_slices(products: Products, batch: int, itemsize: int, on_host: bool) -> tuple[int, int]:
+def pass_slices(products: Products, batch: int, itemsize: int, on_host: bool, lanes: int) -> tuple[int, int]:
     """Return how many samples go through a block together, and how many of them through one product.
+
+    Of several lanes two at least have work.
 
     What one product reads shall fit the cache, yet have rows enough. Element-wise operations work on the larger group:
     short ones would leave the threads waiting for the interpreter.
@@ -174,7 +176,7 @@ def pass_slices(products: Products, batch: int, itemsize: int, on_host: bool) ->
     limit = SPLIT_BYTES if isinstance(products, Split) else PATCH_BYTES
     length = max(1, limit // sample_bytes, GEMM_ROWS // products.sample_rows)
     group = max(length, GROUP_BYTES // (math.prod(products.block.pre_shape) * itemsize))
-    most = -(-batch // 2)
+    most = -(-batch // min(2, lanes))
     return min(group, most), min(length, most)
 
 

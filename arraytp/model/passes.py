@@ -6,18 +6,21 @@ n's arrays by the papers' symbols and has the primitives as methods. What comput
 rule does not know which it is given.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, Protocol, TypeVar
 
 from arraytp.backend import Array, Backend
 from arraytp.model.blocks import Block, Network, Shape
 from arraytp.ops.activations import LINEAR, Activation
 from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import Unpool
-from arraytp.ranks import Part
+from arraytp.ranks import PARTS, Part, RankSums
 
+T = TypeVar("T")
+_LOCK = threading.RLock()
 Gradients = tuple[Array, Array, Array | None]
 """dW and db of a block, and the gradient of its input, None for block 0 or where nothing carries it back."""
 Through = Array | Factors | PseudoInverse
@@ -69,7 +72,9 @@ class Batch:
         Names the arrays that results are written to, valid until the next pass over a batch, or until another rule
         computes with the same name.
     part : Part, optional
-        Where the arrays are of this rank's samples alone: of which batch. Noise is keyed by a sample's place there.
+        Where the arrays are of some samples of a batch alone: of which. Noise is keyed by a sample's place there.
+    parts : sequence of Batch
+        See `parts_of_batch`.
     """
 
     engine: "Engine"
@@ -80,6 +85,7 @@ class Batch:
     number: int = 0
     results: str = "rule"
     part: Part | None = None
+    parts: "Sequence[Batch]" = field(default=(), repr=False, compare=False)
 
     def __len__(self) -> int:
         """B, the number of samples, of all ranks: what means are over."""
@@ -95,16 +101,31 @@ class Batch:
         """The share of these samples in the batch: in sums over ranks, the weight of what is not a sum over samples."""
         return 1.0 if self.part is None else self.part.count / self.part.size
 
-    def summed(self, arrays: Sequence[Array], name: str) -> list[Array]:
-        """Return sums over the samples of this rank as sums over those of all ranks, in `array` of that name.
+    @property
+    def every(self) -> "Sequence[Batch]":
+        """The parts of the batch that this process computes; without ranks the batch itself."""
+        return self.parts or (self,)
+
+    def replaced(self, **changes: Any) -> "Batch":
+        """Return the batch with other values of some fields, in all of its parts."""
+        return parts_of_batch([replace(each, **changes) for each in self.every])
+
+    def sums(self, name: str, size: int, dtype: Any) -> RankSums:
+        """Return room for sums over the samples of all ranks, of so many elements, in `array` of that name."""
+        flat = self.engine.array((self.results, name, "sums"), (-(-size // PARTS) * PARTS,), dtype)
+        return RankSums([each.part for each in self.every if each.part is not None], flat, self.engine)
+
+    def summed(self, arrays: Sequence[Sequence[Array]], name: str) -> list[Array]:
+        """Return sums over the samples of each of `every` as sums over those of all ranks; as `sums`.
 
         They are summed in the first array's dtype. Without ranks they are the arrays themselves.
         """
         if self.part is None:
-            return list(arrays)
-        size, dtype = sum(array.size for array in arrays), arrays[0].dtype
-        flat = self.engine.array((self.results, name, "ranks"), (size,), dtype)
-        return self.part.sum(arrays, flat, self.engine.backend)
+            (own,) = arrays
+            return list(own)
+        sums = self.sums(name, sum(array.size for array in arrays[0]), arrays[0][0].dtype)
+        sums.add(arrays)
+        return sums.finished()
 
     @property
     def logits(self) -> Array:
@@ -140,10 +161,11 @@ class Batch:
         """Return the logits of the network run on from s^n = s; valid until the next call."""
         return self.engine.forward(self.network.rest(n), s, "run on").logits
 
-    @cached_property
+    @property
     def gram_errors(self) -> "GramErrors":
         """E = WWᵀ − I (or WᵀW − I) of the blocks, computed once for all that need it: inverses and the regulariser."""
-        return self.engine.gram_errors(self.network)
+        errors: GramErrors = self._once("gram errors", lambda lead: lead.engine.gram_errors(lead.network))
+        return errors
 
     @property
     def jacobian_sums(self) -> "Mapping[int, tuple[Array, Array]]":
@@ -152,7 +174,8 @@ class Batch:
         J_b of shape (C, D) is the Jacobian of the logits of sample b in its s^n.
         """
         if "jacobians" not in self._sums:
-            self._sums["jacobians"] = self._summed_pairs(self.engine.jacobian_sums(self), "jacobians")
+            own = side_by_side(self.engine, [partial(each.engine.jacobian_sums, each) for each in self.every])
+            self._sums["jacobians"] = self._summed_pairs(own, "jacobians")
         return self._sums["jacobians"]
 
     @cached_property
@@ -165,15 +188,24 @@ class Batch:
         if self.part is None:
             return self.engine.jacobian_overlap(self.at(n), unpool)
         if unpool not in self._sums:
-            own = {m: self.engine.jacobian_overlap(self.at(m), unpool) for m in range(1, len(self.network))}
+            blocks = range(1, len(self.network))
+
+            def overlaps(part: Batch) -> Mapping[int, tuple[Array, Array]]:
+                return {m: part.engine.jacobian_overlap(part.at(m), unpool) for m in blocks}
+
+            own = side_by_side(self.engine, [partial(overlaps, each) for each in self.every])
             self._sums[unpool] = self._summed_pairs(own, unpool)
         return self._sums[unpool][n]
 
-    def _summed_pairs(self, pairs: "Mapping[int, tuple[Array, Array]]", name: str) -> Mapping[int, tuple[Array, Array]]:
-        summed = iter(self.summed([array for pair in pairs.values() for array in pair], name) if pairs else [])
-        return {n: (next(summed), next(summed)) for n in pairs}
+    def _summed_pairs(
+        self, own: "Sequence[Mapping[int, tuple[Array, Array]]]", name: str
+    ) -> Mapping[int, tuple[Array, Array]]:
+        if not own[0]:
+            return {}
+        summed = iter(self.summed([[array for pair in pairs.values() for array in pair] for pairs in own], name))
+        return {n: (next(summed), next(summed)) for n in own[0]}
 
-    @cached_property
+    @property
     def inverses(self) -> Mapping[int, Factors]:
         """W⁻¹ of every block but the first, by its position, as factors; computed once.
 
@@ -182,7 +214,8 @@ class Batch:
         IllConditionedError
             If a weight matrix cannot be inverted in its dtype; names the block and the condition number.
         """
-        return self.engine.inverses(self)
+        inverses: Mapping[int, Factors] = self._once("inverses", lambda lead: lead.engine.inverses(lead))
+        return inverses
 
     def gauss_newton(self, damping: float) -> Mapping[int, Array]:
         """Return J_bᵀ (J_b J_bᵀ + γI)⁻¹ e_b of every hidden s^n, of shape (samples, D), e = ∂L/∂s^N as in `dlogits`.
@@ -207,7 +240,50 @@ class Batch:
         IllConditionedError
             If the smaller of WWᵀ + rI and WᵀW + rI cannot be inverted in its dtype; names the block and the number.
         """
-        return self.engine.pseudo_inverses(self, ridge)
+        if not self.parts:
+            return self.engine.pseudo_inverses(self, ridge)
+        inverses: Mapping[int, PseudoInverse] = self._once(
+            ("pseudo", ridge), lambda lead: lead.engine.pseudo_inverses(lead, ridge)
+        )
+        return inverses
+
+    def _once(self, name: object, compute: "Callable[[Batch], Any]") -> Any:
+        """Return what the first part computes for all, which may ask for it side by side."""
+        lead = self.every[0]
+        with _LOCK:
+            if name not in lead._kept:
+                lead._kept[name] = compute(lead)
+            return lead._kept[name]
+
+    @cached_property
+    def _kept(self) -> dict[object, Any]:
+        """What was computed once, by name."""
+        return {}
+
+
+def parts_of_batch(batches: Sequence[Batch]) -> Batch:
+    """Let the parts of a batch that this process computes know of each other; return the first, which leads.
+
+    Each part is computed alone. What depends on θ alone is computed by the first for all of them.
+    """
+    if len(batches) == 1:
+        return replace(batches[0], parts=())
+    parts: list[Batch] = []
+    parts += [replace(batch, parts=parts) for batch in batches]
+    return parts[0]
+
+
+def side_by_side(engine: "Engine", works: Sequence[Callable[[], T]]) -> list[T]:
+    """Return what each work for a part of a batch returns; several are done at a time."""
+    if len(works) == 1:
+        return [works[0]()]
+    done: dict[int, T] = {}
+
+    def one(number: int) -> None:
+        done[number] = works[number]()
+
+    engine.run([partial(one, number) for number in range(len(works))])
+    return [done[number] for number in range(len(works))]
 
 
 class At:
@@ -445,6 +521,12 @@ class Engine(Protocol):
     """What computes the primitives; their meaning is `Batch`'s and `At`'s."""
 
     backend: Backend
+
+    def beside(self) -> "Engine":
+        """Return an engine for one of several parts of a batch: on the same threads, with results of its own."""
+
+    def run(self, tasks: Sequence[Callable[[], object]]) -> None:
+        """Do tasks, several at a time."""
 
     def array(self, name: object, shape: Shape, dtype: Any) -> Array:
         """See `Batch.array`."""

@@ -3,7 +3,7 @@
 `arraytp run --plain` trains with it. A function of one block first, then `Plain`, the engine made of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -137,6 +137,15 @@ class Plain:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+
+    def beside(self) -> "Plain":
+        """Return this engine: its results are new arrays."""
+        return self
+
+    def run(self, tasks: Iterable[Callable[[], object]]) -> None:
+        """Do one after another."""
+        for task in tasks:
+            task()
 
     def array(self, name: object, shape: Shape, dtype: Any) -> Array:
         """Return a new array."""

@@ -7,6 +7,7 @@ begin with block 1.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from arraytp.errors import UserError
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Block, Network, block_flops
 from arraytp.model.initialise import initial_bias, initial_weight
-from arraytp.model.passes import At, Batch
+from arraytp.model.passes import At, Batch, side_by_side
 from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
 from arraytp.options import FeedbackTraining, InitName
 from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Observe, State
@@ -64,8 +65,10 @@ def train(
             if observe is not None:
                 observe(n, 0, computed)
         else:
-            iterate = feedback.begin(options, batch.at(n), descent.sigma, descent.iterations * noises)
-            losses.append(_by_noise(iterate, state, batch.at(n), descent, noises, observe))
+            count = descent.iterations * noises
+            begins = [partial(feedback.begin, options, each.at(n), descent.sigma, count) for each in batch.every]
+            iterates = side_by_side(batch.engine, begins)
+            losses.append(_by_noise(iterates, state, batch.at(n), descent, noises, observe))
     return losses
 
 
@@ -77,14 +80,17 @@ def descent_of(training: FeedbackTraining, n: int, number: int, workspace: Works
 
 
 def _by_noise(
-    iterate: Iterating, state: State, at: At, descent: Descent, noises: int, observe: Observe | None
+    iterates: Sequence[Iterating], state: State, at: At, descent: Descent, noises: int, observe: Observe | None
 ) -> Array | None:
     """Do the iterations on a block, each with the mean gradient over some noises; return the last loss."""
     loss = None
     for k in range(descent.iterations):
-        last = k == descent.iterations - 1
-        gradients, loss = _mean(iterate, state, at.n, range(k * noises, (k + 1) * noises), last, observe)
-        summed = at.batch.summed([*gradients.values(), *([] if loss is None else [loss])], "gradient")
+        last, ks = k == descent.iterations - 1, range(k * noises, (k + 1) * noises)
+        means = [partial(_mean, iterate, state, at.n, ks, last, observe) for iterate in iterates]
+        done = side_by_side(at.batch.engine, means)
+        gradients, loss = done[0]
+        arrays = [[*own.values(), *([] if loss is None else [loss])] for own, loss in done]
+        summed = at.batch.summed(arrays, "gradient")
         step_feedback(descent, state, at.n, k, dict(zip(gradients, summed, strict=False)))
         # A copy: the next block's sums take the same memory.
         loss = None if loss is None else summed[-1].copy()

@@ -259,9 +259,14 @@ class Rule(Generic[O]):
         NonFiniteError
             If a rule that inverts cannot; names the block.
         """
+        return list(self.descend(options, state, batch))[::-1]
+
+    def descend(self, options: O, state: State, batch: Batch) -> Iterator[Update]:
+        """Yield the updates of `propose`, from the last block to the first."""
         if self.updates is not None:
-            return list(self.updates(options, state, batch))[::-1]
+            yield from self.updates(options, state, batch)
+            return
         assert self.targets is not None
         assert self.local_update is not None
-        walk = zip(batch.down(), self.targets(options, state, batch), strict=True)
-        return [self.local_update(options, at, target) for at, target in walk][::-1]
+        for at, target in zip(batch.down(), self.targets(options, state, batch), strict=True):
+            yield self.local_update(options, at, target)

@@ -10,9 +10,10 @@ optimiser ← updates ← rule(options, state, batch)                updates(ste
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,13 @@ from arraytp.fast.orthogonality import add_orthogonality, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.initialise import make_network
-from arraytp.model.passes import Batch, Engine
+from arraytp.model.passes import Batch, Engine, parts_of_batch, side_by_side
 from arraytp.model.plain import Plain
 from arraytp.ops.loss import LOSSES, label_rank
 from arraytp.optim import OptimizerState, Twins, apply_updates, check_gradients, init_optimizer, learning_rates
-from arraytp.ranks import ALONE, Part, Ranks, threads_of
+from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
-from arraytp.rules.protocol import Observe, Rule, State, Target, Updates
+from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
 from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance
 from arraytp.training.plan import Plan, make_loader, plan
 
@@ -106,12 +107,16 @@ class Step:
     Parameters
     ----------
     batch : Batch
+        On several ranks this rank's part; in exact mode the first of its parts, which knows the others.
     score : Score
-        Of the batch before the update.
+        Of the batch before the update; on several ranks of this rank's samples, until `Experiment.updates` sums it.
+    totals : list of arrays of shape (3,)
+        Of each of `batch.every`.
     """
 
     batch: Batch
     score: Score
+    totals: list[Array]
 
 
 @dataclass
@@ -128,8 +133,9 @@ class Experiment:
     rule_state : State
     optimizer_state : OptimizerState
     workspace : Workspace
-    engine : Engine
-        Computes the passes and the rule's primitives: the fast one on `workspace`, or the plain one.
+    engines : tuple of Engine
+        Compute the passes and the rule's primitives: fast ones on the threads of `workspace`, or plain ones. One of the
+        whole batch, or of this rank's; in exact mode one of each of its parts.
     train_loader, test_loader : Loader
     validation_loader : Loader or None
         Of the images that `train.validation` holds out.
@@ -147,13 +153,23 @@ class Experiment:
     rule_state: State
     optimizer_state: OptimizerState
     workspace: Workspace
-    engine: Engine
+    engines: tuple[Engine, ...]
     train_loader: Loader
     test_loader: Loader
     validation_loader: Loader | None
     feedback_step: int = 0
     ranks: Ranks = ALONE
     stop_agreed: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether each of a batch's 8 parts is computed alone, so that no bit depends on the number of ranks."""
+        return self.config.train.exact
+
+    @property
+    def engine(self) -> Engine:
+        """The first of the engines."""
+        return self.engines[0]
 
     @property
     def config(self) -> Config:
@@ -192,26 +208,38 @@ class Experiment:
         """Run the network on a batch, or on this rank's part of one of `size` images; raises as `step`."""
         if self.plan.backend.on_host:
             _check_labels(labels, len(self.plan.dataset.classes))
-        part, images, labels = self._part(images, labels, size)
-        forward = self.engine.forward(self.network, images)
+        parts = zip(self.engines, self._parts(images, labels, size), strict=True)
+        passes = side_by_side(self.engine, [partial(self._pass, engine, *part) for engine, part in parts])
+        batches, scores = [batch for batch, _ in passes], [score for _, score in passes]
+        return Step(parts_of_batch(batches), _together(scores), [score.totals for score in scores])
+
+    def _pass(self, engine: Engine, part: Part | None, images: Array, labels: Array) -> tuple[Batch, Score]:
+        """Run the network on a part of a batch."""
+        forward = engine.forward(self.network, images)
         settings = self.config.loss
         compute = LOSSES[settings.name]
         loss, cache = compute.forward(forward.logits, labels, settings.reduction, settings.label_smoothing)
         loss, dlogits = (self._of_batch(mean, part) for mean in (loss, compute.backward(cache, settings.reduction)))
-        batch = Batch(self.engine, self.network, forward, dlogits, self.config.seed, part=part)
-        return Step(batch, _score(loss, forward.logits, labels, settings.reduction, len(batch)))
+        batch = Batch(engine, self.network, forward, dlogits, self.config.seed, part=part)
+        return batch, _score(loss, forward.logits, labels, settings.reduction, len(batch))
 
-    def _part(self, images: Array, labels: Array, size: int | None) -> tuple[Part | None, Array, Array]:
-        """Return what is shared with other ranks, and the images; a blank one for a rank that has none."""
+    def _parts(self, images: Array, labels: Array, size: int | None) -> Iterator[tuple[Part | None, Array, Array]]:
+        """Yield each part that this rank computes of a batch and its images; a blank one where there are none."""
+        if self.ranks.size == 1 and not self.exact:
+            yield None, images, labels
+            return
         if self.ranks.size == 1:
-            return None, images, labels
+            size = len(labels)
         if size is None:
             raise ValueError("on several ranks, give the size of the whole batch")
-        part = Part(self.ranks, size)
-        if part.empty:
-            xp = array_module(images)
-            images, labels = xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
-        return part, images, labels
+        parts = parts_of(self.ranks, size, self.exact)
+        for part in parts:
+            own = slice(part.first - parts[0].first, part.first - parts[0].first + part.count)
+            if part.empty:
+                xp = array_module(images)
+                yield part, xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
+            else:
+                yield part, images[own], labels[own]
 
     def _of_batch(self, mean: Array, part: Part | None) -> Array:
         """Return a mean over a rank's samples as its part of the mean over the batch; a sum as it is."""
@@ -232,7 +260,7 @@ class Experiment:
         rule, options = self.rule, options or self.config.rule
         if rule.feedback is None and rule.follow is None:
             return []
-        batch = replace(step.batch, number=self.feedback_step)
+        batch = step.batch.replaced(number=self.feedback_step)
         self.feedback_step += 1
         if rule.follow is not None:
             rule.follow(options, self.rule_state, batch)
@@ -246,18 +274,20 @@ class Experiment:
         On several ranks they are summed, and with them the step's score and whether any rank wants to stop, as `stop`
         tells.
         """
-        return self._summed(self.rule.propose(self.config.rule, self.rule_state, step.batch), step, stop)
-
-    def _summed(self, updates: Updates, step: Step, stop: Callable[[], bool]) -> Updates:
-        """Sum what a step has to sum over the ranks, in one message."""
         if step.batch.part is None:
-            return updates
+            return _updates(step.batch, self._descend)
         stops = array_module(step.score.totals).full(1, float(stop()))
-        arrays = [array for pair in updates for array in pair]
-        *summed, totals, stopping = step.batch.summed([*arrays, step.score.totals, stops], "updates")
+        arrays = [[totals, stops] for totals in step.totals]
+        updates, (totals, stopping) = _summed_updates(step.batch, self._descend, arrays)
         step.score.totals[...] = totals
         self.stop_agreed = bool(stopping[0] > 0)
-        return list(zip(summed[::2], summed[1::2], strict=True))
+        return updates
+
+    def _descend(self, batch: Batch) -> Iterator[Update]:
+        if self.rule.inverses is not None:
+            # By all threads, before the parts of a batch ask for them side by side.
+            self.rule.inverses(self.config.rule, batch)
+        return self.rule.descend(self.config.rule, self.rule_state, batch)
 
     def agree_to_stop(self, stop: Callable[[], bool]) -> None:
         """Let `stop_agreed` say whether any rank wants to stop, where a step's sum does not tell."""
@@ -273,8 +303,7 @@ class Experiment:
 
     def exact_updates(self, step: Step) -> Updates:
         """Return BP's updates."""
-        batch = replace(step.batch, results="exact")
-        return _summed_updates(batch, bp.RULE.propose(bp.Options(), State(), batch))
+        return _updates(step.batch.replaced(results="exact"), partial(bp.RULE.descend, bp.Options(), State()))
 
     @property
     def against_gnt(self) -> bool:
@@ -283,8 +312,8 @@ class Experiment:
 
     def gauss_newton_updates(self, step: Step) -> Updates:
         """Return the updates by Gauss-Newton targets, of `compare.damping`."""
-        batch, options = replace(step.batch, results="gauss-newton"), gnt.Options(damping=self.config.compare.damping)
-        return _summed_updates(batch, gnt.RULE.propose(options, State(), batch))
+        options = gnt.Options(damping=self.config.compare.damping)
+        return _updates(step.batch.replaced(results="gauss-newton"), partial(gnt.RULE.descend, options, State()))
 
     def compare(self, step: Step, updates: Updates) -> list[Comparison]:
         """Measure the rule's weight updates against BP's, and those of GNT if asked for, on the same weights and batch.
@@ -293,8 +322,9 @@ class Experiment:
         """
         own, options = updates, self.rule.compared(self.config.rule)
         if options != self.config.rule:
-            batch = replace(step.batch, results="compared")
-            own = _summed_updates(batch, self.rule.propose(options, self.rule_state, batch))
+            own = _updates(
+                step.batch.replaced(results="compared"), partial(self.rule.descend, options, self.rule_state)
+            )
         comparisons = [
             Comparison(n, angle_degrees(weight, exact), relative_distance(weight, exact))
             for n, ((weight, _), (exact, _)) in enumerate(zip(own, self.exact_updates(step), strict=True))
@@ -370,17 +400,13 @@ class Experiment:
         self, images: Array, labels: Array, size: int | None = None, stop: Callable[[], bool] = lambda: False
     ) -> Score:
         """Score a batch without learning from it; arrays of earlier steps are overwritten."""
-        part, images, labels = self._part(images, labels, size)
-        logits = self.engine.forward(self.network, images).logits
-        settings = self.config.loss
-        loss, _ = LOSSES[settings.name].forward(logits, labels, settings.reduction, settings.label_smoothing)
-        score = _score(self._of_batch(loss, part), logits, labels, settings.reduction, size or len(labels))
-        if part is not None:
-            totals, stops = score.totals, array_module(logits).full(1, float(stop()))
-            summed = part.sum([totals, stops], array_module(logits).empty(len(totals) + 1), self.plan.backend)
-            totals[...] = summed[0]
-            self.stop_agreed = bool(summed[1][0] > 0)
-        return score
+        step = self.forward(images, labels, size)
+        if step.batch.part is not None:
+            stops = array_module(step.score.totals).full(1, float(stop()))
+            totals, stopping = step.batch.summed([[totals, stops] for totals in step.totals], "scores")
+            step.score.totals[...] = totals
+            self.stop_agreed = bool(stopping[0] > 0)
+        return step.score
 
 
 def build(config: Config, backend: Backend | None = None, plain: bool = False) -> Experiment:
@@ -407,6 +433,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     config, backend = planned.config, planned.backend
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
     rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
+    first: Engine = Plain(backend) if plain else engine
     dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
     source, share = divide(dataset, held) if held else dataset, (ranks.rank, ranks.size)
     return Experiment(
@@ -416,7 +443,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         rule_state=rule.init_state(config.rule, network, config.seed, backend),
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
         workspace=engine,
-        engine=Plain(backend) if plain else engine,
+        engines=tuple(first.beside() for _ in range(PARTS // ranks.size)) if config.train.exact else (first,),
         train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True, share=share),
         test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False, share=share),
         validation_loader=(
@@ -426,10 +453,35 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     )
 
 
-def _summed_updates(batch: Batch, updates: Updates) -> Updates:
-    """Sum updates over the ranks."""
-    summed = batch.summed([array for pair in updates for array in pair], "compared updates")
-    return list(zip(summed[::2], summed[1::2], strict=True))
+def _updates(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:
+    """Return the update of every block, block 0 first, of all samples."""
+    if batch.part is None:
+        return list(descend(batch))[::-1]
+    return _summed_updates(batch, descend, [[] for _ in batch.every])[0]
+
+
+def _summed_updates(
+    batch: Batch, descend: Callable[[Batch], Iterator[Update]], others: Sequence[Sequence[Array]]
+) -> tuple[Updates, list[Array]]:
+    """Return updates, block 0 first, and other arrays of every part, summed over all samples."""
+    parameters = batch.network.parameters()
+    size = sum(array.size for array in [*parameters, *others[0]])
+    sums, walks = batch.sums("updates", size, parameters[0].dtype), [descend(each) for each in batch.every]
+    for _ in batch.network.blocks:
+        sums.add(side_by_side(batch.engine, [partial(next, walk) for walk in walks]))
+    sums.add(others)
+    summed, blocks = sums.finished(), len(batch.network)
+    pairs = list(zip(summed[: 2 * blocks : 2], summed[1 : 2 * blocks : 2], strict=True))
+    return pairs[::-1], summed[2 * blocks :]
+
+
+def _together(scores: Sequence[Score]) -> Score:
+    """Return the score of all parts."""
+    first, *others = scores
+    loss, totals = first.loss, first.totals.copy()
+    for other in others:
+        loss, totals = loss + other.loss, totals + other.totals
+    return Score(loss, totals, first.images)
 
 
 def _aligned(omega: Array, theta: Array | None) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from arraytp import __version__
 from arraytp.backend import Array, array_module
 from arraytp.data.loader import Loader
 from arraytp.errors import Interrupted, NonFiniteError, UserError
+from arraytp.fast.parallel import one_blas_thread
 from arraytp.files import write_json
 from arraytp.model.plain import Plain
 from arraytp.optim import at_block, learning_rates
@@ -184,16 +185,21 @@ class Run:
         position, per_epoch = self.position, self.experiment.train_loader.steps_per_epoch
         steps, epochs = self._length()
         self._clock = self._saved = time.monotonic()
-        with Progress(
-            self.label,
-            epochs,
-            per_epoch,
-            steps=steps,
-            steps_done=position.epoch * per_epoch + position.batch,
-            test_top1=self._last_top1(),
-            split=self._split,
-            quiet=self.quiet,
-        ) as progress:
+        # What a step computes outside of its tasks, too.
+        bits = one_blas_thread() if self.experiment.exact else nullcontext()
+        with (
+            bits,
+            Progress(
+                self.label,
+                epochs,
+                per_epoch,
+                steps=steps,
+                steps_done=position.epoch * per_epoch + position.batch,
+                test_top1=self._last_top1(),
+                split=self._split,
+                quiet=self.quiet,
+            ) as progress,
+        ):
             if not self.metrics.rows:
                 self._evaluate(0, stop, progress)
             while position.epoch < epochs:
@@ -288,7 +294,8 @@ class Run:
         if losses and self.experiment.plan.backend.on_host:
             for (n, *_), loss in zip(self.experiment.feedback_pairs(), losses, strict=True):
                 if loss is not None and not math.isfinite(loss):
-                    culprit = self._feedback_of(n) if is_finite(step.batch.logits) else None
+                    finite = all(is_finite(each.logits) for each in step.batch.every)
+                    culprit = self._feedback_of(n) if finite else None
                     self._fail(f"at step {self.position.step}", culprit)
         return losses
 
@@ -423,10 +430,9 @@ class Run:
         network = self.experiment.network
         names = [f"block {n} ({block.label})" for n, block in enumerate(network.blocks)]
         if self._step is not None:
-            forward = self._step.batch.forward
-            places = ["input of " + names[0], *("output of " + name for name in names)]
-            for place, s in zip(places, [forward.s[0], *forward.outputs], strict=True):
-                if not is_finite(s):
+            passes = [each.forward for each in self._step.batch.every]
+            for n, place in enumerate(["input of " + names[0], *("output of " + name for name in names)]):
+                if not all(is_finite([each.s[0], *each.outputs][n]) for each in passes):
                     return place
         bad = [name for name, finite in zip(names, finite_blocks(network), strict=True) if not finite]
         if bad:

@@ -148,6 +148,8 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
     """Refuse a study of nothing, or on a batch larger than the train split."""
     if config.study is None:
         return
+    if config.train.exact:
+        raise UserError("train.exact: true: a study takes its batch as a whole; leave it out")
     if config.study.kind == "drift":
         _check_drift(config)
         return

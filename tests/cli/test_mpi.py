@@ -74,6 +74,22 @@ def test_a_run_on_ranks_is_that_of_one(place, one, ranks):
             np.testing.assert_array_equal(first[name][()], second[name][()])
 
 
+def test_exact_runs_have_the_same_bits_on_1_2_4_and_8_ranks(place):
+    """In single precision: checkpoint, metrics and angles, and those of a run that other ranks have begun."""
+    rule = "rule={name: ldrl, feedback: {iterations: 2}}"
+    words = ("run", "toy.yml", "--quiet", "--set", rule, "--set", "train.exact=true", "--out")
+    stopped = {8: 1, 2: 4}
+    for ranks in (1, 2, 4, 8):
+        if ranks in stopped:
+            assert run(stopped[ranks], *words, f"on-{ranks}", "--set", "train.steps=2")[0] == 0
+        assert run(ranks, *words, f"on-{ranks}", "--resume")[0] == 0
+    for ranks in (2, 4, 8):
+        for mine, theirs in zip(numbers(place / f"on-{ranks}"), numbers(place / "on-1"), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+        for table in ("angles.csv", "feedback.csv"):
+            assert (place / f"on-{ranks}" / table).read_bytes() == (place / "on-1" / table).read_bytes()
+
+
 def test_groups_of_ranks_take_the_runs_that_are_left(place):
     assert run(0, "run", "variants.yml", *SETTINGS, "--seeds", "2", "--out", "one")[0] == 0
     words = ("run", "variants.yml", *SETTINGS, "--seeds", "2", "--out", "some", "--ranks-per-run", "2")
@@ -108,6 +124,7 @@ def test_a_run_that_fails_in_a_group_is_named_once_and_the_others_go_on(place):
     [
         (("--ranks-per-run", "3"), 2, "2 ranks were launched, which is not a multiple"),
         (("--set", "train.batch_size=1"), 2, "a batch has 1 images, fewer than the 2 ranks"),
+        (("--set", "study={}", "--set", "train.exact=true"), 2, "train.exact: true: a study takes its batch as a whole"),
         (("--set", "optimizer.lr=1e308", "--set", "dtype=float64"), 1, "not finite at step 1"),
         (("--resume", "--fresh"), 2, "exclude each other"),
         (("--set", "rule.name=nothing"), 2, "rule.name"),

@@ -227,8 +227,9 @@ MUTATIONS = [
     *_in(
         "ranks.py",
         "training/test_ranks.py",
-        ("part[...] = 0 if self.empty else", "part[...] ="),
-        ("return share(self.size, self.ranks.rank, self.ranks.size)[0]", "return 0"),
+        ("None if part.empty else each.reshape(-1)", "each.reshape(-1)"),
+        ("return share(self.size, self.number, PARTS if self.exact else self.ranks.size)[0]", "return 0"),
+        ("zip(parts[::2], parts[1::2], strict=True)", "zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True)"),
     ),
     *_in("training/study.py", "training/test_ranks.py", ("study.seeds, ranks.size)", "study.seeds, 1)")),
     *_in("data/dataset.py", "data/test_loader.py", ("> rows_per_range(int(np.prod(self.shape)))", "> 10**9")),
@@ -423,7 +424,7 @@ MUTATIONS = [
     *_in(
         "rules/protocol.py",
         "rules/test_rules.py rules/test_gait_prop.py",
-        ("list(self.updates(options, state, batch))[::-1]", "list(self.updates(options, state, batch))"),
+        ("list(self.descend(options, state, batch))[::-1]", "list(self.descend(options, state, batch))"),
     ),
     *_in(
         "rules/sign_symmetry.py",
@@ -622,7 +623,7 @@ MUTATIONS = [
         "training/experiment.py",
         "training/test_experiment.py",
         ("updates, self.rule.compared(self.config.rule)", "updates, self.config.rule"),
-        ('replace(step.batch, results="compared")', "step.batch"),
+        ('step.batch.replaced(results="compared")', "step.batch"),
     ),
     *_in(
         "training/experiment.py",

@@ -1,5 +1,6 @@
 """Ranks as threads of one process, so that what processes do by MPI is tested without it."""
 
+import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+
+from arraytp.ranks import pairwise
 
 
 class Board:
@@ -22,12 +25,10 @@ class Rank:
     def __init__(self, board: Board, rank: int) -> None:
         self._board, self.rank, self.size, self.sums = board, rank, len(board.values), 0
 
-    def sum(self, buffer: np.ndarray) -> None:
+    def sum(self, buffer: np.ndarray, in_order: bool = False) -> None:
         self.sums += 1
-        total, *others = self.gather(buffer.copy())
-        for other in others:
-            total = total + other
-        buffer[...] = total
+        buffers = self.gather(buffer.copy())
+        buffer[...] = pairwise(buffers) if in_order else functools.reduce(np.add, buffers)
 
     def gather(self, value: Any) -> list[Any]:
         self._board.values[self.rank] = value

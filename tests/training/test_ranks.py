@@ -101,11 +101,11 @@ def planned(dataset, rule, **settings):
     return plan(parse_config(tree | settings).variants[""])
 
 
-def numbers_of(planned, ranks, plain):
+def numbers_of(planned, ranks, plain, first=6):
     """Train on the last three batches of an epoch; return all numbers that a run would write."""
     experiment, found = build_planned(planned, plain, ranks), []
-    with closing(experiment.train_loader.batches(0, 6)) as batches:
-        for size, (images, labels) in zip(experiment.train_loader.sizes(6), batches, strict=True):
+    with closing(experiment.train_loader.batches(0, first)) as batches:
+        for size, (images, labels) in zip(experiment.train_loader.sizes(first), batches, strict=True):
             step = experiment.forward(images, labels, size)
             losses = experiment.train_feedback(step)
             updates = experiment.updates(step)
@@ -134,6 +134,18 @@ def test_every_number_of_a_step_is_that_of_one_rank(dataset, rule, size, plain):
         assert len(found) == len(wanted)
         for mine, theirs in zip(found, wanted, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
+
+
+@pytest.mark.parametrize(("rule", "size"), [*((rule, 2) for rule in RULES), ("fa", 8), ("ldrl output noise", 4)])
+def test_exact_ranks_have_the_same_bits(dataset, rule, size):
+    """Each of 8 parts is computed alone and all are added in one order, those without a sample, too."""
+    exact = planned(dataset, rule, train={"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": True})
+    wanted = numbers_of(exact, ALONE, False, first=7)
+    for found in on_ranks(size, lambda ranks: numbers_of(exact, ranks, False, first=7)):
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    for mine, theirs in zip(numbers_of(planned(dataset, rule), ALONE, False, first=7), wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
 
 
 @pytest.mark.parametrize(("rule", "sums"), [("bp", 1), ("ldrl expected", 2), ("drl expected", 2), ("dtp overwrite", 6)])
@@ -273,6 +285,7 @@ def test_ranks_that_were_given_different_things_are_refused(dataset, monkeypatch
     ("settings", "message"),
     [
         ({"train": {"epochs": 1, "batch_size": 2}}, "a batch has 2 images, fewer than the 3 ranks"),
+        ({"train": {"epochs": 1, "batch_size": 9, "exact": True}}, "^train.exact: 3 ranks .*; start 1, 2, 4 or 8"),
         ({"study": {"seeds": 2}}, "study.seeds: 2 seeds, fewer than the 3 ranks"),
     ],
 )
