@@ -40,8 +40,8 @@ def gradients(rule, at, omega, count, unpool):
     return lambda k, wanted=True: iterate(state, k, wanted)
 
 
-def check_blocks(place, blocks, count, unpool, seed=0):
-    """Compare both losses' gradients of every block with feedback, over three iterations."""
+def check_blocks(place, blocks, count, unpool, seed=0, iterations=3):
+    """Compare both losses' gradients of every block with feedback, over some iterations."""
     network, (x, _) = random_network(blocks, seed), batch(blocks, count, seed)
     on_place, host = placed(network, place.put), Noises(place)
     batch_ = pass_of(on_place, place.put(x), engine=fast(place.backend), **KEY)
@@ -50,17 +50,18 @@ def check_blocks(place, blocks, count, unpool, seed=0):
         omega = omega_of(blocks[n], seed)
         put = [place.put(part) for part in omega]
         for rule in ("ldrl", "dtp"):
-            iterate = gradients(rule, batch_.at(n), put, 3, unpool)
-            wanted = gradients(rule, reference.at(n), omega, 3, unpool)
-            for k in range(3):
-                done, exact = iterate(k, k == 2), wanted(k)
+            iterate = gradients(rule, batch_.at(n), put, iterations, unpool)
+            wanted = gradients(rule, reference.at(n), omega, iterations, unpool)
+            for k in range(iterations):
+                last = k == iterations - 1
+                done, exact = iterate(k, last), wanted(k)
                 assert done.gradients.keys() == exact.gradients.keys()
                 for part, gradient in done.gradients.items():
                     close(place.get(gradient), exact.gradients[part], ROUNDING)
                 for name, noise in done.noises.items():
                     np.testing.assert_array_equal(place.get(noise), exact.noises[name])
                 # L-DRL's loss costs a pass over ω: only the last iteration's is computed.
-                assert (done.loss is None) == (rule == "ldrl" and k < 2)
+                assert (done.loss is None) == (rule == "ldrl" and not last)
                 if done.loss is not None:
                     scale = 1e-12 * np.abs(exact.gradients["weight"]).sum()
                     assert float(done.loss) == pytest.approx(float(exact.loss), rel=1e-10, abs=scale)
@@ -91,7 +92,9 @@ class Noises(type(plain())):
     ("name", "unpool"), [*((name, "overwrite") for name in NAMED), ("lenet", "accumulate"), ("vgg", "accumulate")]
 )
 def test_iterations_on_named_networks_equal_the_plain_ones(place, name, unpool):
-    check_blocks(place, named_blocks(name), 3, unpool)
+    if place.name == "read-only":
+        pytest.skip("as numpy: what writes to its arguments does so on small networks, too")
+    check_blocks(place, named_blocks(name), 3, unpool, iterations=2)
 
 
 @pytest.mark.parametrize("unpool", UNPOOL)
