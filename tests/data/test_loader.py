@@ -87,7 +87,7 @@ def test_an_epoch_entered_later_goes_on_with_the_same_batches(tiny, batch_size, 
     assert equal(copies(loader.batches(2, start)), copies(loader.batches(2))[start:])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     batch_size=st.integers(1, 300),
     ranks=st.integers(1, 5),
