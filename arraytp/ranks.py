@@ -325,7 +325,7 @@ class Mpi:
 class Turns:
     """Numbers from 0 on, each for the group of ranks that asks first: a counter in the first rank's memory.
 
-    A group that ends by a signal tells the others: each first rank of a group sends one word to each other's.
+    A group that ends by a signal tells the others: every rank sends one word to the first rank of each other group.
 
     Parameters
     ----------
@@ -345,10 +345,11 @@ class Turns:
             self._window.Lock(0)
             self._window.Put(array("q", [0]), 0)
             self._window.Unlock(0)
-        firsts = range(0, communicator.size, group.size) if group.rank == 0 else ()
-        self._others = [rank for rank in firsts if rank != communicator.rank]
-        self._heard, self._word = memoryview(array("q", [0] * len(self._others))), array("q", [0])
-        self._receiving = [communicator.Irecv(self._heard[n : n + 1], rank) for n, rank in enumerate(self._others)]
+        others = [rank for rank in range(communicator.size) if rank // group.size != communicator.rank // group.size]
+        self._firsts = [rank for rank in others if rank % group.size == 0]
+        heard_from = others if group.rank == 0 else []
+        self._heard, self._word = memoryview(array("q", [0] * len(heard_from))), array("q", [0])
+        self._receiving = [communicator.Irecv(self._heard[n : n + 1], rank) for n, rank in enumerate(heard_from)]
         self._sending: list[Any] | None = None
         communicator.Barrier()
 
@@ -380,10 +381,10 @@ class Turns:
         self._window.Free()
 
     def _tell(self, number: int) -> None:
-        """Send the word to the other groups, once."""
+        """Send the word, once."""
         if self._sending is None:
             self._word[0] = number
-            self._sending = [self._communicator.Isend(self._word, rank) for rank in self._others]
+            self._sending = [self._communicator.Isend(self._word, rank) for rank in self._firsts]
 
     def _add(self, number: int) -> int:
         """Add to the counter on behalf of the group; return what it was before."""
