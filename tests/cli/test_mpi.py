@@ -124,7 +124,7 @@ def test_a_run_that_fails_in_a_group_is_named_once_and_the_others_go_on(place):
     [
         (("--ranks-per-run", "3"), 2, "2 ranks were launched, which is not a multiple"),
         (("--set", "train.batch_size=1"), 2, "a batch has 1 images, fewer than the 2 ranks"),
-        (("--set", "study={}", "--set", "train.exact=true"), 2, "train.exact: true: a study takes its batch as a whole"),
+        (("--set", "study={}", "--set", "train.exact=true"), 2, "train.exact: true: a study takes its batch"),
         (("--set", "optimizer.lr=1e308", "--set", "dtype=float64"), 1, "not finite at step 1"),
         (("--resume", "--fresh"), 2, "exclude each other"),
         (("--set", "rule.name=nothing"), 2, "rule.name"),

@@ -229,7 +229,7 @@ MUTATIONS = [
         "training/test_ranks.py",
         ("None if part.empty else each.reshape(-1)", "each.reshape(-1)"),
         ("return share(self.size, self.number, PARTS if self.exact else self.ranks.size)[0]", "return 0"),
-        ("zip(parts[::2], parts[1::2], strict=True)", "zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True)"),
+        ("zip(parts[::2], parts[1::2], strict=True)", "zip(parts[: len(parts) // 2], parts[len(parts) // 2 :])"),
     ),
     *_in("training/study.py", "training/test_ranks.py", ("study.seeds, ranks.size)", "study.seeds, 1)")),
     *_in("data/dataset.py", "data/test_loader.py", ("> rows_per_range(int(np.prod(self.shape)))", "> 10**9")),
