@@ -45,6 +45,10 @@ class Ranks(Protocol):
 
     rank: int
     size: int
+    sums_on_device: bool
+
+    def __hash__(self) -> int:
+        """Return what tells this object from others."""
 
     def sum(self, buffer: "Array", in_order: bool = False) -> None:
         """Replace an array, C-contiguous, by its sum over the ranks.
@@ -65,7 +69,7 @@ class Ranks(Protocol):
 class Alone:
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, sums_on_device = 0, 1, False
 
     def sum(self, buffer: "Array", in_order: bool = False) -> None:
         """Leave the buffer: it is the sum."""
@@ -188,8 +192,9 @@ class RankSums:
         ranks, flat = self._parts[0].ranks, self._flat
         if ranks.size > 1:
             flat[self._end :] = 0
-            host = self._engine.backend.to_host(flat)
-            ranks.sum(host, in_order=self._parts[0].exact)
+            exact = self._parts[0].exact
+            host = flat if ranks.sums_on_device and not exact else self._engine.backend.to_host(flat)
+            ranks.sum(host, in_order=exact)
             if host is not flat:
                 flat[...] = self._engine.backend.asarray(host)
         return self._summed
@@ -268,6 +273,8 @@ class Mpi:
         mpi4py.MPI.
     communicator : mpi4py.MPI.Comm
     """
+
+    sums_on_device = False
 
     def __init__(self, mpi: Any, communicator: Any) -> None:
         self._mpi, self._communicator = mpi, communicator

@@ -18,6 +18,7 @@ from arraytp.commands.together import check_ranks, grouped
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.config.difference import first_difference
 from arraytp.config.document import encodable
+from arraytp.device_ranks import connected
 from arraytp.errors import Interrupted, NonFiniteError, UserError, one_line
 from arraytp.files import write_file
 from arraytp.ranks import Mpi, Ranks, agreed, launched, world
@@ -308,7 +309,10 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
         try:
             run = None
             if not job.study:
-                experiment = agreed(ranks, lambda: build_planned(job.plan, job.plain, ranks))
+                sharing, note = connected(ranks, job.plan.backend)
+                if note and first:
+                    click.echo(f"arraytp: note: {job.label}: {note}", err=True)
+                experiment = agreed(ranks, lambda: build_planned(job.plan, job.plain, sharing))
                 run = Run(experiment, job.folder, job.label, asked.quiet)
             clears = asked.fresh and job is jobs[0]
             agreed(ranks, lambda: _claim(jobs if clears else [job], asked, held) if first else None)

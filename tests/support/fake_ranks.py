@@ -22,6 +22,8 @@ class Board:
 class Rank:
     """One of the ranks; sums are made in the order of the ranks."""
 
+    sums_on_device = False
+
     def __init__(self, board: Board, rank: int) -> None:
         self._board, self.rank, self.size, self.sums = board, rank, len(board.values), 0
 

@@ -79,6 +79,7 @@ class ndarray:
 
     # Attributes.
 
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
     shape = property(lambda self: self._host.shape)
     dtype = property(lambda self: self._host.dtype)
     ndim = property(lambda self: self._host.ndim)
@@ -418,6 +419,8 @@ class Stream:
     def __init__(self, null=False, non_blocking=False):
         self._work, self._done, self._lock, self.waited = [], 0, threading.RLock(), []
 
+    ptr = property(id)
+
     def record(self):
         return Event(self, len(self._work))
 
@@ -457,7 +460,10 @@ cuda = SimpleNamespace(
     Stream=Stream,
     Device=lambda device=None: SimpleNamespace(use=lambda: None),
     get_current_stream=lambda: current_stream,
-    runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: {"name": b"strict double"}),
+    runtime=SimpleNamespace(
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda device: {"name": b"strict double", "uuid": bytes([device])},
+    ),
 )
 
 
