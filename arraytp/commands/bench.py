@@ -85,7 +85,8 @@ def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
     if rule.feedback is not None:
         flops += rule.feedback.flops(config.rule, network)
     rate, peak = batch * flops / step / 1e9, sum(ranks.gather(peak_rate(experiment))) / 1e9
-    waited = statistics.fmean(ranks.gather(statistics.median(sums.of_steps[WARM_UP:] or sums.of_steps)))
+    waited = statistics.median(sums.of_steps[WARM_UP:] or sums.of_steps)
+    waited, share = (statistics.fmean(values) for values in zip(*ranks.gather((waited, waited / step)), strict=True))
     return {
         "rule": config.rule.name,
         "batch": batch,
@@ -93,7 +94,7 @@ def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
         "milliseconds": {part: 1e3 * value for part, value in medians.items()} | {"step": 1e3 * step},
         "images_per_second": batch / step,
         "ranks": ranks.size,
-        "sums": {"milliseconds": 1e3 * waited, "share": waited / step, "per_step": sums.count / len(sums.of_steps)},
+        "sums": {"milliseconds": 1e3 * waited, "share": share, "per_step": sums.count / len(sums.of_steps)},
         "gflops": rate,
         "peak_gflops": peak,
         "feedback_gflops": _feedback_rates(experiment, last),
