@@ -160,7 +160,7 @@ def test_wrong_input_is_one_line(refused, place):
         (("toy.yml", "--json", "folder"), "--json folder: is a folder; give a file, for example folder/figures.json"),
         (
             ("toy.yml", "--json", "toy.yml"),
-            "--json toy.yml: exists and is not an earlier result of this command; only those",
+            "--json toy.yml: exists and is not an earlier result of this command; only such",
         ),
         (("toy.yml", "--json", "other.json"), "--json other.json: exists and is not an earlier result"),
         (("toy.yml", "--set", "data.dataset=none"), "toy.yml: data.dataset: data set 'none': no such folder"),
