@@ -87,15 +87,15 @@ def dataset(tmp_path_factory):
 
 
 def planned(dataset, rule, **settings):
-    square = rule.startswith("gait-prop")
+    square = rule.startswith("gait-prop") and "pseudo" not in rule
     tree = {
         "name": "short",
         "dtype": "float64",
         "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
-        "network": SQUARE if square and "pseudo" not in rule else POOLED,
+        "network": SQUARE if square else POOLED,
         "rule": RULES[rule],
         "loss": {"reduction": "sum" if rule == "gait-prop literal" else "mean"},
-        "optimizer": {**SGD, "lr": 1e-3, "orthogonality": 0.1 if square and "pseudo" not in rule else 0.0},
+        "optimizer": {**SGD, "lr": 1e-3} | ({"orthogonality": 0.1, "orthogonality_every": 2} if square else {}),
         "train": {"epochs": 1, "batch_size": 11, "eval_batch_size": 28},
     }
     return plan(parse_config(tree | settings).variants[""])
