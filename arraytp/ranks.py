@@ -183,7 +183,9 @@ class RankSums:
             like = of_parts[0]
             start, self._end = self._end, self._end + like.size
             total = self._flat[start : self._end]
-            terms = [None if part.empty else each.reshape(-1) for part, each in zip(self._parts, of_parts, strict=True)]
+            # In the buffer's dtype already here: with fewer parts per rank, sums are rounded to it more often.
+            cast = [each.reshape(-1).astype(total.dtype, copy=False) for each in of_parts]
+            terms = [None if part.empty else each for part, each in zip(self._parts, cast, strict=True)]
             self._engine.in_slices(like.size, partial(_add_up, total, terms))
             self._summed.append(total.reshape(like.shape))
 

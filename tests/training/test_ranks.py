@@ -148,6 +148,17 @@ def test_exact_ranks_have_the_same_bits(dataset, rule, size):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_exact_ranks_have_the_same_bits_in_single_precision(dataset, size):
+    """Scores are in double precision, and summed in one buffer with the updates."""
+    train = {"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": True}
+    exact = planned(dataset, "bp", train=train, dtype="float32")
+    wanted = numbers_of(exact, ALONE, False)
+    for found in on_ranks(size, lambda ranks: numbers_of(exact, ranks, False)):
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
 @pytest.mark.parametrize(("rule", "sums"), [("bp", 1), ("ldrl expected", 2), ("drl expected", 2), ("dtp overwrite", 6)])
 def test_a_step_sums_as_rarely_as_it_can(dataset, rule, sums):
     """One sum for updates, loss and stop; one for all blocks' closed form; one a block and iteration by noise (5)."""
