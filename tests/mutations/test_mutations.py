@@ -227,7 +227,7 @@ MUTATIONS = [
     *_in(
         "ranks.py",
         "training/test_ranks.py",
-        ("None if part.empty else each.reshape(-1)", "each.reshape(-1)"),
+        ("None if part.empty else each for", "each for"),
         ("return share(self.size, self.number, PARTS if self.exact else self.ranks.size)[0]", "return 0"),
         ("zip(parts[::2], parts[1::2], strict=True)", "zip(parts[: len(parts) // 2], parts[len(parts) // 2 :])"),
     ),
