@@ -1,5 +1,6 @@
 """Which array module computes: NumPy or CuPy. Nothing else in the package knows CuPy's name."""
 
+import ctypes
 import importlib
 import importlib.metadata
 import re
@@ -7,6 +8,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -16,6 +18,11 @@ from arraytp.errors import UserError
 
 Array: TypeAlias = Any
 """An array of the computing backend: `numpy.ndarray` or `cupy.ndarray`."""
+
+# As much as NVIDIA advises for its largest devices.
+CUBLAS_WORKSPACE = 32 << 20
+# cuBLAS' numbers for its modes.
+DEFAULT_MATH, TF32_MATH = 0, 3
 
 
 def array_module(*arrays: Array) -> Any:
@@ -43,12 +50,65 @@ def device_linalg(array: Array) -> Any:
 
 
 def add_product(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
-    """Write α a b + β out of matrices of a device to `out`, C-contiguous, and return it: one launch of cuBLAS."""
-    if array_module(a, b, out).__name__ == "cupy":
-        return importlib.import_module("cupy.cublas").gemm("N", "N", a, b, out, alpha, beta)
-    number = out.dtype.type
-    out[...] = number(alpha) * (a @ b) + (number(beta) * out if beta else number(0))
+    """Write α a b + β out of matrices of a device to `out`, whose rows lie in one piece: one launch of cuBLAS."""
+    xp = array_module(a, b, out)
+    if xp.__name__ != "cupy":
+        number = out.dtype.type
+        out[...] = number(alpha) * (a @ b) + (number(beta) * out if beta else number(0))
+        return out
+    assert a.dtype == b.dtype == out.dtype
+    # cuBLAS is column-major, in which a C-contiguous matrix is its own transpose: outᵀ = bᵀ aᵀ.
+    (a, a_op, a_step), (b, b_op, b_step), (_, out_op, out_step) = (_column_major(matrix) for matrix in (a, b, out))
+    assert not out_op
+    letter, number = ("S", ctypes.c_float) if out.dtype.itemsize == 4 else ("D", ctypes.c_double)
+    stream, (rows, columns), inner = xp.cuda.get_current_stream().ptr, out.shape, a.shape[1]
+    library, handle, workspace = _cublas(xp.cuda.runtime.getDevice())
+    pointers = [ctypes.c_void_p(array.data.ptr) for array in (a, b, out)]
+    factors = [ctypes.byref(number(value)) for value in (alpha, beta)]
+    _check_cublas(library.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))
+    # Its own would be allocated anew for every capture.
+    _check_cublas(
+        library.cublasSetWorkspace_v2(handle, ctypes.c_void_p(workspace.data.ptr), ctypes.c_size_t(workspace.nbytes))
+    )
+    _check_cublas(
+        getattr(library, f"cublas{letter}gemm_v2")(
+            handle, b_op, a_op, columns, rows, inner, factors[0], pointers[1], b_step, pointers[0], a_step, factors[1],
+            pointers[2], out_step,
+        )
+    )  # fmt: skip
     return out
+
+
+def _column_major(matrix: Array) -> tuple[Array, int, int]:
+    """Return a matrix, whether cuBLAS is to take it for a C-contiguous one (0) or transpose it (1), and its step."""
+    size = matrix.dtype.itemsize
+    if matrix.flags.c_contiguous:
+        return matrix, 0, matrix.shape[1]
+    if matrix.strides[1] == size:
+        return matrix, 0, matrix.strides[0] // size
+    if matrix.strides[0] == size:
+        return matrix, 1, matrix.strides[1] // size
+    return _column_major(matrix.copy())
+
+
+@cache
+def _cublas(device: int) -> tuple[Any, Any, Array]:
+    """Return cuBLAS, a handle of our own on a device, and its workspace: CuPy refuses its own during a capture."""
+    cupy = importlib.import_module("cupy")
+    library = ctypes.CDLL(f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}")
+    handle = ctypes.c_void_p()
+    _check_cublas(library.cublasCreate_v2(ctypes.byref(handle)))
+    return library, handle, cupy.empty(CUBLAS_WORKSPACE, dtype=np.uint8)
+
+
+@cache
+def _graph_pool(xp: Any) -> Any:
+    return xp.cuda.MemoryPool()
+
+
+def _check_cublas(status: int) -> None:
+    if status:
+        raise RuntimeError(f"cuBLAS returned status {status}")
 
 
 @dataclass(frozen=True)
@@ -91,16 +151,26 @@ class Backend:
         if not self.on_host:
             self.xp.cuda.Device(self.number).use()
 
+    def use_tf32(self, on: bool) -> None:
+        """Let products in float32 round their factors to TF32's 11 bits, or take all 24, from now on."""
+        if self.name == "cupy":
+            library, handle, _ = _cublas(self.number)
+            _check_cublas(library.cublasSetMathMode(handle, TF32_MATH if on else DEFAULT_MATH))
+
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if not self.on_host:
             self.xp.cuda.get_current_stream().synchronize()
 
     def peak_memory(self) -> int:
-        """Return the largest memory used so far in bytes: of the process on the CPU, held by CuPy's pool on a GPU."""
+        """Return the largest memory used so far in bytes: of the process on the CPU, held by CuPy's pools on a GPU."""
         if self.on_host:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return int(self.xp.get_default_memory_pool().total_bytes())
+        return int(self.xp.get_default_memory_pool().total_bytes() + self.graph_pool().total_bytes())
+
+    def graph_pool(self) -> Any:
+        """Return a device's memory pool for what is freed during a capture, which every launch writes to again."""
+        return _graph_pool(self.xp)
 
     def memory_words(self, error: MemoryError, batch: int) -> str:
         """Say what an array that did not fit was too large for, and on a device which `train.batch_size` may fit."""
@@ -229,8 +299,9 @@ def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
     backend = Backend("cupy", cupy, rank % devices if device is None else device)
     backend.use_device()
     try:
-        # CuPy loads the compiler and cuBLAS when they are first needed.
-        float((cupy.ones((2, 2)) @ cupy.ones((2, 2))).sum())
+        # CuPy loads the compiler and cuBLAS when they are first needed, and ours is the one that it has loaded.
+        ones = cupy.ones((2, 2))
+        float(add_product(ones @ ones, ones, cupy.ones((2, 2))).sum())
     except (ImportError, OSError, RuntimeError, cupy.cuda.compiler.CompileException) as error:
         raise UserError(
             f"backend cupy: CuPy cannot compute ({first_line(error)}); install it with CUDA's libraries and headers, "

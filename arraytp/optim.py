@@ -67,6 +67,7 @@ def apply_updates(
     gradients: Sequence[Array],
     workspace: Workspace,
     twins: Twins | None = None,
+    sizes: Sequence[Sequence[float | Array]] | None = None,
 ) -> None:
     """Do one step of SGD or Adam on every parameter, in place.
 
@@ -85,6 +86,8 @@ def apply_updates(
         Gradients are left as they are.
     workspace : Workspace
     twins : Twins, optional
+    sizes : sequence of sequences of arrays of shape (1,), optional
+        For a device: `step_sizes` of every block in memory, from where they are read instead of `lr`.
 
     Raises
     ------
@@ -102,7 +105,8 @@ def apply_updates(
         for part in slices(theta.size, length):
             stretch = [a[part] for a in flat]
             both = None if twin is None or twins is None else (twin.reshape(-1)[part], twins.decay)
-            tasks.append(partial(_step, settings, rate, state.step, stretch, both, workspace))
+            size = None if sizes is None else sizes[p // 2]
+            tasks.append(partial(_step, settings, rate, state.step, stretch, both, workspace, size))
     workspace.run(tasks)
 
 
@@ -143,11 +147,12 @@ def _step(
     arrays: list[Array],
     twin: tuple[Array, float] | None,
     workspace: Workspace,
+    sizes: Sequence[float | Array] | None,
 ) -> None:
     """Do one step on one stretch of one parameter: arrays are θ, g and the moments; `twin` is an array and λ."""
     theta, g, *moments = arrays
     if twin is None and kernels.has_kernels(theta):
-        _fused_step(optimizer, lr, step, arrays)
+        _fused_step(optimizer, arrays, step_size(optimizer, lr, step) if sizes is None else sizes)
         return
     work = workspace.scratch.of("optimizer").array("work", (2, theta.size), theta.dtype)
     if optimizer.weight_decay:
@@ -168,15 +173,28 @@ def _step(
         array_module(theta).subtract(twin[0], work[0], out=twin[0])
 
 
-def _fused_step(optimizer: OptimizerOptions, lr: float, step: int, arrays: list[Array]) -> None:
+def _fused_step(optimizer: OptimizerOptions, arrays: list[Array], sizes: Sequence[float | Array]) -> None:
     """Do `_step` in one kernel of a device."""
     theta, g, *moments = arrays
     if isinstance(optimizer, options.Adam):
-        scale, rate = adam_rates(optimizer, lr, step)
-        betas, epsilon = (optimizer.beta1, optimizer.beta2), theta.dtype.type(optimizer.epsilon)
+        (scale, rate), epsilon = sizes, theta.dtype.type(optimizer.epsilon)
+        betas = optimizer.beta1, optimizer.beta2
         kernels.adam(theta, g, moments[0], moments[1], betas, scale, rate, epsilon, optimizer.weight_decay)
     else:
-        kernels.sgd(theta, g, moments[0] if moments else None, lr, optimizer.momentum, optimizer.weight_decay)
+        v = moments[0] if moments else None
+        kernels.sgd(theta, g, v, sizes[0], optimizer.momentum, optimizer.weight_decay)
+
+
+def step_sizes(
+    optimizer: OptimizerOptions, lr: float | Sequence[float], step: int, blocks: int
+) -> list[tuple[float, ...]]:
+    """Return the numbers of step t that a device's kernels take, for every block: lr of SGD, `adam_rates` of Adam."""
+    return [step_size(optimizer, at_block(lr, n), step) for n in range(blocks)]
+
+
+def step_size(optimizer: OptimizerOptions, lr: float, step: int) -> tuple[float, ...]:
+    """Return `step_sizes` of one block."""
+    return adam_rates(optimizer, lr, step) if isinstance(optimizer, options.Adam) else (lr,)
 
 
 def sgd_step(optimizer: options.SGD, lr: float, theta: Array, g: Array, v: Array | None, work: Array) -> None:

@@ -82,6 +82,7 @@ def noise_of_the_host(monkeypatch):
     """Let feedback training on a device take the numbers that it would have on the host."""
 
     def uploaded(out, sigma, *key):
+        key = [part if isinstance(part, int) else int(part[0]) for part in key]
         host = gaussian(np.empty(out.shape, out.dtype), sigma, *key)
         out[...] = array_module(out).asarray(host)
         return out

@@ -4,11 +4,14 @@ import importlib.metadata
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from arraytp.backend import NUMPY, Backend, get_backend
+from arraytp.backend import NUMPY, Backend, add_product, get_backend
+from arraytp.config import parse_config
 from arraytp.errors import UserError
 from arraytp.ops import kernels
+from arraytp.training.plan import plan
 
 
 class RuntimeFailure(RuntimeError):
@@ -35,6 +38,7 @@ class Fake:
             ),
             compiler=SimpleNamespace(CompileException=CompileException),
             Device=lambda number: SimpleNamespace(use=lambda: self.used.append(number)),
+            MemoryPool=lambda: SimpleNamespace(total_bytes=lambda: 0),
         )
 
     def count(self):
@@ -121,3 +125,43 @@ def test_a_kernel_that_does_not_compile_is_one_line():
     made.ElementwiseKernel = lambda *text, **options: fail
     with pytest.raises(UserError, match=r"the kernel arraytp_x does not compile \(arraytp_x.cu\(7\): error: what\?\)"):
         kernels._made(made, "arraytp_x", "T x", "T y", "y = x", "")(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "tf32: true: is for products of backend cupy in float32, not numpy in float32"),
+        ({"backend": "cupy", "dtype": "float64"}, "not cupy in float64; leave it out, or use --backend cupy"),
+        ({"backend": "cupy", "rule": {"name": "gait-prop", "inverse": "pseudo"}}, "rule gait-prop inverts weights"),
+    ],
+)
+def test_tf32_is_for_what_has_it_and_can_do_with_it(changed, said):
+    settings = {
+        "tf32": True, "data": {"dataset": "fashion-mnist-10k"}, "network": {"name": "lenet"},
+        "optimizer": {"name": "sgd", "lr": 0.1}, "train": {"epochs": 1, "batch_size": 2}, **changed,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        plan(parse_config(settings).variants[""], NUMPY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_product_on_a_device_takes_any_layout(dtype):
+    """Rows of a wider array, transposes and copies of both, into the rows of a wider array."""
+    backend, rng = get_backend("cupy"), np.random.default_rng(0)
+    put = backend.asarray
+    layouts = (
+        put,
+        lambda x: put(np.ascontiguousarray(x.T)).T,
+        lambda x: put(np.tile(x, (1, 2)))[:, : x.shape[1]],
+        lambda x: put(np.repeat(np.repeat(x, 2, axis=0), 2, axis=1))[::2, ::2],
+    )
+    for rows, inner, columns in ((7, 6, 5), (1, 6, 5), (7, 1, 5), (7, 6, 1), (1, 1, 1)):
+        a, b, c = (
+            rng.standard_normal(shape).astype(dtype) for shape in ((rows, inner), (inner, columns), (rows, columns))
+        )
+        for first in layouts:
+            for second in layouts:
+                out = layouts[2](c)
+                add_product(first(a), second(b), out, 2.0, 0.5)
+                np.testing.assert_allclose(backend.to_host(out), 2 * a @ b + 0.5 * c, rtol=1e-5, atol=1e-5)

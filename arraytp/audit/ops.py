@@ -10,7 +10,7 @@ from arraytp.audit.check import DIFFERENCES as FINITE
 from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner, worst
 from arraytp.audit.differences import adjoint_error, gradient_error
 from arraytp.audit.setting import Setting
-from arraytp.backend import Array
+from arraytp.backend import Array, add_product, array_module
 from arraytp.model.architectures import layers_of
 from arraytp.model.blocks import Block
 from arraytp.ops import conv, dense, noise, patches, pool
@@ -258,4 +258,18 @@ def gaussian_noise(setting: Setting) -> Iterator[Check]:
                   6 / math.sqrt(parts[0].size))  # fmt: skip
 
 
-CHECKS = (affine, activation, pooling, gaussian_noise)
+def tensor_cores(setting: Setting) -> Iterator[Check]:
+    """State what products in float32 lose where the config lets them round their factors to TF32's 11 bits."""
+    if not setting.config.tf32:
+        return
+    for n, block in enumerate(setting.network.blocks):
+        w = conv.as_matrix(setting.network.weights[n]).astype(np.float32)
+        found = add_product(w.T, w, array_module(w).empty((w.shape[1], w.shape[1]), dtype=w.dtype))
+        exact = host(w).astype(np.float64)
+        error = float((np.abs(host(found) - exact.T @ exact) / (np.abs(exact).T @ np.abs(exact))).max())
+        # Each factor is rounded by 2⁻¹¹ at most, each sum by 2⁻²⁴.
+        yield checked(f"{block.label}: WᵀW in TF32, of Σ |terms|", "2⁻¹⁰", add_product, error,
+                      2.0**-10 + len(exact) * 2.0**-24)  # fmt: skip
+
+
+CHECKS = (affine, activation, pooling, gaussian_noise, tensor_cores)

@@ -130,6 +130,8 @@ class Config:
     seed: Border = 0
     backend: Literal["numpy", "cupy"] = "numpy"
     device: Border | None = None
+    cuda_graphs: bool = True
+    tf32: bool = False
     dtype: Literal["float32", "float64"] = "float32"
     data: Data
     network: Annotated[NetworkOptions, AfterValidator(_checked_network), Field(examples=[{"name": "lenet"}])]

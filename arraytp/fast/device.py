@@ -31,7 +31,9 @@ class Device(Fast):
 
     def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
         """See `Batch.noise`."""
-        return gaussian(out, sigma, first, *key)
+        seed, number, *of_what = key
+        held = self.number("step", number, np.uint64) if kernels.has_kernels(out) else number
+        return gaussian(out, sigma, first, seed, held, *of_what)
 
     def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
         """Run the network: patches, product, and one kernel for bias, pool and activation."""
@@ -165,7 +167,7 @@ class Iterations:
                 {"eta": (ETA, self.s_next)} if self._training.output_noise else {}
             )
             drawn = {
-                name: gaussian(
+                name: self._engine.noise(
                     self._array(("noise", kind, k % 2), like.shape[1:]), self._training.sigma, batch.first,
                     batch.seed, batch.number, self._at.n, k, kind,
                 )
@@ -227,8 +229,9 @@ class Iterations:
 
     def square(self, r: Array) -> Array:
         """Return ‖r‖²."""
-        flat = r.reshape(-1)
-        return self._engine.backend.xp.dot(flat, flat)
+        self._given += 1
+        flat, out = r.reshape(1, -1), self._own.array(("square", self._given), (1, 1), r.dtype)
+        return add_product(flat, flat.T, out).reshape(())
 
     def _rows_of(self, x: Array) -> Array:
         """Return the rows of x, kept for the next product with it."""

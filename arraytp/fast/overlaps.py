@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from arraytp.backend import Array, array_module
+from arraytp.backend import Array, add_product, array_module
 from arraytp.fast.parallel import LANES, Buffers, Workspace, even_slices, slices
 from arraytp.fast.passes import places
 from arraytp.model.blocks import Block
@@ -94,4 +94,9 @@ def per_tap(block: Block, sums: Array, own: Buffers) -> Array:
         return im2col(xp.ones((1, window.height, window.width, 1), sums.dtype), window).reshape(shape)
 
     inside = own.cached(("taps", window), shape[0], taps)
-    return (inside.T @ sums.reshape(shape[0], -1)).reshape(*block.weight_shape[:2], 1, -1)
+    sums = sums.reshape(shape[0], -1)
+    if xp is np:
+        summed = inside.T @ sums
+    else:
+        summed = add_product(inside.T, sums, xp.empty((shape[1], sums.shape[1]), dtype=sums.dtype))
+    return summed.reshape(*block.weight_shape[:2], 1, -1)

@@ -33,8 +33,10 @@ class Buffers:
     Every module that computes asks for buffers of its own, `of` its name, so that "rows" means nothing to others.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, made: list[int] | None = None) -> None:
         self.backend = backend
+        # How many arrays there have been, among all owners.
+        self.made = [0] if made is None else made
         self._flat: dict[Any, Array] = {}
         self._cached: dict[Any, Array] = {}
         self._owned: dict[Hashable, Buffers] = {}
@@ -42,7 +44,7 @@ class Buffers:
     def of(self, owner: Hashable) -> "Buffers":
         """Return the owner's buffers."""
         if owner not in self._owned:
-            self._owned[owner] = Buffers(self.backend)
+            self._owned[owner] = Buffers(self.backend, self.made)
         return self._owned[owner]
 
     def array(self, name: Hashable, shape: Sequence[int], dtype: Any) -> Array:
@@ -50,12 +52,14 @@ class Buffers:
         size, key = math.prod(shape), (name, np.dtype(dtype))
         if key not in self._flat or self._flat[key].size < size:
             self._flat[key] = self.backend.xp.empty(size, dtype=dtype)
+            self.made[0] += 1
         return self._flat[key][:size].reshape(shape)
 
     def cached(self, name: Hashable, length: int, make: Callable[[], Array]) -> Array:
         """Return the first `length` rows of the array that `make` made for this name; a longer one where needed."""
         if name not in self._cached or len(self._cached[name]) < length:
             self._cached[name] = make()
+            self.made[0] += 1
         return self._cached[name][:length]
 
     def filled(self, name: Hashable, shape: Sequence[int], dtype: Any, value: float) -> Array:
@@ -89,12 +93,13 @@ class Workspace:
         self.most_lanes = LANES
         # An owner's buffers that all threads share: for results, not for a task's scratch.
         self.of = self.shared.of
+        self._numbers: dict[Hashable, float] = {}
 
     @property
     def scratch(self) -> Buffers:
         """What the present thread alone writes to."""
         if not hasattr(self._thread, "scratch"):
-            self._thread.scratch = Buffers(self.backend)
+            self._thread.scratch = Buffers(self.backend, self.shared.made)
             self._scratch.append(self._thread.scratch)
         return self._thread.scratch  # type: ignore[no-any-return]
 
@@ -102,7 +107,7 @@ class Workspace:
         """Return a workspace for one of several parts of a batch: on the same threads, with results of its own."""
         other = copy.copy(self)
         other.shared, other.most_lanes = Buffers(self.backend), 1
-        other.of = other.shared.of
+        other.of, other._numbers = other.shared.of, {}
         return other
 
     def lanes(self, weight_bytes: int, batch: int) -> list[slice]:
@@ -110,6 +115,19 @@ class Workspace:
         if not self.backend.on_host or self.most_lanes == 1:
             return [slice(0, batch)]
         return even_slices(batch, max(2, min(self.most_lanes, LANE_BYTES // weight_bytes)))
+
+    @property
+    def made(self) -> int:
+        """How many arrays the buffers have made so far: while it stays, they are where they were."""
+        return self.shared.made[0]
+
+    def number(self, name: Hashable, value: float, dtype: Any) -> Array:
+        """Return an array of shape (1,) from which kernels read a number; the same memory for the same name."""
+        held = self.of("numbers").array(name, (1,), dtype)
+        if self._numbers.get(name) != value:
+            held.fill(value)
+            self._numbers[name] = value
+        return held
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run all tasks and wait for them; those of a task one after another."""

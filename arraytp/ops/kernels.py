@@ -318,24 +318,27 @@ def _gather(
     return kernel(t, s, index, *numbers, width, *sizes, out)
 
 
-def sgd(theta: Array, g: Array, v: Array | None, lr: float, momentum: float, weight_decay: float) -> None:
-    """Do a step of SGD in place: `arraytp.optim.sgd_step` with coupled weight decay. Only for arrays with kernels."""
+def sgd(theta: Array, g: Array, v: Array | None, lr: float | Array, momentum: float, weight_decay: float) -> None:
+    """Do a step of SGD in place: `arraytp.optim.sgd_step` with coupled weight decay. Only for arrays with kernels.
+
+    The rate is a number, or an array of shape (1,) that holds it when the kernel runs.
+    """
     body = "v = momentum * v + (g + decay * theta); theta -= lr * v;" if v is not None else (
         "theta -= lr * (g + decay * theta);"
     )  # fmt: skip
     inputs, number = "T g, T lr, T momentum, T decay", theta.dtype.type
     moments = () if v is None else (v,)
     kernel = _kernel(theta, f"sgd_{len(moments)}", inputs, "T theta, T v"[: 7 + 5 * len(moments)], body)
-    kernel(g, number(lr), number(momentum), number(weight_decay), theta, *moments)
+    kernel(g, _number(theta, lr), number(momentum), number(weight_decay), theta, *moments)
 
 
 def adam(
-    theta: Array, g: Array, m: Array, u: Array, betas: tuple[float, float], scale: float, rate: float,
+    theta: Array, g: Array, m: Array, u: Array, betas: tuple[float, float], scale: float | Array, rate: float | Array,
     epsilon: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Do a step of Adam in place: `arraytp.optim.adam_step`. Only for arrays with kernels.
 
-    θ ← θ − rate · m / (scale · √u + ε), after the moments.
+    θ ← θ − rate · m / (scale · √u + ε), after the moments; scale and rate as in `sgd`.
     """
     inputs = "T g, T beta1, T rest1, T beta2, T rest2, T scale, T rate, T epsilon, T decay"
     kernel = _kernel(theta, "adam", inputs, "T theta, T m, T u", """
@@ -344,7 +347,11 @@ def adam(
         u = beta2 * u + rest2 * (d * d);
         theta -= rate * (m / (scale * sqrt(u) + epsilon));""")  # fmt: skip
     settings = betas[0], 1 - betas[0], betas[1], 1 - betas[1], scale, rate, epsilon, weight_decay
-    kernel(g, *map(theta.dtype.type, settings), theta, m, u)
+    kernel(g, *(_number(theta, setting) for setting in settings), theta, m, u)
+
+
+def _number(like: Array, value: float | Array) -> Any:
+    return like.dtype.type(value) if isinstance(value, int | float) else value
 
 
 def _kernel(largest: Array, name: str, inputs: str, outputs: str, body: str, f: Activation | None = None) -> Any:

@@ -21,7 +21,7 @@ def chunks(count: int, first: int = 0) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Array:
+def gaussian(out: Array, sigma: float, first: int, seed: int, number: Any, *key: int) -> Array:
     """Fill an array with numbers from N(0, σ²) in its dtype.
 
     The host draws each chunk of samples from a stream of its own; the number of the chunk is added to the key. A device
@@ -36,8 +36,10 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Arra
     first : int
     seed : int
         The run's seed.
+    number : int
+        Of the step. For a device also an array of uint64 of shape (1,), from which it is read when the kernel runs.
     *key : int
-        What the noise is for: step, block, iteration, and which of the iteration's noises.
+        What the noise is for: block, iteration, and which of the iteration's noises.
 
     Returns
     -------
@@ -47,13 +49,13 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, *key: int) -> Arra
     if array_module(out) is np:
         for part in chunks(len(out), first):
             chunk, before = divmod(first + part.start, CHUNK)
-            generator = stream(seed, "noise", *key, chunk)
+            generator = stream(seed, "noise", number, *key, chunk)
             # The numbers of the chunk's samples before these.
             generator.standard_normal(before * out[0].size, dtype=out.dtype)
             generator.standard_normal(out=out[part], dtype=out.dtype)
         out *= out.dtype.type(sigma)
         return out
-    return counter_normal(out, sigma, counter_key(seed, *key), first * (out.size // len(out)))
+    return counter_normal(out, sigma, counter_key(seed, *key), first * (out.size // len(out)), number)
 
 
 def counter_key(seed: int, *key: int) -> int:
@@ -61,10 +63,11 @@ def counter_key(seed: int, *key: int) -> int:
     return int(sequence(seed, "noise", *key).generate_state(1, np.uint64)[0])
 
 
-def counter_normal(out: Array, sigma: float, key: int, start: int = 0) -> Array:
-    """Fill an array with numbers from N(0, σ²) that depend on their place and the key alone: no state, no order.
+def counter_normal(out: Array, sigma: float, key: int, start: int = 0, number: Any = 0) -> Array:
+    """Fill an array with numbers from N(0, σ²) that depend on their place, key and number alone: no state, no order.
 
-    Philox 4×32-10 (Salmon et al. 2011) makes four random words of each counter 0, 1, …. Each word is a uniform number
+    Philox 4×32-10 (Salmon et al. 2011) makes four random words of each counter. The counter's lower half counts on from
+    0, its upper half is the number. Each word is a uniform number
     in float32, two words are one of 53 bits in float64. Box and Muller's transform makes two normal numbers of two:
 
         √(−2 ln u) cos 2πv,  √(−2 ln u) sin 2πv
@@ -79,32 +82,35 @@ def counter_normal(out: Array, sigma: float, key: int, start: int = 0) -> Array:
         Of 64 bits.
     start : int
         How many numbers come before: parts have the numbers that they have in the whole.
+    number : int, or array of uint64 of shape (1,) of a device
 
     Returns
     -------
     array
         `out`.
     """
-    xp, number, each = array_module(out), out.dtype.type, 16 // out.dtype.itemsize
+    xp, scalar, each = array_module(out), out.dtype.type, 16 // out.dtype.itemsize
     first, before = divmod(start, each)
     count = -(-(before + out.size) // each)
     if has_kernels(out):
-        inputs = "uint64 key, uint64 first, int64 before, int64 size, T sigma"
+        inputs = "uint64 key, raw uint64 number, uint64 first, int64 before, int64 size, T sigma"
+        upper = xp.full((1,), number, dtype=np.uint64) if isinstance(number, int) else number
         draw = kernel(out, f"normal_{out.dtype}", inputs, "raw T out", _UNIFORM[each] + _BOX_MULLER, _PHILOX)
-        draw(key, first, before, out.size, number(sigma), out.reshape(-1), size=count)
+        draw(key, upper, first, before, out.size, scalar(sigma), out.reshape(-1), size=count)
         return out
-    u = _uniform(_philox(xp, first, count, key), out.dtype)
-    radius, angle = xp.sqrt(xp.log(u[:, ::2]) * number(-2)), u[:, 1::2] * number(2 * np.pi)
-    normal = xp.stack([radius * xp.cos(angle), radius * xp.sin(angle)], axis=-1) * number(sigma)
+    u = _uniform(_philox(xp, first, count, key, number), out.dtype)
+    radius, angle = xp.sqrt(xp.log(u[:, ::2]) * scalar(-2)), u[:, 1::2] * scalar(2 * np.pi)
+    normal = xp.stack([radius * xp.cos(angle), radius * xp.sin(angle)], axis=-1) * scalar(sigma)
     out.reshape(-1)[...] = normal.reshape(-1)[before : before + out.size]
     return out
 
 
-def _philox(xp: Any, first: int, count: int, key: int) -> Array:
+def _philox(xp: Any, first: int, count: int, key: int, number: int = 0) -> Array:
     """Return the words of some counters, as uint64 of shape (count, 4)."""
     low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
     counters = xp.arange(first, first + count, dtype=np.uint64)
-    x = [counters & low, counters >> high, xp.zeros_like(counters), xp.zeros_like(counters)]
+    upper = [xp.full((count,), word, dtype=np.uint64) for word in (number & 0xFFFFFFFF, number >> 32)]
+    x = [counters & low, counters >> high, *upper]
     keys = [key & 0xFFFFFFFF, key >> 32]
     for _ in range(10):
         a, b = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
@@ -122,9 +128,10 @@ def _uniform(words: Array, dtype: np.dtype) -> Array:
 
 
 _PHILOX = """
-__device__ void philox(unsigned long long count, unsigned long long key, unsigned int* x) {
+__device__ void philox(unsigned long long count, unsigned long long number, unsigned long long key, unsigned int* x) {
     unsigned int k0 = (unsigned int)key, k1 = (unsigned int)(key >> 32);
-    x[0] = (unsigned int)count; x[1] = (unsigned int)(count >> 32); x[2] = 0; x[3] = 0;
+    x[0] = (unsigned int)count; x[1] = (unsigned int)(count >> 32);
+    x[2] = (unsigned int)number; x[3] = (unsigned int)(number >> 32);
     for (int round = 0; round < 10; ++round) {
         const unsigned long long a = 0xD2511F53ull * x[0], b = 0xCD9E8D57ull * x[2];
         const unsigned int y0 = (unsigned int)(b >> 32) ^ x[1] ^ k0, y2 = (unsigned int)(a >> 32) ^ x[3] ^ k1;
@@ -136,14 +143,14 @@ __device__ void philox(unsigned long long count, unsigned long long key, unsigne
 _UNIFORM = {
     4: """
     unsigned int x[4];
-    philox(first + i, key, x);
+    philox(first + i, number[0], key, x);
     T u[4];
     const int pairs = 2;
     for (int j = 0; j < 4; ++j) u[j] = (T(x[j]) + T(0.5)) * T(2.3283064365386963e-10);
     """,
     2: """
     unsigned int x[4];
-    philox(first + i, key, x);
+    philox(first + i, number[0], key, x);
     T u[2];
     const int pairs = 1;
     for (int j = 0; j < 2; ++j)

@@ -21,6 +21,8 @@ Source: DTP paper, Section 4.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from arraytp.backend import Array, array_module
 from arraytp.errors import UserError
 from arraytp.model.blocks import Block, Network
@@ -141,6 +143,9 @@ def closed_form(options: LDRLOptions, state: State, at: At, descent: Descent) ->
 def expected_loss(omega: Array, theta: Array, a: Array, b: Array) -> Array:
     """Return (σ²/B) (‖∂G‖² − 2⟨∂Fᵀ, ∂G⟩) = Σ (a ω²/2 − b θ ω), of shape ()."""
     xp = array_module(omega)
+    if xp is not np:
+        # Without products of cuBLAS, so that a device's step can be captured.
+        return ((omega * (a / 2) - theta * b) * omega).sum()
     squares, products = (xp.einsum("...co,...co->...o", omega, other) for other in (omega, theta))
     return (squares * a[..., 0, :]).sum() / 2 - (products * b[..., 0, :]).sum()
 

@@ -23,14 +23,24 @@ from arraytp.config import Config
 from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.data.loader import Loader
 from arraytp.fast.device import fast_engine
+from arraytp.fast.graphs import Graphs
 from arraytp.fast.orthogonality import add_orthogonality, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.initialise import make_network
-from arraytp.model.passes import Batch, Engine, parts_of_batch, side_by_side
+from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
 from arraytp.model.plain import Plain
 from arraytp.ops.loss import LOSSES, label_rank
-from arraytp.optim import OptimizerState, Twins, apply_updates, check_gradients, init_optimizer, learning_rates
+from arraytp.optim import (
+    OptimizerState,
+    Twins,
+    apply_updates,
+    check_gradients,
+    init_optimizer,
+    learning_rates,
+    step_sizes,
+)
+from arraytp.options import Adam
 from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
@@ -139,6 +149,8 @@ class Experiment:
     train_loader, test_loader : Loader
     validation_loader : Loader or None
         Of the images that `train.validation` holds out.
+    graphs : Graphs
+        The parts of a step that are captured on a device.
     feedback_step : int
         On how many batches feedback was trained; noise is keyed by it.
     ranks : Ranks
@@ -157,6 +169,7 @@ class Experiment:
     train_loader: Loader
     test_loader: Loader
     validation_loader: Loader | None
+    graphs: Graphs
     feedback_step: int = 0
     ranks: Ranks = ALONE
     stop_agreed: bool = False
@@ -215,13 +228,25 @@ class Experiment:
 
     def _pass(self, engine: Engine, part: Part | None, images: Array, labels: Array) -> tuple[Batch, Score]:
         """Run the network on a part of a batch."""
-        forward = engine.forward(self.network, images)
-        settings = self.config.loss
-        compute = LOSSES[settings.name]
-        loss, cache = compute.forward(forward.logits, labels, settings.reduction, settings.label_smoothing)
-        loss, dlogits = (self._of_batch(mean, part) for mean in (loss, compute.backward(cache, settings.reduction)))
-        batch = Batch(engine, self.network, forward, dlogits, self.config.seed, part=part)
-        return batch, _score(loss, forward.logits, labels, settings.reduction, len(batch))
+        settings, images, labels = self.config.loss, self._in_place(images), self._in_place(labels)
+        compute, count = LOSSES[settings.name], len(labels) if part is None else part.size
+
+        def work() -> tuple[ForwardPass, Array, Score]:
+            forward = engine.forward(self.network, images)
+            loss, cache = compute.forward(forward.logits, labels, settings.reduction, settings.label_smoothing)
+            loss, dlogits = (self._of_batch(mean, part) for mean in (loss, compute.backward(cache, settings.reduction)))
+            return forward, dlogits, _score(loss, forward.logits, labels, settings.reduction, count)
+
+        forward, dlogits, score = self.graphs.run("forward", [images, labels, *self.network.parameters()], work)
+        return Batch(engine, self.network, forward, dlogits, self.config.seed, part=part), score
+
+    def _in_place(self, array: Array) -> Array:
+        """Return what the loader gives where a graph finds it."""
+        if not self.graphs.on:
+            return array
+        held = self.workspace.of("batch").array(array.ndim, array.shape, array.dtype)
+        held[...] = array
+        return held
 
     def _parts(self, images: Array, labels: Array, size: int | None) -> Iterator[tuple[Part | None, Array, Array]]:
         """Yield each part that this rank computes of a batch and its images; a blank one where there are none."""
@@ -260,13 +285,26 @@ class Experiment:
         rule, options = self.rule, options or self.config.rule
         if rule.feedback is None and rule.follow is None:
             return []
-        batch = step.batch.replaced(number=self.feedback_step)
+        number = self.feedback_step
         self.feedback_step += 1
-        if rule.follow is not None:
-            rule.follow(options, self.rule_state, batch)
-        if rule.feedback is None:
-            return []
-        return feedback.train(rule.feedback, options, self.rule_state, batch, self.workspace, observe)
+
+        def work() -> list[Array | None]:
+            batch = step.batch.replaced(number=number)
+            if rule.follow is not None:
+                rule.follow(options, self.rule_state, batch)
+            if rule.feedback is None:
+                return []
+            return feedback.train(rule.feedback, options, self.rule_state, batch, self.workspace, observe)
+
+        if observe is not None or options is not self.config.rule or not self.graphs.takes("feedback training"):
+            return work()
+        self.workspace.number("step", number, np.uint64)
+        return self.graphs.run("feedback training", self._arrays(step.batch), work)
+
+    def _arrays(self, batch: Batch) -> list[Array]:
+        """Return what a rule reads and writes: θ, its own state, and the forward pass."""
+        state = self.rule_state.named().values()
+        return [batch.forward.s[0], batch.dlogits, *batch.forward.outputs, *self.network.parameters(), *state]
 
     def updates(self, step: Step, stop: Callable[[], bool] = lambda: False) -> Updates:
         """Return the rule's update of every block without changing θ; errors as in `Rule.propose`.
@@ -275,7 +313,13 @@ class Experiment:
         tells.
         """
         if step.batch.part is None:
-            return _updates(step.batch, self._descend)
+
+            def work() -> Updates:
+                # What a failed capture says to have computed is not there: a copy of the batch computes it again.
+                batch = step.batch.replaced() if self.graphs.takes("updates") else step.batch
+                return _updates(batch, self._descend)
+
+            return self.graphs.run("updates", self._arrays(step.batch), work) if self.graphs.on else work()
         stops = array_module(step.score.totals).full(1, float(stop()))
         arrays = [[totals, stops] for totals in step.totals]
         updates, (totals, stopping) = _summed_updates(step.batch, self._descend, arrays)
@@ -381,10 +425,25 @@ class Experiment:
         if strength := strength_at(optimizer, self.optimizer_state.step):
             weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
             add_orthogonality(strength, self.network, weights, errors, self.workspace, optimizer.orthogonality_on)
-        rates = learning_rates(self.config.schedule, optimizer.lr, epoch, self.optimizer_state.step)
+        state, graphs = self.optimizer_state, self.graphs
+        rates = learning_rates(self.config.schedule, optimizer.lr, epoch, state.step)
         decay = None if self.rule.shared_decay is None else self.rule.shared_decay(self.config.rule)
-        twins = None if decay is None else Twins(self.rule_state.weights, decay)
-        apply_updates(optimizer, rates, self.optimizer_state, parameters, gradients, self.workspace, twins)
+        if not graphs.takes("optimiser"):
+            twins = None if decay is None else Twins(self.rule_state.weights, decay)
+            apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, twins)
+            return
+        t, names = state.step + 1, range(len(self.network)) if isinstance(rates, list) else [0] * len(self.network)
+        sizes = [
+            [self.workspace.number(("size", name, i), size, parameters[0].dtype) for i, size in enumerate(of_block)]
+            for name, of_block in zip(names, step_sizes(optimizer, rates, t, len(self.network)), strict=True)
+        ]
+
+        def work() -> None:
+            apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, sizes=sizes)
+
+        moments = [array for held in state.moments for array in held]
+        graphs.run("optimiser", [*parameters, *gradients, *moments], work)
+        state.step = t
 
     def evaluate(self, loader: Loader | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Score]:
         """Score the test split, or that of another loader, batch by batch.
@@ -431,6 +490,8 @@ def build(config: Config, backend: Backend | None = None, plain: bool = False) -
 def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> Experiment:
     """Build the experiment of a plan, or one rank's of it; as `build`."""
     config, backend = planned.config, planned.backend
+    backend.use_tf32(config.tf32)
+    captured = config.cuda_graphs and not (backend.on_host or plain or ranks.size > 1 or config.train.exact)
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
     rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
     first: Engine = Plain(backend) if plain else engine
@@ -449,8 +510,21 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         validation_loader=(
             make_loader(planned, source, VALIDATION, evaluated, training=False, share=share) if held else None
         ),
+        graphs=Graphs(engine, captured, not_captured(config)),
         ranks=ranks,
     )
+
+
+def not_captured(config: Config) -> dict[str, str]:
+    """Return which parts of a device's step are no CUDA graph, and why."""
+    rule, refused = RULES[config.rule.name], {}
+    if rule.feedback is not None and isinstance(rule.feedback.settings(config.rule).optimizer, Adam):
+        refused["feedback training"] = "Adam's corrections differ from iteration to iteration"
+    if rule.inverts:
+        refused["updates"] = "which inverse is cheaper is read from the device"
+    if rule.shared_decay is not None:
+        refused["optimiser"] = "the weights share their steps with the feedback weights"
+    return refused
 
 
 def _updates(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:

@@ -319,6 +319,8 @@ class Run:
         if not math.isfinite(fresh.loss):
             bad = next(i for i, (loss, _, _) in enumerate(host.tolist()) if not math.isfinite(loss))
             self._fail(f"at step {self.position.step - len(scores) + bad}")
+        for line in self.experiment.graphs.news():
+            progress.say(f"{self.label}  {line}")
         loss, top1, _ = fresh.means()
         progress.step(fresh.images, steps=len(scores), loss=loss, top1=top1)
 

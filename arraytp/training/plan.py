@@ -111,6 +111,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     if "bp" not in config.compare.against:
         raise UserError(f"compare.against: {list(config.compare.against)}: must contain bp, and may contain gnt")
     _check_lists(config, blocks)
+    _check_tf32(config)
     _check_study(config, blocks, counts["train"] - config.train.validation)
     return Plan(
         config, backend or get_backend(config.backend, config.device, local_rank()), dataset, blocks, test_split, notes
@@ -131,6 +132,22 @@ def _check_numbers(value: Any, key: str, dtype: str) -> None:
             raise UserError(f"{key}: {value:g} is infinite in {dtype}; at most {limits.max:.1e}")
         if abs(value) < float(limits.smallest_subnormal):
             raise UserError(f"{key}: {value:g} is 0 in {dtype}; use at least {limits.tiny:.1e}")
+
+
+def _check_tf32(config: Config) -> None:
+    """Refuse TF32 where there is none, or where it would spoil an inverse."""
+    if not config.tf32:
+        return
+    if config.backend != "cupy" or config.dtype != "float32":
+        raise UserError(
+            f"tf32: true: is for products of backend cupy in float32, not {config.backend} in {config.dtype}; "
+            "leave it out, or use --backend cupy --dtype float32"
+        )
+    if RULES[config.rule.name].inverts:
+        raise UserError(
+            f"tf32: true: rule {config.rule.name} inverts weights by WWᵀ − I, for which 11 bits are too few; "
+            "leave it out"
+        )
 
 
 def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:

@@ -4,7 +4,8 @@
     python runs/benchmarks/launches.py --most 15 ldrl    # what is launched most
 
 Launches are counted by the module `cpu_cuda`, which runs CuPy without a GPU. A product, a factorisation, a memset and a
-copy count as one each. Their number depends on the network and the rule, not on the size of the batch.
+copy count as one each. Their number depends on the network and the rule, not on the size of the batch. The last two
+columns are of a step by CUDA graphs: launches of graphs, and of anything else.
 """
 
 import argparse
@@ -67,7 +68,8 @@ def phases(experiment: Experiment) -> list[Counter[str]]:
     """Return what one step asks of the device, part by part."""
     images = cupy.asarray(np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype(experiment.config.dtype))
     labels = cupy.arange(8)
-    for _ in range(3):
+    # Without graphs two would do. The second captures the forward pass, the third what starts from its results.
+    for _ in range(4):
         counted()
         step = experiment.forward(images, labels)
         parts = [counted()]
@@ -80,15 +82,22 @@ def phases(experiment: Experiment) -> list[Counter[str]]:
     return parts
 
 
-def measure(folder: str, names: list[str]) -> dict[str, list[Counter[str]]]:
+def by_graphs(parts: list[Counter[str]]) -> tuple[int, int]:
+    """Return how many graphs a step launches, and how much else."""
+    step = sum(parts, Counter())
+    return step["cudaGraphLaunch"], launches(step)
+
+
+def measure(folder: str, names: list[str], graphs: bool) -> dict[str, list[Counter[str]]]:
     """Return what steps ask of the device, by name."""
-    with writing(Path(folder) / "data", Description("random", (32, 32, 3), tuple("abcdefghij"))) as writer:
+    with writing(Path(folder) / str(graphs), Description("random", (32, 32, 3), tuple("abcdefghij"))) as writer:
         for split in ("train", "test"):
             writer.add(split, np.zeros((8, 32, 32, 3), np.uint8), np.arange(8))
     counted = {}
     for name in names:
-        data = {"data": {"dataset": f"{folder}/data", "normalize": "none"}, "train": {"epochs": 1, "batch_size": 8}}
-        counted[name] = phases(build(parse_config(STEPS[name] | data).variants[""], get_backend("cupy")))
+        data = {"data": {"dataset": f"{folder}/{graphs}", "normalize": "none"}, "train": {"epochs": 1, "batch_size": 8}}
+        config = parse_config(STEPS[name] | data | {"cuda_graphs": graphs}).variants[""]
+        counted[name] = phases(build(config, get_backend("cupy")))
     return counted
 
 
@@ -98,13 +107,14 @@ if __name__ == "__main__":
     parser.add_argument("--most", type=int, default=0, metavar="N", help="show what is launched most, part by part")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        counted = measure(folder, given.names)
-    print("| step |", " | ".join(PHASES), "| all | waits |\n|---" + "|---" * (len(PHASES) + 2) + "|")
+        counted, captured = (measure(folder, given.names, graphs) for graphs in (False, True))
+    print("| step |", " | ".join(PHASES), "| all | waits | graphs | besides |\n|---" + "|---" * (len(PHASES) + 4) + "|")
     totals, failed = {}, False
     for name, parts in counted.items():
         total = sum(parts, Counter())
         totals[name], waits = launches(total), cpu_cuda.summary(total).get("waits", 0)
-        print("|", " | ".join([name, *(str(launches(part)) for part in parts), str(totals[name]), str(waits)]), "|")
+        numbers = [*map(launches, parts), totals[name], waits, *by_graphs(captured[name])]
+        print("|", " | ".join([name, *map(str, numbers)]), "|")
         failed = failed or waits > WAITS.get(name, 0)
         for phase, part in zip(PHASES, parts, strict=True):
             for kernel, number in part.most_common(given.most):

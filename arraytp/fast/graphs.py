@@ -1,0 +1,103 @@
+"""Parts of a training step as CUDA graphs: what took the host a hundred launches takes one from then on.
+
+A graph repeats the launches of the run that it was captured from: the same kernels on the same memory with the same
+numbers. So what differs from step to step must be in memory that is written to before: the images and labels, and
+`arraytp.fast.parallel.Workspace.number`. Kernels, order and results are those of a run without graphs, bit for bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from arraytp.backend import Array, first_line
+from arraytp.fast.parallel import Workspace
+
+R = TypeVar("R")
+# Graphs of so many sets of arrays; more come only where arrays are at new places in every step.
+MOST = 64
+
+
+@dataclass
+class _Known:
+    """A part that has run with some arrays: how many buffers there were then, its graph, and what it returned."""
+
+    made: int
+    graph: Any = None
+    returned: Any = None
+
+
+class Graphs:
+    """The captured parts of an experiment's steps.
+
+    Parameters
+    ----------
+    workspace : Workspace
+        Whose buffers the parts compute in.
+    on : bool
+        Whether anything is captured: on a device only.
+    refused : map of str to str
+        Parts that cannot be captured, and why. More are added where a capture fails.
+    """
+
+    def __init__(self, workspace: Workspace, on: bool, refused: Mapping[str, str]) -> None:
+        self.on, self.refused, self._said = on, dict(refused), set[str]()
+        self._workspace, self._known = workspace, dict[Any, _Known]()
+        if on:
+            xp = workspace.backend.xp
+            # The legacy stream cannot be captured, and one that waits for it would end a capture.
+            self._stream = xp.cuda.Stream(non_blocking=True)
+
+    def takes(self, part: str) -> bool:
+        """Tell whether a part is captured."""
+        return self.on and part not in self.refused
+
+    def news(self) -> list[str]:
+        """Return what there is to say of parts that are not captured, each once."""
+        fresh = [part for part in self.refused if self.on and part not in self._said]
+        self._said.update(fresh)
+        return [f"{part}: not captured as a CUDA graph: {self.refused[part]}" for part in fresh]
+
+    def run(self, part: str, arrays: Sequence[Array], work: Callable[[], R]) -> R:
+        """Return what `work` returns: it runs the first time, is captured the second, and launched from then on.
+
+        Parameters
+        ----------
+        part : str
+            What it is a part of.
+        arrays : sequence of arrays
+            Those that `work` reads and writes besides the workspace's buffers. With others a graph of its own is
+            captured.
+        work : () → object
+            Launches kernels and changes nothing on the host. A graph returns the same arrays with each launch. Where a
+            capture fails it is called again.
+        """
+        if not self.takes(part):
+            return work()
+        key = part, *((array.data.ptr, array.shape) for array in arrays)
+        known, made = self._known.get(key), self._workspace.made
+        if known is None or known.made != made:
+            # Of buffers that have grown the former memory is no longer theirs.
+            returned = work()
+            if len(self._known) >= MOST:
+                self._known.clear()
+            self._known[key] = _Known(self._workspace.made)
+            return returned
+        if known.graph is None and not self._capture(part, known, work):
+            return work()
+        known.graph.launch()
+        return known.returned  # type: ignore[no-any-return]
+
+    def _capture(self, part: str, known: _Known, work: Callable[[], object]) -> bool:
+        """Capture a part, and tell whether that worked."""
+        backend = self._workspace.backend
+        with self._stream, backend.xp.cuda.using_allocator(backend.graph_pool().malloc):
+            self._stream.begin_capture()
+            try:
+                known.returned = work()
+            except Exception as error:
+                self.refused[part] = first_line(error)
+            try:
+                known.graph = self._stream.end_capture()
+            except Exception as error:
+                self.refused.setdefault(part, first_line(error))
+        return part not in self.refused

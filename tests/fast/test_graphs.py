@@ -1,0 +1,197 @@
+"""Steps by CUDA graphs against the same steps launch by launch, and when a part is captured at all."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from arraytp.backend import NUMPY, get_backend
+from arraytp.config import parse_config
+from arraytp.data.writer import Description, writing
+from arraytp.fast.graphs import MOST, Graphs
+from arraytp.fast.parallel import Workspace
+from arraytp.training.experiment import build
+
+SGD = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
+ADAM = {"name": "adam", "lr": 1e-3, "weight_decay": 1e-3}
+LENET = {"network": {"name": "lenet"}}
+DENSE = {"network": {"blocks": [{"type": "dense", "units": units} for units in (9, 8, 10)]}}
+FEEDBACK = {"feedback": {"iterations": 2, "optimizer": SGD}}
+STEPS = {
+    "bp": {**LENET, "rule": {"name": "bp"}, "optimizer": ADAM, "schedule": {"name": "constant", "warmup_steps": 9}},
+    "dfa": {**LENET, "rule": {"name": "dfa"}, "optimizer": SGD, "loss": {"name": "mse"}},
+    "sign-symmetry": {**DENSE, "rule": {"name": "sign-symmetry"}, "optimizer": SGD},
+    "ldrl": {**LENET, "rule": {"name": "ldrl", **FEEDBACK}, "optimizer": SGD},
+    "ldrl, expected": {**LENET, "rule": {"name": "ldrl", "expected": True, **FEEDBACK}, "optimizer": SGD},
+    "drl": {**DENSE, "rule": {"name": "drl", **FEEDBACK}, "optimizer": SGD},
+}
+NOT_CAPTURED = {
+    "kolen-pollack": ({"name": "kolen-pollack"}, "optimiser"),
+    "gait-prop": ({"name": "gait-prop", "inverse": "pseudo"}, "updates"),
+    "adam": ({"name": "drl", "feedback": {"iterations": 2, "optimizer": ADAM}}, "feedback training"),
+    "gnt": ({"name": "gnt"}, "updates"),
+}
+
+
+class Device:
+    """What `Graphs` asks of a device; a launch does what was done during the capture."""
+
+    def __init__(self):
+        self.launched, self.capturing, self.refuses = [], False, False
+        device = self
+
+        class Stream(nullcontext):
+            def __init__(self, non_blocking):
+                super().__init__()
+
+            def begin_capture(self):
+                device.capturing = True
+
+            def end_capture(self):
+                device.capturing = False
+                return SimpleNamespace(launch=lambda: device.launched.append(1))
+
+        @contextmanager
+        def using_allocator(malloc):
+            yield
+
+        self.xp = SimpleNamespace(
+            cuda=SimpleNamespace(Stream=Stream, using_allocator=using_allocator), empty=np.empty, full=np.full
+        )
+
+    def graph_pool(self):
+        return SimpleNamespace(malloc=None)
+
+
+class Located:
+    """An array at a place."""
+
+    def __init__(self, place, shape=(2,)):
+        self.data, self.shape = SimpleNamespace(ptr=place), shape
+
+
+@pytest.fixture
+def captured():
+    """Graphs on a device, and a part that counts how often it runs."""
+    device, workspace, ran = Device(), Workspace(NUMPY), []
+    workspace.backend = device
+    graphs = Graphs(workspace, True, {})
+
+    def work():
+        ran.append(device.capturing)
+        if device.capturing and device.refuses:
+            raise RuntimeError("not while captured\nat all")
+        return len(ran)
+
+    return device, workspace, graphs, work, ran
+
+
+def test_a_part_is_run_then_captured_then_launched(captured):
+    device, _, graphs, work, ran = captured
+    arrays = [Located(1), Located(2)]
+    assert [graphs.run("a", arrays, work) for _ in range(4)] == [1, 2, 2, 2]
+    assert (ran, len(device.launched)) == ([False, True], 3)
+
+
+def test_arrays_elsewhere_and_buffers_that_have_grown_need_a_graph_of_their_own(captured):
+    """A graph would go on to write to memory that is no longer the array's."""
+    _, workspace, graphs, work, ran = captured
+    for _ in range(3):
+        graphs.run("a", [Located(1)], work)
+    for other in ([Located(2)], [Located(1, (3,))]):
+        graphs.run("a", other, work)
+    assert ran == [False, True, False, False]
+    workspace.of("other").array("a", (3,), float)
+    for _ in range(3):
+        graphs.run("a", [Located(1)], work)
+    assert ran == [False, True, False, False, False, True]
+    for place in range(2 * MOST):
+        graphs.run("a", [Located(place)], work)
+    assert len(graphs._known) <= MOST
+
+
+def test_what_cannot_be_captured_runs_as_before_and_is_said_once(captured):
+    device, _, graphs, work, ran = captured
+    device.refuses = True
+    assert [graphs.run("a", [], work) for _ in range(4)] == [1, 3, 4, 5]
+    assert ran == [False, True, False, False, False]
+    assert not device.launched
+    assert graphs.news() == ["a: not captured as a CUDA graph: not while captured"]
+    assert graphs.news() == []
+
+
+def experiment(folder, settings, graphs):
+    """Build an experiment on CuPy."""
+    data = {"data": {"dataset": str(folder), "normalize": "none"}, "train": {"epochs": 1, "batch_size": 6}}
+    return build(parse_config({**settings, **data, "cuda_graphs": graphs}).variants[""], get_backend("cupy"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of the right shapes."""
+    where = tmp_path_factory.mktemp("graphs") / "data"
+    with writing(where, Description("blank", (28, 28, 1), tuple("abcdefghij"))) as writer:
+        for split in ("train", "test"):
+            writer.add(split, np.zeros((9, 28, 28, 1), np.uint8), np.arange(9))
+    return where
+
+
+def batches(sizes):
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    images = [cupy.asarray(rng.standard_normal((size, 28, 28, 1)).astype(np.float32)) for size in sizes]
+    return [(x, cupy.asarray(rng.integers(0, 10, len(x)))) for x in images]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_graphs_change_no_bit(folder, name):
+    """With a rate that changes, a last batch that is smaller, scores in between, and arrays that are replaced."""
+    numbers = []
+    for graphs in (True, False):
+        made, scores = experiment(folder, STEPS[name], graphs), []
+        for step, (images, labels) in enumerate(batches([6, 6, 6, 6, 4, 4, 4, 6, 6, 6, 6])):
+            scores.append(made.step(images, labels).totals)
+            if step == 3:
+                scores.append(made.score(*batches([9])[0]).totals)
+            if step == 8:
+                made.network.weights[0] = made.network.weights[0] / 2
+        arrays = [*scores, *made.network.parameters(), *made.rule_state.named().values()]
+        numbers.append([array.get() for array in arrays])
+        assert made.optimizer_state.step == 11
+        assert not made.graphs.refused
+    for with_graphs, without in zip(*numbers, strict=True):
+        np.testing.assert_array_equal(with_graphs, without)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NOT_CAPTURED)
+def test_rules_that_cannot_be_captured_say_which_part(folder, name):
+    rule, part = NOT_CAPTURED[name]
+    numbers = []
+    for graphs in (True, False):
+        made = experiment(folder, {**DENSE, "rule": rule, "optimizer": SGD}, graphs)
+        for images, labels in batches([6] * 4):
+            made.step(images, labels)
+        numbers.append([array.get() for array in made.network.parameters()])
+        if graphs:
+            assert [line.partition(":")[0] for line in made.graphs.news()] == [part]
+    for with_graphs, without in zip(*numbers, strict=True):
+        np.testing.assert_array_equal(with_graphs, without)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "graphs", "kernels"), [("bp", 3, 4), ("ldrl", 4, 3), ("ldrl, expected", 4, 3)])
+def test_a_captured_step_is_a_launch_a_part_and_no_wait(folder, name, graphs, kernels):
+    """Besides: images and labels to their place, the score from its, and numbers of the step."""
+    cpu_cuda = pytest.importorskip("cpu_cuda")
+    made = experiment(folder, STEPS[name], True)
+    for images, labels in batches([6] * 5):
+        cpu_cuda.counts()
+        made.step(images, labels)
+        counted = cpu_cuda.summary()
+    assert (counted["cudaGraphLaunch"], counted.get("waits", 0)) == (graphs, 0)
+    assert counted["copies"] == 2
+    assert counted["kernels"] <= kernels
+    assert not {"blas", "solver", "allocations"} & counted.keys()
