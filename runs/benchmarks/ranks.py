@@ -1,6 +1,6 @@
 """What two ranks of one thread cost against one process of two threads, on a machine of two idle cores.
 
-    mpiexec -n 3 python runs/benchmarks/ranks.py             # 60 to 90 seconds
+    mpiexec -n 3 python runs/benchmarks/ranks.py
     mpiexec -n 3 python runs/benchmarks/ranks.py --rounds 3 --steps 5
 
 Ranks 0 and 1 share a run, and rank 2 has one of its own. They take turns, so that whatever else the machine does meets
