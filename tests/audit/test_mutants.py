@@ -230,7 +230,7 @@ MUTANTS = [
         "ops/noise.py",
         ("    out *= out.dtype.type(sigma)\n", ""),
         ("divmod(first + part.start, CHUNK)", "divmod(part.start, CHUNK)"),
-        ('stream(seed, "noise", *key,', 'stream(seed, "noise",'),
+        ('stream(seed, "noise", number, *key,', 'stream(seed, "noise", number,'),
     ),
     *_on(
         "ldrl",

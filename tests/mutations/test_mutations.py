@@ -218,7 +218,7 @@ MUTATIONS = [
         "ops/noise.py",
         "ops/test_noise.py",
         ("divmod(first + part.start, CHUNK)", "divmod(part.start, CHUNK)"),
-        ('stream(seed, "noise", *key,', 'stream(seed, "noise",'),
+        ('stream(seed, "noise", number, *key,', 'stream(seed, "noise", number,'),
         ("    out *= out.dtype.type(sigma)\n", ""),
         ("generator.standard_normal(before *", "generator.standard_normal(0 *"),
         ("counter_key(seed, *key), first * (out.size // len(out))", "counter_key(seed, *key)"),
@@ -630,7 +630,7 @@ MUTATIONS = [
         "training/test_feedback_epochs.py training/test_loop.py",
         ("self.feedback_step += 1", "pass"),
         ("return between if epoch else first", "return first if epoch else between"),
-        ("number=self.feedback_step)", "number=0)"),
+        ("number = self.feedback_step", "number = 0"),
     ),
     *_in(
         "training/trace.py",

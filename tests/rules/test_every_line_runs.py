@@ -55,7 +55,7 @@ NOT_OF_A_STEP = {
     # Names for files, copies for the audit and studies.
     "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts"},
 }
-# The trace asks for no target after the last block's. On a device that compiles, one kernel collapses the iterations.
+# The trace asks for no target after the last block's. A device has one kernel for the iterations, and its own loss.
 UNASKED = {
     ("gait_prop.py", "targets", "return"),
     ("collapse.py", "sgd_iterations", "v = velocity[0] if velocity else None"),
@@ -65,6 +65,7 @@ UNASKED = {
         "kernels.collapse(omega, at.weight, v, c, b, optimizer.momentum, lr, iterations)",
     ),
     ("collapse.py", "sgd_iterations", "return"),
+    ("ldrl.py", "expected_loss", "return ((omega * (a / 2) - theta * b) * omega).sum()"),
 }
 
 CONV = [
