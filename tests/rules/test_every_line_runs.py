@@ -52,8 +52,8 @@ NOT_OF_A_STEP = {
         "feedback_products",
         "only_block",
     },
-    # Names for files, copies for the audit and studies.
-    "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts"},
+    # Names for files; copies and updates for the audit and studies.
+    "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts", "Rule.propose"},
 }
 # The trace asks for no target after the last block's. A device has one kernel for the iterations, and its own loss.
 UNASKED = {
