@@ -30,6 +30,7 @@ from arraytp.model.blocks import Network
 from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
 from arraytp.model.plain import Plain
+from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import LOSSES, label_rank
 from arraytp.optim import (
     OptimizerState,
@@ -491,7 +492,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     """Build the experiment of a plan, or one rank's of it; as `build`."""
     config, backend = planned.config, planned.backend
     backend.use_tf32(config.tf32)
-    captured = config.cuda_graphs and not (backend.on_host or plain or ranks.size > 1 or config.train.exact)
+    whole = not (plain or ranks.size > 1 or config.train.exact)
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
     rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
     first: Engine = Plain(backend) if plain else engine
@@ -510,7 +511,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         validation_loader=(
             make_loader(planned, source, VALIDATION, evaluated, training=False, share=share) if held else None
         ),
-        graphs=Graphs(engine, captured, not_captured(config)),
+        graphs=Graphs(engine, config.cuda_graphs and whole and has_kernels(network.weights[0]), not_captured(config)),
         ranks=ranks,
     )
 

@@ -459,6 +459,7 @@ pinned = []
 cuda = SimpleNamespace(
     Stream=Stream,
     Device=lambda device=None: SimpleNamespace(use=lambda: None),
+    MemoryPool=lambda: SimpleNamespace(total_bytes=lambda: 0),
     get_current_stream=lambda: current_stream,
     runtime=SimpleNamespace(
         getDevice=lambda: 0,
@@ -468,4 +469,4 @@ cuda = SimpleNamespace(
 
 
 def get_default_memory_pool():
-    return SimpleNamespace(total_bytes=lambda: 0)
+    return cuda.MemoryPool()
