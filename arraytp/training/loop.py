@@ -145,7 +145,8 @@ class Run:
             # Checkpoints of versions before steps.csv have neither its rows nor its sums.
             totals, recent = (Totals(**state["position"].pop(name, {})) for name in ("totals", "recent"))
             self.position = Position(**state["position"], totals=totals, recent=recent)
-            tables = state["metrics"], state.get("steps", []), state["angles"], state["feedback"]
+            steps = state["steps"] if "steps" in state else self._steps_without_numbers()
+            tables = state["metrics"], steps, state["angles"], state["feedback"]
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
         if self.position.epoch + (self.position.batch > 0) > train.epochs:
@@ -159,6 +160,12 @@ class Run:
                 "steps, or start over with --fresh"
             )
         self._restart(*tables)
+
+    def _steps_without_numbers(self) -> list[str]:
+        """Return step and epoch of the rows that steps.csv should have by now."""
+        every, per_epoch = self.experiment.config.compare.every, self.experiment.train_loader.steps_per_epoch
+        measured = range(every, self.position.step + 1, every) if every else ()
+        return [f"{step},{(step - 1) // per_epoch + 1}" for step in measured]
 
     def _read(self, path: Path) -> dict[str, Any]:
         check_owner(path, self.experiment.plan)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from arraytp.errors import Interrupted, UserError
+from arraytp.report.reading import read_csv
+from arraytp.training import loop
+from arraytp.training.tables import STEPS_COLUMNS
 
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.001}
 ADAM = {"name": "adam", "lr": 0.01}
@@ -235,3 +238,32 @@ def test_the_weights_of_the_checkpoint_are_those_at_the_stop(make_config, start,
         np.testing.assert_array_equal(before, after)
     assert resumed.position == stopped.position
     assert resumed.experiment.optimizer_state.step == 2
+
+
+def test_a_run_of_a_version_without_steps_csv_goes_on_with_rows_without_numbers(
+    make_config, start, stop_after, monkeypatch
+):
+    config = make_config(compare={"every": 1})
+    run = start(config, "old")
+    with pytest.raises(Interrupted):
+        run.train(stop_after(4))
+    read = loop.read_checkpoint
+
+    def of_former_version(*arguments):
+        state = read(*arguments)
+        del state["steps"], state["position"]["recent"]
+        return state
+
+    monkeypatch.setattr(loop, "read_checkpoint", of_former_version)
+    run_on = start(config, "old", resume=True)
+    run_on.train(stop_after())
+    whole, _ = looks_of(start, stop_after, config)
+    resumed, expected = (
+        read_csv(each.folder / "steps.csv", STEPS_COLUMNS, ("step",), unfinished=False) for each in (run_on, whole)
+    )
+    done = run.position.step
+    assert 0 < done < len(expected["step"])
+    np.testing.assert_array_equal(resumed["step"], expected["step"])
+    np.testing.assert_array_equal(resumed["epoch"], expected["epoch"])
+    assert np.isnan(resumed["train_loss"][:done]).all()
+    np.testing.assert_array_equal(resumed["train_loss"][done:], expected["train_loss"][done:])
