@@ -11,7 +11,7 @@ import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import Floats, host
-from arraytp.audit.jacobians import jacobians
+from arraytp.audit.jacobians import jacobians, overlap
 from arraytp.audit.setting import Setting
 from arraytp.model.blocks import Block
 from arraytp.optim import at_block
@@ -146,17 +146,28 @@ LOCAL_LOSSES: Mapping[Any, tuple[str, Callable[[Any, Block, Floats, Floats], flo
 
 
 def ldrl_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
-    """−2 ε·(G(F(s + ε)) − G(s')) + ‖G(s' + η) − G(s')‖², mean over the batch: twice Eq. 13."""
+    """−2 ε·(G(F(s + ε)) − G(s')) + ‖G(s' + η) − G(s')‖², mean over the batch: twice Eq. 13.
+
+    Where η is not drawn, the limit (σ²/B) ‖∂G‖² = (σ²/B) Σ M ω² is in place of the second term.
+    """
     block, theta, bias, s = _block(setting, n)
-    unpool, epsilon, eta = setting.options.unpool, noises["epsilon"].reshape(s.shape), noises["eta"]
+    unpool, epsilon, eta = setting.options.unpool, noises["epsilon"].reshape(s.shape), noises.get("eta")
     _, clean, index = reference.block_forward(block, theta, bias, s)
     _, noisy, noisy_index = reference.block_forward(block, theta, bias, s + epsilon)
-    inputs = [feedback_input(block, t, i, unpool) for t, i in
-              ((clean, index), (noisy, noisy_index), (clean + eta.reshape(clean.shape), index))]  # fmt: skip
+    at_clean, at_noisy = (feedback_input(block, t, i, unpool) for t, i in ((clean, index), (noisy, noisy_index)))
+    if eta is None:
+        _, M, _ = overlap(setting, n)
+        weights = at_block(setting.options.feedback.sigma, n - 1) ** 2 * M
+    else:
+        at_eta = feedback_input(block, clean + eta.reshape(clean.shape), index, unpool)
 
     def loss(omega: Floats, _: Floats | None) -> float:
-        g, g_epsilon, g_eta = (reference.transposed(block, omega, a) for a in inputs)
-        return float((-2 * (epsilon * (g_epsilon - g)).sum() + ((g_eta - g) ** 2).sum()) / len(s))
+        g, g_epsilon = (reference.transposed(block, omega, a) for a in (at_clean, at_noisy))
+        if eta is None:
+            output = float((weights * omega**2).sum())
+        else:
+            output = float(((reference.transposed(block, omega, at_eta) - g) ** 2).sum())
+        return (float(-2 * (epsilon * (g_epsilon - g)).sum()) + output) / len(s)
 
     return loss
 

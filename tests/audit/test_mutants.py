@@ -26,6 +26,7 @@ CONFIGS = {
     "orthogonal": ("quickstart-gait-prop", "fa", (SQUARE,)),
     "dfa": ("quickstart", "dfa", (CONV,)),
     "ldrl": ("quickstart", "ldrl-noise", (CONV, "rule={name: ldrl, output_noise: sampled}", *SGD)),
+    "output noise": ("quickstart", "ldrl-noise", (CONV, "rule={name: ldrl, output_noise: expected}", *SGD)),
     "batch": ("quickstart", "ldrl-noise", ("rule={name: ldrl, output_noise: sampled}", "train.batch_size=128")),
     "accumulate": (
         "quickstart",
@@ -296,6 +297,8 @@ MUTANTS = [
         ("delta = at.feedback_difference(", "delta = -at.feedback_difference("),
     ),
     *_on("tp", "rules/tp.py", ("batch.logits + dtp.output_difference", "batch.logits - dtp.output_difference")),
+    *_on("output noise", "rules/ldrl.py", ("a = (M * (2 * sigma**2", "a = (M * (2 * sigma"),
+         ("gradient += share", "gradient -= share")),
     *_on("expected", "rules/ldrl.py", ("scale = 2 * descent.sigma**2", "scale = 2 * descent.sigma"),
          ("a[..., 0, :]).sum() / 2", "a[..., 0, :]).sum()")),
     *_on(
