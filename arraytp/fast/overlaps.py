@@ -95,8 +95,5 @@ def per_tap(block: Block, sums: Array, own: Buffers) -> Array:
 
     inside = own.cached(("taps", window), shape[0], taps)
     sums = sums.reshape(shape[0], -1)
-    if xp is np:
-        summed = inside.T @ sums
-    else:
-        summed = add_product(inside.T, sums, xp.empty((shape[1], sums.shape[1]), dtype=sums.dtype))
+    summed = add_product(inside.T, sums, xp.empty((shape[1], sums.shape[1]), dtype=sums.dtype))
     return summed.reshape(*block.weight_shape[:2], 1, -1)

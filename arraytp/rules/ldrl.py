@@ -102,7 +102,7 @@ def begin(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
 def begin_expected_output(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
     """Return iterations that sample ε, and descend (σ²/B) ‖∂G‖², the limit of η's part of the loss, without samples.
 
-    ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], two products an iteration instead of four. M is of Theorem 4.2 (Equations 14
+    ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], two products per iteration instead of four. M is of Theorem 4.2 (Equations 14
     to 17), of shape (k, k, 1, O) or (1, out).
     """
     shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=1, output_noise=False))
