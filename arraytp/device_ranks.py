@@ -14,16 +14,7 @@ from arraytp.ranks import Ranks
 
 
 class Nccl:
-    """Ranks, one per device, that sum arrays of their devices by NCCL, on the current stream; the rest by MPI.
-
-    Parameters
-    ----------
-    ranks : Ranks
-    backend : Backend
-        Of this rank's device, which is in use already.
-    nccl : module
-        cupy.cuda.nccl.
-    """
+    """Ranks, one per device, that sum arrays of their devices by NCCL, on the current stream; the rest by MPI."""
 
     sums_on_device = True
 
@@ -54,10 +45,7 @@ class Nccl:
 def connected(ranks: Ranks, backend: Backend) -> tuple[Ranks, str]:
     """Return the ranks with sums from device to device, or as they are and why that cannot be; all call this together.
 
-    Raises
-    ------
-    UserError
-        NCCL is there, but cannot connect the ranks.
+    UserError if NCCL is there, but cannot connect the ranks.
     """
     if ranks.size == 1 or backend.on_host:
         return ranks, ""

@@ -26,26 +26,8 @@ class HeldError(Exception):
 def open_locked(path: Path) -> tuple[BinaryIO, bool]:
     """Open a file to read and write, made where missing, and keep out all others that open it so.
 
-    The lock ends with the file, however the process ends.
-
-    Parameters
-    ----------
-    path : Path
-        Its folder exists.
-
-    Returns
-    -------
-    file : binary file
-        As it was; at its beginning.
-    locked : bool
-        False where the file system has no locks: then nobody is kept out.
-
-    Raises
-    ------
-    HeldError
-        Another process has it.
-    OSError
-        It cannot be opened.
+    Returns the file, as it was and at its beginning, and whether it is locked: where the file system has no locks,
+    nobody is kept out. The lock ends with the file, however the process ends. HeldError if another process has it.
     """
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
@@ -112,15 +94,7 @@ def system_words(error: BaseException) -> str:
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """Read a file of at most so many bytes; a pipe, too, if someone writes to it.
-
-    Raises
-    ------
-    UserError
-        It holds more, or is a pipe to which nobody writes.
-    OSError
-        It cannot be read.
-    """
+    """Read a file of at most so many bytes; UserError for a larger one, or a pipe to which nobody writes."""
     # Otherwise the very opening of a pipe waits for its other end.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PATIENCE)[0]:
@@ -133,13 +107,7 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse a pipe, socket or device, on which a reader could wait for ever.
-
-    Raises
-    ------
-    UserError
-        The path is one.
-    """
+    """Raise UserError for a pipe, socket or device, on which a reader could wait for ever."""
     try:
         mode = path.stat().st_mode
     except OSError:

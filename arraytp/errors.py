@@ -16,12 +16,7 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Several mistakes at once, a line each.
-
-    Parameters
-    ----------
-    lines : sequence of str
-    """
+    """Several mistakes at once, a line each."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
@@ -43,12 +38,8 @@ class IllConditionedError(NonFiniteError):
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or a similar signal arrived and the state was saved; the message says how to continue.
 
-    No Exception, so that what expects anything of a damaged file does not take it for damage.
-
-    Parameters
-    ----------
-    signal_number : int
-        The exit status is 128 + this number.
+    No Exception, so that what expects anything of a damaged file does not take it for damage. The exit status is 128 +
+    `signal_number`.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -41,11 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write to; the one of that name is replaced only when the new one is complete and on the disk.
 
     Of two processes that write the same file, the second waits; what is there is always one's or the other's, whole.
-
-    Raises
-    ------
-    OSError
-        If the disk is full, say, or another process does not come to an end; the former file is still there.
+    OSError if the disk is full, say, or another process does not come to an end; the former file is still there.
     """
     file, partial = _open_partial(path)
     with file:

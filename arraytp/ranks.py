@@ -91,13 +91,7 @@ ALONE = Alone()
 
 
 def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Return what `work` returns on this rank; a mistake that only some ranks notice is everyone's.
-
-    Raises
-    ------
-    UserError
-        As `work` on the first rank that it fails on.
-    """
+    """Return what `work` returns on this rank; a UserError on some ranks is everyone's, the first rank's of them."""
     if ranks.size == 1:
         return work()
     result, problem = None, ""
@@ -120,17 +114,7 @@ def share(count: int, rank: int, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a global batch that is computed alone: a rank's, or in exact mode one of `PARTS`.
-
-    Parameters
-    ----------
-    ranks : Ranks
-    size : int
-        Samples of the global batch.
-    number : int
-        Which part this is.
-    exact : bool
-    """
+    """A part of a global batch of `size` samples that is computed alone: a rank's, or in exact mode one of `PARTS`."""
 
     ranks: Ranks
     size: int
@@ -163,14 +147,8 @@ def parts_of(ranks: Ranks, size: int, exact: bool) -> list[Part]:
 class RankSums:
     """Sums over all samples of a batch, in one buffer, to which arrays are added one after another.
 
-    Parameters
-    ----------
-    parts : sequence of Part
-        This rank's.
-    flat : array of one axis
-        Has room for all arrays; overwritten, of the dtype to sum in. In exact mode of a multiple of `PARTS` elements.
-    engine : object with `backend` and `in_slices`
-        Of the arrays: `arraytp.model.passes.Engine`.
+    `parts` are this rank's. `flat` has room for all arrays and the dtype to sum in; in exact mode a multiple of `PARTS`
+    elements. `engine` has the arrays' `backend` and `in_slices`.
     """
 
     def __init__(self, parts: Sequence[Part], flat: "Array", engine: Any) -> None:
@@ -240,10 +218,7 @@ def local_rank() -> int:
 def world() -> Ranks:
     """Return all processes that the launcher has started; imports MPI if they are several.
 
-    Raises
-    ------
-    UserError
-        mpi4py is missing, or the processes do not see each other.
+    UserError if mpi4py is missing, or the processes do not see each other.
     """
     size, _ = launched()
     if size == 1:
@@ -267,14 +242,7 @@ def world() -> Ranks:
 
 
 class Mpi:
-    """Ranks that speak by MPI.
-
-    Parameters
-    ----------
-    mpi : module
-        mpi4py.MPI.
-    communicator : mpi4py.MPI.Comm
-    """
+    """Ranks that speak by MPI: the module mpi4py.MPI and a communicator."""
 
     sums_on_device = False
 
@@ -334,16 +302,8 @@ class Mpi:
 class Turns:
     """Numbers from 0 on, each for the group of ranks that asks first: a counter in the first rank's memory.
 
-    A group that ends by a signal tells the others: every rank sends one word to the first rank of each other group.
-
-    Parameters
-    ----------
-    mpi : module
-        mpi4py.MPI.
-    communicator : mpi4py.MPI.Comm
-        Of all groups.
-    group : Ranks
-        This rank's.
+    A group that ends by a signal tells the others: every rank sends one word to the first rank of each other group. The
+    communicator is of all groups, `group` this rank's.
     """
 
     def __init__(self, mpi: Any, communicator: Any, group: Ranks) -> None:

@@ -26,12 +26,8 @@ class StopRequest:
     ignored. Where the answer takes more than a second, as a long step does, a line on standard error says what is
     waited for, unless it is another process's part to tell.
 
-    Attributes
-    ----------
-    signal : int
-        The number of the signal that came; 0 while none did.
-    elsewhere : callable
-        Returns the number of a signal that came to another process and is meant for this one, too.
+    `signal` is the number of the signal that came, 0 while none did; `elsewhere` returns that of one that came to
+    another process and is meant for this one, too.
     """
 
     def __init__(self, tells: bool = True) -> None:

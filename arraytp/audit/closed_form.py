@@ -29,17 +29,10 @@ ITERATIONS, BATCHES = 5, 2
 
 @dataclass(frozen=True)
 class Expectation:
-    """The mean of a block's feedback loss over small noise, by definition.
+    """The mean of a block's feedback loss over small noise, by definition, as functions of ω.
 
-    Parameters
-    ----------
-    source : str
-    gradient : ω → array
-    loss : ω → float
-    size, loss_size : float
-        Of the terms of the gradient and of the loss, which errors at 0 are relative to.
-    at_once : bool
-        Whether ω is to be where the gradient is 0, whatever the optimiser.
+    `size` and `loss_size` are of the terms of gradient and loss, which errors at 0 are relative to. With `at_once` ω is
+    to be where the gradient is 0, whatever the optimiser.
     """
 
     source: str

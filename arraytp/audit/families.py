@@ -55,15 +55,7 @@ FAMILIES: dict[str, tuple[Function, ...]] = {
 def audit(planned: Plan) -> Iterator[tuple[str, Check]]:
     """Check everything about a config that can be checked; yields family and line, as they come.
 
-    Parameters
-    ----------
-    planned : Plan
-        Of the config as it is; it is audited in float64 and on a small batch.
-
-    Raises
-    ------
-    NonFiniteError
-        If the network's output on its first batch is not finite.
+    The config is audited in float64 and on a small batch. NonFiniteError if the network's output on it is not finite.
     """
     damaged = False
     for line in _guarded("shards", lambda: data.shards(planned.dataset)):

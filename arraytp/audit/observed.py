@@ -18,20 +18,10 @@ PARTS = {"weight": "gradient", "bias": "gradient_bias"}
 
 @dataclass(frozen=True)
 class Observed:
-    """What the rule reported of one iteration, and its feedback weights before it.
+    """What the rule reported of one iteration: batch `number`, block n, iteration k, and `arrays` as `Observe` is told.
 
-    Parameters
-    ----------
-    number : int
-        Of the batch.
-    n, k : int
-        Block and iteration.
-    arrays : map of name to array
-        As `arraytp.rules.protocol.Observe` is told.
-    weight, bias : arrays
-        ω^n and its bias, None without one.
-    state : State
-        All feedback weights before the block's first iteration on this batch.
+    `weight` and `bias` (None without one) are ω^n before it, `state` all feedback weights before the block's first
+    iteration on this batch.
     """
 
     number: int
@@ -54,13 +44,7 @@ def in_closed_form(setting: Setting) -> bool:
 
 
 def watch(setting: Setting, trained: Feedback[Any], state: State) -> list[list[Observed]]:
-    """Let the rule train its feedback in `state` on the batch, as `BATCHES` batches.
-
-    Returns
-    -------
-    list of lists of Observed
-        Per block that is trained, all iterations on both batches.
-    """
+    """Let the rule train its feedback in `state` on `BATCHES` batches; return all iterations, per trained block."""
     observed: list[Observed] = []
 
     def observe(number: int, n: int, k: int, arrays: Mapping[str, Array]) -> None:

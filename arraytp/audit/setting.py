@@ -45,23 +45,9 @@ DITHER, BIAS = 0.1, 0.1
 class Setting:
     """What checks work on; they change nothing of it.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        In its initial state.
-    raw : array of shape (B, H, W, C)
-        The first batch as the network sees it.
-    labels : array of int64 of shape (B,)
-    images : array like `raw`
-        Dithered.
-    network : Network
-        The experiment's, its biases moved.
-    batch : Batch
-        A pass of `network` over `images` by the fast engine, with ∂L/∂logits.
-    workspace : Workspace
-        Of that engine.
-    batch_size : int
-        Of the config as it is.
+    The `experiment` is in its initial state; `raw` (B, H, W, C) and `labels` (B,) are its first batch. `images` are
+    dithered, `network` has its biases moved, and `batch` is a pass over both by the fast engine, `workspace`, with
+    ∂L/∂logits. `batch_size` is the config's own.
     """
 
     experiment: Experiment
@@ -175,19 +161,10 @@ def _few_iterations(options: Any) -> Any:
 
 
 def prepare(planned: Plan) -> Setting:
-    """Build what is audited.
+    """Build what is audited, of the plan of the config as it is.
 
-    Parameters
-    ----------
-    planned : Plan
-        Of the config as it is.
-
-    Raises
-    ------
-    UserError
-        If the data is damaged.
-    NonFiniteError
-        If the network's output on its first batch is not finite; names the first block.
+    UserError if the data is damaged; NonFiniteError, which names the first block, if an output on the first batch is
+    not finite.
     """
     flops = sum(map(block_flops, planned.blocks))
     config = small(planned.config, flops, planned.train_images)

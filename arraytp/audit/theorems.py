@@ -113,14 +113,9 @@ def theorem_4_2(setting: Setting) -> Iterator[Check]:
 def shrinking(squares: Sequence[float], error: float) -> tuple[float, float]:
     """Return how many times the mean's squared error exceeds what groups of samples promise, and how many it may.
 
-    Parameters
-    ----------
-    squares : sequence of float
-        ‖mean of the group − limit‖² of groups of equal size.
-    error : float
-        ‖mean of all − limit‖. Its square is that of a group over the number of groups, give or take chance: about a
-        χ² of as many degrees of freedom as makes the groups' scatter. One unit has few, so that an exponent fitted to a
-        single path would be off by half.
+    `squares` are ‖mean of the group − limit‖² of groups of equal size, `error` is ‖mean of all − limit‖. Its square is
+    that of a group over the number of groups, give or take chance: about a χ² of as many degrees of freedom as makes
+    the groups' scatter. One unit has few, so that an exponent fitted to a single path would be off by half.
     """
     mean, variance = float(np.mean(squares)), float(np.var(squares))
     if mean == 0:

@@ -54,19 +54,9 @@ def command(
 
 
 def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Time training steps of a plan.
+    """Time training steps of a plan: median milliseconds of each part and of the step, rates, memory in MB.
 
-    Parameters
-    ----------
-    planned : Plan
-    steps : int
-    ranks : Ranks
-        Share the steps. The times are this rank's, but those of sums the mean of all, and GFLOP/s of all together.
-
-    Returns
-    -------
-    dict
-        Median milliseconds of each part and of the step, images/s, GFLOP/s, that of one large product, memory in MB.
+    `ranks` share the steps. Times are this rank's, but those of sums the mean of all, and GFLOP/s of all together.
     """
     config, sums = planned.config, _TimedSums(ranks, planned.backend.synchronize)
     experiment = build_planned(planned, ranks=sums if ranks.size > 1 else ranks)

@@ -11,19 +11,7 @@ from arraytp.files import json_safe, write_file
 
 
 def check_json(path: Path, key: str) -> None:
-    """Refuse a path to which figures cannot be written, or that holds something else.
-
-    Parameters
-    ----------
-    path : Path
-    key : str
-        What every entry of such a file has.
-
-    Raises
-    ------
-    UserError
-        Names the path and what would do.
-    """
+    """Refuse a path that cannot be written, or that holds anything but figures, whose entries all have `key`."""
     if not real(path).parent.is_dir():
         raise UserError(f"--json {path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -44,13 +32,7 @@ def _holds_figures(path: Path, key: str) -> bool:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write numbers to a file atomically, NaN and infinities as null; to a pipe or device directly.
-
-    Raises
-    ------
-    UserError
-        The path cannot be written.
-    """
+    """Write numbers to a file atomically, NaN and infinities as null; to a pipe or device directly."""
     content = (json.dumps(json_safe(figures), indent=2, ensure_ascii=False) + "\n").encode()
     try:
         if path.exists() and not path.is_file():

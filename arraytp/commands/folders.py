@@ -8,13 +8,7 @@ from arraytp.errors import UserError
 
 
 def check_folder(_context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    """Return the folder that an option or argument names, as click's callback.
-
-    Raises
-    ------
-    UserError
-        If the name is blank; names the option.
-    """
+    """Return the folder that an option or argument names, as click's callback; UserError for a blank name."""
     if value is None:
         return None
     name = "DIR" if isinstance(parameter, click.Argument) else parameter.opts[0]

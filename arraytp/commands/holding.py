@@ -39,13 +39,7 @@ class Holds:
         self._held = {}
 
     def take(self, folder: Path) -> None:
-        """Hold a folder, if it exists and is not held yet.
-
-        Raises
-        ------
-        UserError
-            Another process holds it.
-        """
+        """Hold a folder, if it exists and is not held yet; UserError if another process holds it."""
         if folder in self._held or not folder.is_dir():
             return
         try:

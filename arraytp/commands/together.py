@@ -9,13 +9,7 @@ from arraytp.training.plan import Plan
 
 
 def grouped(everyone: Ranks, ranks_per_run: int | None) -> Ranks:
-    """Return the ranks that share this one's runs: all, or a group of so many.
-
-    Raises
-    ------
-    UserError
-        The ranks are not a multiple of it.
-    """
+    """Return the ranks that share this one's runs: all, or a group of so many, of which they must be a multiple."""
     if ranks_per_run is None or ranks_per_run == everyone.size:
         return everyone
     if everyone.size % ranks_per_run:
@@ -27,13 +21,7 @@ def grouped(everyone: Ranks, ranks_per_run: int | None) -> Ranks:
 
 
 def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
-    """Refuse ranks that would have nothing to do, or that were given different things.
-
-    Raises
-    ------
-    UserError
-        On all ranks alike.
-    """
+    """Refuse, on all ranks alike, ranks that would have nothing to do or were given different things."""
     if everyone.size == 1:
         return
     given = everyone.gather([(plan.config, plan.dataset.digest) for plan in plans])

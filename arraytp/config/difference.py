@@ -29,11 +29,5 @@ def _first(stored: Any, asked: Any, path: str, free: tuple[str, ...]) -> str:
 
 
 def config_of(text: str, source: str) -> Config:
-    """Return the config that `dump_config` has written as text.
-
-    Raises
-    ------
-    UserError
-        This version of arraytp does not know such a config; names `source`.
-    """
+    """Return the config that `dump_config` has written as text; a UserError names `source`."""
     return resolve(parse_text(text, source, lambda _: source), "config", ()).variants[""]

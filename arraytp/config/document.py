@@ -25,17 +25,7 @@ _MOST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Document:
-    """The content of a config text, with the place of each value.
-
-    Parameters
-    ----------
-    tree : dict, list or scalar
-        Plain Python values.
-    places : mapping
-        Key path → the place of that key or list entry, as messages print it.
-    source : str
-        The place of the whole.
-    """
+    """The content of a config text: plain values, and the place of each key or list entry, as messages print it."""
 
     tree: Tree
     places: Mapping[KeyPath, str]
@@ -57,13 +47,7 @@ def encodable(text: str) -> bool:
 
 
 def read_document(path: str | Path) -> Document:
-    """Read a YAML file.
-
-    Raises
-    ------
-    UserError
-        If there is no such file, or it is not one YAML document in UTF-8; names the file and the line.
-    """
+    """Read a YAML file; UserError names file and line unless it is one YAML document in UTF-8."""
     try:
         content = read_small(Path(path), _MOST_BYTES)
     except FileNotFoundError:
@@ -81,21 +65,10 @@ def read_document(path: str | Path) -> Document:
 
 
 def parse_text(text: str, source: str, place: Callable[[int], str]) -> Document:
-    """Parse one YAML document.
+    """Parse one YAML 1.2 document.
 
-    Parameters
-    ----------
-    text : str
-        YAML 1.2.
-    source : str
-        What messages call the whole.
-    place : callable
-        Line number, from 1 → what messages call that line.
-
-    Raises
-    ------
-    UserError
-        If it is no valid YAML, holds a key twice or a tag that configs do not use.
+    `source` is what messages call the whole, `place` makes of a line's number, from 1, what they call that line.
+    UserError for what is no valid YAML, holds a key twice or a tag that configs do not use.
     """
     places: dict[KeyPath, str] = {}
     try:

@@ -34,13 +34,7 @@ def _choice(tree: Mapping[str, Tree]) -> Tree:
 
 
 def assign(tree: Mapping[str, Tree], path: KeyPath, value: Tree) -> dict[str, Tree]:
-    """Return `tree` with `value` merged in at a key path; `tree` is not changed.
-
-    Raises
-    ------
-    UserError
-        If the path names an entry that a list does not have.
-    """
+    """Return `tree` with `value` merged in at a key path; UserError if the path names no entry of a list."""
     key = str(path[0])
     return {**tree, key: _assigned(tree.get(key), path, 1, value)}
 

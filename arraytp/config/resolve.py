@@ -28,14 +28,9 @@ _NOT_IN_VARIANTS = {
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """The configs of one file.
+    """The configs of one file, by variant, in the file's order; {"": config} when it has none.
 
-    Parameters
-    ----------
-    name : str
-        Names the result folder; the file's stem unless the file says otherwise.
-    variants : mapping
-        Variant name → config, in the file's order; {"": config} when the file has no variants.
+    `name` names the result folder; it is the file's stem unless the file says otherwise.
     """
 
     name: str

@@ -26,22 +26,13 @@ def worked_ahead(
 ) -> Generator[Result, None, None]:
     """Yield work(job, buffer) for each job in order, computed by threads that are up to two results ahead.
 
-    A result is valid until the next but one is requested; then its buffer is used again. The threads end when
-    the iterator is exhausted or closed, and an exception in one is raised here in place of the result.
+    A result is valid until the next but one is requested; then its buffer is used again. `fill` is called before `work`
+    for the same job, for one job at a time and in their order; `work` for several at a time. There are `BUFFERS`
+    buffers: two for the results in use, two for those to come.
 
-    Parameters
-    ----------
-    jobs : iterable
-    fill : callable
-        Called before `work` for the same job, for one job at a time and in their order.
-    work : callable
-        Called for several jobs at a time, as there are threads.
-    buffers : sequence of length `BUFFERS`
-        Two for the results that are in use, two for those to come.
-    threads : int
-    ended : callable
-        Called with the buffers of results that are not valid any more, once no thread works; never where the garbage
-        collector closes the iterator in one of them.
+    The threads end when the iterator is exhausted or closed, and an exception in one is raised here in place of the
+    result. `ended` is then called with the buffers of results that are not valid any more, once no thread works; never
+    where the garbage collector closes the iterator in one of them.
     """
     line = _Line(iter(jobs), fill, work)
     for buffer in buffers:

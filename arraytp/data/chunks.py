@@ -15,15 +15,7 @@ _DEFLATE, _SHUFFLE = 1, 2
 
 
 def read_whole(dataset: h5py.Dataset) -> npt.NDArray[Any]:
-    """Read an array that is in one piece or in one chunk.
-
-    Raises
-    ------
-    ValueError
-        It is stored otherwise, or its chunk holds more or less than it should.
-    OSError
-        It cannot be read.
-    """
+    """Read an array that is in one piece or in one chunk; ValueError if it is stored otherwise."""
     if dataset.chunks is None:
         piece_offset(dataset)
         return np.asarray(dataset[()])

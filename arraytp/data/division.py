@@ -18,11 +18,7 @@ TRAIN, VALIDATION = "train", "validation"
 class Division:
     """The splits `train` and `validation` of a data set, read as a `Dataset` is.
 
-    Parameters
-    ----------
-    dataset : Dataset
-    rows : map of split to array of int64
-        Which rows of the data set's training split it has, increasing.
+    `rows` are which rows of the data set's training split each has, increasing.
     """
 
     dataset: Dataset
@@ -81,20 +77,10 @@ def divide(dataset: Dataset, count: int) -> Division:
 
 
 def held_out(labels: npt.NDArray[np.int64], count: int) -> Rows:
-    """Choose rows at random in proportion to the classes: count · n_c/n rounded by largest remainders.
+    """Choose `count` of the rows at random in proportion to the classes: count · n_c/n rounded by largest remainders.
 
     They depend on labels and count alone, not on a run's seed, so all seeds, rules and settings have the same.
-
-    Parameters
-    ----------
-    labels : array of shape (n,)
-    count : int
-        Below n.
-
-    Returns
-    -------
-    array of shape (count,), int64
-        Increasing.
+    Increasing.
     """
     shares, remainders = np.divmod(count * np.bincount(labels), len(labels))
     shares[np.argsort(-remainders, kind="stable")[: count - shares.sum()]] += 1

@@ -35,15 +35,7 @@ class Finished(BaseModel):
 
 
 class Journal:
-    """The journal in an open file.
-
-    Parameters
-    ----------
-    file : binary file
-        Open for reading and writing.
-    identity : JSON document
-        What the bytes of the data set depend on; a journal of anything else counts as empty.
-    """
+    """The journal in an open file; one of another `identity`, a JSON document, counts as empty."""
 
     def __init__(self, file: BinaryIO, identity: Any) -> None:
         text = json.dumps(identity, sort_keys=True)

@@ -93,13 +93,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `dataset.json` of a folder.
-
-    Raises
-    ------
-    UserError
-        The file is missing, unreadable, of another version, damaged, or contradicts itself.
-    """
+    """Read and check `dataset.json` of a folder; UserError if it is missing, of another version, damaged or wrong."""
     path = folder / FILE_NAME
     document = _read_document(path)
     if document.get("format") != FORMAT:

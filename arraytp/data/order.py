@@ -26,17 +26,9 @@ def memory_order(count: int, seed: int, epoch: int, *, shuffle: bool) -> Rows:
 class PoolPlan:
     """An epoch of streaming.
 
-    Attributes
-    ----------
-    chunks : array of shape (K, 2), int64
-        First row and row after the last of each chunk, in the order of reading. The rows in this order are
-        the *arrivals*.
-    arrived : array of shape (K + 1,), int64
-        Arrivals before each chunk.
-    capacity : int
-        Places in the pool: the arrivals of the first whole chunks.
-    leaving : array of shape (N,), int64
-        The arrival that leaves at each position.
+    `chunks` (K, 2) are first row and row after the last of each chunk, in the order of reading; the rows in this order
+    are the *arrivals*, `arrived` (K + 1,) of them before each chunk. The pool has `capacity` places: the arrivals of
+    the first whole chunks. `leaving` (N,) is the arrival that leaves at each position.
     """
 
     chunks: Rows
@@ -58,17 +50,9 @@ class PoolPlan:
 
 
 def pool_plan(chunks: Sequence[tuple[int, int]], pool_images: int, seed: int, epoch: int, *, shuffle: bool) -> PoolPlan:
-    """Plan an epoch of streaming.
+    """Plan an epoch of streaming of chunks (start, stop) that are all rows of the split, in order.
 
-    Parameters
-    ----------
-    chunks : sequence of (start, stop)
-        All rows of the split, in order.
-    pool_images : int
-        The pool holds at least this many images, and at least one chunk; at most the split.
-    seed, epoch : int
-    shuffle : bool
-        Otherwise rows come in order.
+    The pool holds at least `pool_images` images and one chunk; at most the split. Without `shuffle` rows come in order.
     """
     table = np.array(chunks, np.int64)
     generator = stream(seed, "shuffle", epoch)

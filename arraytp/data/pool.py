@@ -25,17 +25,9 @@ class Pool:
     A claimed image stays where it lies, in a row of `images` (R, H, W, C) and `labels` (R,), until that row is
     released: so threads can use it there, while the next chunk comes into rows that are free.
 
-    Parameters
-    ----------
-    dataset : Dataset or Division
-    split : str
-    plan : PoolPlan
-    spans : sequence of (start, stop)
-        Of positions, in order: those that will be claimed. Images at others are not read.
-    held : int
-        At most so many images are claimed and not released.
-    memory : Memory, optional
-        Of an earlier pool of the split that nobody uses any more; replaced where it is too small.
+    `spans` (start, stop) are the positions that will be claimed, in order; images at others are not read. At most
+    `held` images are claimed and not released. `memory` of an earlier pool of the split is used again unless it is too
+    small.
     """
 
     def __init__(
@@ -74,13 +66,7 @@ class Pool:
         return self.memory.labels
 
     def claim(self, start: int, stop: int) -> Rows:
-        """Return the rows of the images at some positions; later calls are for later positions.
-
-        Raises
-        ------
-        UserError
-            A chunk that has to be read is damaged.
-        """
+        """Return the rows of the images at some positions, later ones with each call; UserError for damage."""
         while self._next < len(self._plan.chunks) and self._plan.due(self._next) < stop:
             self._let_in(slice(*self._of_chunk[self._next : self._next + 2]))
             self._next += 1

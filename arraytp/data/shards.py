@@ -68,23 +68,10 @@ def rows_per_range(image_bytes: int) -> int:
 
 
 def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool) -> ShardEntry:
-    """Write a shard as `arraytp.files.replacing` does; it does not stay in the system's cache.
+    """Write images (N, H, W, C) and labels (N,) as `arraytp.files.replacing` does, not to stay in the system's cache.
 
-    The bytes depend on the arguments and on the HDF5 and zlib libraries only.
-
-    Parameters
-    ----------
-    path : Path
-        The final name; an existing file is replaced.
-    images : array of shape (N, H, W, C), uint8
-    labels : array of shape (N,), int64
-    compression : bool
-        Gzip in chunks of one range each; otherwise the images lie in the file as they are.
-
-    Returns
-    -------
-    ShardEntry
-        What `dataset.json` says about the shard.
+    The bytes depend on the arguments and on the HDF5 and zlib libraries only. `compression` gzips in chunks of one
+    range each; otherwise the images lie in the file as they are. Returns what `dataset.json` says about the shard.
     """
     rows = rows_per_range(images[0].nbytes)
     starts = range(0, len(images), rows)
@@ -166,13 +153,7 @@ def _digest(checksums: npt.NDArray[np.uint32]) -> str:
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:
-    """Check that a shard is there and as long as `dataset.json` says.
-
-    Raises
-    ------
-    UserError
-        It is missing, unreadable, shorter or longer.
-    """
+    """Raise UserError unless a shard is there and as long as `dataset.json` says."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -196,25 +177,9 @@ def _damage_is_the_users_to_know(path: Path, rows: str) -> Iterator[None]:
 
 
 def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Shard:
-    """Open a shard and compare it with `dataset.json`.
+    """Open a shard of images (H, W, C) and labels below `classes`, and compare it with `dataset.json`.
 
-    Parameters
-    ----------
-    path : Path
-    entry : ShardEntry
-    shape : tuple of int
-        (H, W, C).
-    classes : int
-        Labels must be in [0, classes).
-
-    Returns
-    -------
-    Shard
-
-    Raises
-    ------
-    UserError
-        The file is missing, damaged, of another version, or not the shard that `dataset.json` names.
+    UserError if it is missing, damaged, of another version, or not the shard that `dataset.json` names.
     """
     check_size(path, entry)
     with _damage_is_the_users_to_know(path, f"rows 0 to {entry.count - 1}"), _opened(path) as file:
@@ -264,20 +229,9 @@ def _check_header(path: Path, file: h5py.File, entry: ShardEntry, shape: tuple[i
 
 
 def read_rows(shard: Shard, start: int, stop: int, out: Images) -> None:
-    """Read images of a shard and verify every range they lie in, with its labels.
+    """Read rows start … stop − 1 into `out`, C-contiguous, and verify every range they lie in, with its labels.
 
-    Parameters
-    ----------
-    shard : Shard
-    start, stop : int
-        Rows, 0 ≤ start ≤ stop ≤ shard.count.
-    out : array of shape (stop - start, H, W, C), uint8
-        Written to, C-contiguous.
-
-    Raises
-    ------
-    UserError
-        Rows are damaged, or a label is out of range.
+    UserError if rows are damaged or a label is out of range.
     """
     step = shard.range_rows
     with _reader(shard) as read:
@@ -296,12 +250,7 @@ def read_rows(shard: Shard, start: int, stop: int, out: Images) -> None:
 def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Iterator[str]:
     """Read a whole shard and yield a line for each damaged range of rows, or one where it cannot be opened.
 
-    The parameters are those of `open_shard`.
-
-    Raises
-    ------
-    UnreadableError
-        The system does not let the shard be read.
+    UnreadableError if the system does not let it be read.
     """
     try:
         shard = open_shard(path, entry, shape, classes)

@@ -99,12 +99,7 @@ class DatasetWriter:
     def add(self, split: str, images: Images, labels: Labels) -> None:
         """Append images (n, H, W, C) uint8 and labels (n,) integer, in this order, to a split.
 
-        A split is finished when another one is begun.
-
-        Raises
-        ------
-        UserError
-            The images' shape is not the data set's, or a label is out of range.
+        A split is finished when another one is begun. UserError for images of another shape or labels out of range.
         """
         if not len(images) and split in self._splits:
             return
@@ -177,13 +172,7 @@ class DatasetWriter:
         self._thread.shutdown()
 
     def finish(self) -> Manifest:
-        """Write the remaining images, `skipped.csv` if a file was skipped, and `dataset.json`.
-
-        Raises
-        ------
-        UserError
-            There are no train images, or a split is empty.
-        """
+        """Write the remaining images, `skipped.csv` if files were, and `dataset.json`; UserError for an empty split."""
         self._write_shard()
         self._await_shard()
         empty = [split for split in ("train", *self._splits) if not self._splits.get(split)]
@@ -218,24 +207,12 @@ def writing(
     """Write a data set: `with writing(...) as writer: writer.add(...)`; the block's end writes `dataset.json`.
 
     The block begins each split at row `writer.taken(split)`: a call that was killed or interrupted, or that found no
-    room on the disk, leaves its finished shards without `dataset.json`, and the next call for the same data set goes
-    on after them and ends with the same bytes. An exception for another reason removes what was written.
+    room on the disk, leaves its finished shards without `dataset.json`, and the next call for the same data set goes on
+    after them and ends with the same bytes. An exception for another reason removes what was written.
 
-    Parameters
-    ----------
-    folder : Path
-        New, empty, or left by a call that did not finish; what is left of another data set is replaced.
-    description : Description
-    compression : bool
-        Gzip the shards.
-    shard_images : int, optional
-        Images per shard; by default as many as 64 MiB hold.
-
-    Raises
-    ------
-    UserError
-        The folder holds something else, is being written by another process, or cannot be written; or memory cannot
-        hold two shards.
+    `folder` is new, empty, or left by a call that did not finish; what is left of another data set is replaced. A shard
+    has `shard_images` images, by default as many as 64 MiB hold. UserError if the folder holds something else, is being
+    written by another process or cannot be written, or if memory cannot hold two shards.
     """
     shard_images = shard_images or max(1, SHARD_BYTES // int(np.prod(description.shape)))
     versions = {"arraytp": __version__, "hdf5": h5py.version.hdf5_version, "zlib": zlib.ZLIB_RUNTIME_VERSION}

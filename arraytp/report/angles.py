@@ -29,14 +29,9 @@ def references(results: Sequence[Result]) -> list[Reference]:
 
 @dataclass(frozen=True)
 class BlockAngle:
-    """One block's angles over a run, in degrees.
+    """One block's angles over a run, in degrees: mean and standard deviation of defined ones, NaN without any.
 
-    Attributes
-    ----------
-    mean, deviation : float
-        Mean and standard deviation over the defined measurements; NaN when there is none.
-    measured, undefined : int
-        All measurements, and those of them that are NaN (an update that is zero or not finite has no direction).
+    `undefined` of the `measured` are NaN: an update that is zero or not finite has no direction.
     """
 
     mean: float

@@ -205,13 +205,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def write_bytes(content: bytes, path: Path) -> Path:
-    """Write a file as `arraytp.training.tables.write_file` does and return its path; its folder is made where missing.
-
-    Raises
-    ------
-    UserError
-        The file cannot be written.
-    """
+    """Write a file, its folder made where missing, and return its path; UserError if that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)

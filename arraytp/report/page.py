@@ -34,13 +34,7 @@ _CURVES = {
 
 
 def write_page(results: Sequence[Result], path: Path) -> Path:
-    """Write the page and return its path.
-
-    Raises
-    ------
-    UserError
-        The file cannot be written.
-    """
+    """Write the page and return its path; UserError if it cannot be written."""
 
     def heading(text: str) -> Div:
         return Div(text=f"<h2>{text}</h2>")

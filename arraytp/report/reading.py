@@ -35,22 +35,10 @@ _MOST_ENTRIES = 100_000
 class Result:
     """One run's result folder.
 
-    Attributes
-    ----------
-    path : Path
-        The folder.
-    label : str
-        What tables and figures call the run.
-    config : dict
-        config.yml, parsed.
-    metrics, steps, angles, feedback : dict of str to ndarray
-        The columns of the CSV files, float64, one array of shape (rows,) each; no rows where the file is missing.
-    summary : dict or None
-        summary.json; None while the run has not finished.
-    seeds : tuple of Result
-        The runs that the numbers are means of, for runs of several seeds taken together (`arraytp.report.seeds`).
-    missing : tuple of str
-        The labels of such runs that have not finished.
+    `metrics`, `steps`, `angles` and `feedback` are the columns of the CSV files, float64 (rows,), without rows where
+    the file is missing; `config` and `summary` the parsed config.yml and summary.json, None while the run has not
+    finished. Of runs of several seeds taken together (`arraytp.report.seeds`), `seeds` are the runs that the numbers
+    are means of, and `missing` the labels of those that have not finished.
     """
 
     path: Path
@@ -295,15 +283,10 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def read_csv(path: Path, expected: Sequence[str], key: Sequence[str], unfinished: bool) -> Columns:
-    """Read the expected columns of a table; those of a missing file are empty.
+    """Read the expected columns of a table; those of a missing file are empty. UserError names file and line.
 
     `key` are columns of whole numbers ≥ 0, the first never decreasing, together never repeated. While `unfinished`, a
     last line without its end is left out.
-
-    Raises
-    ------
-    UserError
-        Names the file and the line.
     """
     if not path.is_file():
         return {name: np.empty(0) for name in expected}

@@ -24,25 +24,12 @@ LAST_STUDY_FIGURE = "updates.png"
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study's folder holds.
+    """What a study's folder holds; arrays begin with the axis of the seeds.
 
-    Parameters
-    ----------
-    label : str
-        The folder's name.
-    blocks : list of str
-        Labels of the network's blocks.
-    updates : array of shape (seeds, N)
-        Angle between the rule's and BP's update of every block, in degrees, after the last round.
-    iterations : array of shape (R,)
-        Done when ω was looked at.
-    angle, distance : arrays of shape (seeds, R, blocks with feedback)
-        Between ω and θ, in degrees and relative; NaN where there is nothing to compare. Of a study of drift: angle to
-        BP's update, and drift ‖WWᵀ − I‖/√K, of all blocks.
-    feedback_blocks : list of int
-    seconds : float
-    drift : bool
-        Whether the study is one of drift.
+    `updates` (seeds, N) is the angle between the rule's and BP's update of every block, in degrees, after the last
+    round. `angle` and `distance` (seeds, R, blocks with feedback) are between ω and θ after so many `iterations` (R,),
+    NaN where there is nothing to compare; of a study of drift, angle to BP's update and drift ‖WWᵀ − I‖/√K of all
+    blocks.
     """
 
     label: str
@@ -59,10 +46,7 @@ class StudyResult:
 def write_study(folders: Sequence[Path], out: Path) -> str:
     """Write study.md, figures/updates.png and figures/alignment.png of one or several studies; return the table.
 
-    Raises
-    ------
-    UserError
-        If a folder's files are missing or damaged, or the new ones cannot be written.
+    UserError if a folder's files are missing or damaged, or the new ones cannot be written.
     """
     studies = [read_study(folder) for folder in folders]
     table = study_table(studies)

@@ -37,20 +37,7 @@ READABLE = (1, VERSION)
 
 
 def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any]) -> None:
-    """Write a checkpoint as `write_file` does.
-
-    Parameters
-    ----------
-    path : Path
-    experiment : Experiment
-    run : mapping
-        What else is needed to go on, as JSON can hold it (floats exactly).
-
-    Raises
-    ------
-    OSError
-        If the disk is full, say; the former checkpoint is still there.
-    """
+    """Write a checkpoint as `write_file` does; `run` is what else is needed to go on, as JSON can hold it."""
     backend = experiment.plan.backend
     # In memory first: HDF5 takes the process with it when it cannot write a file to its end.
     image = BytesIO()
@@ -70,10 +57,7 @@ def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any])
 def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
     """Put a checkpoint's arrays into an experiment of the same config; return what was given as `run`.
 
-    Raises
-    ------
-    UserError
-        If the file is missing, damaged, or of another network or rule; names the array.
+    UserError names the array if the file is missing, damaged, or of another network or rule.
     """
     with _opened(path) as file:
         arrays = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
@@ -102,10 +86,7 @@ def share_state(experiment: Experiment, run: Any) -> Any:
 def read_owner(path: Path) -> tuple[Config, str] | None:
     """Return the config and the digest of the data that a checkpoint's run is of; None where it holds neither.
 
-    Raises
-    ------
-    UserError
-        As `read_checkpoint`; also a config that this version of arraytp does not know.
+    UserError as `read_checkpoint`; also for a config that this version of arraytp does not know.
     """
     with _opened(path) as file:
         owner = _get_json(file, "run/owner") if "run/owner" in file else None
@@ -117,19 +98,10 @@ def read_owner(path: Path) -> tuple[Config, str] | None:
 
 
 def check_owner(path: Path, plan: Plan) -> bool:
-    """Refuse to continue a run of another config or other data; the checkpoint counts, not the config.yml beside it.
+    """Refuse to continue a run of another config or other data; return whether the checkpoint says whose it is.
 
-    Data that have only moved are the same.
-
-    Returns
-    -------
-    bool
-        Whether the checkpoint says whose it is.
-
-    Raises
-    ------
-    UserError
-        As `read_owner`; names the first key that differs and both values.
+    The checkpoint counts, not the config.yml beside it. Data that have only moved are the same. UserError names the
+    first key that differs and both values.
     """
     owner = read_owner(path)
     if owner is None:

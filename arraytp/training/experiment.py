@@ -51,16 +51,10 @@ from arraytp.training.plan import Plan, make_loader, plan
 
 @dataclass(frozen=True)
 class Score:
-    """What a batch's logits are worth.
+    """What a batch's logits are worth: `loss`, of shape () and by the config's reduction, of so many images.
 
-    Parameters
-    ----------
-    loss : array of shape ()
-        By the config's reduction, of the computing backend.
-    totals : array of shape (3,), float64
-        Loss summed over the samples, and how many labels are the first and among the first five.
-    images : int
-        B.
+    `totals` (3,) float64 are the loss summed over the samples, and how many labels are the first and among the first
+    five.
     """
 
     loss: Array
@@ -113,16 +107,10 @@ class FeedbackComparison:
 class Step:
     """A forward pass over a batch and its loss: what feedback training, updates and angles start from.
 
-    Its arrays, and those of the updates computed from it, are valid until the next forward pass or score.
-
-    Parameters
-    ----------
-    batch : Batch
-        On several ranks this rank's part; in exact mode the first of its parts, which knows the others.
-    score : Score
-        Of the batch before the update; on several ranks of this rank's samples, until `Experiment.updates` sums it.
-    totals : list of arrays of shape (3,)
-        Of each of `batch.every`.
+    Its arrays, and those of the updates computed from it, are valid until the next forward pass or score. On several
+    ranks the batch is this rank's part, in exact mode the first of its parts, which knows the others; `totals` are of
+    each of `batch.every`. The score is of the batch before the update; on several ranks of this rank's samples, until
+    `Experiment.updates` sums it.
     """
 
     batch: Batch
@@ -136,28 +124,12 @@ class Experiment:
 
     Its state is in `network`, `rule_state`, `optimizer_state`; every array can be read and replaced between steps.
 
-    Parameters
-    ----------
-    plan : Plan
-    network : Network
-    rule : Rule
-    rule_state : State
-    optimizer_state : OptimizerState
-    workspace : Workspace
-    engines : tuple of Engine
-        Compute the passes and the rule's primitives: fast ones on the threads of `workspace`, or plain ones. One of the
-        whole batch, or of this rank's; in exact mode one of each of its parts.
-    train_loader, test_loader : Loader
-    validation_loader : Loader or None
-        Of the images that `train.validation` holds out.
-    graphs : Graphs
-        The parts of a step that are captured on a device.
-    feedback_step : int
-        On how many batches feedback was trained; noise is keyed by it.
-    ranks : Ranks
-        The processes that share every batch; the loaders give this one's part.
-    stop_agreed : bool
-        Whether any of them wanted to stop when they last summed.
+    The `engines` compute the passes and the rule's primitives: fast ones on the threads of `workspace`, or plain ones;
+    one of the whole batch or of this rank's, in exact mode one of each of its parts. `validation_loader` is of the
+    images that `train.validation` holds out. `graphs` are the parts of a step that are captured on a device.
+
+    `feedback_step` counts the batches on which feedback was trained; noise is keyed by it. `ranks` share every batch,
+    and the loaders give this one's part; `stop_agreed` is whether any of them wanted to stop when they last summed.
     """
 
     plan: Plan
@@ -276,12 +248,8 @@ class Experiment:
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
         """Let the rule train its feedback weights on a batch, or set those that follow from θ; θ stays.
 
-        `options` may stand in for those of the config; `observe` is told of every iteration.
-
-        Returns
-        -------
-        list of arrays of shape (), or None for no iterations
-            The loss in the last iteration, per block with feedback; empty for rules without trained feedback.
+        `options` may stand in for those of the config; `observe` is told of every iteration. Returns the loss of shape
+        () in the last iteration, None without any, per block with feedback.
         """
         rule, options = self.rule, options or self.config.rule
         if rule.feedback is None and rule.follow is None:
@@ -413,12 +381,8 @@ class Experiment:
     def apply(self, step: Step, updates: Updates, epoch: int = 0) -> None:
         """Let the optimiser apply updates to the θ that the step's forward pass was computed with, and to its twins.
 
-        The optimiser's regulariser is added to the updates in place.
-
-        Raises
-        ------
-        ValueError
-            If a parameter was replaced by an array that the optimiser cannot write to.
+        The optimiser's regulariser is added to the updates in place. ValueError if a parameter was replaced by an array
+        that the optimiser cannot write to.
         """
         optimizer, parameters = self.config.optimizer, self.network.parameters()
         gradients = [array for pair in updates for array in pair]
@@ -470,20 +434,10 @@ class Experiment:
 
 
 def build(config: Config, backend: Backend | None = None, plain: bool = False) -> Experiment:
-    """Build an experiment in its initial state.
+    """Build an experiment in its initial state; UserError as `plan`, also if the data is damaged.
 
-    Parameters
-    ----------
-    config : Config
-    backend : Backend, optional
-        Instead of the one that the config names.
-    plain : bool
-        Compute with the readable primitives of `arraytp.model.plain`.
-
-    Raises
-    ------
-    UserError
-        As `plan`; also if the data is damaged.
+    A `backend` may stand in for the one that the config names. `plain` computes with the primitives of
+    `arraytp.model.plain`.
     """
     return build_planned(plan(config, backend), plain)
 

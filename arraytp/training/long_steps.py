@@ -14,12 +14,7 @@ LONG = 1.0
 
 
 class LongSteps:
-    """Abandons a step in the middle if the step before was long; the length of the first step is not known.
-
-    Parameters
-    ----------
-    experiment : Experiment
-    """
+    """Abandons a step in the middle if the step before was long; the length of the first step is not known."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment

@@ -47,28 +47,13 @@ DEVICE_STEPS_PER_READ = 50
 class Position:
     """Where a run stands, and what it has to remember of the epoch it is in.
 
-    Parameters
-    ----------
-    epoch : int
-        Finished epochs.
-    batch : int
-        Batches trained in the running epoch; all of them means that only the evaluation is due.
-    step : int
-        Batches trained in the whole run.
-    passes : int
-        Finished passes over the data, by which their order goes: epochs, and those of feedback training alone.
-    feedback_epochs, feedback_batch : int
-        Finished epochs of feedback training alone before the running epoch, and batches done in the running one.
-    seconds : float
-        Wall time of the run so far, evaluations included.
-    train_seconds : float
-        Wall time of the training steps alone.
-    train_images : int
-        Images trained in `train_seconds`.
-    totals : Totals
-        Of the running epoch.
-    recent : Totals
-        Since the last row of steps.csv.
+    `epoch` counts finished epochs, `batch` the batches trained in the running one (all of them means that only the
+    evaluation is due), `step` those of the whole run. `passes` are finished passes over the data, by which their order
+    goes: epochs, and those of feedback training alone, of which `feedback_epochs` and `feedback_batch` are before the
+    running epoch.
+
+    `seconds` is the wall time of the run so far, `train_seconds` that of the training steps alone, of `train_images`.
+    `totals` are of the running epoch, `recent` since the last row of steps.csv.
     """
 
     epoch: int = 0
@@ -87,18 +72,8 @@ class Position:
 class Run:
     """A training run that writes a result folder: metrics.csv, steps.csv, angles.csv, feedback.csv, and others.
 
-    On several ranks each has a `Run`, and the first writes and shows.
-
-    Parameters
-    ----------
-    experiment : Experiment
-        In its initial state.
-    folder : Path
-        Exists.
-    label : str
-        What the display calls the run.
-    quiet : bool
-        Show no progress.
+    The folder exists, and the experiment is in its initial state. The display calls the run `label`; `quiet` shows
+    none. On several ranks each has a `Run`, and the first writes and shows.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, label: str, quiet: bool = False) -> None:
@@ -132,11 +107,8 @@ class Run:
     def resume(self) -> None:
         """Go on from the folder's checkpoint; rows of the tables that were written after it are dropped.
 
-        Raises
-        ------
-        UserError
-            As `read_checkpoint` and `check_owner`; also if the config asks for fewer epochs or steps than are trained.
-            The folder is as it was.
+        UserError as `read_checkpoint` and `check_owner`; also if the config asks for fewer epochs or steps than are
+        trained. The folder is as it was then.
         """
         path, train = self.folder / "checkpoint.h5", self.experiment.config.train
         state = agreed(self.experiment.ranks, lambda: self._read(path) if self._writes else {})
@@ -182,12 +154,8 @@ class Run:
     def train(self, stop: StopRequest) -> None:
         """Train to the last epoch, or to step `train.steps`, and write summary.json.
 
-        Raises
-        ------
-        Interrupted
-            After `stop` was requested and the checkpoint written.
-        NonFiniteError
-            If loss or weights are not finite; the last good checkpoint stays.
+        Interrupted after `stop` was requested and the checkpoint written; NonFiniteError if loss or weights are not
+        finite, and the last good checkpoint stays.
         """
         position, per_epoch = self.position, self.experiment.train_loader.steps_per_epoch
         steps, epochs = self._length()

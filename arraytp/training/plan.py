@@ -24,18 +24,7 @@ MOST_CROP_PADDING = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What can be checked about a config before anything is computed.
-
-    Parameters
-    ----------
-    config : Config
-    backend : Backend
-    dataset : Dataset
-    blocks : tuple of Block
-    test_split : str
-    notes : tuple of str
-        What the rule has to say about the config, one line each.
-    """
+    """What can be checked about a config before anything is computed; `notes` are what the rule says of it."""
 
     config: Config
     backend: Backend
@@ -51,13 +40,7 @@ class Plan:
 
 
 def plan(config: Config, backend: Backend | None = None) -> Plan:
-    """Check a config against its data set, network and backend.
-
-    Raises
-    ------
-    UserError
-        If one of them cannot be had or does not fit the others.
-    """
+    """Check a config against its data set, network and backend; UserError if they cannot be had or do not fit."""
     try:
         dataset = open_dataset(config.data.dataset)
     except UserError as error:

@@ -26,28 +26,12 @@ _SHORTEST_BAR, _LONGEST_BAR = 8, 32
 
 @dataclass
 class Meter:
-    """Where a run is and how fast it goes. Times and images are those of this process only.
+    """Where a run is and how fast it goes.
 
-    Attributes
-    ----------
-    name : str
-        What the display calls the run.
-    epochs, steps_per_epoch : int
-        The whole run.
-    total_steps : int
-        Of the whole run; the last epoch may have fewer than the others.
-    epoch, step : int
-        Finished epochs, and steps done in the running one.
-    images, steps, seconds : int, int, float
-        Trained in this process, and the time it took without evaluation.
-    tests, test_seconds : int, float
-        Evaluations in this process, and the time they took.
-    loss, top1 : float
-        Means over the running epoch's images of which they are known; NaN before the first. top1 in percent.
-    test_top1 : float
-        Of the last finished epoch, in percent; NaN when there is none.
-    split : str
-        The split that it is of: test, or validation.
+    `epochs`, `steps_per_epoch` and `total_steps` are of the whole run; the last epoch may have fewer steps than the
+    others. `epoch` counts finished epochs, `step` the steps of the running one. Images, steps, tests and the seconds
+    they took are of this process only. `loss` and `top1`, in percent, are means over the `measured_images` of the
+    running epoch; `test_top1` is of the last finished one, on `split`. All are NaN while there is none.
     """
 
     name: str
@@ -99,33 +83,9 @@ class Meter:
 class Progress:
     """The display of one training run; use it as a context manager.
 
-    Parameters
-    ----------
-    name : str
-        What to call the run.
-    epochs, steps_per_epoch : int
-        The whole run, whatever part of it is already done.
-    steps : int, optional
-        Of the whole run, where it ends within an epoch.
-    steps_done : int
-        Steps already trained, by an earlier process too; 0 for a fresh run.
-    test_top1 : float
-        Test accuracy in percent of the last finished epoch, where there is one; NaN otherwise.
-    split : str
-        What the display calls the test split: validation images may stand in for it.
-    quiet : bool
-        Show nothing.
-    stream : text stream, optional
-        Where to write; standard error when left out.
-    clock : callable
-        Seconds from an arbitrary origin.
-
-    Examples
-    --------
-    >>> with Progress("fa", epochs=1, steps_per_epoch=2, quiet=True) as progress:
-    ...     progress.step(128, loss=2.3, top1=10.0)
-    ...     progress.step(128, loss=2.1, top1=20.0)
-    ...     progress.epoch({"epoch": 1, "train_loss": 2.2, "train_top1": 15.0, "test_loss": 2.0, "test_top1": 22.0})
+    The epochs and steps are of the whole run; `steps_done` of them, by an earlier process too, are done, and
+    `test_top1` is that of its last finished epoch. `split` names what epochs are tested on. The display writes to
+    `stream`, standard error when left out, and `clock` returns seconds from an arbitrary origin.
     """
 
     def __init__(
@@ -176,17 +136,10 @@ class Progress:
         self._write(lambda live: live.stop())
 
     def step(self, images: int, *, steps: int = 1, loss: float | None = None, top1: float | None = None) -> None:
-        """Count trained steps; cheap enough for every step.
+        """Count the images and steps since the last call; cheap enough for every step.
 
-        Parameters
-        ----------
-        images : int
-            Images trained since the last call.
-        steps : int
-            Steps trained since the last call.
-        loss, top1 : float, optional
-            Mean loss and accuracy in percent of these images. Leave them out where reading them from a device
-            would hold it up, and give those of the whole interval at its end.
+        `loss` and `top1` are means of these images. Leave them out where reading them from a device would hold it up,
+        and give those of the whole interval at its end.
         """
         meter, now = self.meter, self._clock()
         meter.seconds += now - self._last
@@ -204,14 +157,7 @@ class Progress:
             self._show(_running(meter))
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Close an epoch after its evaluation: the time since the last step counts as evaluation.
-
-        Parameters
-        ----------
-        row : mapping
-            The epoch's row of metrics.csv: epoch, train_loss, train_top1, test_loss, test_top1 at least; losses
-            and accuracies may be NaN.
-        """
+        """Close an epoch after its evaluation, given its row of metrics.csv; the time since the last step is its."""
         meter, now = self.meter, self._clock()
         meter.tests += 1
         meter.test_seconds += now - self._last
@@ -333,13 +279,7 @@ def _time(meter: Meter) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span as m:ss, h:mm:ss or, from a day on, "2 d 03:04".
-
-    Examples
-    --------
-    >>> duration(72.4), duration(3725), duration(97440)
-    ('1:12', '1:02:05', '1 d 03:04')
-    """
+    """Return a time span as m:ss, h:mm:ss or, from a day on, "2 d 03:04"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

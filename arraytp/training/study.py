@@ -46,35 +46,13 @@ def run_study(
     plain: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Do every seed that is not done yet, and write summary.json.
+    """Do every seed that is not done yet, and write summary.json; the folder exists.
 
     A seed's numbers depend on the config alone, so one that was stopped halfway is simply done again; and ranks share
-    no seed, but each does others.
+    no seed, but each does others, and the first writes summary.json.
 
-    Parameters
-    ----------
-    planned : Plan
-        Of a config with a study.
-    folder : Path
-        Exists.
-    label : str
-        What the display calls it.
-    stop : StopRequest
-    quiet : bool
-        Show no progress.
-    plain : bool
-        Compute with the plain primitives.
-    ranks : Ranks
-        The first writes summary.json.
-
-    Raises
-    ------
-    Interrupted
-        When a stop was requested; the seeds done so far stay.
-    NonFiniteError
-        If feedback weights diverge.
-    UserError
-        If the summary of a seed that is done is damaged.
+    Interrupted when a stop was requested, and the seeds done so far stay; NonFiniteError if feedback weights diverge;
+    UserError if the summary of a seed that is done is damaged.
     """
     study = planned.config.study
     if study is None:

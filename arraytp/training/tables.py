@@ -22,16 +22,9 @@ NEWER_COLUMNS = ("ratio", *GNT_COLUMNS)
 
 @dataclass
 class CsvTable:
-    """A CSV file that grows by rows; numbers are written so that they read back exactly.
+    """A CSV file that grows by `rows` of text; numbers are written so that they read back exactly.
 
-    Parameters
-    ----------
-    path : Path
-    columns : tuple of str
-    rows : list of str
-        Without line ends.
-    written : bool
-        Otherwise there is no file.
+    Unless `written`, there is no file.
     """
 
     path: Path

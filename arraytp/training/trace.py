@@ -196,13 +196,7 @@ def _put_updates(sink: Sink, experiment: Experiment, step: Step) -> Updates:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse to write where there is no folder, or something other than a trace.
-
-    Raises
-    ------
-    UserError
-        Names the path and what would do.
-    """
+    """Refuse to write where there is no folder, or something other than a trace."""
     if not real(path).parent.is_dir():
         raise UserError(f"--out {path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -224,11 +218,8 @@ def _is_trace(path: Path) -> bool:
 def read_weights(path: Path, experiment: Experiment) -> None:
     """Put the weights under `weights` of a trace, or of a file laid out like one, into an experiment.
 
-    Raises
-    ------
-    UserError
-        If the file cannot be read, an array is missing, of another shape or dtype, or there are more blocks; names it
-        and what is needed.
+    UserError names the array and what is needed if the file cannot be read, an array is missing, of another shape or
+    dtype, or there are more blocks.
     """
     named = _weights(experiment)
     _refuse_more_blocks(path, experiment)
@@ -251,13 +242,7 @@ def _refuse_more_blocks(path: Path, experiment: Experiment) -> None:
 
 
 def read_batch(path: Path, experiment: Experiment) -> tuple[Array, Array]:
-    """Return images and labels under `input` of a trace, or of a file laid out like one.
-
-    Raises
-    ------
-    UserError
-        As `read_weights`; also if a label is no class.
-    """
+    """Return images and labels under `input` of a trace, or of a file laid out like one; errors as `read_weights`."""
     plan = experiment.plan
     shape = plan.dataset.shape
     flat = plan.blocks[0].in_shape
