@@ -5,12 +5,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from arraytp.disk import HeldError, flush_folder, open_locked
+from arraytp.disk import HeldError, flush_folder, open_locked, real
+from arraytp.errors import UserError
 
 # Seconds to wait for another process that writes the same file, and between two looks.
 _PATIENCE, _PAUSE = 5.0, 0.02
@@ -34,6 +35,16 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write a file as `replacing` does."""
     with replacing(path) as file:
         file.write(content)
+
+
+def check_output(option: str, path: Path, example: str, is_ours: Callable[[], bool], ours: str) -> None:
+    """Raise UserError unless an option's file can be written, and replaces, where it exists, one of ours only."""
+    if not real(path).parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file, for example {path / example}")
+    if path.exists() and not is_ours():
+        raise UserError(f"{option} {path}: exists and is not {ours}; give another file")
 
 
 @contextmanager

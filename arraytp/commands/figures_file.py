@@ -7,20 +7,13 @@ from typing import Any
 
 from arraytp.disk import real
 from arraytp.errors import UserError
-from arraytp.files import json_safe, write_file
+from arraytp.files import check_output, json_safe, write_file
 
 
 def check_json(path: Path, key: str) -> None:
     """Refuse a path that cannot be written, or that holds anything but figures, whose entries all have `key`."""
-    if not real(path).parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; give a file, for example {path / 'figures.json'}")
-    if path.is_file() and not _holds_figures(path, key):
-        raise UserError(
-            f"--json {path}: exists and is not an earlier result of this command; only such are overwritten; give "
-            "another file"
-        )
+    wrong = "an earlier result of this command; only such are overwritten"
+    check_output("--json", path, "figures.json", lambda: not path.is_file() or _holds_figures(path, key), wrong)
 
 
 def _holds_figures(path: Path, key: str) -> bool:

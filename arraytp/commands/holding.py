@@ -2,7 +2,6 @@
 
 import errno
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 import click
@@ -26,9 +25,7 @@ class Holds:
         """Hold nothing yet."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Give all folders back."""
         self.give_back()
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -23,7 +22,7 @@ from arraytp.data.chunks import check_chunks, piece_offset, read_chunk, read_who
 from arraytp.data.manifest import ShardEntry
 from arraytp.disk import system_words
 from arraytp.errors import UnreadableError, UserError
-from arraytp.files import replacing
+from arraytp.files import write_file
 
 FORMAT = "arraytp-shard"
 VERSION = 1
@@ -68,7 +67,7 @@ def rows_per_range(image_bytes: int) -> int:
 
 
 def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool) -> ShardEntry:
-    """Write images (N, H, W, C) and labels (N,) as `arraytp.files.replacing` does, not to stay in the system's cache.
+    """Write images (N, H, W, C) and labels (N,) as `arraytp.files.write_file` does, not to stay in the system's cache.
 
     The bytes depend on the arguments and on the HDF5 and zlib libraries only. `compression` gzips in chunks of one
     range each; otherwise the images lie in the file as they are. Returns what `dataset.json` says about the shard.
@@ -81,60 +80,19 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
     # Shuffling bytes helps labels of eight bytes; pixels have one byte, so there is nothing to shuffle.
     image_layout = packed | {"chunks": (chunk, *images.shape[1:])} if compression else {}
     label_layout = packed | {"shuffle": True, "chunks": (len(labels),)} if compression else {}
-    with replacing(path) as raw:
-        sink = _Sink(raw)
-        # The v110 layout carries checksums over HDF5's own structures.
-        with h5py.File(sink, "w", libver=("v110", "v110")) as file:
-            file.attrs["format"] = FORMAT
-            file.attrs["version"] = VERSION
-            file.attrs["range_rows"] = rows
-            file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
-            file.create_dataset("checksums", data=checksums)
-            file.create_dataset("images", data=images, **image_layout)
-        if sink.error is not None:
-            raise sink.error
+    # In memory first: HDF5 cannot close a file in order once the disk is full, and may end the process.
+    image = io.BytesIO()
+    # The v110 layout carries checksums over HDF5's own structures.
+    with h5py.File(image, "w", libver=("v110", "v110")) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["version"] = VERSION
+        file.attrs["range_rows"] = rows
+        file.create_dataset("labels", data=labels.astype("<i8"), **label_layout)
+        file.create_dataset("checksums", data=checksums)
+        file.create_dataset("images", data=images, **image_layout)
+    write_file(path, image.getbuffer())
     _leave_cache(path)
     return ShardEntry(file=path.name, count=len(images), bytes=path.stat().st_size, checksum=_digest(checksums))
-
-
-class _Sink(io.RawIOBase):
-    """A file to which HDF5 can always write: the first error is kept for us, and all after it is let go.
-
-    HDF5 itself cannot close a file in order once the disk is full, and may end the process.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        """Write all of the content, or keep the error."""
-        if self.error is None:
-            try:
-                return self._file.write(content)
-            except OSError as error:
-                self.error = error
-        return len(content)
-
-    def flush(self) -> None:
-        """Leave it to the file's end: HDF5 flushes often."""
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the file's length."""
-        return self._file.truncate(size)
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what was written."""
-        return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Return the place."""
-        return self._file.tell()
 
 
 def _leave_cache(path: Path) -> None:

@@ -27,7 +27,7 @@ from arraytp.backend import Array, Backend
 from arraytp.config import dump_config
 from arraytp.disk import real, refuse_special, system_words
 from arraytp.errors import Interrupted, UnreadableError, UserError
-from arraytp.files import replacing
+from arraytp.files import check_output, replacing
 from arraytp.model.plain import block_forward, pad_auxiliary
 from arraytp.ops.noise import EPSILON, ETA
 from arraytp.rules.protocol import Updates
@@ -197,12 +197,9 @@ def _put_updates(sink: Sink, experiment: Experiment, step: Step) -> Updates:
 
 def check_replaceable(path: Path) -> None:
     """Refuse to write where there is no folder, or something other than a trace."""
-    if not real(path).parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; give a file, for example {path / 'trace.h5'}")
-    if path.exists() and not (path.is_file() and _is_trace(path)):
-        raise UserError(f"--out {path}: exists and is not a trace; only traces are overwritten; give another file")
+    check_output(
+        "--out", path, "trace.h5", lambda: path.is_file() and _is_trace(path), "a trace; only traces are overwritten"
+    )
 
 
 def _is_trace(path: Path) -> bool:
