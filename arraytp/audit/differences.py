@@ -12,7 +12,8 @@ that happens to be orthogonal to the gradient proves as much as any other.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -77,6 +78,22 @@ def gradient_error(
         quotient = derivative(lambda h, v=v: function(at + h * v), scale)  # type: ignore[misc]
         largest = worst(largest, relative(quotient - exact, scale))
     return largest
+
+
+def gradient_errors(
+    function: Callable[..., float],
+    at: Sequence[Array],
+    gradients: Sequence[Array],
+    generator: np.random.Generator,
+    directions: int = DIRECTIONS,
+) -> list[float]:
+    """Return `gradient_error` of a function of several arrays, array by array, the others staying."""
+
+    def moved(i: int, array: Array) -> float:
+        return function(*at[:i], array, *at[i + 1 :])
+
+    points = enumerate(zip(at, gradients, strict=True))
+    return [gradient_error(partial(moved, i), x, g, generator, directions) for i, (x, g) in points]
 
 
 def adjoint_error(forward: Callable[[Array], Array], adjoint: Callable[[Array], Array], x: Array, u: Array) -> float:

@@ -6,17 +6,16 @@ engine; where the loss's definition is known (`arraytp.audit.definitions`), agai
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES, Check, Floats, apart, checked, host, worst
-from arraytp.audit.definitions import FEEDBACK_LOSSES, Loss
-from arraytp.audit.differences import gradient_error
+from arraytp.audit.definitions import FEEDBACK_LOSSES
+from arraytp.audit.differences import gradient_errors
 from arraytp.audit.gradients import COPIES_FLOPS
 from arraytp.audit.observed import BATCHES, PARTS, Observed, in_closed_form, watch
 from arraytp.audit.setting import Setting
@@ -114,25 +113,29 @@ def _repeated(iterating: Iterating, one: Observed, weight: Array, bias: Array | 
     return iterating(state, one.k, True)
 
 
-def _repeated_loss(iterating: Iterating, one: Observed, weight: Array, bias: Array | None) -> float:
-    loss = _repeated(iterating, one, weight, bias).loss
-    return math.nan if loss is None else float(loss)
-
-
 def _parameters(setting: Setting, one: Observed) -> tuple[Array, Array | None]:
     return setting.put(one.weight), None if one.bias is None else setting.put(one.bias)
 
 
 def _slope_error(setting: Setting, iterating: Iterating, one: Observed) -> float:
     """Return how far the reported gradients are from differences of the loss that repeated iterations report."""
-    weight, bias = _parameters(setting, one)
-    generator, gradient = setting.generator(30, one.n), setting.put(one.arrays["gradient"])
-    error = gradient_error(lambda w: _repeated_loss(iterating, one, w, bias), weight, gradient, generator, 1)
-    if "gradient_bias" in one.arrays and bias is not None:
-        gradient = setting.put(one.arrays["gradient_bias"])
-        of_bias = gradient_error(lambda b: _repeated_loss(iterating, one, weight, b), bias, gradient, generator, 1)
-        error = worst(error, of_bias)
-    return error
+
+    def loss(weight: Array, bias: Array | None) -> float:
+        value = _repeated(iterating, one, weight, bias).loss
+        return math.nan if value is None else float(value)
+
+    return _slopes(loss, one, setting.put, setting.generator(30, one.n))
+
+
+def _slopes(
+    loss: Callable[[Any, Any], float], one: Observed, put: Callable[[Floats], Array], generator: np.random.Generator
+) -> float:
+    """Return how far the reported gradients of ω and, where it has one, its bias are from differences of a loss."""
+    bias = None if one.bias is None else put(one.bias)
+    at, gradients = [put(one.weight)], [put(one.arrays["gradient"])]
+    if bias is not None and "gradient_bias" in one.arrays:
+        at, gradients = [*at, bias], [*gradients, put(one.arrays["gradient_bias"])]
+    return worst(*gradient_errors(lambda weight, b=bias: loss(weight, b), at, gradients, generator, 1))
 
 
 def _engine_error(setting: Setting, plain: Iterating, one: Observed) -> float:
@@ -155,17 +158,9 @@ def _defined(setting: Setting, trained: Feedback[Any], of_block: list[Observed])
         loss = define(setting, n, one.arrays)
         value = loss(one.weight, one.bias)
         values = worst(values, abs(float(one.arrays["loss"]) - value) / max(abs(value), 1e-300))
-        of_weight = partial(_of_weight, loss, one.bias)
-        slopes = worst(slopes, gradient_error(of_weight, one.weight, one.arrays["gradient"], generator, 1))
-        if "gradient_bias" in one.arrays and one.bias is not None:
-            of_bias = partial(loss, one.weight)
-            slopes = worst(slopes, gradient_error(of_bias, one.bias, one.arrays["gradient_bias"], generator, 1))
+        slopes = worst(slopes, _slopes(loss, one, lambda array: array, generator))
     yield checked(f"{label}: feedback gradient by definition", source, trained.begin, slopes, DIFFERENCES * room)
     yield checked(f"{label}: feedback loss by definition", source, trained.begin, values, SUMS * room)
-
-
-def _of_weight(loss: Loss, bias: Floats | None, weight: Floats) -> float:
-    return loss(weight, bias)
 
 
 def _steps(setting: Setting, trained: Feedback[Any], of_block: list[Observed], state: State) -> Iterator[Check]:

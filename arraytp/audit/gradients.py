@@ -3,13 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, apart, checked, host, inner, worst
-from arraytp.audit.differences import DIRECTIONS, derivative, gradient_error, relative
+from arraytp.audit.differences import DIRECTIONS, derivative, gradient_error, gradient_errors, relative
 from arraytp.audit.ops import SAMPLES
 from arraytp.audit.setting import Setting, copied
 from arraytp.backend import Array, array_module
@@ -116,9 +115,7 @@ def _block_gradients(
     assert dx is not None
     assert whole_dx is not None
     error = worst(
-        gradient_error(lambda w: value(w, bias, x), weight, dweight, generator, 1),
-        gradient_error(lambda b: value(weight, b, x), bias, dbias, generator, 1),
-        gradient_error(lambda v: value(weight, bias, v), x, dx, generator, 1),
+        *gradient_errors(value, (weight, bias, x), (dweight, dbias, dx), generator, 1),
         apart(whole_dx[few], dx),
     )
     yield checked(f"{block.label}: gradients of the block", "dz = D ⊙ unpool(ds)", plain.block_backward, error,
@@ -131,13 +128,12 @@ def backpropagation(setting: Setting) -> Iterator[Check]:
     batch = setting.pass_over(images=setting.images[few], labels=setting.labels[few])
     updates = exact(batch)
     for n, block in enumerate(network.blocks):
-        run, (weight, bias) = partial(_loss_from, setting, batch, n), (network.weights[n], network.biases[n])
-        error = worst(
-            gradient_error(lambda w, n=n, run=run, bias=bias: run({n: (w, bias)}), weight, updates[n][0],  # type: ignore[misc]
-                           setting.generator(23, n)),
-            gradient_error(lambda b, n=n, run=run, weight=weight: run({n: (weight, b)}), bias, updates[n][1],  # type: ignore[misc]
-                           setting.generator(24, n), 1),
-        )  # fmt: skip
+
+        def value(weight: Array, bias: Array, n: int = n) -> float:
+            return _loss_from(setting, batch, n, {n: (weight, bias)})
+
+        at, generator = (network.weights[n], network.biases[n]), setting.generator(23, n)
+        error = worst(*gradient_errors(value, at, updates[n], generator))
         yield checked(f"{block.label}: ∂L/∂W and ∂L/∂b", "BP", bp.updates, error, KINKED)
     yield checked("all parameters: ∂L/∂θ in random directions", "BP", bp.updates,
                   _whole_error(setting, batch, updates), KINKED)  # fmt: skip

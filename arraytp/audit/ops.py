@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES as FINITE
 from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner, worst
-from arraytp.audit.differences import adjoint_error, gradient_error
+from arraytp.audit.differences import adjoint_error, gradient_error, gradient_errors
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array, add_product, array_module
 from arraytp.model.architectures import layers_of
@@ -28,81 +29,56 @@ def affine(setting: Setting) -> Iterator[Check]:
     """Check the affine map of every block: its definition, its gradients, its border."""
     layers = layers_of(setting.config.network, len(setting.experiment.plan.dataset.classes))
     for n, block in enumerate(setting.network.blocks):
-        if block.window is None:
-            yield from _dense(setting, n, block)
-        else:
-            layer = layers[n]
-            assert isinstance(layer, Conv)
-            yield checked(
-                f"{block.label}: border and size", "window", patches.make_window, _window_error(block, layer), 0.0
-            )
-            yield from _conv(setting, n, block)
+        layer = layers[n]
+        if isinstance(layer, Conv):
+            error = _window_error(block, layer)
+            yield checked(f"{block.label}: border and size", "window", patches.make_window, error, 0.0)
+        yield from _affine(setting, n, block)
 
 
-def _arguments(setting: Setting, n: int, block: Block) -> tuple[Array, Array, Array, Array]:
-    """Return x, W, b and a cotangent of z."""
+def _affine(setting: Setting, n: int, block: Block) -> Iterator[Check]:
+    weight, bias, window = setting.network.weights[n], setting.network.biases[n], block.window
     x = setting.batch.at(n).s[:SAMPLES].reshape(-1, *block.in_shape)
     u = setting.normal((len(x), *block.pre_shape), 1, n)
-    return x, setting.network.weights[n], setting.network.biases[n], u
+    forward: Any
+    backward: tuple[Any, Any, Any]
+    if window is None:
+        what, formulas, forward = "affine map", ("z = xW + b", "dW = xᵀ dz", "dx = dz Wᵀ"), dense.dense_forward
+        backward = dense.dense_backward_weight, dense.dense_backward_weight, dense.dense_backward_input
+        gradients = *dense.dense_backward_weight(u, x), dense.dense_backward_input(u, weight)
+    else:
+        what, forward = "im2col against a direct sum", conv.conv_forward
+        formulas = "z = patches W + b", "dW = patchesᵀ dz", "dx = col2im(dz Wᵀ)"
+        backward = conv.conv_backward_weight, conv.conv_backward_weight, conv.conv_backward_input
+        dweight, dbias = conv.conv_backward_weight(u, conv.conv_forward(x, weight, bias, window)[1])
+        gradients = dweight.reshape(weight.shape), dbias, conv.conv_backward_input(u, weight, window)
 
+    def z(w: Array, b: Array, v: Array) -> Array:
+        return forward(v, w, b) if window is None else forward(v, w, b, window)[0]
 
-def _dense(setting: Setting, n: int, block: Block) -> Iterator[Check]:
-    x, weight, bias, u = _arguments(setting, n, block)
-    label, generator = block.label, setting.generator(2, n)
     expected = reference.affine(block, host(weight), host(bias), host(x))
-    error = apart(dense.dense_forward(x, weight, bias), expected)
-    yield checked(f"{label}: affine map", "z = xW + b", dense.dense_forward, error, ROUNDING)
-    dweight, dbias = dense.dense_backward_weight(u, x)
-    dx = dense.dense_backward_input(u, weight)
-    for name, source, at, gradient, function, f in (
-        ("weight", "dW = xᵀ dz", weight, dweight, dense.dense_backward_weight, lambda w: _dense_at(u, x, w, bias)),
-        ("bias", "db = Σ dz", bias, dbias, dense.dense_backward_weight, lambda b: _dense_at(u, x, weight, b)),
-        ("input", "dx = dz Wᵀ", x, dx, dense.dense_backward_input, lambda v: _dense_at(u, v, weight, bias)),
-    ):
-        error = gradient_error(f, at, gradient, generator)
-        yield checked(f"{label}: gradient of the {name}", source, function, error, FINITE)
-
-
-def _dense_at(u: Array, x: Array, weight: Array, bias: Array) -> float:
-    return inner(u, dense.dense_forward(x, weight, bias))
-
-
-def _conv(setting: Setting, n: int, block: Block) -> Iterator[Check]:
-    x, weight, bias, u = _arguments(setting, n, block)
-    window, label, generator = block.window, block.label, setting.generator(2, n)
-    assert window is not None
-    z, rows = conv.conv_forward(x, weight, bias, window)
-    expected = reference.conv(host(x), host(weight), host(bias), window)
-    yield checked(f"{label}: im2col against a direct sum", "z = patches W + b", conv.conv_forward, apart(z, expected),
-                  ROUNDING)  # fmt: skip
-    dweight, dbias = conv.conv_backward_weight(u, rows)
-    dweight, dx = dweight.reshape(weight.shape), conv.conv_backward_input(u, weight, window)
-    for name, source, at, gradient, function, f in (
-        ("kernel", "dW = patchesᵀ dz", weight, dweight, conv.conv_backward_weight,
-         lambda w: inner(u, conv.conv_forward(x, w, bias, window)[0])),
-        ("bias", "db = Σ dz", bias, dbias, conv.conv_backward_weight,
-         lambda b: inner(u, conv.conv_forward(x, weight, b, window)[0])),
-        ("input", "dx = col2im(dz Wᵀ)", x, dx, conv.conv_backward_input,
-         lambda v: inner(u, conv.conv_forward(v, weight, bias, window)[0])),
-    ):  # fmt: skip
-        error = gradient_error(f, at, gradient, generator)
-        yield checked(f"{label}: gradient of the {name}", source, function, error, FINITE)
-    yield from _adjoints(setting, n, block, x)
+    error = apart(z(weight, bias, x), expected)
+    yield checked(f"{block.label}: {what}", formulas[0], forward, error, ROUNDING)
+    generator, names = setting.generator(2, n), ("weight", "bias", "input")
+    errors = gradient_errors(lambda *at: inner(u, z(*at)), (weight, bias, x), gradients, generator)
+    sources = formulas[1], "db = Σ dz", formulas[2]
+    for name, source, function, error in zip(names, sources, backward, errors, strict=True):
+        yield checked(f"{block.label}: gradient of the {name}", source, function, error, FINITE)
+    if window is not None:
+        yield from _adjoints(setting, n, block, x)
 
 
 def _adjoints(setting: Setting, n: int, block: Block, x: Array) -> Iterator[Check]:
     window, label = block.window, block.label
     assert window is not None
 
-    def line(what: str, error: float) -> Check:
-        function = {"im2col": patches.col2im, "row patches": patches.add_row_patches}.get(
-            what, patches.add_stacked_rows
-        )
+    def line(what: str, function: Any, error: float) -> Check:
         return checked(f"{label}: adjoint of {what}", "⟨Ax, u⟩ = ⟨x, Aᵀu⟩", function, error, ROUNDING)
 
     shape = (len(x), window.out_height, window.out_width, window.kernel**2 * x.shape[-1])
     u = setting.normal(shape, 3, n)
-    yield line("im2col", adjoint_error(lambda v: patches.im2col(v, window), lambda w: patches.col2im(w, window), x, u))
+    error = adjoint_error(lambda v: patches.im2col(v, window), lambda w: patches.col2im(w, window), x, u)
+    yield line("im2col", patches.col2im, error)
     covered = reference.conv_input_gradient(
         np.ones((1, *shape[1:3], 1)), np.ones((window.kernel, window.kernel, 1, 1)), window
     )
@@ -113,7 +89,7 @@ def _adjoints(setting: Setting, n: int, block: Block, x: Array) -> Iterator[Chec
     shape = (len(x), window.height, window.out_width, window.kernel * x.shape[-1])
     u = setting.normal(shape, 4, n)
     error = adjoint_error(lambda v: patches.row_patches(v, window), lambda w: patches.add_row_patches(w, window), x, u)
-    yield line("row patches", error)
+    yield line("row patches", patches.add_row_patches, error)
     dz = setting.normal((len(x), *block.pre_shape), 5, n)
     u = setting.normal((*shape[:3], window.kernel * dz.shape[-1]), 6, n)
     zeros = setting.put(np.zeros(dz.shape))
@@ -123,7 +99,7 @@ def _adjoints(setting: Setting, n: int, block: Block, x: Array) -> Iterator[Chec
         dz,
         u,
     )
-    yield line("stacked rows", error)
+    yield line("stacked rows", patches.add_stacked_rows, error)
 
 
 def _window_error(block: Block, layer: Conv) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from arraytp.audit.check import KINKED, ROUNDING, Check, Floats, apart, checked, host, worst
 from arraytp.audit.definitions import LOCAL_LOSSES, TARGETS
-from arraytp.audit.differences import gradient_error
+from arraytp.audit.differences import gradient_errors
 from arraytp.audit.feedback import SUMS
 from arraytp.audit.jacobians import jacobians, sums
 from arraytp.audit.setting import Setting
@@ -61,11 +61,8 @@ def local_updates(setting: Setting) -> Iterator[Check]:
             assert rule.local_loss is not None
             return rule.local_loss(options, setting.network.blocks[n], _s_next(setting, n, weight, bias), t)
 
-        generator = setting.generator(40, n)
-        error = worst(
-            gradient_error(lambda w, value=value, bias=at.bias: value(w, bias), at.weight, dweight, generator),  # type: ignore[misc]
-            gradient_error(lambda b, value=value, weight=at.weight: value(weight, b), at.bias, dbias, generator, 1),  # type: ignore[misc]
-        )
+        errors = gradient_errors(value, (at.weight, at.bias), (dweight, dbias), setting.generator(40, n))
+        error = worst(*errors)
         yield checked(f"{at.block.label}: update as the local loss's gradient", source, rule.local_update, error,
                       KINKED)  # fmt: skip
         if define is not None:
