@@ -1,12 +1,11 @@
 """Threads that work ahead, into a few buffers that go round."""
 
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
 
 Job = TypeVar("Job")
 Buffer = TypeVar("Buffer")
@@ -34,69 +33,36 @@ def worked_ahead(
     result. `ended` is then called with the buffers of results that are not valid any more, once no thread works; never
     where the garbage collector closes the iterator in one of them.
     """
-    line = _Line(iter(jobs), fill, work)
-    for buffer in buffers:
-        line.free.put(buffer)
-    # Daemons, so that an iterator nobody closed does not keep the process alive.
-    helpers = [threading.Thread(target=line.run, name="arraytp-loader", daemon=True) for _ in range(threads)]
-    for helper in helpers:
-        helper.start()
-    held: deque[Buffer] = deque()
+    workers: list[threading.Thread] = []
+    pool = ThreadPoolExecutor(threads, "arraytp-loader", lambda: workers.append(threading.current_thread()))
+
+    def one(job: Job, buffer: Buffer, before: threading.Event, filled: threading.Event) -> Result:
+        try:
+            before.wait()
+            fill(job, buffer)
+        finally:
+            filled.set()
+        return work(job, buffer)
+
+    waiting, free, held = iter(jobs), deque(buffers), deque[Buffer]()
+    ahead = deque[tuple[Future[Result], Buffer]]()
+    filled = threading.Event()
+    filled.set()
     try:
-        while (item := line.begun.get()) is not None:
-            result, buffer = item
+        while True:
+            for job in islice(waiting, len(free)):
+                before, filled, buffer = filled, threading.Event(), free.popleft()
+                ahead.append((pool.submit(one, job, buffer, before, filled), buffer))
+            if not ahead:
+                return
+            result, buffer = ahead.popleft()
             held.append(buffer)
             yield result.result()
             if len(held) == _HELD:
-                line.free.put(held.popleft())
+                free.append(held.popleft())
     finally:
-        line.stop.set()
-        for buffer in buffers:
-            line.free.put(buffer)
         # The garbage collector may close a forgotten iterator from one of the very threads.
-        if threading.current_thread() not in helpers:
-            for helper in helpers:
-                helper.join()
+        own = threading.current_thread() in workers
+        pool.shutdown(wait=not own, cancel_futures=True)
+        if not own:
             ended([buffer for buffer in buffers if not any(buffer is other for other in held)])
-
-
-@dataclass(frozen=True)
-class _Line(Generic[Job, Buffer, Result]):
-    """What the threads share; whoever holds `turn` takes the next job."""
-
-    jobs: Iterator[Job]
-    fill: Callable[[Job, Buffer], None]
-    work: Callable[[Job, Buffer], Result]
-    free: "queue.SimpleQueue[Buffer]" = field(default_factory=queue.SimpleQueue)
-    begun: "queue.SimpleQueue[tuple[Future[Result], Buffer] | None]" = field(default_factory=queue.SimpleQueue)
-    stop: threading.Event = field(default_factory=threading.Event)
-    turn: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self) -> None:
-        while (item := self._next()) is not None:
-            job, buffer, result = item
-            try:
-                result.set_result(self.work(job, buffer))
-            except Exception as error:
-                self.stop.set()
-                result.set_exception(error)
-
-    def _next(self) -> tuple[Job, Buffer, Future[Result]] | None:
-        with self.turn:
-            if self.stop.is_set():
-                return None
-            buffer = self.free.get()
-            result: Future[Result] = Future()
-            try:
-                for job in self.jobs:
-                    if self.stop.is_set():
-                        return None
-                    self.fill(job, buffer)
-                    self.begun.put((result, buffer))
-                    return job, buffer, result
-                self.begun.put(None)
-            except Exception as error:
-                result.set_exception(error)
-                self.begun.put((result, buffer))
-            self.stop.set()
-            return None

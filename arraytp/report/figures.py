@@ -14,17 +14,8 @@ from matplotlib.figure import Figure
 
 from arraytp.errors import UserError
 from arraytp.files import write_file
+from arraytp.report import panels
 from arraytp.report.angles import GNT, common_blocks, has_angles, references
-from arraytp.report.panels import (
-    angle_bars,
-    angle_lines,
-    block_lines,
-    epoch_line,
-    epoch_lines,
-    feedback_lines,
-    finish_epochs,
-    step_lines,
-)
 from arraytp.report.reading import Result, read_result
 from arraytp.report.seeds import averaged
 from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
@@ -98,14 +89,14 @@ def learning_curves(result: Result) -> Figure:
     left, right = figure.subplots(1, 2)
     colour = rule_colour(result)
     curves = (("train", Look(colour, (0, (4, 1.5)))), (result.split, Look(colour)))
-    drawn = [epoch_line(left, result, look, f"{kind}_loss", kind) for kind, look in curves]
-    finish_epochs(left, [result], "loss", any(drawn))
+    drawn = [panels.epoch_line(left, result, look, f"{kind}_loss", kind) for kind, look in curves]
+    panels.finish_epochs(left, [result], "loss", any(drawn))
     drawn = [
-        epoch_line(right, result, look, f"{kind}_top{k}", f"{kind} top-{k}", alpha)
+        panels.epoch_line(right, result, look, f"{kind}_top{k}", f"{kind} top-{k}", alpha)
         for k, alpha in ((1, 1.0), (5, 0.4))
         for kind, look in curves
     ]
-    finish_epochs(right, [result], "accuracy (%)", any(drawn))
+    panels.finish_epochs(right, [result], "accuracy (%)", any(drawn))
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -116,26 +107,26 @@ def angles_per_block(result: Result) -> Figure:
     """Draw the mean angle to BP's update of every block."""
     figure = new_figure(7.2, 4.2, f"{result.label}: angle to BP's update per block, mean ± s.d.")
     axes = figure.subplots()
-    angle_bars(axes, [result], [Look(rule_colour(result))], result.blocks)
+    panels.angle_bars(axes, [result], [Look(rule_colour(result))], result.blocks)
     axes.set_xlabel("block, from the input's to the output's")
     return figure
 
 
 def angles_over_time(result: Result) -> Figure:
     """Draw the angle to BP's update, and to GNT's where measured, of every block over the training steps."""
-    panels = [partial(block_lines, reference=reference) for reference in references([result])]
-    return _over_time(result, "angle of the update", panels)
+    drawing = [partial(panels.block_lines, reference=reference) for reference in references([result])]
+    return _over_time(result, "angle of the update", drawing)
 
 
 def feedback_angles(result: Result) -> Figure:
     """Draw the angle between feedback and forward weights of every block over the training steps."""
-    return _over_time(result, "angle of feedback to forward weights", [feedback_lines])
+    return _over_time(result, "angle of feedback to forward weights", [panels.feedback_lines])
 
 
-def _over_time(result: Result, what: str, panels: Sequence[Callable[[Axes, Result], None]]) -> Figure:
-    figure = new_figure(2.2 + 5 * len(panels), 4.2, f"{result.label}: {what} during training")
+def _over_time(result: Result, what: str, drawing: Sequence[Callable[[Axes, Result], None]]) -> Figure:
+    figure = new_figure(2.2 + 5 * len(drawing), 4.2, f"{result.label}: {what} during training")
     named: dict[str, Any] = {}
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, draw in zip(figure.subplots(1, len(drawing), squeeze=False)[0], drawing, strict=True):
         draw(axes, result)
         named |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     if named:
@@ -159,18 +150,18 @@ def comparison(results: Sequence[Result]) -> Figure:
     with_gnt = GNT in references(results)
     few = all(run.steps["step"].size > 1 and run.metrics["epoch"].size <= _FEW_EPOCHS + 1 for run in results)
     layout = f"{'AAEE' if with_gnt else 'AAAA'};{'BBCC' if few else 'BBCD'}"
-    panels = figure.subplot_mosaic(layout, height_ratios=[1.25, 1])
-    angle_lines(panels["A"], results, given)
+    drawn = figure.subplot_mosaic(layout, height_ratios=[1.25, 1])
+    panels.angle_lines(drawn["A"], results, given)
     if with_gnt:
-        angle_lines(panels["E"], results, given, GNT)
-    angle_bars(panels["B"], results, given, blocks)
+        panels.angle_lines(drawn["E"], results, given, GNT)
+    panels.angle_bars(drawn["B"], results, given, blocks)
     splits = " or ".join(sorted({result.split for result in results}))
     if few:
-        step_lines(panels["C"], results, given)
+        panels.step_lines(drawn["C"], results, given)
     else:
-        panels["D"].sharey(panels["C"])
-        epoch_lines(panels["C"], results, given, "train_top1", "train top-1 (%)")
-        epoch_lines(panels["D"], results, given, "{split}_top1", f"{splits} top-1 (%)")
+        drawn["D"].sharey(drawn["C"])
+        panels.epoch_lines(drawn["C"], results, given, "train_top1", "train top-1 (%)")
+        panels.epoch_lines(drawn["D"], results, given, "{split}_top1", f"{splits} top-1 (%)")
     titles = {
         "A": "Angle to BP's update during training, mean of the hidden blocks",
         "B": "Angle to BP's update per block, mean ± s.d.",
@@ -180,10 +171,10 @@ def comparison(results: Sequence[Result]) -> Figure:
     if with_gnt:
         titles |= {"A": "Angle to BP's update, mean of hidden blocks", "E": "Angle to GNT's, mean of hidden blocks"}
     # In the order of reading.
-    for letter, (panel, axes) in zip("ABCDE", panels.items(), strict=False):
+    for letter, (panel, axes) in zip("ABCDE", drawn.items(), strict=False):
         axes.set_title(f"$\\bf{{{letter}}}$   {titles[panel]}")
-    drawn = panels["C"]
-    handles = [drawn.plot([], [], color=look.colour, linestyle=look.dash, linewidth=2.4)[0] for look in given]
+    example = drawn["C"]
+    handles = [example.plot([], [], color=look.colour, linestyle=look.dash, linewidth=2.4)[0] for look in given]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
 

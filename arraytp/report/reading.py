@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,7 @@ from numpy.typing import NDArray
 from arraytp.config.document import encodable, read_document
 from arraytp.disk import real
 from arraytp.errors import UserError
-from arraytp.training.tables import (
-    ANGLES_COLUMNS,
-    FEEDBACK_COLUMNS,
-    GNT_COLUMNS,
-    METRICS_COLUMNS,
-    NEWER_COLUMNS,
-    STEPS_COLUMNS,
-    VALIDATION_COLUMNS,
-)
+from arraytp.training import tables
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -130,20 +121,15 @@ def _expand(folder: Path) -> list[Path]:
 
 def _holding_results(folder: Path) -> Iterator[Path]:
     """Yield the folders at any depth that hold a config.yml; links are not followed, nor folders that are closed."""
-    waiting, seen = [folder], 0
-    while waiting:
-        place = waiting.pop()
-        with suppress(PermissionError), os.scandir(place) as entries:
-            for entry in entries:
-                seen += 1
-                if seen > _MOST_ENTRIES:
-                    raise UserError(
-                        f"{folder}: holds more than {_MOST_ENTRIES:,} files and folders; give one nearer to the results"
-                    )
-                if entry.name == "config.yml":
-                    yield place
-                elif entry.is_dir(follow_symlinks=False):
-                    waiting.append(Path(entry.path))
+    seen = 0
+    for place, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > _MOST_ENTRIES:
+            raise UserError(
+                f"{folder}: holds more than {_MOST_ENTRIES:,} files and folders; give one nearer to the results"
+            )
+        if "config.yml" in files:
+            yield Path(place)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -184,15 +170,15 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         )
     summary = _read_summary(path / "summary.json")
     unfinished = summary is None
-    columns = METRICS_COLUMNS + (VALIDATION_COLUMNS if config["train"].get("validation") else ())
+    columns = tables.METRICS_COLUMNS + (tables.VALIDATION_COLUMNS if config["train"].get("validation") else ())
     result = Result(
         path=path,
         label=label,
         config=config,
         metrics=read_csv(path / "metrics.csv", columns, ("epoch",), unfinished),
-        steps=read_csv(path / "steps.csv", STEPS_COLUMNS, ("step",), unfinished),
-        angles=read_csv(path / "angles.csv", ANGLES_COLUMNS + GNT_COLUMNS, ("step", "block"), unfinished),
-        feedback=read_csv(path / "feedback.csv", FEEDBACK_COLUMNS, ("step", "block"), unfinished),
+        steps=read_csv(path / "steps.csv", tables.STEPS_COLUMNS, ("step",), unfinished),
+        angles=read_csv(path / "angles.csv", tables.ANGLES_COLUMNS + tables.GNT_COLUMNS, ("step", "block"), unfinished),
+        feedback=read_csv(path / "feedback.csv", tables.FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,
     )
     highest = max(result.angles["block"], default=-1)
@@ -207,8 +193,8 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
 def _check_ends(result: Result) -> None:
     """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
-    tables = {name for name in ("metrics", "steps", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
-    if "metrics" in tables and isinstance(summary.get("epochs"), int):
+    written = {name for name in ("metrics", "steps", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
+    if "metrics" in written and isinstance(summary.get("epochs"), int):
         last = int(epochs[-1]) if epochs.size else None
         if last != summary["epochs"]:
             raise UserError(
@@ -219,7 +205,7 @@ def _check_ends(result: Result) -> None:
     every = compare.get("every") if isinstance(compare, dict) else None
     if not (isinstance(every, int) and every > 0 and isinstance(summary.get("steps"), int) and result.blocks_are_named):
         return
-    if "steps" in tables and len(result.steps["step"]) != summary["steps"] // every:
+    if "steps" in written and len(result.steps["step"]) != summary["steps"] // every:
         raise UserError(
             f"{result.path / 'steps.csv'}: {len(result.steps['step'])} rows, but one after every {every} of "
             f"{summary['steps']} steps makes {summary['steps'] // every}; rows are missing or of another run"
@@ -227,14 +213,14 @@ def _check_ends(result: Result) -> None:
     times = -(-summary["steps"] // every)
     is_measured = result.rule != "bp" or result.against_gnt
     angles, measured = result.angles["step"].size, times * len(result.blocks) if is_measured else 0
-    if "angles" in tables and angles != measured:
+    if "angles" in written and angles != measured:
         raise UserError(
             f"{result.path / 'angles.csv'}: {angles} rows, but {len(result.blocks)} blocks every {every} of "
             f"{summary['steps']} steps make {measured}; rows are missing or of another run"
         )
     trained = result.feedback["step"].size
     # A network of one block has no feedback to train.
-    if "feedback" in tables and times and len(result.blocks) > 1 and (trained % times or not trained):
+    if "feedback" in written and times and len(result.blocks) > 1 and (trained % times or not trained):
         raise UserError(
             f"{result.path / 'feedback.csv'}: {trained} rows, but every {every} of {summary['steps']} steps each block "
             f"has one, {times} in all; rows are missing or of another run"
@@ -297,7 +283,7 @@ def read_csv(path: Path, expected: Sequence[str], key: Sequence[str], unfinished
     if not rows and unfinished:
         return {name: np.empty(0) for name in expected}
     header = rows[0] if rows else []
-    missing = [name for name in expected if name not in header and name not in NEWER_COLUMNS]
+    missing = [name for name in expected if name not in header and name not in tables.NEWER_COLUMNS]
     if missing:
         raise UserError(f"{path}, line 1: the header lacks {', '.join(missing)}; expected {','.join(expected)}")
     values = [_numbers(path, line, header, row) for line, row in enumerate(rows[1:], start=2)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from arraytp import optim
 from arraytp.backend import Array, Backend, array_module
 from arraytp.config import Config
 from arraytp.data.division import TRAIN, VALIDATION, divide
@@ -32,15 +33,6 @@ from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, sid
 from arraytp.model.plain import Plain
 from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import LOSSES, label_rank
-from arraytp.optim import (
-    OptimizerState,
-    Twins,
-    apply_updates,
-    check_gradients,
-    init_optimizer,
-    learning_rates,
-    step_sizes,
-)
 from arraytp.options import Adam
 from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
@@ -136,7 +128,7 @@ class Experiment:
     network: Network
     rule: Rule[Any]
     rule_state: State
-    optimizer_state: OptimizerState
+    optimizer_state: optim.OptimizerState
     workspace: Workspace
     engines: tuple[Engine, ...]
     train_loader: Loader
@@ -386,25 +378,25 @@ class Experiment:
         """
         optimizer, parameters = self.config.optimizer, self.network.parameters()
         gradients = [array for pair in updates for array in pair]
-        check_gradients(parameters, gradients)
+        optim.check_gradients(parameters, gradients)
         if strength := strength_at(optimizer, self.optimizer_state.step):
             weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
             add_orthogonality(strength, self.network, weights, errors, self.workspace, optimizer.orthogonality_on)
         state, graphs = self.optimizer_state, self.graphs
-        rates = learning_rates(self.config.schedule, optimizer.lr, epoch, state.step)
+        rates = optim.learning_rates(self.config.schedule, optimizer.lr, epoch, state.step)
         decay = None if self.rule.shared_decay is None else self.rule.shared_decay(self.config.rule)
         if not graphs.takes("optimiser"):
-            twins = None if decay is None else Twins(self.rule_state.weights, decay)
-            apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, twins)
+            twins = None if decay is None else optim.Twins(self.rule_state.weights, decay)
+            optim.apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, twins)
             return
         t, names = state.step + 1, range(len(self.network)) if isinstance(rates, list) else [0] * len(self.network)
         sizes = [
             [self.workspace.number(("size", name, i), size, parameters[0].dtype) for i, size in enumerate(of_block)]
-            for name, of_block in zip(names, step_sizes(optimizer, rates, t, len(self.network)), strict=True)
+            for name, of_block in zip(names, optim.step_sizes(optimizer, rates, t, len(self.network)), strict=True)
         ]
 
         def work() -> None:
-            apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, sizes=sizes)
+            optim.apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, sizes=sizes)
 
         moments = [array for held in state.moments for array in held]
         graphs.run("optimiser", [*parameters, *gradients, *moments], work)
@@ -457,7 +449,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         network=network,
         rule=rule,
         rule_state=rule.init_state(config.rule, network, config.seed, backend),
-        optimizer_state=init_optimizer(config.optimizer, network.parameters()),
+        optimizer_state=optim.init_optimizer(config.optimizer, network.parameters()),
         workspace=engine,
         engines=tuple(first.beside() for _ in range(PARTS // ranks.size)) if config.train.exact else (first,),
         train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True, share=share),

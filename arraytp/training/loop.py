@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -22,25 +22,17 @@ from arraytp.ranks import agreed
 from arraytp.rules import bp
 from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
+from arraytp.training import tables
 from arraytp.training.checkpoint import check_owner, read_checkpoint, share_state, write_checkpoint
 from arraytp.training.experiment import Experiment, Score, Step
 from arraytp.training.finite import finite_blocks, finite_moments, is_finite
 from arraytp.training.long_steps import LongSteps
 from arraytp.training.progress import Progress
-from arraytp.training.tables import (
-    ANGLES_COLUMNS,
-    FEEDBACK_COLUMNS,
-    GNT_COLUMNS,
-    METRICS_COLUMNS,
-    OPTIMUM_COLUMNS,
-    STEPS_COLUMNS,
-    VALIDATION_COLUMNS,
-    CsvTable,
-    Totals,
-)
+from arraytp.training.tables import CsvTable, Totals
 
 # On a device, reading a number back makes the host wait; on the CPU it costs nothing.
 DEVICE_STEPS_PER_READ = 50
+TABLES = ("metrics", "steps", "angles", "feedback")
 
 
 @dataclass
@@ -85,12 +77,17 @@ class Run:
         # What every epoch is evaluated on, and `best` chosen by.
         self._split = "validation" if validated else "test"
         knows = experiment.rule.optimum is not None
-        self.metrics = CsvTable(folder / "metrics.csv", METRICS_COLUMNS + VALIDATION_COLUMNS * validated)
-        self.steps = CsvTable(folder / "steps.csv", STEPS_COLUMNS)
-        self.angles = CsvTable(folder / "angles.csv", ANGLES_COLUMNS + (GNT_COLUMNS if experiment.against_gnt else ()))
-        self.feedback = CsvTable(folder / "feedback.csv", FEEDBACK_COLUMNS + OPTIMUM_COLUMNS * knows)
-        for table in (self.metrics, self.steps, self.angles, self.feedback):
-            table.written = self._writes
+        columns = (
+            tables.METRICS_COLUMNS + tables.VALIDATION_COLUMNS * validated,
+            tables.STEPS_COLUMNS,
+            tables.ANGLES_COLUMNS + tables.GNT_COLUMNS * experiment.against_gnt,
+            tables.FEEDBACK_COLUMNS + tables.OPTIMUM_COLUMNS * knows,
+        )
+        self._tables = {
+            name: CsvTable(folder / f"{name}.csv", each, written=self._writes)
+            for name, each in zip(TABLES, columns, strict=True)
+        }
+        self.metrics, self.steps, self.angles, self.feedback = self._tables.values()
         self._unread: list[Score] = []
         # Of the last forward pass of training, while its arrays are valid.
         self._step: Step | None = None
@@ -102,7 +99,7 @@ class Run:
         """Begin at the beginning."""
         # Machines of different kinds may have drawn weights that differ in a last digit.
         share_state(self.experiment, None)
-        self._restart([], [], [], [])
+        self._restart(dict.fromkeys(TABLES, []))
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint; rows of the tables that were written after it are dropped.
@@ -117,8 +114,8 @@ class Run:
             # Checkpoints of versions before steps.csv have neither its rows nor its sums.
             totals, recent = (Totals(**state["position"].pop(name, {})) for name in ("totals", "recent"))
             self.position = Position(**state["position"], totals=totals, recent=recent)
-            steps = state["steps"] if "steps" in state else self._steps_without_numbers()
-            tables = state["metrics"], steps, state["angles"], state["feedback"]
+            steps = {} if "steps" in state else {"steps": self._steps_without_numbers()}
+            rows = {name: (state | steps)[name] for name in TABLES}
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the checkpoint is damaged ({error}); --fresh starts over") from error
         if self.position.epoch + (self.position.batch > 0) > train.epochs:
@@ -131,7 +128,7 @@ class Run:
                 f"{path}: has {self.position.step} steps already, but train.steps is {train.steps}; set more "
                 "steps, or start over with --fresh"
             )
-        self._restart(*tables)
+        self._restart(rows)
 
     def _steps_without_numbers(self) -> list[str]:
         """Return step and epoch of the rows that steps.csv should have by now."""
@@ -143,13 +140,11 @@ class Run:
         check_owner(path, self.experiment.plan)
         return read_checkpoint(path, self.experiment)
 
-    def _restart(self, metrics: list[str], steps: list[str], angles: list[str], feedback: list[str]) -> None:
+    def _restart(self, rows: Mapping[str, list[str]]) -> None:
         """Write the tables anew; feedback.csv only for rules whose feedback weights pair with forward ones."""
-        self.metrics.restart(metrics)
-        self.steps.restart(steps)
-        self.angles.restart(angles)
-        if self.experiment.feedback_pairs():
-            self.feedback.restart(feedback)
+        for name, table in self._tables.items():
+            if name != "feedback" or self.experiment.feedback_pairs():
+                table.restart(rows[name])
 
     def train(self, stop: StopRequest) -> None:
         """Train to the last epoch, or to step `train.steps`, and write summary.json.
@@ -318,7 +313,7 @@ class Run:
         lr = at_block(learning_rates(config.schedule, config.optimizer.lr, *over), 0)
         row = (epoch, round(position.seconds, 3), lr, *position.totals.means())
         self.metrics.append(*row, *([math.nan] * 3 if self._split != "test" else ()), *totals.means())
-        progress.epoch(dict(zip(METRICS_COLUMNS, (*row, *totals.means()), strict=True)))
+        progress.epoch(dict(zip(tables.METRICS_COLUMNS, (*row, *totals.means()), strict=True)))
 
     def _test(self, stop: StopRequest, progress: Progress) -> None:
         """Score the test split, once, for the row of the last epoch.
@@ -327,7 +322,7 @@ class Run:
         """
         means = self._scored(None, stop, progress).means()
         *rows, last = self.metrics.rows
-        cells, at = last.split(","), METRICS_COLUMNS.index("test_loss")
+        cells, at = last.split(","), tables.METRICS_COLUMNS.index("test_loss")
         cells[at : at + len(means)] = map(repr, means)
         self.metrics.restart([*rows, ",".join(cells)])
         progress.say(f"{self.label}  test loss {means[0]:.3f}  top-1 {means[1]:.1f} %")
@@ -365,9 +360,9 @@ class Run:
                 self._fail(f"after {self.position.step} steps", self._feedback_of(n))
         self._tick()
         # The row of an epoch that train.steps cut short is written again, should the run go on.
-        metrics = self.metrics.rows[: self.position.epoch + 1]
-        tables = {"steps": self.steps.rows, "angles": self.angles.rows, "feedback": self.feedback.rows}
-        state = {"position": asdict(self.position), "metrics": metrics, **tables}
+        rows = {name: table.rows for name, table in self._tables.items()}
+        rows["metrics"] = self.metrics.rows[: self.position.epoch + 1]
+        state = {"position": asdict(self.position), **rows}
         write_checkpoint(self.folder / "checkpoint.h5", self.experiment, state)
         self._saved = time.monotonic()
 

@@ -20,7 +20,7 @@ def worked_ahead(request):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name == "arraytp-loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("arraytp-loader")]
 
 
 def buffers():
@@ -77,7 +77,7 @@ def test_closing_early_ends_the_threads(worked_ahead, steps):
 def test_an_iterator_that_is_forgotten_ends_its_threads(worked_ahead):
     results = worked_ahead(range(10**9), mark, buffers())
     next(results)
-    assert len(threads()) == worked_ahead.threads
+    assert 1 <= len(threads()) <= worked_ahead.threads
     del results
     gc.collect()
     assert threads() == []
