@@ -26,13 +26,7 @@ DEFAULT_MATH, TF32_MATH = 0, 3
 
 
 def array_module(*arrays: Array) -> Any:
-    """Return the module (NumPy, CuPy) that all of the arrays belong to.
-
-    Raises
-    ------
-    TypeError
-        If the arrays live on different devices.
-    """
+    """Return the module (NumPy, CuPy) that all of the arrays belong to; TypeError if they are on different devices."""
     names = {type(array).__module__.partition(".")[0] for array in arrays}
     if len(names) != 1:
         raise TypeError(
@@ -113,17 +107,7 @@ def _check_cublas(status: int) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """An array module and the few things that differ between host and device.
-
-    Parameters
-    ----------
-    name : str
-        "numpy" or "cupy".
-    xp : module
-        The array module.
-    number : int
-        Which device.
-    """
+    """An array module, "numpy" or "cupy", its number, and the few things that differ between host and device."""
 
     name: str
     xp: Any
@@ -201,17 +185,9 @@ class Backend:
 class Upload:
     """A round-trip place for arrays that go from the host to a device while it computes.
 
-    The host writes `host` after `await_room`, `send` copies it on a stream of its own, `received` gives the device's
-    copy to the current stream until `release`. None of these makes the host wait for the device's computations.
-
-    Parameters
-    ----------
-    backend : Backend
-        Of a device.
-    stream : stream
-        Made by `copy_stream`.
-    shape : tuple of int
-    dtype : dtype
+    The host writes `host` after `await_room`, `send` copies it on a stream of its own, made by `copy_stream`,
+    `received` gives the device's copy to the current stream until `release`. None of these makes the host wait for the
+    device's computations.
     """
 
     def __init__(self, backend: Backend, stream: Any, shape: tuple[int, ...], dtype: Any) -> None:
@@ -255,20 +231,10 @@ NUMPY = Backend("numpy", np)
 
 
 def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
-    """Return the backend of a name.
+    """Return the backend of a name, numpy or cupy; by default ranks take the devices in turn.
 
-    Parameters
-    ----------
-    name : {"numpy", "cupy"}
-    device : int, optional
-        Which device; by default ranks take the devices in turn.
-    rank : int
-
-    Raises
-    ------
-    UserError
-        If there is no such device; if CuPy is not installed, or twice, or finds no CUDA device, driver or libraries
-        that it can compute with.
+    UserError if there is no such device; if CuPy is not installed, or twice, or finds no CUDA device, driver or
+    libraries that it can compute with.
     """
     if name == "numpy":
         return NUMPY

@@ -68,19 +68,11 @@ def arraytp() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line, by default the process's own arguments; return the exit status.
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Without the program's name; by default what the process was started with.
-
-    Returns
-    -------
-    int
-        The exit status: 0 done, 2 the user's mistake, 128 + signal number when interrupted or when the reader of the
-        output has left (as if SIGPIPE had ended the process), 1 anything else. An exception that nobody foresaw is
-        raised, which ends the process with a traceback and status 1.
+    It is 0 for done, 2 for the user's mistake, 128 + signal number when interrupted or when the reader of the output
+    has left (as if SIGPIPE had ended the process), 1 for anything else. An exception that nobody foresaw is raised,
+    which ends the process with a traceback and status 1.
     """
     # Figures are files here: a notebook's setting names a backend that need not be installed.
     os.environ["MPLBACKEND"] = "agg"

@@ -6,11 +6,12 @@ import os
 import re
 import select
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from arraytp.errors import UserError
+from arraytp.errors import UnreadableError, UserError
 
 # Another process has the lock; emulations by record locks say EACCES.
 _HELD = (errno.EAGAIN, errno.EACCES)
@@ -91,6 +92,20 @@ def system_words(error: BaseException) -> str:
     match = _ERRNO.search(str(error))
     number = error.errno or (int(match[1]) if match else 0)
     return os.strerror(number) if number else ""
+
+
+@contextmanager
+def telling_damage(path: Path, unreadable: str, damaged: str) -> Iterator[None]:
+    """Raise UnreadableError for the system's errors, UserError for what else is wrong with an HDF5 file.
+
+    The texts have a place {} for the words of the error. Nothing is wrong with a file that the system does not give.
+    """
+    try:
+        yield
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        if words := system_words(error):
+            raise UnreadableError(f"{path}: {unreadable.format(words)}") from error
+        raise UserError(f"{path}: {damaged.format(' '.join(str(error).split()))}") from error
 
 
 def read_small(path: Path, most: int) -> bytes:

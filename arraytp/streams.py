@@ -6,32 +6,14 @@ _PURPOSES = {"init": 0, "feedback": 1, "noise": 2, "shuffle": 3, "augment": 4, "
 
 
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """Return the host's random stream of a purpose and a key.
-
-    Parameters are those of `sequence`.
-
-    Returns
-    -------
-    numpy.random.Generator
-        The same generator state for the same arguments, on every machine and backend.
-    """
+    """Return the host's random stream of `sequence`'s purpose and key, the same on every machine and backend."""
     return np.random.Generator(np.random.PCG64DXSM(sequence(seed, purpose, *key)))
 
 
 def sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
     """Return what the streams of a purpose and a key are seeded by, on the host and on devices.
 
-    Parameters
-    ----------
-    seed : int
-        The run's one root seed, non-negative.
-    purpose : {"init", "feedback", "noise", "shuffle", "augment", "validation"}
-        What the numbers are for.
-    *key : int
-        What distinguishes streams of one purpose, non-negative: block, epoch, step, iteration, sample chunk.
-
-    Returns
-    -------
-    numpy.random.SeedSequence
+    `seed` is the run's one root seed; the key is what distinguishes streams of one purpose: block, epoch, step,
+    iteration, chunk of samples. None of these is negative.
     """
     return np.random.SeedSequence(entropy=seed, spawn_key=(_PURPOSES[purpose], *key))

@@ -22,18 +22,9 @@ KINKED = 1e-5
 class Check:
     """A measured error against its tolerance.
 
-    Parameters
-    ----------
-    what : str
-        What was checked; begins with the block's label where it is about one.
-    source : str
-        Equation, theorem or definition.
-    function : str
-        Dotted name of the function that was exercised.
-    error : float
-        Relative unless `what` says otherwise. For information rows: the number itself.
-    tolerance : float or None
-        None: for information, neither passed nor failed.
+    `what` was checked begins with the block's label where it is about one; `source` is the equation, theorem or
+    definition, and `function` the dotted name of what was exercised. The `error` is relative unless `what` says
+    otherwise. Without a tolerance it is a number for information, neither passed nor failed.
     """
 
     what: str

@@ -55,16 +55,9 @@ def gradient_error(
     generator: np.random.Generator,
     directions: int = DIRECTIONS,
 ) -> float:
-    """Return the largest relative error of a gradient along random directions.
+    """Return the largest relative error of a gradient along random directions, each as long as `at`.
 
-    Parameters
-    ----------
-    function : callable
-        From an array like `at` to a number.
-    at, gradient : arrays of one shape, float64
-    generator : Generator
-        Draws the directions, each as long as `at`.
-    directions : int
+    `function` is of an array like `at`, whose shape the gradient has, both float64.
     """
     if at.shape != gradient.shape:
         return math.inf

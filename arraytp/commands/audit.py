@@ -14,8 +14,7 @@ import click
 from rich.console import Console
 
 from arraytp.audit import Check, audit
-from arraytp.commands.figures_file import check_json, write_json
-from arraytp.commands.overrides import overriding_but_dtype, settings
+from arraytp.commands.shared_options import check_json, overriding_but_dtype, settings, write_json
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
 from arraytp.training.plan import Plan, plan

@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from arraytp.commands.figures_file import check_json, write_json
-from arraytp.commands.overrides import overriding, settings
+from arraytp.commands.shared_options import check_json, overriding, settings, write_json
 from arraytp.commands.together import check_ranks
 from arraytp.config import load_config
 from arraytp.data.loader import Batches

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import click
 
-from arraytp.commands.folders import check_folder, check_folders
+from arraytp.commands.shared_options import check_folder, check_folders
 from arraytp.disk import real
 from arraytp.errors import UserError
 from arraytp.report.figures import write_comparison, write_figures

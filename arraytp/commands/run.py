@@ -11,9 +11,8 @@ from pathlib import Path
 
 import click
 
-from arraytp.commands.folders import check_folder
 from arraytp.commands.holding import Holds
-from arraytp.commands.overrides import overriding, settings
+from arraytp.commands.shared_options import check_folder, overriding, settings
 from arraytp.commands.together import check_ranks, grouped
 from arraytp.config import Config, dump_config, load_config, load_one
 from arraytp.config.difference import first_difference

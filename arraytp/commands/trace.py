@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from arraytp.backend import Array
-from arraytp.commands.overrides import overriding, settings
+from arraytp.commands.shared_options import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.signals import StopRequest

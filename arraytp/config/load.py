@@ -41,10 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
 def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> Config:
     """Read a config file that has no variants, or one variant of a file that has some.
 
-    Raises
-    ------
-    UserError
-        As `load_config`; also if `variant` is not in the file, or the file has variants and none is chosen.
+    UserError as `load_config`; also if `variant` is not in the file, or the file has variants and none is chosen.
     """
     variants = load_config(path, overrides).variants
     if variant is None and "" not in variants:
@@ -56,26 +53,9 @@ def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | Non
 
 
 def parse_config(tree: Mapping[str, Tree], source: str = "config", overrides: Sequence[str] = ()) -> ConfigFile:
-    """Check a config given as nested maps.
+    """Check a config given as nested maps: what the YAML file would hold; else as `load_config`.
 
-    Parameters
-    ----------
-    tree : mapping
-        What the YAML file would hold.
-    source : str
-        What error messages call it; also the config's name unless the tree has one.
-    overrides : sequence of str
-        As in `load_config`.
-
-    Returns
-    -------
-    ConfigFile
-        As `load_config`.
-
-    Raises
-    ------
-    UserError
-        If a setting is wrong.
+    `source` is what error messages call it, and the config's name unless the tree has one.
     """
     return resolve(Document(tree, {}, source), source, overrides)
 

@@ -29,16 +29,9 @@ class Draws(NamedTuple):
 
 
 def draw(seed: int, epoch: int, count: int, flip: float, padding: int) -> Draws:
-    """Draw the augmentation of every position of an epoch.
+    """Draw the augmentation of every position of an epoch of `count` images.
 
-    Parameters
-    ----------
-    seed, epoch, count : int
-        `count` is the number of images of an epoch.
-    flip : float
-        Probability of a flip.
-    padding : int
-        Crops start at rows and columns 0 to 2·padding of the padded image.
+    `flip` is the probability of a flip. Crops start at rows and columns 0 to 2·padding of the padded image.
     """
     generator = stream(seed, "augment", epoch)
     flips = generator.random(count) < flip

@@ -175,19 +175,8 @@ def embedded_names() -> tuple[str, ...]:
 def open_dataset(name_or_path: str | Path) -> Dataset:
     """Open a data set that comes with the package, by name, or a folder made by `arraytp data pack`.
 
-    Parameters
-    ----------
-    name_or_path : str or Path
-        A name without a path separator that is no folder here is taken for an embedded one.
-
-    Returns
-    -------
-    Dataset
-
-    Raises
-    ------
-    UserError
-        There is no such data set, its `dataset.json` is damaged, or a shard is missing or of another length.
+    A name without a path separator that is no folder here is taken for an embedded one. UserError if there is no such
+    data set, its `dataset.json` is damaged, or a shard is missing or of another length.
     """
     dataset = find_dataset(name_or_path)
     for split in dataset.manifest.splits.values():

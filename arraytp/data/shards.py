@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from isal import isal_zlib
 
 from arraytp.data.chunks import check_chunks, piece_offset, read_chunk, read_whole
 from arraytp.data.manifest import ShardEntry
-from arraytp.disk import system_words
+from arraytp.disk import telling_damage
 from arraytp.errors import UnreadableError, UserError
 from arraytp.files import write_file
 
@@ -123,15 +123,9 @@ def check_size(path: Path, entry: ShardEntry) -> None:
         raise UserError(f"{path}: shard is {what}: {size} bytes, expected {entry.bytes} (rows 0 to {entry.count - 1})")
 
 
-@contextmanager
-def _damage_is_the_users_to_know(path: Path, rows: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
-        if words := system_words(error):
-            raise UnreadableError(f"{path}: shard cannot be read: {words} ({rows})") from error
-        text = " ".join(str(error).split())
-        raise UserError(f"{path}: shard is damaged, {rows} cannot be read: {text}") from error
+def _telling_damage(path: Path, rows: str) -> AbstractContextManager[None]:
+    damaged = f"shard is damaged, {rows} cannot be read: {{}}"
+    return telling_damage(path, f"shard cannot be read: {{}} ({rows})", damaged)
 
 
 def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Shard:
@@ -140,7 +134,7 @@ def open_shard(path: Path, entry: ShardEntry, shape: tuple[int, int, int], class
     UserError if it is missing, damaged, of another version, or not the shard that `dataset.json` names.
     """
     check_size(path, entry)
-    with _damage_is_the_users_to_know(path, f"rows 0 to {entry.count - 1}"), _opened(path) as file:
+    with _telling_damage(path, f"rows 0 to {entry.count - 1}"), _opened(path) as file:
         _check_header(path, file, entry, shape)
         return Shard(
             path=path,
@@ -197,7 +191,7 @@ def read_rows(shard: Shard, start: int, stop: int, out: Images) -> None:
             last = min(first + step, shard.count)
             inside = start <= first and last <= stop
             rows = out[first - start : last - start] if inside else np.empty((last - first, *shard.shape), np.uint8)
-            with _damage_is_the_users_to_know(shard.path, f"rows {first} to {last - 1}"):
+            with _telling_damage(shard.path, f"rows {first} to {last - 1}"):
                 read(first, last, rows)
             _verify(shard, first, last, rows)
             if not inside:
@@ -251,7 +245,7 @@ def _reader(shard: Shard) -> Iterator[ReadRows]:
     where a memory map would kill the process.
     """
     if shard.offset is None:
-        with _damage_is_the_users_to_know(shard.path, f"rows 0 to {shard.count - 1}"):
+        with _telling_damage(shard.path, f"rows 0 to {shard.count - 1}"):
             file = _opened(shard.path)
         with file:
             images = file["images"]
@@ -264,7 +258,7 @@ def _reader(shard: Shard) -> Iterator[ReadRows]:
         return
     image_bytes = int(np.prod(shard.shape))
     offset = shard.offset
-    with _damage_is_the_users_to_know(shard.path, f"rows 0 to {shard.count - 1}"):
+    with _telling_damage(shard.path, f"rows 0 to {shard.count - 1}"):
         raw = shard.path.open("rb", buffering=0)
     with raw:
 

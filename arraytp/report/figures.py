@@ -31,24 +31,9 @@ _TITLE_WIDTH = 76
 def write_figures(result: Result | Path | str, out: Path | str | None = None) -> list[Path]:
     """Write one run's learning_curves.png, angles_per_block.png and, where measured, angles_over_time.png.
 
-    Where feedback weights pair with forward weights, feedback_angles.png besides.
-
-    Parameters
-    ----------
-    result : Result or path
-        The run, or its result folder.
-    out : path, optional
-        Folder for the figures, made where missing; `figures` in the result folder when left out.
-
-    Returns
-    -------
-    list of Path
-        The files written.
-
-    Raises
-    ------
-    UserError
-        As `read_result`; also when the files cannot be written.
+    Where feedback weights pair with forward weights, feedback_angles.png besides. They go to the folder `out`, made
+    where missing, or to `figures` in the result folder. Returns the files. UserError as `read_result`; also when they
+    cannot be written.
     """
     run = result if isinstance(result, Result) else read_result(result)
     folder = Path(out) if out is not None else run.path / "figures"
@@ -63,17 +48,9 @@ def write_figures(result: Result | Path | str, out: Path | str | None = None) ->
 
 
 def write_comparison(results: Sequence[Result], out: Path | str) -> list[Path]:
-    """Write comparison.png, comparison.md and comparison.csv of several runs into the folder `out`.
+    """Write comparison.png, comparison.md and comparison.csv of several runs into the folder `out`; return the files.
 
-    Returns
-    -------
-    list of Path
-        The files written.
-
-    Raises
-    ------
-    UserError
-        The files cannot be written.
+    UserError if they cannot be written.
     """
     folder = Path(out)
     with matplotlib.rc_context(RC):

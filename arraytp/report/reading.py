@@ -93,12 +93,8 @@ def read_results(folders: Sequence[Path | str]) -> list[Result]:
     """Read the result folders among `folders` and those at any depth inside the others, such as a run's variants.
 
     Labels are the paths from the folders' common parent on. Inside a folder BP comes first, since the other rules are
-    measured against it, then the names' order.
-
-    Raises
-    ------
-    UserError
-        As `read_result`; also a folder that neither is a result folder nor holds one.
+    measured against it, then the names' order. UserError as `read_result`; also for a folder that neither is one nor
+    holds one.
     """
     paths = {real(path): path for folder in folders for path in _expand(Path(folder))}
     parent = common_parent(list(paths))
@@ -138,20 +134,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_result(folder: Path | str, label: str | None = None) -> Result:
-    """Read one result folder; the run may be unfinished.
+    """Read one result folder; the run may be unfinished. The label is the folder's name when left out.
 
-    Parameters
-    ----------
-    folder : path
-        Holds config.yml; every other file may be missing. While there is no summary.json, a last CSV line without its
-        line end is one that is being written, and is left out.
-    label : str, optional
-        What tables and figures call the run; the folder's name when left out.
-
-    Raises
-    ------
-    UserError
-        Not a result folder, that of a study, or a file is damaged; the message names the file and the line.
+    The folder holds config.yml; every other file may be missing. While there is no summary.json, a last CSV line
+    without its line end is one that is being written, and is left out. UserError if this is no result folder, or that
+    of a study, or if a file is damaged; it names the file and the line.
     """
     path = Path(folder)
     if not path.is_dir():

@@ -27,20 +27,8 @@ _METRICS = ("train_loss", "train_top1", "train_top5", "test_loss", "test_top1", 
 def comparison_table(results: Sequence[Result], width: int | None = None) -> str:
     """Return the comparison as aligned text: one row a run, then notes on what the numbers mean.
 
-    Runs of several seeds are one row, mean ± standard deviation.
-
-    Parameters
-    ----------
-    results : sequence of Result
-        The runs, in the order of the rows.
-    width : int
-        Columns to keep within; by default those of the terminal, 100 elsewhere. Angles that do not fit beside the rest
-        follow in tables of their own.
-
-    Returns
-    -------
-    str
-        Lines without trailing blanks; ends with a line end.
+    Runs of several seeds are one row, mean ± standard deviation. Lines keep within `width` columns, by default those of
+    the terminal, 100 elsewhere: angles that do not fit beside the rest follow in tables of their own.
     """
     results = averaged(results)
     if width is None:

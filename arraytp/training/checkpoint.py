@@ -25,8 +25,8 @@ import numpy as np
 from arraytp.backend import Array
 from arraytp.config import Config, dump_config
 from arraytp.config.difference import FREE_ON_RESUME, config_of, first_difference
-from arraytp.disk import refuse_special, system_words
-from arraytp.errors import UnreadableError, UserError
+from arraytp.disk import refuse_special, telling_damage
+from arraytp.errors import UserError
 from arraytp.files import write_file
 from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan
@@ -124,24 +124,19 @@ def check_owner(path: Path, plan: Plan) -> bool:
 def _opened(path: Path) -> Iterator[h5py.File]:
     """Open a checkpoint to read from; errors of the system are none of the file's, and no reason to start over."""
     refuse_special(path)
-    try:
-        # Whole files replace each other: there is nothing to lock, and network file systems often cannot.
-        with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("version") not in READABLE:
-                raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
-            if file.attrs["version"] == 1 and "rule/feedback/0" in file:
-                raise UserError(
-                    f"{path}: is of version 1, in which the feedback of rules dfa and drl has other numbers; --fresh "
-                    "starts over"
-                )
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no checkpoint to continue from; --fresh starts over") from error
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
-        if words := system_words(error):
-            raise UnreadableError(f"{path}: the checkpoint cannot be read: {words}") from error
-        text = " ".join(str(error).split())
-        raise UserError(f"{path}: the checkpoint is damaged ({text}); --fresh starts over") from error
+    if not path.exists():
+        raise UserError(f"{path}: there is no checkpoint to continue from; --fresh starts over")
+    fresh = "the checkpoint is damaged ({}); --fresh starts over"
+    # Whole files replace each other: there is nothing to lock, and network file systems often cannot.
+    with telling_damage(path, "the checkpoint cannot be read: {}", fresh), h5py.File(path, locking=False) as file:
+        if file.attrs.get("version") not in READABLE:
+            raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")
+        if file.attrs["version"] == 1 and "rule/feedback/0" in file:
+            raise UserError(
+                f"{path}: is of version 1, in which the feedback of rules dfa and drl has other numbers; --fresh "
+                "starts over"
+            )
+        yield file
 
 
 def _put_json(file: h5py.File, name: str, content: Any) -> None:

@@ -99,7 +99,7 @@ class Run:
         """Begin at the beginning."""
         # Machines of different kinds may have drawn weights that differ in a last digit.
         share_state(self.experiment, None)
-        self._restart(dict.fromkeys(TABLES, []))
+        self._restart({name: [] for name in TABLES})
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint; rows of the tables that were written after it are dropped.

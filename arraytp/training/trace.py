@@ -25,8 +25,8 @@ import numpy as np
 
 from arraytp.backend import Array, Backend
 from arraytp.config import dump_config
-from arraytp.disk import real, refuse_special, system_words
-from arraytp.errors import Interrupted, UnreadableError, UserError
+from arraytp.disk import real, refuse_special, system_words, telling_damage
+from arraytp.errors import Interrupted, UserError
 from arraytp.files import check_output, replacing
 from arraytp.model.plain import block_forward, pad_auxiliary
 from arraytp.ops.noise import EPSILON, ETA
@@ -73,31 +73,12 @@ def write_trace(
 ) -> str:
     """Train on one batch and write down every number; a file of that name is replaced when the new one is complete.
 
-    Parameters
-    ----------
-    path : Path
-    experiment : Experiment
-        In its initial state, weights aside; it has done one step afterwards.
-    images : array of shape (B, H, W, C) or (B, D), of the config's dtype
-    labels : array of int64 of shape (B,)
-    noise : bool
-        Whether the noises of feedback training are written, or their keys only.
-    stop : StopRequest, optional
-        Looked at before each array.
+    The experiment is in its initial state, weights aside, and has done one step afterwards. Images are (B, H, W, C) or
+    (B, D) of the config's dtype, labels (B,) int64. Without `noise`, only the keys of the noises of feedback training
+    are written. `stop` is looked at before each array.
 
-    Returns
-    -------
-    str
-        The name of the first array that has NaN or infinity in it, or "".
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written; the former one is still there.
-    NonFiniteError
-        If the rule cannot go on; nothing is written.
-    Interrupted
-        When a stop was requested; nothing is written.
+    Returns the name of the first array that has NaN or infinity in it, or "". Nothing is written after NonFiniteError,
+    if the rule cannot go on, or Interrupted, when a stop was requested; after OSError the former file is still there.
     """
     # Through a Python file: HDF5's own can take the process with it when the disk is full.
     with replacing(real(path)) as raw, h5py.File(raw, "w") as file:
@@ -273,12 +254,8 @@ def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> n
 def _readable(path: Path) -> Iterator[h5py.File]:
     """Open a file to read from; what HDF5 cannot read in it is the user's to know."""
     refuse_special(path)
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file") from error
-    except (OSError, RuntimeError, KeyError, MemoryError) as error:
-        if words := system_words(error):
-            raise UnreadableError(f"{path}: cannot be read: {words}") from error
-        raise UserError(f"{path}: cannot be read as HDF5: {error}") from error
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    damaged = telling_damage(path, "cannot be read: {}", "cannot be read as HDF5: {}")
+    with damaged, h5py.File(path, "r", locking=False) as file:
+        yield file
