@@ -17,6 +17,7 @@ from arraytp.audit import Check, audit
 from arraytp.commands.shared_options import check_json, overriding_but_dtype, settings, write_json
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
+from arraytp.report.tables import aligned
 from arraytp.training.plan import Plan, plan
 
 HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")
@@ -114,16 +115,13 @@ def _record(planned: Plan, lines: Sequence[Line], seconds: float) -> dict[str, A
 
 def _table(name: str, config: Config, lines: Sequence[Line], seconds: float) -> str:
     """Return the lines of one variant, family by family."""
-    rows = [(family, _cells(check)) for family, check in lines]
-    widths = [max(len(cells[i]) for cells in [HEADERS, *(cells for _, cells in rows)]) for i in range(len(HEADERS))]
-    columns = _fitting(widths)
-    shown = [f"{name}: rule {config.rule.name}, {config.backend}, float64", _joined(HEADERS, widths, columns)]
-    former = ""
-    for family, cells in rows:
+    header, rule, *rows = _fitting([_cells(check) for _, check in lines])
+    shown, former = [f"{name}: rule {config.rule.name}, {config.backend}, float64", header], ""
+    for (family, _), row in zip(lines, rows, strict=True):
         if family != former:
-            shown += [f"─ {family} ".ljust(_total(widths, columns), "─")]
+            shown.append(f"─ {family} ".ljust(len(rule), "─"))
             former = family
-        shown.append(_joined(cells, widths, columns))
+        shown.append(row)
     counts = _counts(lines)
     shown += [
         f"{name}: {counts['passed']} passed, {counts['failed']} failed, {counts['information']} for information; "
@@ -140,21 +138,14 @@ def _cells(check: Check) -> tuple[str, ...]:
     return check.what, check.source, check.function, error, tolerance, verdict
 
 
-def _fitting(widths: Sequence[int]) -> list[int]:
-    """Return the columns that a terminal has room for; elsewhere, all."""
-    columns = list(range(len(HEADERS)))
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
-    for least_wanted in ("function", "by", "tolerance"):
-        if _total(widths, columns) > room:
-            columns.remove(HEADERS.index(least_wanted))
-    return columns
-
-
-def _total(widths: Sequence[int], columns: Sequence[int]) -> int:
-    return sum(widths[i] + 2 for i in columns) - 2
-
-
-def _joined(cells: Sequence[str], widths: Sequence[int], columns: Sequence[int]) -> str:
-    numbers = [HEADERS.index("error"), HEADERS.index("tolerance")]
-    padded = [cells[i].rjust(widths[i]) if i in numbers else cells[i].ljust(widths[i]) for i in columns]
-    return "  ".join(padded).rstrip()
+def _fitting(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of the columns that a terminal has room for; elsewhere, of all."""
+    columns, room = list(HEADERS), shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for unwanted in ("", "function", "by", "tolerance"):
+        columns = [header for header in columns if header != unwanted]
+        cells = [[row[HEADERS.index(header)] for header in columns] for row in rows]
+        left = [n for n, header in enumerate(columns) if header not in ("error", "tolerance")]
+        table = aligned(columns, cells, left)
+        if room is None or max(map(len, table)) <= room:
+            break
+    return table

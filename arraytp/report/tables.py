@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from arraytp.report.angles import BP, GNT, BlockAngle, Reference, block_angles, common_blocks, references
 from arraytp.report.reading import Result
@@ -33,8 +37,7 @@ def comparison_table(results: Sequence[Result], width: int | None = None) -> str
     results = averaged(results)
     if width is None:
         width = max(shutil.get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else 100
-    columns = [_column(cells) for cells in zip(*_cells(results), strict=True)]
-    parts = [_joined(part) for part in _parts(columns, width)]
+    parts = _within(list(zip(*_cells(results), strict=True)), width)
     notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in _notes(results)]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])]) + "\n"
 
@@ -183,43 +186,37 @@ def _unique(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _column(cells: Sequence[str]) -> list[list[str]]:
-    """Return a column as blocks of equally wide lines: header of two lines, then one block a row."""
-    header, *rows = cells
-    name = header in ("run", "rule")
-    blocks = [header.rsplit(" ", 1) if " " in header else ["", header]]
-    blocks += [textwrap.wrap(cell, _LONGEST_LABEL) or [cell] for cell in rows]
-    width = max(len(line) for block in blocks for line in block)
-    return [[line.ljust(width) if name else line.rjust(width) for line in block] for block in blocks]
+def _within(columns: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return the columns as one table if it is no wider, else the angles in tables of their own, names repeated."""
+    tables, fixed = [[*columns]], len(_HEADERS)
+    if _widest(_lines(columns)) > width:
+        tables = [[*columns[:fixed]]]
+        for column in columns[fixed:]:
+            if len(tables) == 1 or _widest(_lines([*tables[-1], column])) > width:
+                tables.append([columns[0]])
+            tables[-1].append(column)
+    return ["\n".join(_lines(table)) for table in tables]
 
 
-def _width(column: Sequence[Sequence[str]]) -> int:
-    return len(column[0][0])
+def _lines(columns: Sequence[Sequence[str]]) -> list[str]:
+    headers, *rows = zip(*columns, strict=True)
+    two_lines = ["\n".join(header.rsplit(" ", 1)) if " " in header else f"\n{header}" for header in headers]
+    wrapped = [["\n".join(textwrap.wrap(cell, _LONGEST_LABEL)) for cell in row] for row in rows]
+    return aligned(two_lines, wrapped, [n for n, header in enumerate(headers) if header in ("run", "rule")])
 
 
-def _parts(columns: Sequence[list[list[str]]], width: int) -> list[list[list[list[str]]]]:
-    """Divide the columns into tables within the width: one where all fits, else the angles apart, names repeated."""
-    fixed = len(_HEADERS)
-    if sum(_width(column) + 2 for column in columns) - 2 <= width:
-        return [list(columns)]
-    parts = [list(columns[:fixed])]
-    room = 0
-    for column in columns[fixed:]:
-        room -= _width(column) + 2
-        if room < 0 or len(parts) == 1:
-            parts.append([columns[0]])
-            room = width - _width(columns[0]) - 2 - _width(column)
-        parts[-1].append(column)
-    return parts
+def _widest(lines: Sequence[str]) -> int:
+    return max(map(len, lines))
 
 
-def _joined(columns: Sequence[list[list[str]]]) -> str:
-    """Return the lines of one table: header, rule, rows."""
-    lines = []
-    for row in zip(*columns, strict=True):
-        height = max(len(block) for block in row)
-        for n in range(height):
-            cells = [block[n] if n < len(block) else " " * len(block[0]) for block in row]
-            lines.append("  ".join(cells).rstrip())
-    widest = sum(_width(column) + 2 for column in columns) - 2
-    return "\n".join([*lines[:2], "─" * widest, *lines[2:]])
+def aligned(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Return the lines of a table: headers, a rule, rows; all columns but those in `left` end at their right edge."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
+    for n, header in enumerate(headers):
+        table.add_column(Text(header), justify="left" if n in left else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
