@@ -315,11 +315,6 @@ class Experiment:
         """Whether updates are compared with those by Gauss-Newton targets, too."""
         return "gnt" in self.config.compare.against
 
-    def gauss_newton_updates(self, step: Step) -> Updates:
-        """Return the updates by Gauss-Newton targets, of `compare.damping`."""
-        options = gnt.Options(damping=self.config.compare.damping)
-        return _updates(step.batch.replaced(results="gauss-newton"), partial(gnt.RULE.descend, options, State()))
-
     def compare(self, step: Step, updates: Updates) -> list[Comparison]:
         """Measure the rule's weight updates against BP's, and those of GNT if asked for, on the same weights and batch.
 
@@ -335,7 +330,8 @@ class Experiment:
             for n, ((weight, _), (exact, _)) in enumerate(zip(own, self.exact_updates(step), strict=True))
         ]
         if self.against_gnt:
-            gauss_newton = self.gauss_newton_updates(step)
+            damped = partial(gnt.RULE.descend, gnt.Options(damping=self.config.compare.damping), State())
+            gauss_newton = _updates(step.batch.replaced(results="gauss-newton"), damped)
             comparisons = [
                 replace(each, gnt_angle_deg=angle_degrees(own[each.block][0], gauss_newton[each.block][0]))
                 for each in comparisons

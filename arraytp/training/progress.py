@@ -7,9 +7,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -108,7 +109,7 @@ class Progress:
         )
         self._clock = clock
         self._quiet = quiet
-        self._console = _Console(file=stream or sys.stderr, highlight=False)
+        self._console = Console(file=cast(TextIO, _Reader(stream or sys.stderr)), highlight=False)
         terminal = self._console.is_interactive and self._console.file.isatty()
         # rich draws in a notebook by this package; without it, a note would stand in place of the line.
         notebook = self._console.is_jupyter and find_spec("ipywidgets") is not None
@@ -124,13 +125,14 @@ class Progress:
         """Open the display and start the clock."""
         self._last = self._shown = self._clock()
         if self._live:
-            self._write(lambda live: live.start(refresh=True))
+            self._live.start(refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close the display; the live line stays as it last was."""
-        self._write(lambda live: live.refresh())
-        self._write(lambda live: live.stop())
+        if self._live:
+            self._live.refresh()
+            self._live.stop()
 
     def step(self, images: int, *, steps: int = 1, loss: float | None = None, top1: float | None = None) -> None:
         """Count the images and steps since the last call; cheap enough for every step.
@@ -161,8 +163,7 @@ class Progress:
         meter.epoch, meter.step = int(row["epoch"]), 0
         meter.loss, meter.top1, meter.test_top1 = row["train_loss"], row["train_top1"], row["test_top1"]
         meter.measured_images = 0
-        if not self._quiet:
-            self._show(_finished(meter, row))
+        self._show(_finished(meter, row))
         self._last = self._shown = self._clock()
 
     def feedback(self, epoch: int, epochs: int, step: int) -> None:
@@ -176,37 +177,31 @@ class Progress:
     def say(self, message: str) -> None:
         """Write one line, above the live line where there is one."""
         if not self._quiet:
-            self._print(message)
+            self._console.print(Text(message), soft_wrap=True)
 
     def _show(self, pieces: list[str]) -> None:
         if self._live:
-            self._write(lambda live: live.refresh())
-        elif not self._quiet:
-            self._print("  ".join(pieces))
-
-    def _print(self, line: str) -> None:
-        try:
-            self._console.print(Text(line), soft_wrap=True)
-        except OSError:
-            self._hush()
-
-    def _write(self, draw: Callable[[Live], None]) -> None:
-        if self._live:
-            try:
-                draw(self._live)
-            except OSError:
-                self._hush()
-
-    def _hush(self) -> None:
-        """Show nothing more: whoever was reading is gone, and the training must go on."""
-        self._quiet, self._live, self._wait = True, None, math.inf
+            self._live.refresh()
+        else:
+            self.say("  ".join(pieces))
 
 
-class _Console(Console):
-    """A console that goes quiet when its reader has left, where rich would end the process."""
+class _Reader:
+    """A stream whose reader may leave: nothing more is shown then, and the training goes on."""
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 class _Line:
