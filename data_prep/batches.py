@@ -117,30 +117,14 @@ class _Bounded:
 def read_batch(
     file: BinaryIO, where: Path | str, label_key: str, classes: int, first_label: int
 ) -> tuple[Images, Labels]:
-    """Read an official batch: a dict with `data`, an array (N, 3072) of bytes, and a list of labels.
+    """Read an official batch: a dict with `data`, an array (N, 3072) of bytes, and a list of labels, by `label_key`.
 
-    Parameters
-    ----------
-    file : binary file
-    where : Path or str
-        For messages.
-    label_key : str
-        The key of the labels.
-    classes, first_label : int
-        Labels in the file are `first_label` to `first_label + classes - 1`.
+    Labels in the file are `first_label` to `first_label + classes - 1`. Returns images (N, 32, 32, 3), a view that is
+    not contiguous (the file has 1024 red, 1024 green and 1024 blue values in row-major order), and labels (N,) int64
+    from 0.
 
-    Returns
-    -------
-    images : array of shape (N, 32, 32, 3), uint8
-        A view, not contiguous: the file has 1024 red, 1024 green and 1024 blue values in row-major order.
-    labels : array of shape (N,), int64
-        From 0.
-
-    Raises
-    ------
-    UserError
-        The pickle names anything that such a batch does not hold, is damaged or truncated, or its content is not such a
-        batch.
+    UserError if the pickle names anything that such a batch does not hold, is damaged or truncated, or is no such
+    batch.
     """
     content = _load(file, where)
     data, labels = content.get("data"), content.get(label_key)
@@ -208,13 +192,7 @@ def images_of_planes(rows: Images) -> Images:
 
 
 def checked_labels(labels: Sequence[Any], count: int, classes: int, first_label: int, where: Path | str) -> Labels:
-    """Return labels as an array that counts from 0.
-
-    Raises
-    ------
-    UserError
-        There are more or fewer than images, or one is out of range or no integer.
-    """
+    """Return labels as an array that counts from 0; UserError unless there is one in range for each image."""
     if len(labels) != count:
         raise UserError(f"{where}: {len(labels)} labels for {count} images")
     last = first_label + classes - 1

@@ -72,10 +72,7 @@ def read_pickled(content: bytes, where: str, layout: _Layout) -> tuple[Images, L
 def read_binary(content: bytes, where: str, layout: _Layout) -> tuple[Images, Labels]:
     """Read a batch of the binary version: rows of one label (CIFAR-100: coarse, fine) and 3072 pixels in planes.
 
-    Raises
-    ------
-    UserError
-        The file has a part of a row, or a label is out of range.
+    UserError if the file has a part of a row, or a label is out of range.
     """
     row_bytes = layout.label_bytes + _PIXELS
     if not content or len(content) % row_bytes:
@@ -87,13 +84,7 @@ def read_binary(content: bytes, where: str, layout: _Layout) -> tuple[Images, La
 
 
 def _find(files: Files, layout: _Layout) -> tuple[_Reader, dict[str, list[int]]]:
-    """Find the version that is there, in its folder or in `files.root` itself, and the rows of each split's files.
-
-    Raises
-    ------
-    UserError
-        No batch is there, or not all are.
-    """
+    """Find the version that is there, in its folder or in `files.root` itself, and the rows of each split's files."""
     for folder, ending, reader in ((layout.folders[0], "", read_pickled), (layout.folders[1], ".bin", read_binary)):
         for prefix in (f"{folder}/", ""):
             names = {split: [f"{prefix}{name}{ending}" for name in names] for split, names in layout.batches.items()}
@@ -110,21 +101,10 @@ def _find(files: Files, layout: _Layout) -> tuple[_Reader, dict[str, list[int]]]
 
 
 def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
-    """Pack official files; train images are shuffled, test images keep the files' order.
+    """Pack official files, CIFAR-100 with its fine labels; train images are shuffled, test images keep their order.
 
-    Parameters
-    ----------
-    source : {"cifar10", "cifar100"}
-        CIFAR-100 with its 100 fine labels.
-    src : Path
-        A tar archive, or a folder with the official one in it, or the official folder itself.
-    dst : Path
-    options : PackOptions
-
-    Raises
-    ------
-    UserError
-        A file is missing, damaged or hostile, a limit is more than there is, or `dst` is not free.
+    `src` is a tar archive, or a folder with the official one in it, or the official folder itself. UserError if a file
+    is missing, damaged or hostile, a limit is more than there is, or `dst` is not free.
     """
     check_limits(options, ("train", "test"))
     layout = LAYOUTS[source]

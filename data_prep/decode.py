@@ -64,10 +64,7 @@ _ROOM = _Room(MAX_PIXELS)
 def room_for(content: bytes) -> Iterator[None]:
     """Hold room for an image file's pixels while it is worked on: threads together hold no more than `MAX_PIXELS`.
 
-    Raises
-    ------
-    BrokenImageError
-        As `decode`, from the file's header.
+    BrokenImageError as `decode`, from the file's header.
     """
     with _breakage():
         pixels = _checked_pixels(Image.open(io.BytesIO(content), formats=_FORMATS))
@@ -84,18 +81,9 @@ def _checked_pixels(image: Image.Image) -> int:
 
 
 def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
-    """Decode an image file: an opaque RGB image.
+    """Decode an image file: an opaque RGB image, turned upright as its EXIF orientation says, or not.
 
-    Parameters
-    ----------
-    content : bytes
-    exif : {"apply", "ignore"}
-        Whether it is turned upright, as its EXIF orientation says.
-
-    Raises
-    ------
-    BrokenImageError
-        It is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels.
+    BrokenImageError if it is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels.
     """
     with _breakage():
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
@@ -142,18 +130,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: Resize) -> Images:
-    """Bring an image to a size, (H, W), bilinearly and with antialiasing where it becomes smaller.
+    """Bring an RGB image to a size, (H, W), bilinearly and with antialiasing where it becomes smaller.
 
-    Parameters
-    ----------
-    image : PIL image, RGB
-    size : tuple of int
-    resize : {"stretch", "shorter-crop"}
-        Whether to change its aspect, or to cut away what is too much at both ends of the longer side.
-
-    Returns
-    -------
-    array of shape (H, W, 3), uint8
+    `resize` says whether to change its aspect, or to cut away what is too much at both ends of the longer side. Returns
+    an array of shape (H, W, 3), uint8.
     """
     height, width = size
     if image.size == (width, height):

@@ -71,10 +71,8 @@ SOURCES: Mapping[str, Source] = {
 def fetch(source: Source, folder: Path, progress: Progress) -> None:
     """Fetch the files of a source that are not in a folder yet, or not with the right checksum.
 
-    Raises
-    ------
-    UserError
-        Pooch is not installed, the folder cannot be written to, or no address has a file with the right checksum.
+    UserError if Pooch is not installed, the folder cannot be written to, or no address has a file with the right
+    checksum.
     """
     pooch = _imported("pooch")
     requests = _imported("requests")
@@ -110,13 +108,7 @@ def _imported(name: str) -> Any:
 
 
 def _download(requests: Any, url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
-    """Complete a file, or leave in it what has arrived.
-
-    Raises
-    ------
-    requests.RequestException
-        The server cannot be reached, refuses, or ends too early.
-    """
+    """Complete a file, or leave in it what has arrived; `requests.RequestException` if the server ends too early."""
     present = part.stat().st_size if part.exists() else 0
     # Files are to be had as they are: some servers unpack what is gzipped.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={present}-"} if present else {})

@@ -66,16 +66,8 @@ class Files:
 def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     """Open a folder, to a depth of four, or a tar archive: plain, gzip, xz or bzip2.
 
-    Parameters
-    ----------
-    src : Path
-    scratch : Path
-        Where to unpack a compressed archive: this folder, or the nearest of its parents that exists.
-
-    Raises
-    ------
-    UserError
-        `src` is neither, is damaged or truncated, or holds what is not a plain file within it.
+    A compressed archive is unpacked in `scratch`, or the nearest of its parents that exists. UserError if `src` is
+    neither, is damaged or truncated, or holds what is not a plain file within it.
     """
     if src.is_dir():
         names = sorted(_walk(src, "", MAX_DEPTH))
@@ -210,21 +202,10 @@ class _Headers:
 
 @contextmanager
 def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
-    """Open plain tar archives as folders of one tree, without unpacking them.
+    """Open plain tar archives, by their folders' names, as folders of one tree, without unpacking them.
 
-    A member `NAME.tar` of one of them counts as the folder `NAME` of what is in it.
-
-    Parameters
-    ----------
-    root : Path
-        For messages.
-    archives : mapping
-        The folder's name to the archive.
-
-    Raises
-    ------
-    UserError
-        As `open_files`.
+    A member `NAME.tar` of one of them counts as the folder `NAME` of what is in it. Messages name `root`. UserError as
+    `open_files`.
     """
     index = _Index()
     with ExitStack() as opened:

@@ -31,12 +31,8 @@ def in_order(classes: Collection[str]) -> list[str]:
 def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tuple[str, str]] | None = None) -> Plan:
     """Take the first folder for the split, the second for the class; labels are the classes, `in_order`.
 
-    Rows in `leave` are not looked at; `given` has split and class of rows that lie elsewhere.
-
-    Raises
-    ------
-    UserError
-        An image lies elsewhere, there are no train images, or another split has a class that train has not.
+    Rows in `leave` are not looked at; `given` has split and class of rows that lie elsewhere. UserError if an image
+    lies elsewhere, there are no train images, or another split has a class that train has not.
     """
     rows_of: dict[str, dict[str, list[int]]] = {}
     for row, name in image_rows(files):
@@ -70,10 +66,7 @@ def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tupl
 def pack(src: Path, dst: Path, options: PackOptions) -> int:
     """Pack a tree of images; return how many broken files were skipped.
 
-    Raises
-    ------
-    UserError
-        See `plan_tree`, `open_files` and `pack_images`.
+    UserError as `plan_tree`, `open_files` and `pack_images`.
     """
     name = options.name or src.name.partition(".")[0] or "folder"
     with open_files(src, dst) as files:

@@ -31,25 +31,10 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> tuple[npt.NDArray[np.uint8], str]:
-    """Read an IDX file of unsigned bytes; its header first, then no more than that promises.
+    """Read an IDX file of unsigned bytes, gzipped or not; its header first, then no more than that promises.
 
-    Parameters
-    ----------
-    path : Path
-        Gzipped or not; the content tells, not the name.
-    shape : tuple of int
-        What each entry must be: (28, 28) for images (N, 28, 28), () for labels (N,).
-
-    Returns
-    -------
-    array : array of uint8
-    sha256 : str
-        Of the content, unpacked.
-
-    Raises
-    ------
-    UserError
-        The file is not such a file, is damaged, too short or too long.
+    `shape` is what each entry must be: (28, 28) for images (N, 28, 28), () for labels (N,). Returns the array and the
+    SHA-256 of the content, unpacked. UserError if it is not such a file, is damaged, too short or too long.
     """
     try:
         with path.open("rb") as raw:
@@ -99,13 +84,7 @@ def _checked_header(path: Path, start: bytes, dimensions: int) -> tuple[int, ...
 
 
 def find_file(folder: Path, split: str, kind: str) -> Path:
-    """Find an official file of a kind, `images` or `labels`, in either spelling, gzipped or not.
-
-    Raises
-    ------
-    UserError
-        The folder or the file is not there; the message names the one expected.
-    """
+    """Find an official file of a kind, `images` or `labels`, in either spelling, gzipped or not; UserError names it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it should hold the four official files")
     dimensions = _DIMENSIONS[kind]
@@ -124,19 +103,9 @@ def find_file(folder: Path, split: str, kind: str) -> Path:
 
 
 def read_split(folder: Path, split: str, classes: int) -> tuple[Images, Labels, dict[str, str]]:
-    """Read a split's two files.
+    """Read a split's two files: images (N, 28, 28, 1), labels (N,) int64, and the files' names with their SHA-256.
 
-    Returns
-    -------
-    images : array of shape (N, 28, 28, 1), uint8
-    labels : array of shape (N,), int64
-    files : dict
-        File name, without `.gz`, to the SHA-256 of its content.
-
-    Raises
-    ------
-    UserError
-        A file is missing or damaged, or images and labels do not fit together.
+    UserError if a file is missing or damaged, or images and labels do not fit together.
     """
     image_path, label_path = find_file(folder, split, "images"), find_file(folder, split, "labels")
     images, image_sum = read_idx(image_path, SHAPE[:2])
@@ -155,16 +124,7 @@ def read_split(folder: Path, split: str, classes: int) -> tuple[Images, Labels, 
 def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     """Pack a folder of official files; train images are shuffled, test images keep the files' order.
 
-    Parameters
-    ----------
-    source : {"mnist", "fashion-mnist", "kmnist"}
-    src, dst : Path
-    options : PackOptions
-
-    Raises
-    ------
-    UserError
-        An official file is missing or damaged, a limit is more than there is, or `dst` is not free.
+    UserError if a file is missing or damaged, a limit is more than there is, or `dst` is not free.
     """
     check_limits(options, _PREFIXES)
     classes = CLASSES[source]

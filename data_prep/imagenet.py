@@ -50,16 +50,8 @@ class Document(NamedTuple):
 def read_class_map(document: Document) -> dict[int, str]:
     """Read which synset each number of the ground truth stands for: 1 to 1000 → wnid.
 
-    Parameters
-    ----------
-    document : Document
-        The devkit's `meta.mat`, or a text file whose lines hold a wnid and a number in any order, such as the later
-        devkits' `map_clsloc.txt`.
-
-    Raises
-    ------
-    UserError
-        The file cannot be read, or is not such a map.
+    The document is the devkit's `meta.mat`, or a text file whose lines hold a wnid and a number in any order, such as
+    the later devkits' `map_clsloc.txt`. UserError if it cannot be read, or is not such a map.
     """
     where = document.where
     try:
@@ -98,13 +90,7 @@ def _text_pairs(document: Document) -> Iterator[tuple[int, str]]:
 
 
 def read_truth(document: Document, classes: Mapping[int, str]) -> list[str]:
-    """Read the ground truth: the wnid of every validation image in the order of their numbers.
-
-    Raises
-    ------
-    UserError
-        The file cannot be read, or a line is not a number of the class map.
-    """
+    """Read the ground truth: the wnid of every validation image in the order of their numbers."""
     try:
         lines = document.content.decode("utf-8-sig").split()
     except ValueError as error:
@@ -118,10 +104,7 @@ def read_truth(document: Document, classes: Mapping[int, str]) -> list[str]:
 def read_solution(document: Document) -> dict[int, str]:
     """Read Kaggle's `LOC_val_solution.csv`: the number of each validation image → wnid.
 
-    Raises
-    ------
-    UserError
-        A line is not like `ILSVRC2012_val_00000001,n01751748 111 108 432 342`.
+    UserError if a line is not like `ILSVRC2012_val_00000001,n01751748 111 108 432 342`.
     """
     head, *lines = document.content.decode("utf-8-sig", "replace").splitlines() or [""]
     if not head.startswith("ImageId,"):
@@ -136,13 +119,7 @@ def read_solution(document: Document) -> dict[int, str]:
 
 
 def read_val_labels(src: Path, devkit: Path | None, scratch: Path) -> tuple[str, dict[int, str]]:
-    """Return where the labels of flat validation images are from, and number → wnid: Kaggle's, or the devkit's.
-
-    Raises
-    ------
-    UserError
-        As `read_solution`, `find_devkit` and `read_truth`.
-    """
+    """Return where the labels of flat validation images are from, and number → wnid: Kaggle's, or the devkit's."""
     # Kaggle's file lies beside ILSVRC/, whichever of the two folders was named.
     places = [] if devkit else [src / SOLUTION, *(parent / SOLUTION for parent in real(src).parents[:3])]
     solution = next((place for place in places if place.is_file()), None)
@@ -163,10 +140,7 @@ def _devkit_documents(src: Path, devkit: Path | None, scratch: Path) -> dict[str
 def find_class_map(src: Path, devkit: Path | None, scratch: Path) -> Document | None:
     """Return the devkit's class map, from `devkit` or from the official places in `src`, if there is one.
 
-    Raises
-    ------
-    UserError
-        It cannot be read, or is not in the `devkit` that was named.
+    UserError if it cannot be read, or is not in the `devkit` that was named.
     """
     documents = _devkit_documents(src, devkit, scratch)
     class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
@@ -176,13 +150,7 @@ def find_class_map(src: Path, devkit: Path | None, scratch: Path) -> Document | 
 
 
 def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document, Document]:
-    """Return the ground truth and the class map, from `devkit` or from the official places in `src`.
-
-    Raises
-    ------
-    UserError
-        One of them is missing or cannot be read.
-    """
+    """Return the ground truth and the class map, from `devkit` or the official places in `src`; UserError without."""
     documents = _devkit_documents(src, devkit, scratch)
     truth = documents.get(TRUTH)
     class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
@@ -223,13 +191,7 @@ def _documents(root: Path, scratch: Path) -> dict[str, Document]:
 
 @contextmanager
 def open_tree(src: Path, scratch: Path) -> Iterator[Files]:
-    """Open train/ and val/: a folder or an archive of both, or a folder with the official archives.
-
-    Raises
-    ------
-    UserError
-        As `open_files`.
-    """
+    """Open train/ and val/: a folder or an archive of both, or a folder with the official archives; as `open_files`."""
     if (src / KAGGLE).is_dir():
         src = src / KAGGLE
     archives = {split: src / name for split, name in ARCHIVES.items() if (src / name).is_file()}
@@ -245,12 +207,8 @@ def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -
     """Plan train/<wnid>/ and val/<wnid>/ or flat val/; labels are the wnids in alphabetical order.
 
     Images may also lie flat in train/ and val/ with their wnids at the ends of their names. A flat test/, which has no
-    labels, is left alone.
-
-    Raises
-    ------
-    UserError
-        A class is not a wnid, the tree is neither layout, or the ground truth does not fit the images.
+    labels, is left alone. UserError if a class is not a wnid, the tree is neither layout, or the ground truth does not
+    fit the images.
     """
     flat, unlabelled, given = {}, set(), {}
     for row, name in image_rows(files):
@@ -283,10 +241,7 @@ def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -
 def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None) -> int:
     """Pack the official tree, 224×224 unless `options.size` says otherwise; return how many broken files were skipped.
 
-    Raises
-    ------
-    UserError
-        See `plan_imagenet`, `open_tree` and `pack_images`.
+    UserError as `plan_imagenet`, `open_tree` and `pack_images`.
     """
     # As in every published run: the usual loaders leave EXIF alone, and few of the images have any.
     given = replace(options, name=options.name or "imagenet", size=options.size or SIZE, exif=options.exif or "ignore")

@@ -83,12 +83,8 @@ def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None)
     ImageNet; otherwise they are named "1" to "1000", as the files number them.
 
     Memory holds one batch. Disk space for the pixels of a split is needed a second time while it is packed, in a file
-    without a name in `dst`.
-
-    Raises
-    ------
-    UserError
-        A file is missing, damaged or hostile, a limit is more than there is, or `dst` is not free.
+    without a name in `dst`. UserError if a file is missing, damaged or hostile, a limit is more than there is, or `dst`
+    is not free.
     """
     check_limits(options, BATCHES)
     batches = _find(src)

@@ -78,28 +78,12 @@ class _Decoder:
 
 
 def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, Any], workers: int | None = None) -> int:
-    """Decode the images of a plan, on all cores, and write the data set.
+    """Decode the images of a plan, on all cores or by so many `workers`, and write the data set.
 
-    Parameters
-    ----------
-    plan : Plan
-    dst : Path
-    options : PackOptions
-        `options.name` must be given; EXIF is applied unless `options.exif` says otherwise.
-    source : dict
-        What `dataset.json` says of where the images are from; the packing's own settings are added.
-    workers : int, optional
-        Threads; by default one for each core that the process may use. The result is the same for any number.
-
-    Returns
-    -------
-    int
-        The number of broken files, which are listed in `skipped.csv`.
-
-    Raises
-    ------
-    UserError
-        Too many files are broken, images differ in size and none is given, or `dst` is not free.
+    `options.name` must be given; EXIF is applied unless `options.exif` says otherwise. `source` is what `dataset.json`
+    says of where the images are from; the packing's own settings are added. Returns the number of broken files, which
+    are listed in `skipped.csv`. UserError if too many are broken, images differ in size and none is given, or `dst` is
+    not free.
     """
     check_limits(options, plan.splits)
     chosen = {}

@@ -36,13 +36,7 @@ class PackOptions:
 
 
 def take_evenly(labels: Labels, limit: int) -> npt.NDArray[np.int64]:
-    """Choose rows evenly by class: the first of each class, then the second of each, … until there are `limit`.
-
-    Returns
-    -------
-    array of shape (limit,), int64
-        Rows in ascending order.
-    """
+    """Choose `limit` rows evenly by class: the first of each class, then the second of each, …; in ascending order."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order])
     rank = np.empty(len(labels), np.int64)
@@ -53,10 +47,7 @@ def take_evenly(labels: Labels, limit: int) -> npt.NDArray[np.int64]:
 def chosen_rows(split: str, labels: Labels, options: PackOptions) -> npt.NDArray[np.int64]:
     """Return the rows of a split to pack, in the order to pack them: train images are shuffled, others are not.
 
-    Raises
-    ------
-    UserError
-        The split's limit is more than there is.
+    UserError if the split's limit is more than there is.
     """
     limit = options.limits.get(split, len(labels))
     if limit > len(labels):
