@@ -4,8 +4,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,26 +71,13 @@ def _plans(path: Path, overrides: list[str], variant: str | None) -> dict[str, P
 def _audited(name: str, planned: Plan) -> list[Line]:
     """Return all lines; on a terminal, tell meanwhile where the audit is."""
     lines: list[Line] = []
-    with _shown(name) as show:
+    console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
+    with console.status(f"{name}: auditing") as status:
         for family, check in audit(planned):
             lines.append((family, check))
-            show(family, lines)
-    return lines
-
-
-@contextmanager
-def _shown(name: str) -> Iterator[Any]:
-    console = Console(stderr=True, highlight=False)
-    if not (console.is_interactive and sys.stderr.isatty()):
-        yield lambda *_: None
-        return
-    with console.status(f"{name}: auditing") as status:
-
-        def show(family: str, lines: Sequence[Line]) -> None:
-            failed = sum(check.verdict == "fail" for _, check in lines)
+            failed = sum(each.verdict == "fail" for _, each in lines)
             status.update(f"{name}: {family}, {len(lines)} lines{f', {failed} failed' if failed else ''}")
-
-        yield show
+    return lines
 
 
 def _counts(lines: Sequence[Line]) -> dict[str, int]:

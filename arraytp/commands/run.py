@@ -14,8 +14,7 @@ import click
 from arraytp.commands.holding import Holds
 from arraytp.commands.shared_options import check_folder, overriding, settings
 from arraytp.commands.together import check_ranks, grouped
-from arraytp.config import Config, dump_config, load_config, load_one
-from arraytp.config.difference import first_difference
+from arraytp.config import dump_config, load_config
 from arraytp.config.document import encodable
 from arraytp.device_ranks import connected
 from arraytp.errors import Interrupted, NonFiniteError, UserError, one_line
@@ -69,7 +68,7 @@ class Job:
         seeds = range(study.seeds if study is not None else 0)
         names = ("config.yml", "summary.json", *(f"seed-{n}/summary.json" for n in seeds))
         written = all((self.folder / name).exists() for name in names)
-        return written and _stored(self.folder) == self.plan.config
+        return written and read_owner(self.folder)[0] == self.plan.config
 
 
 def _checked_seeds(
@@ -224,27 +223,7 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
                 f"{job.folder}: holds results already; --resume continues them, --fresh starts over, "
                 "--out selects another folder"
             )
-        checkpoint = job.folder / "checkpoint.h5"
-        if checkpoint.exists() and check_owner(checkpoint, job.plan):
-            continue
-        difference = first_difference(_stored(job.folder), job.plan.config)
-        if difference:
-            raise UserError(
-                f"{job.folder}: holds a run of another config ({difference}); --fresh starts over, "
-                "--out selects another folder"
-            )
-
-
-def _stored(folder: Path) -> Config:
-    """Return the config that a folder's results are of: the checkpoint's own, since anyone may edit config.yml."""
-    checkpoint = folder / "checkpoint.h5"
-    owner = read_owner(checkpoint) if checkpoint.exists() else None
-    if owner is not None:
-        return owner[0]
-    try:
-        return load_one(folder / "config.yml")
-    except UserError as error:
-        raise UserError(f"{error}; --fresh starts over, --out selects another folder") from error
+        check_owner(job.folder, job.plan)
 
 
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:

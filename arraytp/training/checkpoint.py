@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from arraytp.backend import Array
-from arraytp.config import Config, dump_config
+from arraytp.config import Config, dump_config, load_one
 from arraytp.config.difference import FREE_ON_RESUME, config_of, first_difference
 from arraytp.disk import refuse_special, telling_damage
 from arraytp.errors import UserError
@@ -83,41 +83,40 @@ def share_state(experiment: Experiment, run: Any) -> Any:
     return run
 
 
-def read_owner(path: Path) -> tuple[Config, str] | None:
-    """Return the config and the digest of the data that a checkpoint's run is of; None where it holds neither.
+def read_owner(folder: Path) -> tuple[Config, str]:
+    """Return the config that a folder's results are of, and the digest of their data, "" where nothing says it.
 
-    UserError as `read_checkpoint`; also for a config that this version of arraytp does not know.
+    The checkpoint counts, not the config.yml beside it, which anyone may edit. UserError as `read_checkpoint`; also for
+    a config that this version of arraytp does not know.
     """
-    with _opened(path) as file:
-        owner = _get_json(file, "run/owner") if "run/owner" in file else None
-        if owner is None:
-            # Checkpoints of the first versions do not say.
-            return None
-        text, digest = str(owner["config"]), str(owner["data"])
-    return config_of(text, f"{path}: its config"), digest
+    path = folder / "checkpoint.h5"
+    if path.exists():
+        with _opened(path) as file:
+            # Those of the first versions do not say.
+            if "run/owner" in file:
+                owner = _get_json(file, "run/owner")
+                return config_of(str(owner["config"]), f"{path}: its config"), str(owner["data"])
+    try:
+        return load_one(folder / "config.yml"), ""
+    except UserError as error:
+        raise UserError(f"{error}; --fresh starts over, --out selects another folder") from error
 
 
-def check_owner(path: Path, plan: Plan) -> bool:
-    """Refuse to continue a run of another config or other data; return whether the checkpoint says whose it is.
+def check_owner(folder: Path, plan: Plan) -> None:
+    """Refuse to continue a run of another config or other data; data that have only moved are the same.
 
-    The checkpoint counts, not the config.yml beside it. Data that have only moved are the same. UserError names the
-    first key that differs and both values.
+    UserError names the first key that differs and both values.
     """
-    owner = read_owner(path)
-    if owner is None:
-        return False
-    stored, digest = owner
-    difference = first_difference(stored, plan.config, (*FREE_ON_RESUME, "data.dataset"))
-    if not difference and digest != plan.dataset.digest:
+    stored, digest = read_owner(folder)
+    difference = first_difference(stored, plan.config, (*FREE_ON_RESUME, *(["data.dataset"] if digest else [])))
+    if not difference and digest not in ("", plan.dataset.digest):
         difference = (
             f"data.dataset {stored.data.dataset} held other images or labels there than {plan.config.data.dataset} here"
         )
     if difference:
         raise UserError(
-            f"{path.parent}: holds a run of another config ({difference}); --fresh starts over, --out takes another "
-            "folder"
+            f"{folder}: holds a run of another config ({difference}); --fresh starts over, --out selects another folder"
         )
-    return True
 
 
 @contextmanager

@@ -137,7 +137,8 @@ class Run:
         return [f"{step},{(step - 1) // per_epoch + 1}" for step in measured]
 
     def _read(self, path: Path) -> dict[str, Any]:
-        check_owner(path, self.experiment.plan)
+        if path.exists():
+            check_owner(self.folder, self.experiment.plan)
         return read_checkpoint(path, self.experiment)
 
     def _restart(self, rows: Mapping[str, list[str]]) -> None:
