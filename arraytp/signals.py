@@ -6,8 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, Self
 
 from arraytp.errors import Interrupted
@@ -97,21 +96,15 @@ def _tell_what_is_waited_for() -> None:
             print("arraytp: stopping when what is under way is done; a second Ctrl-C ends at once", file=sys.stderr)
 
 
-@dataclass
-class Ended:
-    """The number of the signal that ended the block, or 0."""
-
-    signal: int = 0
-
-
 @contextmanager
-def ended_by_signals() -> Iterator[Ended]:
+def ended_by_signals() -> Iterator[SimpleNamespace]:
     """While entered, those of `ENDING` raise `Interrupted`, and SIGINT KeyboardInterrupt, as ever.
 
     So whatever is being written is removed on the way out. A signal that the process was told to ignore stays ignored.
-    Libraries that are being loaded make other errors of these; what is yielded tells that a signal was behind them.
+    Libraries that are being loaded make other errors of these; what is yielded has the number of
+    the `signal` behind them, 0 without one.
     """
-    ended = Ended()
+    ended = SimpleNamespace(signal=0)
 
     def stop(number: int, frame: FrameType | None) -> None:
         ended.signal = number

@@ -9,14 +9,13 @@ import numpy as np
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES as FINITE
 from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner, worst
-from arraytp.audit.differences import adjoint_error, gradient_error, gradient_errors
+from arraytp.audit.differences import adjoint_error, gradient_errors
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array, add_product, array_module
 from arraytp.model.architectures import layers_of
 from arraytp.model.blocks import Block
 from arraytp.ops import conv, dense, noise, patches, pool
 from arraytp.ops.activations import Activation
-from arraytp.ops.patches import Window
 from arraytp.options import Conv
 
 # Of the batch: operations treat samples alike.
@@ -173,24 +172,10 @@ def pooling(setting: Setting) -> Iterator[Check]:
         error = apart(pool.max_pool_backward(u, index, window), reference.unpool(host(u), places, window, "accumulate"))
         yield checked(f"{block.label}: gradients to the maxima", "adjoint of max-pool", pool.max_pool_backward,
                       error, ROUNDING)  # fmt: skip
-        yield checked(f"{block.label}: gradient of the pool's input", "adjoint of max-pool", pool.max_pool_backward,
-                      _pool_gradient_error(setting, n, window, u), FINITE)  # fmt: skip
         error = apart(pool.max_unpool(u, index, window, mode), reference.unpool(host(u), places, window, mode))
         yield checked(f"{block.label}: unpooling, {mode}", "max-unpool", pool.max_unpool, error, ROUNDING)
         if setting.experiment.plan.backend.on_host:
             yield from _scattered(block, u, index)
-
-
-def _pool_gradient_error(setting: Setting, n: int, window: Window, u: Array) -> float:
-    """Return the error of the pool's adjoint at equally spaced numbers, which keep their order in a step."""
-    shape = (len(u), window.height, window.width, u.shape[-1])
-    size = int(np.prod(shape))
-    s = setting.put((setting.generator(11, n).permutation(size) / size - 0.5).reshape(shape))
-    _, index = pool.max_pool_forward(s, window)
-    gradient = pool.max_pool_backward(u, index, window)
-    return gradient_error(
-        lambda v: inner(u, pool.max_pool_forward(v, window)[0]), s, gradient, setting.generator(10, n)
-    )
 
 
 def _scattered(block: Block, u: Array, index: Array) -> Iterator[Check]:

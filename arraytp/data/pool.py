@@ -49,21 +49,12 @@ class Pool:
         if memory is None or len(memory.images) < count:
             memory = Memory(np.empty((count, *dataset.shape), np.uint8), np.empty(count, np.int64))
         self.memory = memory
+        self.images, self.labels = memory
         self._free, self._freeing = np.arange(count), threading.Lock()
         self._row_of_arrival = np.empty(len(plan.leaving), np.int64)
         self._next = 0
         longest = int(np.diff(self._of_chunk).max())
         self._chunk = Memory(np.empty((longest, *dataset.shape), np.uint8), np.empty(longest, np.int64))
-
-    @property
-    def images(self) -> Images:
-        """The rows' images."""
-        return self.memory.images
-
-    @property
-    def labels(self) -> Labels:
-        """The rows' labels."""
-        return self.memory.labels
 
     def claim(self, start: int, stop: int) -> Rows:
         """Return the rows of the images at some positions, later ones with each call; UserError for damage."""

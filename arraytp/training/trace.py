@@ -1,14 +1,4 @@
-"""One training step, every number of it, in one HDF5 file; docs/trace.md explains each.
-
-attrs: format="arraytp-trace", version=2, config, rule, dtype, backend, seed
-/input/{x,y}
-/weights/{forward,feedback}/<n>/{weight,bias}           before the step
-/activations/<n>/{pre,out}
-/feedback_training/<n>/<k>/{epsilon,eta,gradient,gradient_bias,loss}
-/targets/<n>/{target,delta,scale}
-/updates/forward/<n>/{weight,bias}                      attrs: angle_deg, distance
-/bp/<n>/{weight,bias}
-/weights_after/{forward,feedback}/<n>/{weight,bias}
+"""One training step, every number of it, in one HDF5 file; docs/trace.md has the layout.
 
 Everything is written as it comes, so that memory holds one step's buffers and no more.
 """
