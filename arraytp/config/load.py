@@ -16,24 +16,11 @@ from arraytp.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
-    """Read a config file.
+    """Read a config file; return every variant, checked, with defaults filled in.
 
-    Parameters
-    ----------
-    path : str or Path
-        YAML 1.2.
-    overrides : sequence of str
-        "key.path=value" each, as `--set` takes them; applied in order, after the variants' own overrides.
-
-    Returns
-    -------
-    ConfigFile
-        Every variant, checked, defaults filled in.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read or a setting is wrong; one line per problem, at most ten, with its place in the file.
+    `overrides` are "key.path=value" each, as `--set` takes them; applied in order, after the variants' own overrides.
+    UserError if the file cannot be read or a setting is wrong: one line per problem, at most ten, with its place in the
+    file.
     """
     return resolve(read_document(path), Path(path).stem, overrides)
 

@@ -48,17 +48,8 @@ def flip_images(images: Array, flips: Array) -> Array:
 def crop_images(images: Array, rows: Array, columns: Array, padding: int) -> Array:
     """Crop each image to its own size out of itself padded by replicated edge pixels.
 
-    Parameters
-    ----------
-    images : array of shape (B, H, W, C)
-    rows, columns : arrays of shape (B,), int64
-        Corner of the crop in the padded image, 0 to 2·padding.
-    padding : int
-        Pixels added on every side.
-
-    Returns
-    -------
-    array of shape (B, H, W, C), dtype of images
+    `images` are (B, H, W, C), and so is what is returned, of the same dtype. `rows` and `columns`, (B,) int64 from 0 to
+    2·padding, are the corners of the crops in the images padded by `padding` pixels on every side.
     """
     xp = array_module(images, rows, columns)
     batch, height, width, channels = images.shape

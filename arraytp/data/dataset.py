@@ -76,23 +76,9 @@ class Dataset:
         return self._entries(split)[-1][1] * int(np.prod(self.shape))
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
-        """Read rows and verify them.
+        """Read and verify rows, 0 ≤ start ≤ stop ≤ counts[split]: images (n, H, W, C) uint8, labels (n,) int64.
 
-        Parameters
-        ----------
-        split : str
-        start, stop : int
-            0 ≤ start ≤ stop ≤ counts[split].
-
-        Returns
-        -------
-        images : array of shape (stop - start, H, W, C), uint8
-        labels : array of shape (stop - start,), int64
-
-        Raises
-        ------
-        UserError
-            No such split, or a shard is missing or damaged; the message names the shard and the rows.
+        UserError if there is no such split, or a shard is missing or damaged; the message names the shard and the rows.
         """
         total = self._entries(split)[-1][1]
         if not 0 <= start <= stop <= total:

@@ -155,27 +155,12 @@ class Experiment:
         return self.plan.config
 
     def step(self, images: Array, labels: Array, epoch: int = 0, size: int | None = None) -> Score:
-        """Train on one batch.
+        """Train on one batch; return its score before the update.
 
-        Parameters
-        ----------
-        images : array of shape (B, H, W, C) and the config's dtype
-            As the loader gives them.
-        labels : array of int64 of shape (B,)
-        epoch : int
-            Counted from 0; the learning rate's schedule goes by it.
-        size : int, optional
-            On several ranks: images of the whole batch, of which these are this rank's.
-
-        Returns
-        -------
-        Score
-            Of the batch before the update.
-
-        Raises
-        ------
-        ValueError
-            If a label is none of the classes; on a device that is not looked at, since the host would have to wait.
+        Images are (B, H, W, C) of the config's dtype, as the loader gives them, labels (B,) int64. The learning rate's
+        schedule goes by `epoch`, counted from 0. On several ranks `size` is of the whole batch, of which these images
+        are this rank's. ValueError if a label is none of the classes; on a device that is not looked at, since the host
+        would have to wait.
         """
         step = self.forward(images, labels, size)
         self.train_feedback(step)
