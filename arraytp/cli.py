@@ -122,7 +122,8 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         error.show()
         status = _USER_STATUS
     except click.UsageError as error:
-        status = _complain(_usage_message(error), _USER_STATUS)
+        where = error.ctx.command_path if error.ctx is not None else "arraytp"
+        status = _complain(f"{error.format_message().rstrip('.')}; see {where} --help", _USER_STATUS)
     except (click.Abort, KeyboardInterrupt):
         status = _complain("interrupted", _SIGINT_STATUS)
     except click.ClickException as error:
@@ -148,11 +149,6 @@ def _status_of(arguments: Sequence[str] | None) -> int:
     else:
         status = outcome if isinstance(outcome, int) else 0
     return status
-
-
-def _usage_message(error: click.UsageError) -> str:
-    where = error.ctx.command_path if error.ctx is not None else "arraytp"
-    return f"{error.format_message().rstrip('.')}; see {where} --help"
 
 
 def _system_message(error: OSError) -> str | None:

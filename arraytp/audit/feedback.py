@@ -113,10 +113,6 @@ def _repeated(iterating: Iterating, one: Observed, weight: Array, bias: Array | 
     return iterating(state, one.k, True)
 
 
-def _parameters(setting: Setting, one: Observed) -> tuple[Array, Array | None]:
-    return setting.put(one.weight), None if one.bias is None else setting.put(one.bias)
-
-
 def _slope_error(setting: Setting, iterating: Iterating, one: Observed) -> float:
     """Return how far the reported gradients are from differences of the loss that repeated iterations report."""
 
@@ -140,7 +136,8 @@ def _slopes(
 
 def _engine_error(setting: Setting, plain: Iterating, one: Observed) -> float:
     """Return how far gradients, loss and noises of the plain engine's iteration are from the reported ones."""
-    result = _repeated(plain, one, *_parameters(setting, one))
+    bias = None if one.bias is None else setting.put(one.bias)
+    result = _repeated(plain, one, setting.put(one.weight), bias)
     arrays = {PARTS[part]: gradient for part, gradient in result.gradients.items()} | dict(result.noises)
     errors = [apart(one.arrays[name], array) for name, array in arrays.items()]
     return worst(*errors, math.nan if result.loss is None else apart(one.arrays["loss"], result.loss))

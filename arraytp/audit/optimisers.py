@@ -52,24 +52,15 @@ def steps(setting: Setting) -> Iterator[Check]:
             expected[p] = reference.optimiser_step(options, lr, p // 2, t, expected[p], total, moments[p]) - lost
         step = experiment.forward(setting.images, setting.labels)
         experiment.apply(step, list(zip(gradients[::2], gradients[1::2], strict=True)))
+    formula = "v ← μv + g" if options.name == "sgd" else f"Adam, {options.epsilon_form}"
     for n, block in enumerate(network.blocks):
         error = worst(*(apart(host(theta[p]) - start[p], expected[p] - start[p]) for p in (2 * n, 2 * n + 1)))
-        yield checked(f"{block.label}: {STEPS} steps of {options.name}", _formula(setting), optim.apply_updates, error,
-                      SUMS)  # fmt: skip
+        yield checked(f"{block.label}: {STEPS} steps of {options.name}", formula, optim.apply_updates, error, SUMS)
+    # SGD without momentum keeps none.
+    pairs = zip(state.moments, moments, strict=True)
+    error = worst(*(apart(a, b) for kept, known in pairs for a, b in zip(kept, known, strict=False)))
     yield checked("number of steps and moments kept", "t, v | m, u", optim.apply_updates,
-                  abs(state.step - before - STEPS) + _moments_error(state.moments, moments), SUMS)  # fmt: skip
-
-
-def _formula(setting: Setting) -> str:
-    options = setting.config.optimizer
-    return "v ← μv + g" if options.name == "sgd" else f"Adam, {options.epsilon_form}"
-
-
-def _moments_error(actual: list[tuple[object, ...]], expected: list[list[Floats]]) -> float:
-    """Return how far moments are from the closed forms'; SGD without momentum keeps none."""
-    parameters = zip(actual, expected, strict=True)
-    pairs = [(a, b) for moments, others in parameters for a, b in zip(moments, others, strict=False)]
-    return worst(*(apart(a, b) for a, b in pairs))
+                  abs(state.step - before - STEPS) + error, SUMS)  # fmt: skip
 
 
 def _regulariser(strength: float, theta: Floats) -> Floats:

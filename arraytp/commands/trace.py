@@ -6,12 +6,11 @@ from pathlib import Path
 
 import click
 
-from arraytp.backend import Array
 from arraytp.commands.shared_options import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.signals import StopRequest
-from arraytp.training.experiment import Experiment, build
+from arraytp.training.experiment import build
 from arraytp.training.trace import check_replaceable, read_batch, read_weights, write_trace
 
 
@@ -47,7 +46,8 @@ def command(
         click.echo(f"arraytp: note: {note}", err=True)
     if weights is not None:
         read_weights(weights, experiment)
-    images, labels = read_batch(batch, experiment) if batch is not None else _first_batch(experiment)
+    with closing(experiment.train_loader.batches(0)) as batches:
+        images, labels = next(batches) if batch is None else read_batch(batch, experiment)
     with StopRequest() as stop, warnings.catch_warnings():
         # What is not finite is named below.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -61,9 +61,3 @@ def command(
     if not_finite:
         raise NonFiniteError(f"{out}: {not_finite} is the first array with NaN or infinity in it; the file is complete")
     click.echo(f"trace: {out}, {out.stat().st_size / 1e6:.1f} MB")
-
-
-def _first_batch(experiment: Experiment) -> tuple[Array, Array]:
-    with closing(experiment.train_loader.batches(0)) as batches:
-        images, labels = next(batches)
-    return images, labels

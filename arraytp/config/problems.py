@@ -1,7 +1,7 @@
 """What is wrong with a config tree, in the words of the person who wrote it."""
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -72,19 +72,15 @@ def explain(error: ValidationError, tree: Mapping[str, Tree]) -> list[Problem]:
     spots = [(details, spot) for details in error.errors(include_url=False) if (spot := _locate(details["loc"], tree))]
     unknown = [_unknown_key(spot) for _, spot in spots if spot.unknown]
     guessed = {path for _, path in unknown}
-    paths = {spot.path for _, spot in spots}
+    # A list with a bad entry also counts as too short.
+    above = {spot.path[:depth] for _, spot in spots for depth in range(len(spot.path))}
     others = [
         _problem(details, spot)
         for details, spot in spots
-        # A list with a bad entry also counts as too short.
-        if not spot.unknown and not (details["type"] == "too_short" and _any_below(spot.path, paths))
+        if not spot.unknown and not (details["type"] == "too_short" and spot.path in above)
     ]
     kept = [problem for problem in others if not (problem.absent and problem.path in guessed)]
     return list(dict.fromkeys([problem for problem, _ in unknown] + kept))
-
-
-def _any_below(path: KeyPath, paths: Set[KeyPath]) -> bool:
-    return any(len(other) > len(path) and other[: len(path)] == path for other in paths)
 
 
 @dataclass(frozen=True)

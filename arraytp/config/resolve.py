@@ -172,7 +172,9 @@ class _Places:
             given.update({(*entry.path, *path): source for path in ((), *entry.document.places)})
             opened.update({entry.path[:depth]: source for depth in range(1, len(entry.path))})
         # At one depth the first layer that knows a path wins; what a --set opened on its way is last.
-        self._layers = [(_as_text(layer), layer is own) for layer in (given, own, document.places, opened)]
+        layers = (given, own, document.places, opened)
+        # List indices as text, as `--set` has them.
+        self._layers = [({tuple(map(str, path)): layer[path] for path in layer}, layer is own) for layer in layers]
         self._variant = variant
         self._source = document.source
 
@@ -196,11 +198,6 @@ def _lookups(path: tuple[str, ...], absent: bool) -> Iterator[tuple[str, ...]]:
             yield from ((*path, "name"), (*path, "type"))
     for depth in range(len(path), 0, -1):
         yield path[:depth]
-
-
-def _as_text(layer: Mapping[KeyPath, str]) -> dict[KeyPath, str]:
-    """Write list indices as text, as `--set` has them."""
-    return {tuple(map(str, path)): place for path, place in layer.items()}
 
 
 def _report(findings: Mapping[_Finding, Sequence[str]], variants: int) -> list[str]:

@@ -41,9 +41,14 @@ def write_page(results: Sequence[Result], path: Path) -> Path:
 
     runs = averaged(results)
     given = looks(runs)
+    shown = list(zip(runs, given, strict=True))
     curves = [
-        _lines(_curve_series(runs, given, name), "epoch", label, width=_WIDTH // 2) for name, label in _CURVES.items()
-    ]
+        _lines(
+            [((run.metrics["epoch"], run.metrics[name]), look, run.label) for run, look in shown],
+            "epoch", label, width=_WIDTH // 2,
+        )
+        for name, label in _CURVES.items()
+    ]  # fmt: skip
     tabs = [
         TabPanel(
             child=_lines(series, "training step", f"angle to {reference.name}'s update (°)", width=_WIDTH),
@@ -77,10 +82,6 @@ def _angle_series(
     for n, block in enumerate(common_blocks(runs)):
         angles[block] = [(block_series(run, n, reference), look, run.label) for run, look in shown]
     return angles
-
-
-def _curve_series(runs: Sequence[Result], given: Sequence[Look], name: str) -> list[tuple[Series, Look, str]]:
-    return [((run.metrics["epoch"], run.metrics[name]), look, run.label) for run, look in zip(runs, given, strict=True)]
 
 
 def _lines(series: Sequence[tuple[Series, Look, str]], x: str, y: str, width: int) -> Any:
