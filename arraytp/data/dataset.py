@@ -11,7 +11,7 @@ import numpy as np
 
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
 from arraytp.data.order import Rows
-from arraytp.data.shards import Images, Labels, Shard, check_size, damage, open_shard, read_rows, rows_per_range
+from arraytp.data.shards import Images, Labels, Room, Shard, check_size, damage, open_shard, read_rows, rows_per_range
 from arraytp.errors import UserError
 
 _EMBEDDED = Path(__file__).parent / "embedded"
@@ -83,10 +83,9 @@ class Dataset:
         total = self._entries(split)[-1][1]
         if not 0 <= start <= stop <= total:
             raise ValueError(f"rows {start} to {stop} of a split with {total}")
-        images = np.empty((stop - start, *self.shape), np.uint8)
-        labels = np.empty(stop - start, np.int64)
-        self.read_into(split, start, images, labels)
-        return images, labels
+        room = Room.of(stop - start, self.shape)
+        self.read_into(split, start, *room)
+        return room
 
     def read_into(self, split: str, start: int, images: Images, labels: Labels) -> None:
         """Read len(images) rows from `start` on into C-contiguous arrays; else as `read`."""

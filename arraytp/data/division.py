@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from arraytp.data.dataset import Dataset
 from arraytp.data.order import Rows
-from arraytp.data.shards import Images, Labels
+from arraytp.data.shards import Images, Labels, Room
 from arraytp.streams import stream
 
 TRAIN, VALIDATION = "train", "validation"
@@ -51,10 +51,9 @@ class Division:
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
         """Read the images and labels of some positions; else as `Dataset.read`."""
-        images = np.empty((stop - start, *self.shape), np.uint8)
-        labels = np.empty(stop - start, np.int64)
-        self.pick(split, np.arange(start, stop), images, labels)
-        return images, labels
+        room = Room.of(stop - start, self.shape)
+        self.pick(split, np.arange(start, stop), *room)
+        return room
 
     def pick(self, split: str, positions: Rows, images: Images, labels: Labels) -> None:
         """Read increasing positions; else as `Dataset.pick`."""
@@ -62,8 +61,7 @@ class Division:
 
     def load(self, split: str) -> tuple[Images, Labels]:
         """Read a whole split, chunk by chunk."""
-        images = np.empty((len(self.rows[split]), *self.shape), np.uint8)
-        labels = np.empty(len(images), np.int64)
+        images, labels = Room.of(len(self.rows[split]), self.shape)
         for start, stop in self.chunks(split):
             self.pick(split, np.arange(start, stop), images[start:stop], labels[start:stop])
         return images, labels

@@ -15,8 +15,8 @@ from arraytp.data.background import BUFFERS, worked_ahead
 from arraytp.data.dataset import Dataset
 from arraytp.data.division import Division
 from arraytp.data.order import Rows, memory_order, pool_plan
-from arraytp.data.pool import Memory, Pool
-from arraytp.data.shards import Images, Labels
+from arraytp.data.pool import Pool
+from arraytp.data.shards import Images, Labels, Room
 from arraytp.errors import UserError
 from arraytp.ranks import share
 
@@ -120,7 +120,7 @@ class Loader:
         self._memory = None if self.streamed else dataset.load(split)
         self._stream: Any = None if backend.on_host else copy_stream(backend)
         # What epochs that have ended leave to the next: the system takes its time to clear new memory.
-        self._spare_memory: list[Memory] = []
+        self._spare_memory: list[Room] = []
         self._spare_buffers: list[_HostBuffer] = []
 
     @property

@@ -2,21 +2,13 @@
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from arraytp.data.dataset import Dataset
 from arraytp.data.division import Division
 from arraytp.data.order import PoolPlan, Rows
-from arraytp.data.shards import Images, Labels
-
-
-class Memory(NamedTuple):
-    """The arrays of a pool: `images` (R, H, W, C) uint8 and `labels` (R,) int64."""
-
-    images: Images
-    labels: Labels
+from arraytp.data.shards import Room
 
 
 class Pool:
@@ -37,7 +29,7 @@ class Pool:
         plan: PoolPlan,
         spans: Sequence[tuple[int, int]],
         held: int,
-        memory: Memory | None = None,
+        memory: Room | None = None,
     ) -> None:
         self._dataset, self._split, self._plan = dataset, split, plan
         positions = np.concatenate([np.arange(*span) for span in spans] or [plan.leaving[:0]])
@@ -47,14 +39,14 @@ class Pool:
         waiting = self._of_chunk[1:] - np.searchsorted(positions, plan.arrived[1:] - plan.capacity)
         count = int(waiting.max()) + held
         if memory is None or len(memory.images) < count:
-            memory = Memory(np.empty((count, *dataset.shape), np.uint8), np.empty(count, np.int64))
+            memory = Room.of(count, dataset.shape)
         self.memory = memory
         self.images, self.labels = memory
         self._free, self._freeing = np.arange(count), threading.Lock()
         self._row_of_arrival = np.empty(len(plan.leaving), np.int64)
         self._next = 0
         longest = int(np.diff(self._of_chunk).max())
-        self._chunk = Memory(np.empty((longest, *dataset.shape), np.uint8), np.empty(longest, np.int64))
+        self._chunk = Room.of(longest, dataset.shape)
 
     def claim(self, start: int, stop: int) -> Rows:
         """Return the rows of the images at some positions, later ones with each call; UserError for damage."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -32,6 +33,18 @@ MAX_RANGE_ROWS = 256
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 ReadRows = Callable[[int, int, Images], None]
+
+
+class Room(NamedTuple):
+    """Room for images (n, H, W, C) uint8 and their labels (n,) int64."""
+
+    images: Images
+    labels: Labels
+
+    @classmethod
+    def of(cls, count: int, shape: tuple[int, int, int]) -> "Room":
+        """Make room for so many images of a shape."""
+        return cls(np.empty((count, *shape), np.uint8), np.empty(count, np.int64))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -23,7 +23,7 @@ import numpy as np
 from arraytp import __version__
 from arraytp.data.journal import Finished, Journal, Skipped
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, SplitEntry, manifest_text
-from arraytp.data.shards import Images, Labels, damage, write_shard
+from arraytp.data.shards import Images, Labels, Room, damage, write_shard
 from arraytp.data.statistics import PixelSums, mean_and_std, pixel_sums
 from arraytp.disk import HeldError, open_locked
 from arraytp.errors import UserError
@@ -50,17 +50,6 @@ class Description:
     fingerprint: str = ""
 
 
-class _Room(NamedTuple):
-    """Room for a shard: `images` (n, H, W, C) and `labels` (n,)."""
-
-    images: Images
-    labels: Labels
-
-    @classmethod
-    def of(cls, count: int, shape: tuple[int, int, int]) -> "_Room":
-        return cls(np.empty((count, *shape), np.uint8), np.empty(count, np.int64))
-
-
 class DatasetWriter:
     """Takes images split by split and writes them as shards; memory holds two.
 
@@ -73,7 +62,7 @@ class DatasetWriter:
         description: Description,
         journal: Journal,
         finished: Sequence[Finished],
-        rooms: tuple[_Room, _Room],
+        rooms: tuple[Room, Room],
         *,
         compression: bool,
     ) -> None:
@@ -244,9 +233,9 @@ def writing(
             folder.rmdir()
 
 
-def _two_rooms(folder: Path, shard_images: int, shape: tuple[int, int, int]) -> tuple[_Room, _Room]:
+def _two_rooms(folder: Path, shard_images: int, shape: tuple[int, int, int]) -> tuple[Room, Room]:
     try:
-        return _Room.of(shard_images, shape), _Room.of(shard_images, shape)
+        return Room.of(shard_images, shape), Room.of(shard_images, shape)
     except (MemoryError, ValueError) as error:
         height, width, channels = shape
         raise UserError(

@@ -12,9 +12,9 @@ optimiser ← updates ← rule(options, state, batch)                updates(ste
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,8 +54,7 @@ class Score:
     images: int
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A rule's weight update of one block against BP's: angle in degrees and relative distance ‖a − b‖/‖b‖.
 
     Where the config asks for it, also the angle to the update by Gauss-Newton targets.
@@ -69,12 +68,10 @@ class Comparison:
     @property
     def numbers(self) -> tuple[float, ...]:
         """The numbers of a row of angles.csv."""
-        numbers = self.block, self.angle_deg, self.distance
-        return numbers if self.gnt_angle_deg is None else (*numbers, self.gnt_angle_deg)
+        return tuple(number for number in self if number is not None)
 
 
-@dataclass(frozen=True)
-class FeedbackComparison:
+class FeedbackComparison(NamedTuple):
     """A feedback weight against the forward weight that it pairs with; NaN where it pairs with none.
 
     `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN for rules that train none. For rules that know it, also the relative distance to
@@ -91,8 +88,7 @@ class FeedbackComparison:
     @property
     def numbers(self) -> tuple[float, ...]:
         """The numbers of a row of feedback.csv."""
-        numbers = self.block, self.loss, self.angle_deg, self.distance, self.ratio
-        return numbers if self.optimum_distance is None else (*numbers, self.optimum_distance)
+        return tuple(number for number in self if number is not None)
 
 
 @dataclass(frozen=True)
@@ -318,7 +314,7 @@ class Experiment:
             damped = partial(gnt.RULE.descend, gnt.Options(damping=self.config.compare.damping), State())
             gauss_newton = _updates(step.batch.replaced(results="gauss-newton"), damped)
             comparisons = [
-                replace(each, gnt_angle_deg=angle_degrees(own[each.block][0], gauss_newton[each.block][0]))
+                each._replace(gnt_angle_deg=angle_degrees(own[each.block][0], gauss_newton[each.block][0]))
                 for each in comparisons
             ]
         return comparisons
@@ -349,7 +345,7 @@ class Experiment:
             return found
         best = optimum(self.config.rule, step.batch)
         distances = [relative_distance(omega, best[n]) if n in best else math.nan for n, omega, _ in pairs]
-        return [replace(each, optimum_distance=far) for each, far in zip(found, distances, strict=True)]
+        return [each._replace(optimum_distance=far) for each, far in zip(found, distances, strict=True)]
 
     def apply(self, step: Step, updates: Updates, epoch: int = 0) -> None:
         """Let the optimiser apply updates to the θ that the step's forward pass was computed with, and to its twins.

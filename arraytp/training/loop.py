@@ -284,9 +284,8 @@ class Run:
         host = self.experiment.plan.backend.to_host(xp.stack([score.totals for score in scores]))
         fresh = Totals()
         for score, (loss, top1, top5) in zip(scores, host.tolist(), strict=True):
-            fresh.add(loss, top1, top5, score.images)
-            self.position.totals.add(loss, top1, top5, score.images)
-            self.position.recent.add(loss, top1, top5, score.images)
+            for totals in (fresh, self.position.totals, self.position.recent):
+                totals.add(loss, top1, top5, score.images)
         if not math.isfinite(fresh.loss):
             bad = next(i for i, (loss, _, _) in enumerate(host.tolist()) if not math.isfinite(loss))
             self._fail(f"at step {self.position.step - len(scores) + bad}")
