@@ -65,15 +65,16 @@ def run_study(
         seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
-            called = f"{label} seed {n + 1}/{study.seeds}"
+            started, called = time.monotonic(), f"{label} seed {n + 1}/{study.seeds}"
             do_seed = drift_seed if study.kind == "drift" else _seed
             try:
                 with stop.at_once():
-                    summary_of_seed = do_seed(seeded, place, called, quiet, plain)
+                    measured = do_seed(seeded, place, called, quiet, plain)
             except Interrupted as error:
                 stopped = error.signal_number
                 break
-            write_json(place / "summary.json", summary_of_seed)
+            of_seed = {"seed": seeded.config.seed, "config": dump_config(seeded.config), **measured}
+            write_json(place / "summary.json", of_seed | {"seconds": round(time.monotonic() - started, 1)})
         own[n] = _read_seed(place / "summary.json", seeded.config, len(planned.blocks))
     outcomes = ranks.gather((own, stopped, called))
     for _, number, where in outcomes:
@@ -82,23 +83,23 @@ def run_study(
     done = dict(sorted(each for seeds, *_ in outcomes for each in seeds.items()))
     if ranks.rank:
         return
-    config, plan = planned.config, planned
+    config = planned.config
     summary = {
         "name": config.name,
         "rule": config.rule.name,
         "kind": study.kind,
-        "blocks": [block.label for block in plan.blocks],
+        "blocks": [block.label for block in planned.blocks],
         "seeds": list(done.values()),
         "seconds": sum(seed["seconds"] for seed in done.values()),
-        "versions": {"arraytp": __version__, **plan.backend.versions()},
-        "device": plan.backend.device(),
+        "versions": {"arraytp": __version__, **planned.backend.versions()},
+        "device": planned.backend.device(),
     }
     write_json(folder / "summary.json", summary)
 
 
 def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
-    """Train feedback on one seed's batch; write its tables and return its summary."""
-    started, study = time.monotonic(), planned.config.study
+    """Train feedback on one seed's batch; write its tables and return what its summary says."""
+    study = planned.config.study
     assert study is not None
     experiment = build_planned(planned, plain)
     if not study.biases:
@@ -123,13 +124,10 @@ def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> 
     last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]
     pairs = experiment.compare_feedback(losses)
     return {
-        "seed": planned.config.seed,
-        "config": dump_config(planned.config),
         "update_angle_deg": [float(row[3]) for row in last],
         "feedback_block": [pair.block for pair in pairs],
         "feedback_angle_deg": [pair.angle_deg for pair in pairs],
         "feedback_distance": [pair.distance for pair in pairs],
-        "seconds": round(time.monotonic() - started, 1),
     }
 
 
