@@ -296,10 +296,7 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
             agreed(ranks, lambda: _claim(jobs if clears else [job], asked, held) if first else None)
             if clears and first:
                 _clear(jobs)
-            if run is None:
-                _study(job, stop, asked.quiet, ranks)
-            else:
-                _run(job, run, stop, asked, ranks)
+            _train(job, run, stop, asked, ranks)
         except MemoryError as error:
             words = job.plan.backend.memory_words(error, job.plan.config.train.batch_size)
             raise UserError(f"{job.label}: not enough memory: {words}") from error
@@ -323,27 +320,21 @@ def _clear(jobs: Sequence[Job]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def _study(job: Job, stop: StopRequest, quiet: bool, ranks: Ranks) -> None:
-    """Do a study; seeds that are done stay as they are."""
-    first = ranks.rank == 0
-    agreed(ranks, lambda: _begin(job, quiet) if first else None)
-    run_study(job.plan, job.folder, job.label, stop, quiet or not first, job.plain, ranks)
-    if first:
-        _draw(job)
+def _train(job: Job, run: Run | None, stop: StopRequest, asked: Asked, ranks: Ranks) -> None:
+    """Train a run to its end, or do a study, whose seeds that are done stay as they are.
 
-
-def _run(job: Job, run: Run, stop: StopRequest, asked: Asked, ranks: Ranks) -> None:
-    """Train a run to its end; its folder is not touched before the run is known to start."""
-    first = ranks.rank == 0
-    if ranks.broadcast(asked.resume and (job.folder / "checkpoint.h5").exists()):
+    The folder is not touched before the run is known to start.
+    """
+    first, resumes = ranks.rank == 0, False
+    if run is not None and (resumes := ranks.broadcast(asked.resume and (job.folder / "checkpoint.h5").exists())):
         run.resume()
-        if first:
-            _begin(job, asked.quiet)
+    agreed(ranks, lambda: _begin(job, asked.quiet) if first else None)
+    if run is None:
+        run_study(job.plan, job.folder, job.label, stop, asked.quiet or not first, job.plain, ranks)
     else:
-        if first:
-            _begin(job, asked.quiet)
-        run.start()
-    run.train(stop)
+        if not resumes:
+            run.start()
+        run.train(stop)
     if first:
         _draw(job)
 
