@@ -13,9 +13,8 @@ import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import Check, Floats, apart, checked, host, worst
-from arraytp.audit.feedback import STEP_ROUNDING, SUMS
+from arraytp.audit.feedback import STEP_ROUNDING, SUMS, in_closed_form
 from arraytp.audit.jacobians import expected_gradient, jacobians, overlap, sums
-from arraytp.audit.observed import in_closed_form
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
 from arraytp.model.passes import Batch

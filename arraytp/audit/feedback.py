@@ -6,8 +6,9 @@ engine; where the loss's definition is known (`arraytp.audit.definitions`), agai
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from arraytp.audit.check import DIFFERENCES, Check, Floats, apart, checked, host
 from arraytp.audit.definitions import FEEDBACK_LOSSES
 from arraytp.audit.differences import gradient_errors
 from arraytp.audit.gradients import COPIES_FLOPS
-from arraytp.audit.observed import BATCHES, PARTS, Observed, in_closed_form, watch
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array, array_module
 from arraytp.fast.device import fast_engine
@@ -35,6 +35,50 @@ FINE_NOISE = 1e-5
 STEP_ROUNDING = 1e-8
 # Written out: the last part of the keys of ε and η.
 NOISES = {"epsilon": 0, "eta": 1}
+BATCHES = 2
+# The parts of the state, and the reported gradients that are theirs.
+PARTS = {"weight": "gradient", "bias": "gradient_bias"}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the rule reported of one iteration: batch `number`, block n, iteration k, and `arrays` as `Observe` is told.
+
+    `weight` and `bias` (None without one) are ω^n before it, `state` all feedback weights before the block's first
+    iteration on this batch.
+    """
+
+    number: int
+    n: int
+    k: int
+    arrays: dict[str, Floats]
+    weight: Floats
+    bias: Floats | None
+    state: State
+
+
+def in_closed_form(setting: Setting) -> bool:
+    """Tell whether the settings ask for the expectation in closed form in place of noise."""
+    trained = setting.rule.feedback
+    return trained is not None and trained.closed_form is not None and trained.expected(setting.options)
+
+
+def watch(setting: Setting, trained: Feedback[Any], state: State) -> list[list[Observed]]:
+    """Let the rule train its feedback in `state` on `BATCHES` batches; return all iterations, per trained block."""
+    observed: list[Observed] = []
+
+    def observe(number: int, n: int, k: int, arrays: Mapping[str, Array]) -> None:
+        former = observed[-1] if observed else None
+        begun = former is not None and (former.number, former.n) == (number, n)
+        before = former.state if former is not None and begun else state.copy()
+        copies = {name: host(array).copy() for name, array in arrays.items()}
+        weight, bias = host(state.weights[n]).copy(), host(state.biases[n]).copy() if n in state.biases else None
+        observed.append(Observed(number, n, k, copies, weight, bias, before))
+
+    for number in range(BATCHES):
+        batch = replace(setting.batch, number=number)
+        feedback.train(trained, setting.options, state, batch, setting.workspace, partial(observe, number))
+    return [[one for one in observed if one.n == n] for n in dict.fromkeys(one.n for one in observed)]
 
 
 def training(setting: Setting) -> Iterator[Check]:
@@ -169,10 +213,10 @@ def _steps(setting: Setting, trained: Feedback[Any], of_block: list[Observed], s
     groups = [of_block[start : start + noises] for start in range(0, len(of_block), noises)]
     for t, group in enumerate(groups, start=1):
         for part, name in PARTS.items():
-            before = group[0].part(part)
+            before = getattr(group[0], part)
             if before is None:
                 continue
-            after = groups[t][0].part(part) if t < len(groups) else host(stored[part][n])
+            after = getattr(groups[t][0], part) if t < len(groups) else host(stored[part][n])
             assert after is not None
             if name not in group[0].arrays:
                 # What has no gradient stays.

@@ -1,8 +1,9 @@
 """Result folders that a command holds, so that no other writes to them."""
 
 import errno
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import click
 
@@ -14,41 +15,34 @@ LOCK_NAME = ".arraytp-run"
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Holds:
+class Holds(ExitStack):
     """While entered, the folders taken are this process's own; each holds a file `.arraytp-run` for so long."""
 
     def __init__(self) -> None:
-        self._held: dict[Path, BinaryIO] = {}
+        super().__init__()
+        self._held: set[Path] = set()
         self._warned = False
-
-    def __enter__(self) -> Self:
-        """Hold nothing yet."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give all folders back."""
-        self.give_back()
-
-    def give_back(self) -> None:
-        """Let others have all folders."""
-        for folder, file in self._held.items():
-            remove_locked(file, folder / LOCK_NAME)
-        self._held = {}
 
     def take(self, folder: Path) -> None:
         """Hold a folder, if it exists and is not held yet; UserError if another process holds it."""
         if folder in self._held or not folder.is_dir():
             return
         try:
-            self._held[folder], locked = open_locked(folder / LOCK_NAME)
+            file, locked = open_locked(folder / LOCK_NAME)
         except HeldError:
             raise UserError(f"{folder}: another run is writing here; wait for it, or --out another folder") from None
         except OSError as error:
             if error.errno not in _UNWRITABLE:
                 raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
             return
+        self._held.add(folder)
+        self.callback(self._give_back, folder, file)
         if not locked and not self._warned:
             self._warned = True
             click.echo(
                 f"arraytp: note: {folder}: this file system has no locks; do not start a second run here", err=True
             )
+
+    def _give_back(self, folder: Path, file: BinaryIO) -> None:
+        self._held.remove(folder)
+        remove_locked(file, folder / LOCK_NAME)

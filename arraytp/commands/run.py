@@ -232,7 +232,7 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
         return _run_some(jobs, jobs, stop, asked, held, ranks)
     assert isinstance(everyone, Mpi)
     # Each group holds the folder of its own run.
-    held.give_back()
+    held.close()
     if asked.fresh and everyone.rank == 0:
         _clear(jobs)
     turns, interrupted, status = everyone.turns(ranks), None, 0

@@ -284,14 +284,13 @@ def read_csv(path: Path, expected: Sequence[str], key: Sequence[str], unfinished
 def _numbers(path: Path, line: int, header: Sequence[str], row: Sequence[str]) -> list[float]:
     if len(row) != len(header):
         raise UserError(f"{path}, line {line}: {len(row)} values, but the header names {len(header)}")
-    return [_number(path, line, name, cell) for name, cell in zip(header, row, strict=True)]
-
-
-def _number(path: Path, line: int, name: str, cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        raise UserError(f"{path}, line {line}: {name} is {cell!r}, not a number (undefined is nan)") from None
+    numbers: list[float] = []
+    for name, cell in zip(header, row, strict=True):
+        try:
+            numbers.append(float(cell))
+        except ValueError:
+            raise UserError(f"{path}, line {line}: {name} is {cell!r}, not a number (undefined is nan)") from None
+    return numbers
 
 
 def _check_key(path: Path, table: Columns, key: Sequence[str]) -> None:

@@ -1,10 +1,12 @@
-"""Angle and relative distance between two updates (docs/math/notation.md)."""
+"""Angle and relative distance between two updates (docs/math/notation.md); which arrays of a run are finite."""
 
 import math
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
+from arraytp.model.blocks import Network
+from arraytp.optim import OptimizerState
 
 
 def angle_degrees(a: Array, b: Array) -> float:
@@ -40,3 +42,19 @@ def norm_ratio(a: Array, b: Array) -> float:
 def _norm(u: Array) -> float:
     """Return ‖u‖; a plain sum, since that of the BLAS library depends on the number of its threads."""
     return math.sqrt(float(array_module(u).square(u).sum()))
+
+
+def is_finite(array: Array) -> bool:
+    """Tell whether every number of an array is finite."""
+    return bool(array_module(array).isfinite(array).all())
+
+
+def finite_blocks(network: Network) -> list[bool]:
+    """Tell for each block whether its weight and bias are finite."""
+    pairs = zip(network.weights, network.biases, strict=True)
+    return [is_finite(weight) and is_finite(bias) for weight, bias in pairs]
+
+
+def finite_moments(state: OptimizerState) -> list[bool]:
+    """Tell for each parameter whether the optimiser's moments are finite."""
+    return [all(map(is_finite, moments)) for moments in state.moments]

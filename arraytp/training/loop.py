@@ -24,8 +24,8 @@ from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
 from arraytp.training import tables
 from arraytp.training.checkpoint import check_owner, read_checkpoint, share_state, write_checkpoint
+from arraytp.training.compare import finite_blocks, finite_moments, is_finite
 from arraytp.training.experiment import Experiment, Score, Step
-from arraytp.training.finite import finite_blocks, finite_moments, is_finite
 from arraytp.training.long_steps import LongSteps
 from arraytp.training.progress import Progress
 from arraytp.training.tables import CsvTable, Totals

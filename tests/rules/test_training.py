@@ -15,8 +15,8 @@ from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
 from arraytp.signals import StopRequest
 from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
+from arraytp.training.compare import finite_blocks
 from arraytp.training.experiment import build
-from arraytp.training.finite import finite_blocks
 from arraytp.training.loop import Run
 
 LEARNED = ("weight-mirror", "alignment", "tp", "dtp", "ldrl", "ldrl expected", "ldrl-parallel", "drl", "drl expected")

@@ -9,7 +9,7 @@ from arraytp.config import parse_config
 from arraytp.errors import UserError
 from arraytp.training import experiment
 from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
-from arraytp.training.finite import finite_blocks
+from arraytp.training.compare import finite_blocks
 
 
 @pytest.fixture
