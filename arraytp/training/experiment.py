@@ -319,13 +319,6 @@ class Experiment:
             ]
         return comparisons
 
-    def feedback_epochs(self, epoch: int) -> int:
-        """Return how many epochs of feedback training alone come before an epoch, counted from 0."""
-        if self.rule.feedback is None:
-            return 0
-        first, between = self.rule.feedback.epochs(self.config.rule)
-        return between if epoch else first
-
     def feedback_pairs(self) -> list[tuple[int, Array, Array | None]]:
         """Return n, feedback weight, and forward weight to compare it with, of every block that has one."""
         return self.rule.pairs(self.rule_state, self.network)

@@ -198,7 +198,9 @@ class Run:
     def _feedback_epochs(self, stop: StopRequest, progress: Progress) -> None:
         """Do the epochs of feedback training alone that are due before the next epoch."""
         position, experiment = self.position, self.experiment
-        due = experiment.feedback_epochs(position.epoch)
+        trained = experiment.rule.feedback
+        first, between = (0, 0) if trained is None else trained.epochs(experiment.config.rule)
+        due = between if position.epoch else first
         while position.feedback_epochs < due and position.batch == 0:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
                 sizes = experiment.train_loader.sizes(position.feedback_batch)

@@ -248,6 +248,7 @@ MUTATIONS = [
         ("batches(position.passes, position.feedback_batch)", "batches(position.passes, 0)"),
         ("while position.feedback_epochs < due and position.batch == 0:", "while position.feedback_epochs < due:"),
         ("position.passes + 1, 0\n", "position.passes + 1, position.feedback_epochs\n"),
+        ("due = between if position.epoch else first", "due = first if position.epoch else between"),
     ),
     *_in(
         "model/plain.py",
@@ -629,7 +630,6 @@ MUTATIONS = [
         "training/experiment.py",
         "training/test_feedback_epochs.py training/test_loop.py",
         ("self.feedback_step += 1", "pass"),
-        ("return between if epoch else first", "return first if epoch else between"),
         ("number = self.feedback_step", "number = 0"),
     ),
     *_in(
