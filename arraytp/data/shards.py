@@ -269,20 +269,14 @@ def _reader(shard: Shard) -> Iterator[ReadRows]:
 
             yield unpack
         return
-    image_bytes = int(np.prod(shard.shape))
-    offset = shard.offset
+    image_bytes, offset = int(np.prod(shard.shape)), shard.offset
     with _telling_damage(shard.path, f"rows 0 to {shard.count - 1}"):
-        raw = shard.path.open("rb", buffering=0)
+        raw = shard.path.open("rb")
     with raw:
 
         def read(first: int, last: int, out: Images) -> None:
             raw.seek(offset + first * image_bytes)
-            view = out.data.cast("B")
-            done = 0
-            while done < len(view):
-                got = raw.readinto(view[done:])
-                if not got:
-                    raise OSError("the file ends too early")
-                done += got
+            if raw.readinto(out.data.cast("B")) < out.nbytes:
+                raise OSError("the file ends too early")
 
         yield read
