@@ -51,7 +51,7 @@ class Description:
 
 
 class DatasetWriter:
-    """Takes images split by split and writes them as shards; memory holds two.
+    """Takes images split by split and writes them as shards; memory holds two, and the file of one.
 
     A thread writes one shard while the next is being filled. Use it through `writing`, which finishes or cleans up.
     """
