@@ -29,7 +29,8 @@ class Nccl:
                 f"NCCL cannot connect the {ranks.size} ranks ({first_line(error)}); NCCL_DEBUG=INFO makes it say more; "
                 "without nvidia-nccl-cu12, sums go through the host"
             ) from error
-        self.gather, self.broadcast, self.all_end = ranks.gather, ranks.broadcast, ranks.all_end
+        self.exchange, self.gather, self.broadcast, self.all_end = (
+            ranks.exchange, ranks.gather, ranks.broadcast, ranks.all_end)  # fmt: skip
 
     def sum(self, buffer: Array, in_order: bool = False) -> None:
         """See `Ranks.sum`: the host does not wait for an array of the device."""

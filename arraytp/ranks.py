@@ -56,6 +56,9 @@ class Ranks(Protocol):
         `in_order` is in the order of `pairwise`, for a multiple of `PARTS` elements.
         """
 
+    def exchange(self, segments: "Array") -> None:
+        """Let every rank have each rank's row of an array of the host, C-contiguous, of as many rows as ranks."""
+
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, on every rank."""
 
@@ -73,6 +76,9 @@ class Alone:
 
     def sum(self, buffer: "Array", in_order: bool = False) -> None:
         """Leave the buffer: it is the sum."""
+
+    def exchange(self, segments: "Array") -> None:
+        """Leave the only row."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value."""
@@ -267,6 +273,10 @@ class Mpi:
         segments = buffer.copy().reshape(self.size, -1)
         self._communicator.Alltoall(buffer, segments)
         self._communicator.Allgather(pairwise(segments), buffer)
+
+    def exchange(self, segments: "Array") -> None:
+        """See `Ranks.exchange`."""
+        self._communicator.Allgather(self._mpi.IN_PLACE, segments)
 
     def gather(self, value: Any) -> list[Any]:
         """See `Ranks.gather`."""

@@ -79,7 +79,7 @@ class Device(Fast):
         block, s, units = at.block, at.s, at.block.next_shape[-1]
         if block.window is not None or len(s) >= units:
             through = self.room("through", as_matrix(at.weight).shape, s.dtype)
-            through[:, :units] = first_rows(self, factors, units).T
+            through[:, :units] = first_rows(self, at.block, factors, units).T
             through[:, units:] = 0
             return self.backward(at, ds, through.reshape(block.weight_shape), scale)
         dweight, dbias, dx = self.backward(at, ds, factors.matrix.reshape(block.weight_shape), scale)

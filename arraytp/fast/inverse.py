@@ -9,7 +9,10 @@ of WWᵀ and WᵀW.
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import numpy as np
+
 from arraytp.backend import Array, array_module
+from arraytp.fast.dealing import Piece, piece, run_dealt
 from arraytp.fast.modules import transposed
 from arraytp.fast.parallel import Workspace, even_slices
 from arraytp.fast.passes import backward, pool_adjoint, product, scaled
@@ -56,10 +59,14 @@ def pseudo_inverses(workspace: Workspace, batch: Batch, ridge: float) -> Mapping
 def _factorised(
     workspace: Workspace, batch: Batch, ridge: float, far: Callable[[Array], LU], what: str
 ) -> Mapping[int, Factors]:
-    """Return a Cholesky factor of I + E + rI near semi-orthogonal matrices, `far` of the others, one task a block."""
+    """Return a Cholesky factor of I + E + rI near semi-orthogonal matrices, `far` of the others, a task a block.
+
+    Ranks deal the tasks out.
+    """
     network, own = batch.network, workspace.of(OWNER)
     errors = batch.gram_errors.of(range(1, len(network)))
     triangles = {n: own.array(("triangle", n), e.shape, e.dtype) for n, e in errors.items()}
+    of_gram = far is not factor
     norms, factors, conditions = dict[int, Array](), dict[int, Factors](), dict[int, Array]()
 
     def measure(n: int) -> None:
@@ -67,27 +74,52 @@ def _factorised(
 
     def factorise(n: int) -> None:
         w = as_matrix(network.weights[n])
+        factors[n] = cholesky(w, errors[n], triangles[n], ridge) if near[n] else far(w)
+
+    def arrays(n: int) -> list[Array]:
+        if n not in factors:
+            w = as_matrix(network.weights[n])
+            factors[n] = Cholesky(w, triangles[n]) if near[n] else _room_for_lu(w, of_gram)
+        held = factors[n]
+        if isinstance(held, Cholesky):
+            return [held.triangle]
+        return [held.lu.T, held.pivots, held.norm, *([held.matrix] if of_gram else [])]
+
+    def task(n: int) -> Piece:
+        side, longest = len(errors[n]), max(as_matrix(network.weights[n]).shape)
         if near[n]:
-            factors[n] = cholesky(w, errors[n], triangles[n], ridge)
-        else:
-            factors[n] = lu = far(w)
-            conditions[n] = condition(lu)
+            return Piece(side**3 // 3, side**2, partial(factorise, n), partial(arrays, n))
+        operations = 2 * side**3 // 3 + of_gram * 2 * side**2 * longest
+        return Piece(operations, side**2 * (1 + of_gram) + side + 1, partial(factorise, n), partial(arrays, n))
+
+    def estimate(n: int) -> None:
+        held = factors[n]
+        assert isinstance(held, LU)
+        conditions[n] = condition(held)
 
     numbers, order = workspace.backend.numbers, sorted(errors, key=lambda n: network.weights[n].size, reverse=True)
     workspace.run([partial(measure, n) for n in order])
     # Of a device all are read at once: the host waits for it.
     near = {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(norms, numbers([*norms.values()]), strict=True)}
-    workspace.run([partial(factorise, n) for n in order])
+    run_dealt(workspace, [task(n) for n in order], batch.logits.dtype)
+    workspace.run([partial(estimate, n) for n in order if not near[n]])
     for n, number in sorted(zip(conditions, numbers([*conditions.values()]), strict=True)):
         check_condition(network.blocks[n], n, network.weights[n].dtype, number, what)
     return {n: factors[n] for n in sorted(factors)}
+
+
+def _room_for_lu(w: Array, of_gram: bool) -> LU:
+    """Return LU factors of W, or of its smaller Gram matrix, to be filled in."""
+    shape, dtype = (min(w.shape), min(w.shape)), w.dtype
+    matrix = np.empty(shape, dtype) if of_gram else w
+    return LU(matrix, np.empty(shape, dtype).T, np.empty(shape[0], np.int32), np.empty((), dtype))
 
 
 def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
     """Return the input with which the block's output would be y: `At.inverse`."""
     block, x, order = at.block, at.s, len(factors.matrix)
     out = workspace.of((OWNER, at.batch.results, at.n)).array("x", x.shape, x.dtype)
-    matrix = None if y.size // order <= order else first_rows(workspace, factors, order)
+    matrix = None if y.size // order <= order else first_rows(workspace, at.block, factors, order)
     others, f_inverse = _other_windows(workspace, block, x), block.activation.inverse
     assert f_inverse is not None
 
@@ -114,7 +146,7 @@ def backward_through_inverse(
     """
     block, x, units = at.block, at.s, at.block.next_shape[-1]
     if block.window is not None or len(x) >= units:
-        rows = first_rows(workspace, factors, units)
+        rows = first_rows(workspace, block, factors, units)
         through = array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
         return backward(workspace, at, ds, through, scale)
     if isinstance(factors, Cholesky):
@@ -133,7 +165,7 @@ def backward_through_pseudo_inverse(
 ) -> Gradients:
     """Return dW, db and (D ⊙ unpool ds) W⁺: `At.backward` with W⁺ in place of Wᵀ."""
     if _is_formed(at, inverse):
-        return backward(workspace, at, ds, _transposed(workspace, inverse).reshape(at.block.weight_shape), scale)
+        return backward(workspace, at, ds, _transposed(workspace, at.block, inverse), scale)
     dweight, dbias, _ = backward(workspace, at, ds, None, scale)
     return dweight, dbias, _solved(workspace, at, _dz(workspace, at, ds, scale), inverse)
 
@@ -146,7 +178,7 @@ def carry(workspace: Workspace, at: At, d: Array, inverse: PseudoInverse) -> Arr
         out[...] = pool_adjoint(block, d[part], None if at.index is None else at.index[part], workspace.scratch)
 
     if _is_formed(at, inverse):
-        return transposed(workspace, at, _transposed(workspace, inverse).reshape(block.weight_shape), unpooled)
+        return transposed(workspace, at, _transposed(workspace, block, inverse), unpooled)
     own = workspace.of((OWNER, at.batch.results, at.n)).array("dz", d.shape, d.dtype)
     own[...] = d
     return _solved(workspace, at, own, inverse)
@@ -173,16 +205,17 @@ def _solved(workspace: Workspace, at: At, dz: Array, inverse: PseudoInverse) -> 
     return dx.reshape(x.shape)
 
 
-def _transposed(workspace: Workspace, inverse: PseudoInverse) -> Array:
-    """Return (W⁺)ᵀ, of W's shape."""
+def _transposed(workspace: Workspace, block: Block, inverse: PseudoInverse) -> Array:
+    """Return (W⁺)ᵀ, of the block's weight_shape."""
     matrix = inverse.matrix
     rows = workspace.of(OWNER).array("transposed", (max(matrix.shape), min(matrix.shape)), matrix.dtype)
 
     def task(part: slice) -> None:
         rows[part] = transposed_rows(inverse, part)
 
-    workspace.run([partial(task, part) for part in _row_slices(workspace, len(rows))])
-    return rows if is_tall(matrix) else array_module(rows).ascontiguousarray(rows.T)
+    _form(workspace, block, rows, task)
+    formed = rows if is_tall(matrix) else array_module(rows).ascontiguousarray(rows.T)
+    return formed.reshape(block.weight_shape)
 
 
 def _dz(workspace: Workspace, at: At, ds: Array, scale: float | Array | None) -> Array:
@@ -196,15 +229,29 @@ def _dz(workspace: Workspace, at: At, ds: Array, scale: float | Array | None) ->
     return dz
 
 
-def first_rows(workspace: Workspace, factors: Factors, count: int) -> Array:
+def first_rows(workspace: Workspace, block: Block, factors: Factors, count: int) -> Array:
     """Return the first `count` rows of W⁻¹, of shape (count, n): what `count` units of the output say of the input."""
     rows = workspace.of(OWNER).array("rows", (count, len(factors.matrix)), factors.matrix.dtype)
 
     def task(part: slice) -> None:
         rows[part] = inverse_rows(factors, part)
 
-    workspace.run([partial(task, part) for part in _row_slices(workspace, count)])
+    _form(workspace, block, rows, task)
     return rows
+
+
+def _form(workspace: Workspace, block: Block, rows: Array, task: Callable[[slice], None]) -> None:
+    """Let `task` write slices of the rows of an inverse.
+
+    Ranks deal out those of a convolution. A dense block's may be formed by ranks with many samples alone.
+    """
+    parts, width = _row_slices(workspace, len(rows)), rows.shape[1]
+    if block.window is None:
+        workspace.run([partial(task, part) for part in parts])
+        return
+    operations = [2 * (part.stop - part.start) * width**2 for part in parts]
+    each = zip(operations, parts, strict=True)
+    run_dealt(workspace, [piece(work, partial(task, part), rows[part]) for work, part in each], rows.dtype)
 
 
 def _solve_rows(workspace: Workspace, solve: Callable[[Array], Array], rows: Array) -> None:

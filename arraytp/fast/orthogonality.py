@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from arraytp.backend import Array
-from arraytp.fast.parallel import Task, Workspace, even_slices
+from arraytp.fast.dealing import Piece, piece, run_dealt
+from arraytp.fast.parallel import Workspace, even_slices
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import GramErrors as AnyGramErrors
 from arraytp.ops.conv import as_matrix
-from arraytp.ops.excess import add_excess_product, excess_rows
+from arraytp.ops.excess import add_excess_product, excess_rows, is_tall
 from arraytp.options import SGD, Adam, Regularised
 
 OWNER = "orthogonality"
@@ -41,16 +42,17 @@ class GramErrors:
         """Return E of the blocks at these positions."""
         positions = list(positions)
         own = self._workspace.of(OWNER)
-        tasks: list[tuple[int, Task]] = []
+        pieces: list[Piece] = []
         for n in positions:
             if n not in self._computed:
                 w = as_matrix(self._network.weights[n])
                 order = min(w.shape)
                 e = self._computed[n] = own.filled(("E", n), (order, order), w.dtype, 0.0)
                 for rows in _parts(order, self._workspace):
-                    work = max(w.shape) * (rows.stop - rows.start) * (order - rows.start)
-                    tasks.append((work, partial(excess_rows, w, rows, e)))
-        self._workspace.run(_largest_first(tasks))
+                    width = (rows.stop - rows.start) + 2 * (order - rows.stop)
+                    work = max(w.shape) * (rows.stop - rows.start) * width
+                    pieces.append(piece(work, partial(excess_rows, w, rows, e), e[rows, rows.start :]))
+        run_dealt(self._workspace, pieces, self._network.weights[0].dtype)
         return {n: self._computed[n] for n in positions}
 
 
@@ -93,18 +95,15 @@ def add_orthogonality(
     on : {"square", "all-but-first"}
         See `regularised`.
     """
-    tasks: list[tuple[int, Task]] = []
+    pieces: list[Piece] = []
     for n, e in errors.of(regularised(network.blocks, on)).items():
         w, g = as_matrix(network.weights[n]), as_matrix(weight_gradients[n])
         for part in _parts(max(w.shape), workspace):
             task = partial(add_excess_product, 4 * strength, e, w, part, g)
-            tasks.append((len(e) ** 2 * (part.stop - part.start), task))
-    workspace.run(_largest_first(tasks))
+            out = g[part] if is_tall(w) else g[:, part]
+            pieces.append(piece(2 * len(e) * out.size, task, out))
+    run_dealt(workspace, pieces, network.weights[0].dtype)
 
 
 def _parts(order: int, workspace: Workspace) -> list[slice]:
     return even_slices(order, -(-order // PART) if workspace.backend.on_host else 1)
-
-
-def _largest_first(tasks: list[tuple[int, Task]]) -> list[Task]:
-    return [task for _, task in sorted(tasks, key=lambda entry: entry[0], reverse=True)]

@@ -20,6 +20,7 @@ import numpy as np
 import threadpoolctl
 
 from arraytp.backend import NUMPY, Array, Backend
+from arraytp.ranks import ALONE, Ranks
 
 Task = Callable[[], object]
 # Lanes sum up gradients of their own; tiles share a product.
@@ -91,6 +92,8 @@ class Workspace:
         self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
         self.shared, self._thread, self._scratch = Buffers(backend), threading.local(), list[Buffers]()
         self.most_lanes = LANES
+        self.ranks: Ranks = ALONE
+        self.rank_threads = self.threads
         # An owner's buffers that all threads share: for results, not for a task's scratch.
         self.of = self.shared.of
         self._numbers: dict[Hashable, float] = {}
@@ -109,6 +112,15 @@ class Workspace:
         other.shared, other.most_lanes = Buffers(self.backend), 1
         other.of, other._numbers = other.shared.of, {}
         return other
+
+    def deal_among(self, ranks: Ranks) -> None:
+        """Let these ranks share what depends on θ alone (`arraytp.fast.dealing`); all of them call this together."""
+        self.ranks, self.rank_threads = ranks, max(ranks.gather(self.threads))
+
+    @property
+    def busy(self) -> bool:
+        """Whether the present thread is doing one of several tasks."""
+        return getattr(self._thread, "busy", False)
 
     def lanes(self, weight_bytes: int, batch: int) -> list[slice]:
         """Cut the batch into lanes; each lane sums up its own gradient. There are fewer lanes for large weights."""
@@ -131,7 +143,7 @@ class Workspace:
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run all tasks and wait for them; those of a task one after another."""
-        if not self.backend.on_host or getattr(self._thread, "busy", False):
+        if not self.backend.on_host or self.busy:
             for task in tasks:
                 task()
             return

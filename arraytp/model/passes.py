@@ -20,7 +20,6 @@ from arraytp.options import Unpool
 from arraytp.ranks import PARTS, Part, RankSums
 
 T = TypeVar("T")
-_LOCK = threading.RLock()
 Gradients = tuple[Array, Array, Array | None]
 """dW and db of a block, and the gradient of its input, None for block 0 or where nothing carries it back."""
 Through = Array | Factors | PseudoInverse
@@ -75,6 +74,8 @@ class Batch:
         Where the arrays are of some samples of a batch alone: of which. Noise is keyed by a sample's place there.
     parts : sequence of Batch
         See `parts_of_batch`.
+    lock : RLock
+        Held while the first part computes what all parts need.
     """
 
     engine: "Engine"
@@ -86,6 +87,7 @@ class Batch:
     results: str = "rule"
     part: Part | None = None
     parts: "Sequence[Batch]" = field(default=(), repr=False, compare=False)
+    lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __len__(self) -> int:
         """B, the number of samples, of all ranks: what means are over."""
@@ -250,7 +252,7 @@ class Batch:
     def _once(self, name: object, compute: "Callable[[Batch], Any]") -> Any:
         """Return what the first part computes for all, which may ask for it side by side."""
         lead = self.every[0]
-        with _LOCK:
+        with lead.lock:
             if name not in lead._kept:
                 lead._kept[name] = compute(lead)
             return lead._kept[name]

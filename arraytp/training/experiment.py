@@ -411,6 +411,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     whole = not (plain or ranks.size > 1 or config.train.exact)
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
     rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
+    engine.deal_among(ranks)
     first: Engine = Plain(backend) if plain else engine
     dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
     source, share = divide(dataset, held) if held else dataset, (ranks.rank, ranks.size)

@@ -25,12 +25,17 @@ class Rank:
     sums_on_device = False
 
     def __init__(self, board: Board, rank: int) -> None:
-        self._board, self.rank, self.size, self.sums = board, rank, len(board.values), 0
+        self._board, self.rank, self.size = board, rank, len(board.values)
+        self.sums = self.exchanges = 0
 
     def sum(self, buffer: np.ndarray, in_order: bool = False) -> None:
         self.sums += 1
         buffers = self.gather(buffer.copy())
         buffer[...] = pairwise(buffers) if in_order else functools.reduce(np.add, buffers)
+
+    def exchange(self, segments: np.ndarray) -> None:
+        self.exchanges += 1
+        segments[...] = self.gather(segments[self.rank].copy())
 
     def gather(self, value: Any) -> list[Any]:
         self._board.values[self.rank] = value

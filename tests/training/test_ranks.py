@@ -16,7 +16,8 @@ from arraytp.commands import bench
 from arraytp.commands.together import check_ranks
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.errors import Interrupted, UserError
+from arraytp.errors import IllConditionedError, Interrupted, UserError
+from arraytp.fast import dealing, orthogonality
 from arraytp.ranks import ALONE, agreed, share
 from arraytp.signals import StopRequest
 from arraytp.training.experiment import build_planned
@@ -146,6 +147,61 @@ def test_exact_ranks_have_the_same_bits(dataset, rule, size):
             np.testing.assert_array_equal(mine, theirs)
     for mine, theirs in zip(numbers_of(planned(dataset, rule), ALONE, False, first=7), wanted, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
+
+
+FAR = {"network": {**SQUARE, "init": "kaiming-uniform"}}
+REGULARISED = {"optimizer": {**SGD, "lr": 1e-3, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}}
+
+
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        ("gait-prop literal", {}),
+        ("gait-prop difference", {}),
+        ("gait-prop difference", FAR),
+        ("gait-prop pseudo", REGULARISED),
+        ("ridge-tp", {}),
+        ("bp", REGULARISED),
+    ],
+)
+def test_work_on_weights_that_is_dealt_out_gives_every_rank_the_same(dataset, rule, settings, size, monkeypatch):
+    """E and the regulariser in parts, factors, rows of inverses; weights as small as these are not worth it otherwise."""
+    wanted = numbers_of(planned(dataset, rule, **settings), ALONE, False)
+    monkeypatch.setattr(dealing, "OPERATIONS_PER_BYTE", 0)
+    monkeypatch.setattr(orthogonality, "PART", 5)
+    given = []
+
+    def numbers(ranks):
+        given.append(ranks)
+        return numbers_of(planned(dataset, rule, **settings), ranks, False)
+
+    first, *others = on_ranks(size, numbers)
+    assert len({ranks.exchanges for ranks in given}) == 1
+    assert given[0].exchanges >= 3
+    for mine, theirs in zip(first, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
+    weights = len(build_planned(planned(dataset, rule, **settings)).network.parameters())
+    for found in others:
+        for mine, theirs in zip(found[-weights:], first[-weights:], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_matrix_that_one_rank_cannot_invert_is_an_error_of_all(dataset, monkeypatch):
+    monkeypatch.setattr(dealing, "OPERATIONS_PER_BYTE", 0)
+    errors = []
+
+    def fail(ranks):
+        experiment = build_planned(planned(dataset, "gait-prop difference"), ranks=ranks)
+        experiment.network.weights[2][...] = 0
+        with closing(experiment.train_loader.batches(0)) as batches, pytest.raises(IllConditionedError) as caught:
+            experiment.updates(experiment.forward(*next(batches), 11))
+        errors.append(str(caught.value))
+
+    on_ranks(2, fail)
+    assert len(errors) == 2
+    assert errors[0] == errors[1]
+    assert "dense1" in errors[0]
 
 
 @pytest.mark.parametrize("size", [2, 4])
