@@ -101,7 +101,7 @@ def _factorised(
     workspace.run([partial(measure, n) for n in order])
     # Of a device all are read at once: the host waits for it.
     near = {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(norms, numbers([*norms.values()]), strict=True)}
-    run_dealt(workspace, [task(n) for n in order], batch.logits.dtype)
+    run_dealt(workspace, [task(n) for n in order], network.weights[0].dtype)
     workspace.run([partial(estimate, n) for n in order if not near[n]])
     for n, number in sorted(zip(conditions, numbers([*conditions.values()]), strict=True)):
         check_condition(network.blocks[n], n, network.weights[n].dtype, number, what)

@@ -166,7 +166,7 @@ REGULARISED = {"optimizer": {**SGD, "lr": 1e-3, "orthogonality": 0.1, "orthogona
     ],
 )
 def test_work_on_weights_that_is_dealt_out_gives_every_rank_the_same(dataset, rule, settings, size, monkeypatch):
-    """E and the regulariser in parts, factors, rows of inverses; weights as small as these are not worth it otherwise."""
+    """E and the regulariser in parts, factors, rows of inverses; weights this small are not worth it otherwise."""
     wanted = numbers_of(planned(dataset, rule, **settings), ALONE, False)
     monkeypatch.setattr(dealing, "OPERATIONS_PER_BYTE", 0)
     monkeypatch.setattr(orthogonality, "PART", 5)
