@@ -201,7 +201,7 @@ class Run:
         trained = experiment.rule.feedback
         first, between = (0, 0) if trained is None else trained.epochs(experiment.config.rule)
         due = between if position.epoch else first
-        while position.feedback_epochs < due and position.batch == 0:
+        while position.feedback_epochs < due:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
                 sizes = experiment.train_loader.sizes(position.feedback_batch)
                 for size, (images, labels) in zip(sizes, batches, strict=True):

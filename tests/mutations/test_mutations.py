@@ -245,7 +245,6 @@ MUTATIONS = [
         "training/test_feedback_epochs.py",
         ("position.passes + 1, position.feedback_epochs + 1", "position.passes, position.feedback_epochs + 1"),
         ("batches(position.passes, position.feedback_batch)", "batches(position.passes, 0)"),
-        ("while position.feedback_epochs < due and position.batch == 0:", "while position.feedback_epochs < due:"),
         ("position.passes + 1, 0\n", "position.passes + 1, position.feedback_epochs\n"),
         ("due = between if position.epoch else first", "due = first if position.epoch else between"),
     ),
