@@ -349,7 +349,7 @@ MUTATIONS = [
         ("return gram_solve(inverse, rows)", "return rows"),
         ("partial(factor_gram, ridge=ridge)", "partial(factor_gram, ridge=0)"),
         ("triangles[n], ridge)", "triangles[n], 0)"),
-        ("return rows if is_tall(matrix) else", "return rows if not is_tall(matrix) else"),
+        ("formed = rows if is_tall(matrix) else", "formed = rows if not is_tall(matrix) else"),
         ("product(workspace, dz, matrix.T, dx)", "product(workspace, dz, matrix.T * 2, dx)"),
     ),
     *_in(
