@@ -32,7 +32,7 @@ class Options:
 
 
 def scale(shape: tuple[int, ...]) -> float:
-    """Return c = √(2/(fan_in + fan_out)) of a weight of this shape."""
+    """Return c = √(2/(fan_in + fan_out)) of a weight of this shape; fans as in `arraytp.model.initialise.fans`."""
     return math.sqrt(2 / sum(fans(shape)))
 
 
