@@ -16,11 +16,24 @@ from arraytp.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
-    """Read a config file; return every variant, checked, with defaults filled in.
+    """Read a config file.
 
-    `overrides` are "key.path=value" each, as `--set` takes them; applied in order, after the variants' own overrides.
-    UserError if the file cannot be read or a setting is wrong: one line per problem, at most ten, with its place in the
-    file.
+    Parameters
+    ----------
+    path : str or Path
+        YAML 1.2.
+    overrides : sequence of str
+        "key.path=value" each, as `--set` takes them; applied in order, after the variants' own overrides.
+
+    Returns
+    -------
+    ConfigFile
+        Every variant, checked, defaults filled in.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read or a setting is wrong; one line per problem, at most ten, with its place in the file.
     """
     return resolve(read_document(path), Path(path).stem, overrides)
 
@@ -28,7 +41,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
 def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> Config:
     """Read a config file that has no variants, or one variant of a file that has some.
 
-    UserError as `load_config`; also if `variant` is not in the file, or the file has variants and none is chosen.
+    Raises
+    ------
+    UserError
+        As `load_config`; also if `variant` is not in the file, or the file has variants and none is chosen.
     """
     variants = load_config(path, overrides).variants
     if variant is None and "" not in variants:
@@ -40,9 +56,26 @@ def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | Non
 
 
 def parse_config(tree: Mapping[str, Tree], source: str = "config", overrides: Sequence[str] = ()) -> ConfigFile:
-    """Check a config given as nested maps: what the YAML file would hold; else as `load_config`.
+    """Check a config given as nested maps.
 
-    `source` is what error messages call it, and the config's name unless the tree has one.
+    Parameters
+    ----------
+    tree : mapping
+        What the YAML file would hold.
+    source : str
+        What error messages call it; also the config's name unless the tree has one.
+    overrides : sequence of str
+        As in `load_config`.
+
+    Returns
+    -------
+    ConfigFile
+        As `load_config`.
+
+    Raises
+    ------
+    UserError
+        If a setting is wrong.
     """
     return resolve(Document(tree, {}, source), source, overrides)
 

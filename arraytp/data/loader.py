@@ -76,18 +76,38 @@ class Loader:
     """The batches of one split of a data set.
 
     An epoch takes every image once; its last batch may be smaller. Batches are a function of (seed, epoch, position),
-    so an epoch can be entered at any batch. A split of at most `in_memory_bytes` is read and verified at once; a larger
-    one is streamed through a pool of `pool_images`.
+    so an epoch can be entered at any batch. A split of at most `in_memory_bytes` is read and verified at once; a
+    larger one is streamed through a pool.
 
-    Without `shuffle` images come in the files' order. With `mean` and `std` of each channel, pixels in [0, 1], images
-    become (x/255 - mean)/std, otherwise x/255, as float32 or float64. They are mirrored left and right with probability
-    `flip`, and cropped at random out of the image padded by `crop_padding` replicated edge pixels.
+    Parameters
+    ----------
+    dataset : Dataset or Division
+    split : str
+    batch_size : int
+    seed : int
+    shuffle : bool
+        Otherwise images come in the files' order.
+    mean, std : sequence of float, optional
+        Of each channel, pixels in [0, 1]: images become (x/255 - mean)/std. By default x/255.
+    flip : float
+        Probability of mirroring left and right.
+    crop_padding : int
+        Random crop out of the image padded by so many replicated edge pixels.
+    dtype : dtype
+        Of the images: float32 or float64.
+    in_memory_bytes : int
+    pool_images : int
+        Images in the pool when streaming.
+    share : (rank, ranks)
+        Yield the part of each batch that belongs to one of several readers: they are disjoint, differ by at most one
+        image, and together, in the order of the ranks, are the batch.
+    backend : Backend
+        On a device, images cross the bus as uint8 and are augmented and normalised there.
 
-    `share` (rank, ranks) yields the part of each batch that belongs to one of several readers: they are disjoint,
-    differ by at most one image, and together, in the order of the ranks, are the batch. On a device, `backend`, images
-    cross the bus as uint8 and are augmented and normalised there.
-
-    UserError if there is no such split, a shard is damaged, or `mean` and `std` do not fit the channels.
+    Raises
+    ------
+    UserError
+        No such split, a damaged shard, or `mean` and `std` that do not fit the channels.
     """
 
     def __init__(
@@ -139,12 +159,21 @@ class Loader:
         return [min(self.batch_size, self.count - first) for first in starts]
 
     def batches(self, epoch: int, start: int = 0) -> Batches:
-        """Iterate over an epoch from batch `start` on: images (b, H, W, C) of `dtype`, labels (b,) int64.
+        """Iterate over an epoch from batch `start` on.
 
-        Threads prepare up to two batches ahead; they end when the iterator is exhausted or closed, so wrap the iterator
-        in `contextlib.closing` where the loop may be left early. **A batch on the host is valid until the next but one
-        is requested**; then its memory is used again. UserError if a shard is damaged; nothing of the damaged rows is
-        yielded.
+        Threads prepare up to two batches ahead; they end when the iterator is exhausted or closed, so wrap the
+        iterator in `contextlib.closing` where the loop may be left early. **A batch on the host is valid until the
+        next but one is requested**; then its memory is used again.
+
+        Yields
+        ------
+        images : array of shape (b, H, W, C), `dtype`
+        labels : array of shape (b,), int64
+
+        Raises
+        ------
+        UserError
+            A shard is damaged; nothing of the damaged rows is yielded.
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"batch {start} of an epoch with {self.steps_per_epoch}")

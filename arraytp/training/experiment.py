@@ -43,10 +43,16 @@ from arraytp.training.plan import Plan, make_loader, plan
 
 @dataclass(frozen=True)
 class Score:
-    """What a batch's logits are worth: `loss`, of shape () and by the config's reduction, of so many images.
+    """What a batch's logits are worth.
 
-    `totals` (3,) float64 are the loss summed over the samples, and how many labels are the first and among the first
-    five.
+    Parameters
+    ----------
+    loss : array of shape ()
+        By the config's reduction, of the computing backend.
+    totals : array of shape (3,), float64
+        Loss summed over the samples, and how many labels are the first and among the first five.
+    images : int
+        B.
     """
 
     loss: Array
@@ -95,10 +101,16 @@ class FeedbackComparison(NamedTuple):
 class Step:
     """A forward pass over a batch and its loss: what feedback training, updates and angles start from.
 
-    Its arrays, and those of the updates computed from it, are valid until the next forward pass or score. On several
-    ranks the batch is this rank's part, in exact mode the first of its parts, which knows the others; `totals` are of
-    each of `batch.every`. The score is of the batch before the update; on several ranks of this rank's samples, until
-    `Experiment.updates` sums it.
+    Its arrays, and those of the updates computed from it, are valid until the next forward pass or score.
+
+    Parameters
+    ----------
+    batch : Batch
+        On several ranks this rank's part; in exact mode the first of its parts, which knows the others.
+    score : Score
+        Of the batch before the update; on several ranks of this rank's samples, until `Experiment.updates` sums it.
+    totals : list of arrays of shape (3,)
+        Of each of `batch.every`.
     """
 
     batch: Batch
@@ -112,12 +124,28 @@ class Experiment:
 
     Its state is in `network`, `rule_state`, `optimizer_state`; every array can be read and replaced between steps.
 
-    The `engines` compute the passes and the rule's primitives: fast ones on the threads of `workspace`, or plain ones;
-    one of the whole batch or of this rank's, in exact mode one of each of its parts. `validation_loader` is of the
-    images that `train.validation` holds out. `graphs` are the parts of a step that are captured on a device.
-
-    `feedback_step` counts the batches on which feedback was trained; noise is keyed by it. `ranks` share every batch,
-    and the loaders give this one's part; `stop_agreed` is whether any of them wanted to stop when they last summed.
+    Parameters
+    ----------
+    plan : Plan
+    network : Network
+    rule : Rule
+    rule_state : State
+    optimizer_state : OptimizerState
+    workspace : Workspace
+    engines : tuple of Engine
+        Compute the passes and the rule's primitives: fast ones on the threads of `workspace`, or plain ones. One of the
+        whole batch, or of this rank's; in exact mode one of each of its parts.
+    train_loader, test_loader : Loader
+    validation_loader : Loader or None
+        Of the images that `train.validation` holds out.
+    graphs : Graphs
+        The parts of a step that are captured on a device.
+    feedback_step : int
+        On how many batches feedback was trained; noise is keyed by it.
+    ranks : Ranks
+        The processes that share every batch; the loaders give this one's part.
+    stop_agreed : bool
+        Whether any of them wanted to stop when they last summed.
     """
 
     plan: Plan
@@ -151,12 +179,27 @@ class Experiment:
         return self.plan.config
 
     def step(self, images: Array, labels: Array, epoch: int = 0, size: int | None = None) -> Score:
-        """Train on one batch; return its score before the update.
+        """Train on one batch.
 
-        Images are (B, H, W, C) of the config's dtype, as the loader gives them, labels (B,) int64. The learning rate's
-        schedule goes by `epoch`, counted from 0. On several ranks `size` is of the whole batch, of which these images
-        are this rank's. ValueError if a label is none of the classes; on a device that is not looked at, since the host
-        would have to wait.
+        Parameters
+        ----------
+        images : array of shape (B, H, W, C) and the config's dtype
+            As the loader gives them.
+        labels : array of int64 of shape (B,)
+        epoch : int
+            Counted from 0; the learning rate's schedule goes by it.
+        size : int, optional
+            On several ranks: images of the whole batch, of which these are this rank's.
+
+        Returns
+        -------
+        Score
+            Of the batch before the update.
+
+        Raises
+        ------
+        ValueError
+            If a label is none of the classes; on a device that is not looked at, since the host would have to wait.
         """
         step = self.forward(images, labels, size)
         self.train_feedback(step)
@@ -221,8 +264,12 @@ class Experiment:
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
         """Let the rule train its feedback weights on a batch, or set those that follow from θ; θ stays.
 
-        `options` may stand in for those of the config; `observe` is told of every iteration. Returns the loss of shape
-        () in the last iteration, None without any, per block with feedback.
+        `options` may stand in for those of the config; `observe` is told of every iteration.
+
+        Returns
+        -------
+        list of arrays of shape (), or None for no iterations
+            The loss in the last iteration, per block with feedback; empty for rules without trained feedback.
         """
         rule, options = self.rule, options or self.config.rule
         if rule.feedback is None and rule.follow is None:
@@ -343,8 +390,12 @@ class Experiment:
     def apply(self, step: Step, updates: Updates, epoch: int = 0) -> None:
         """Let the optimiser apply updates to the θ that the step's forward pass was computed with, and to its twins.
 
-        The optimiser's regulariser is added to the updates in place. ValueError if a parameter was replaced by an array
-        that the optimiser cannot write to.
+        The optimiser's regulariser is added to the updates in place.
+
+        Raises
+        ------
+        ValueError
+            If a parameter was replaced by an array that the optimiser cannot write to.
         """
         optimizer, parameters = self.config.optimizer, self.network.parameters()
         gradients = [array for pair in updates for array in pair]
