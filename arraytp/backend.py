@@ -6,11 +6,12 @@ import importlib.metadata
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -35,12 +36,74 @@ def array_module(*arrays: Array) -> Any:
     return sys.modules[names.pop()]
 
 
-def device_linalg(array: Array) -> Any:
-    """Return the module with `lu_factor`, `lu_solve` and `solve_triangular` for an array of a device.
-
-    For CuPy it is cupyx.scipy.linalg.
-    """
+def _device_linalg(array: Array) -> Any:
+    """Return the module with `lu_factor` and `solve_triangular` for an array of a device."""
     return importlib.import_module(array_module(array).__name__ + "x.scipy.linalg")
+
+
+def factorise(routine: Literal["potrf", "getrf"], matrix: Array) -> Array | None:
+    """Factorise a C-contiguous matrix of a device in place by LAPACK's routine, to which it is the transpose.
+
+    Returns
+    -------
+    array of int32, or None
+        The pivots of getrf, counted from 0. Nothing is read back: that a matrix is singular shows in its factors.
+    """
+    xp, order = array_module(matrix), len(matrix)
+    if xp.__name__ != "cupy":
+        if routine == "potrf":
+            matrix[...] = xp.linalg.cholesky(matrix).T
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            lu, pivots = _device_linalg(matrix).lu_factor(matrix.T, check_finite=False)
+        matrix[...] = lu.T
+        return pivots
+    solver, handle = importlib.import_module("cupy_backends.cuda.libs.cusolver"), xp.cuda.device.get_cusolver_handle()
+    name = f"{'s' if matrix.dtype.itemsize == 4 else 'd'}{routine}"
+    # potrf's triangle is the lower one, cuBLAS' 0.
+    sizes = (0, order) if routine == "potrf" else (order, order)
+    length = getattr(solver, f"{name}_bufferSize")(handle, *sizes, matrix.data.ptr, order)
+    room, info = xp.empty(length, matrix.dtype), xp.empty(1, np.int32)
+    if routine == "potrf":
+        getattr(solver, name)(handle, *sizes, matrix.data.ptr, order, room.data.ptr, length, info.data.ptr)
+        return None
+    pivots = xp.empty(order, np.int32)
+    getattr(solver, name)(handle, *sizes, matrix.data.ptr, order, room.data.ptr, pivots.data.ptr, info.data.ptr)
+    return pivots - 1
+
+
+def divide_rows(
+    rows: Array, triangle: Array, lower: bool = False, transposed: bool = False, unit: bool = False
+) -> Array:
+    """Replace rows by rows T⁻¹ or rows T⁻ᵀ, for a triangle T of a device's matrix: one launch of cuBLAS.
+
+    Parameters
+    ----------
+    rows : array of shape (R, n), C-contiguous
+    triangle : array of shape (n, n), C-contiguous or transposed so
+        Of which the lower or the upper triangle is read; with `unit` as if its diagonal were 1.
+    """
+    xp, number = array_module(rows, triangle), ctypes.c_float if rows.dtype.itemsize == 4 else ctypes.c_double
+    if xp.__name__ != "cupy":
+        solve = _device_linalg(rows).solve_triangular
+        rows[...] = solve(triangle, rows.T, trans=int(not transposed), lower=lower, unit_diagonal=unit).T
+        return rows
+    # To cuBLAS rows are the columns of rowsᵀ, and a C-contiguous triangle is its transpose.
+    if triangle.flags.c_contiguous:
+        lower, transposed = not lower, not transposed
+    count, order = rows.shape
+    _call_cublas(
+        "trsm", rows, 0, int(not lower), int(not transposed), int(unit), order, count, ctypes.byref(number(1)),
+        ctypes.c_void_p(triangle.data.ptr), order, ctypes.c_void_p(rows.data.ptr), order,
+    )  # fmt: skip
+    return rows
+
+
+def matrix_product(a: Array, b: Array) -> Array:
+    """Return the matrix product a b; on a device by `add_product`."""
+    xp = array_module(a, b)
+    return a @ b if xp is np else add_product(a, b, xp.empty((len(a), b.shape[1]), a.dtype))
 
 
 def add_product(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
@@ -54,23 +117,29 @@ def add_product(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float 
     # cuBLAS is column-major, in which a C-contiguous matrix is its own transpose: outᵀ = bᵀ aᵀ.
     (a, a_op, a_step), (b, b_op, b_step), (_, out_op, out_step) = (_column_major(matrix) for matrix in (a, b, out))
     assert not out_op
-    letter, number = ("S", ctypes.c_float) if out.dtype.itemsize == 4 else ("D", ctypes.c_double)
-    stream, (rows, columns), inner = xp.cuda.get_current_stream().ptr, out.shape, a.shape[1]
+    number, pointers = (
+        ctypes.c_float if out.dtype.itemsize == 4 else ctypes.c_double,
+        [ctypes.c_void_p(array.data.ptr) for array in (a, b, out)],
+    )
+    (rows, columns), factors = out.shape, [ctypes.byref(number(value)) for value in (alpha, beta)]
+    _call_cublas(
+        "gemm", out, b_op, a_op, columns, rows, a.shape[1], factors[0], pointers[1], b_step, pointers[0], a_step,
+        factors[1], pointers[2], out_step,
+    )  # fmt: skip
+    return out
+
+
+def _call_cublas(routine: str, of: Array, *arguments: Any) -> None:
+    """Call a routine for arrays of a dtype on the current stream."""
+    xp = array_module(of)
     library, handle, workspace = _cublas(xp.cuda.runtime.getDevice())
-    pointers = [ctypes.c_void_p(array.data.ptr) for array in (a, b, out)]
-    factors = [ctypes.byref(number(value)) for value in (alpha, beta)]
-    _check_cublas(library.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))
+    _check_cublas(library.cublasSetStream_v2(handle, ctypes.c_void_p(xp.cuda.get_current_stream().ptr)))
     # Its own would be allocated anew for every capture.
     _check_cublas(
         library.cublasSetWorkspace_v2(handle, ctypes.c_void_p(workspace.data.ptr), ctypes.c_size_t(workspace.nbytes))
     )
-    _check_cublas(
-        getattr(library, f"cublas{letter}gemm_v2")(
-            handle, b_op, a_op, columns, rows, inner, factors[0], pointers[1], b_step, pointers[0], a_step, factors[1],
-            pointers[2], out_step,
-        )
-    )  # fmt: skip
-    return out
+    letter = "S" if of.dtype.itemsize == 4 else "D"
+    _check_cublas(getattr(library, f"cublas{letter}{routine}_v2")(handle, *arguments))
 
 
 def _column_major(matrix: Array) -> tuple[Array, int, int]:

@@ -151,8 +151,8 @@ def _step(
 ) -> None:
     """Do one step on one stretch of one parameter: arrays are θ, g and the moments; `twin` is an array and λ."""
     theta, g, *moments = arrays
-    if twin is None and kernels.has_kernels(theta):
-        _fused_step(optimizer, arrays, step_size(optimizer, lr, step) if sizes is None else sizes)
+    if kernels.has_kernels(theta):
+        _fused_step(optimizer, arrays, step_size(optimizer, lr, step) if sizes is None else sizes, twin)
         return
     work = workspace.scratch.of("optimizer").array("work", (2, theta.size), theta.dtype)
     if optimizer.weight_decay:
@@ -173,16 +173,18 @@ def _step(
         array_module(theta).subtract(twin[0], work[0], out=twin[0])
 
 
-def _fused_step(optimizer: OptimizerOptions, arrays: list[Array], sizes: Sequence[float | Array]) -> None:
+def _fused_step(
+    optimizer: OptimizerOptions, arrays: list[Array], sizes: Sequence[float | Array], twin: tuple[Array, float] | None
+) -> None:
     """Do `_step` in one kernel of a device."""
     theta, g, *moments = arrays
     if isinstance(optimizer, options.Adam):
         (scale, rate), epsilon = sizes, theta.dtype.type(optimizer.epsilon)
         betas = optimizer.beta1, optimizer.beta2
-        kernels.adam(theta, g, moments[0], moments[1], betas, scale, rate, epsilon, optimizer.weight_decay)
+        kernels.adam(theta, g, moments[0], moments[1], betas, scale, rate, epsilon, optimizer.weight_decay, twin)
     else:
         v = moments[0] if moments else None
-        kernels.sgd(theta, g, v, sizes[0], optimizer.momentum, optimizer.weight_decay)
+        kernels.sgd(theta, g, v, sizes[0], optimizer.momentum, optimizer.weight_decay, twin)
 
 
 def step_sizes(

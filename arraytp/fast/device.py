@@ -9,14 +9,13 @@ import numpy as np
 
 from arraytp.backend import NUMPY, Array, Backend, add_product
 from arraytp.fast.engine import Fast
-from arraytp.fast.inverse import first_rows
 from arraytp.fast.overlaps import per_tap
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients, Iterate, NoiseAndProducts, Sums, Through
 from arraytp.ops import kernels
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.noise import EPSILON, ETA, gaussian
-from arraytp.ops.solve import LU, Cholesky, PseudoInverse, symmetric_solve
+from arraytp.ops.solve import LU, Cholesky, PseudoInverse
 from arraytp.options import Unpool
 
 OWNER = "device"
@@ -56,9 +55,7 @@ class Device(Fast):
 
     def backward(self, at: At, ds: Array, through: Through | None, scale: float | Array | None) -> Gradients:
         """See `At.backward`."""
-        if isinstance(through, Cholesky):
-            return self._backward_through_inverse(at, ds, through, scale)
-        if isinstance(through, LU | PseudoInverse):
+        if isinstance(through, Cholesky | LU | PseudoInverse):
             return super().backward(at, ds, through, scale)
         block, s = at.block, at.s
         own, ds = self.of((OWNER, at.batch.results, at.n)), ds.reshape(at.s_next.shape)
@@ -72,19 +69,12 @@ class Device(Fast):
         add_product(ones[None], stacked, dbias[None])
         if through is None:
             return dweight, dbias, None
+        if through.shape != block.weight_shape:
+            # Of the units that are handed on alone.
+            through, narrow = self.room("through", block.weight_shape, s.dtype), through
+            through[...] = 0
+            through[..., : narrow.shape[-1]] = narrow
         return dweight, dbias, self.transposed(block, through, dz, own.array("ds", s.shape, s.dtype))
-
-    def _backward_through_inverse(self, at: At, ds: Array, factors: Cholesky, scale: float | Array | None) -> Gradients:
-        """Return dW, db and (D ⊙ ds) W⁻¹, as `arraytp.fast.inverse.backward_through_inverse` does."""
-        block, s, units = at.block, at.s, at.block.next_shape[-1]
-        if block.window is not None or len(s) >= units:
-            through = self.room("through", as_matrix(at.weight).shape, s.dtype)
-            through[:, :units] = first_rows(self, at.block, factors, units).T
-            through[:, units:] = 0
-            return self.backward(at, ds, through.reshape(block.weight_shape), scale)
-        dweight, dbias, dx = self.backward(at, ds, factors.matrix.reshape(block.weight_shape), scale)
-        assert dx is not None
-        return dweight, dbias, symmetric_solve(factors, dx.reshape(len(s), -1)).reshape(s.shape)
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """See `At.feedback`."""

@@ -5,7 +5,7 @@ numbers. So what differs from step to step must be in memory that is written to 
 `arraytp.fast.parallel.Workspace.number`. Kernels, order and results are those of a run without graphs, bit for bit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,12 +35,15 @@ class Graphs:
         Whose buffers the parts compute in.
     on : bool
         Whether anything is captured: on a device only.
+
+    Attributes
+    ----------
     refused : map of str to str
-        Parts that cannot be captured, and why. More are added where a capture fails.
+        Parts whose capture failed, and why.
     """
 
-    def __init__(self, workspace: Workspace, on: bool, refused: Mapping[str, str]) -> None:
-        self.on, self.refused, self._said = on, dict(refused), set[str]()
+    def __init__(self, workspace: Workspace, on: bool) -> None:
+        self.on, self.refused, self._said = on, dict[str, str](), set[str]()
         self._workspace, self._known = workspace, dict[Any, _Known]()
         if on:
             xp = workspace.backend.xp

@@ -11,11 +11,11 @@ from functools import partial
 
 import numpy as np
 
-from arraytp.backend import Array, array_module
+from arraytp.backend import Array, array_module, matrix_product
 from arraytp.fast.dealing import Piece, piece, run_dealt
 from arraytp.fast.modules import transposed
 from arraytp.fast.parallel import Workspace, even_slices
-from arraytp.fast.passes import backward, pool_adjoint, product, scaled
+from arraytp.fast.passes import pool_adjoint, product, scaled
 from arraytp.model.blocks import Block
 from arraytp.model.inverse import GRAM, check_condition
 from arraytp.model.passes import At, Batch, Gradients
@@ -28,6 +28,7 @@ from arraytp.ops.solve import (
     Cholesky,
     Factors,
     PseudoInverse,
+    Room,
     cholesky,
     condition,
     factor,
@@ -52,12 +53,12 @@ def inverses(workspace: Workspace, batch: Batch) -> Mapping[int, Factors]:
 
 def pseudo_inverses(workspace: Workspace, batch: Batch, ridge: float) -> Mapping[int, PseudoInverse]:
     """Factorise the smaller Gram matrix of every block but the first: `Batch.pseudo_inverses`."""
-    grams = _factorised(workspace, batch, ridge, partial(factor_gram, ridge=ridge), GRAM)
+    grams = _factorised(workspace, batch, ridge, lambda w, room: factor_gram(w, ridge, room), GRAM)
     return {n: PseudoInverse(as_matrix(batch.network.weights[n]), gram) for n, gram in grams.items()}
 
 
 def _factorised(
-    workspace: Workspace, batch: Batch, ridge: float, far: Callable[[Array], LU], what: str
+    workspace: Workspace, batch: Batch, ridge: float, far: Callable[[Array, Room], LU], what: str
 ) -> Mapping[int, Factors]:
     """Return a Cholesky factor of I + E + rI near semi-orthogonal matrices, `far` of the others, a task a block.
 
@@ -74,7 +75,10 @@ def _factorised(
 
     def factorise(n: int) -> None:
         w = as_matrix(network.weights[n])
-        factors[n] = cholesky(w, errors[n], triangles[n], ridge) if near[n] else far(w)
+        if near[n]:
+            factors[n] = cholesky(w, errors[n], triangles[n], ridge)
+        else:
+            factors[n] = far(w, lambda name, shape, dtype: own.array((name, n), shape, dtype))
 
     def arrays(n: int) -> list[Array]:
         if n not in factors:
@@ -125,7 +129,7 @@ def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
 
     def samples(part: slice) -> None:
         z = (f_inverse(y[part]) - at.bias).reshape(-1, order)
-        patches = right_solve(factors, z) if matrix is None else z @ matrix
+        patches = right_solve(factors, z) if matrix is None else matrix_product(z, matrix)
         if block.window is None:
             out[part] = patches.reshape(out[part].shape)
         else:
@@ -148,13 +152,13 @@ def backward_through_inverse(
     if block.window is not None or len(x) >= units:
         rows = first_rows(workspace, block, factors, units)
         through = array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
-        return backward(workspace, at, ds, through, scale)
+        return at.backward(ds, through, scale)
     if isinstance(factors, Cholesky):
-        dweight, dbias, dx = backward(workspace, at, ds, factors.matrix.reshape(block.weight_shape), scale)
+        dweight, dbias, dx = at.backward(ds, factors.matrix.reshape(block.weight_shape), scale)
         assert dx is not None
         _solve_rows(workspace, lambda rows: symmetric_solve(factors, rows), dx.reshape(len(x), -1))
         return dweight, dbias, dx
-    dweight, dbias, _ = backward(workspace, at, ds, None, scale)
+    dweight, dbias, _ = at.backward(ds, None, scale)
     dz = _dz(workspace, at, ds, scale)
     _solve_rows(workspace, lambda rows: right_solve(factors, rows), dz)
     return dweight, dbias, dz.reshape(x.shape)
@@ -165,8 +169,8 @@ def backward_through_pseudo_inverse(
 ) -> Gradients:
     """Return dW, db and (D ⊙ unpool ds) W⁺: `At.backward` with W⁺ in place of Wᵀ."""
     if _is_formed(at, inverse):
-        return backward(workspace, at, ds, _transposed(workspace, at.block, inverse), scale)
-    dweight, dbias, _ = backward(workspace, at, ds, None, scale)
+        return at.backward(ds, _transposed(workspace, at.block, inverse), scale)
+    dweight, dbias, _ = at.backward(ds, None, scale)
     return dweight, dbias, _solved(workspace, at, _dz(workspace, at, ds, scale), inverse)
 
 
@@ -258,7 +262,9 @@ def _solve_rows(workspace: Workspace, solve: Callable[[Array], Array], rows: Arr
     """Replace the rows by what `solve` makes of them."""
 
     def task(part: slice) -> None:
-        rows[part] = solve(rows[part])
+        before = rows[part]
+        if (after := solve(before)) is not before:
+            before[...] = after
 
     workspace.run([partial(task, part) for part in _row_slices(workspace, len(rows))])
 

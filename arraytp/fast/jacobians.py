@@ -7,7 +7,7 @@ from the same C backward passes, without gradients of weights; a slice of sample
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from arraytp.backend import Array, array_module
+from arraytp.backend import Array, array_module, matrix_product
 from arraytp.fast.parallel import LANES, Buffers, Workspace, even_slices, slices
 from arraytp.fast.passes import pool_adjoint
 from arraytp.fast.products import Products, iteration_slice, split_products
@@ -38,7 +38,7 @@ def jacobian_sums(workspace: Workspace, batch: Batch) -> Sums:
         for part in slices(lanes[number].stop, length, lanes[number].start):
             for n, j in _jacobians(batch, walk, part, scratch):
                 wide = j.reshape(classes, -1)
-                grams[n][number] += wide @ wide.T
+                grams[n][number] += matrix_product(wide, wide.T)
                 sums[n][number] += j.sum(axis=1)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])

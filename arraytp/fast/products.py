@@ -11,7 +11,9 @@ arrays k times as large as an image where patches are k² times.
 
 import math
 
-from arraytp.backend import Array, array_module
+import numpy as np
+
+from arraytp.backend import Array, add_product, array_module
 from arraytp.fast.parallel import Buffers
 from arraytp.model.blocks import Block
 from arraytp.ops.conv import as_matrix, can_split, split_matrix
@@ -190,4 +192,7 @@ def iteration_slice(products: Products, batch: int, itemsize: int, on_host: bool
 
 def matmul(a: Array, b: Array, out: Array) -> None:
     """Write the matrix product a b to `out`, whose rows may be strided."""
-    array_module(a, b, out).matmul(a, b, out=out)
+    if array_module(a, b, out) is np:
+        np.matmul(a, b, out=out)
+    else:
+        add_product(a, b, out)

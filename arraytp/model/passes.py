@@ -230,7 +230,7 @@ class Batch:
         return self.engine.gauss_newton(self, damping)
 
     def pseudo_inverses(self, ridge: float = 0.0) -> Mapping[int, PseudoInverse]:
-        """Return W⁺ of every block but the first, by its position, as factors.
+        """Return W⁺ of every block but the first, by its position, as factors; computed once for each r.
 
         Parameters
         ----------
@@ -242,8 +242,6 @@ class Batch:
         IllConditionedError
             If the smaller of WWᵀ + rI and WᵀW + rI cannot be inverted in its dtype; names the block and the number.
         """
-        if not self.parts:
-            return self.engine.pseudo_inverses(self, ridge)
         inverses: Mapping[int, PseudoInverse] = self._once(
             ("pseudo", ridge), lambda lead: lead.engine.pseudo_inverses(lead, ridge)
         )

@@ -6,6 +6,7 @@ A function runs its kernel on CuPy arrays. On other arrays it runs its array twi
 Dimensions: B batch, (H, W) input size, (P, Q) output size, C channels, k kernel.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -273,6 +274,21 @@ def collapse(
     made(*rows, momentum, lr, iterations, *targets)
 
 
+def row_order(pivots: Array, out: Array) -> Array:
+    """Write the order of rows after row i and row pivots[i] have changed places, i = 0, 1, …; both of shape (n,)."""
+    if has_kernels(pivots):
+        return kernel(out, "row_order", "raw int32 pivots, int32 n", "raw int32 order", """
+            for (int j = 0; j < n; ++j) order[j] = j;
+            for (int j = 0; j < n; ++j) { const int t = order[j]; order[j] = order[pivots[j]]; order[pivots[j]] = t; }
+            """)(pivots, len(out), out, size=1)  # fmt: skip
+    xp = array_module(pivots)
+    out[...] = xp.arange(len(out), dtype=out.dtype)
+    for i in range(len(out)):
+        pair = xp.concatenate((xp.arange(i, i + 1, dtype=out.dtype), pivots[i : i + 1]))
+        out[pair] = out[pair[::-1]]
+    return out
+
+
 # The first two rows of a 3×3 matrix whose last row is 0 0 1.
 _MULTIPLY = """
 __device__ void multiply(double* x, const double* y) {
@@ -318,36 +334,68 @@ def _gather(
     return kernel(t, s, index, *numbers, width, *sizes, out)
 
 
-def sgd(theta: Array, g: Array, v: Array | None, lr: float | Array, momentum: float, weight_decay: float) -> None:
+def sgd(
+    theta: Array, g: Array, v: Array | None, lr: float | Array, momentum: float, weight_decay: float,
+    twin: tuple[Array, float] | None = None,
+) -> None:  # fmt: skip
     """Do a step of SGD in place: `arraytp.optim.sgd_step` with coupled weight decay. Only for arrays with kernels.
 
-    The rate is a number, or an array of shape (1,) that holds it when the kernel runs.
+    The rate is a number, or an array of shape (1,) that holds it when the kernel runs. A twin, an array and λ, shrinks
+    by 1 − λ as θ does and gets its step.
     """
-    body = "v = momentum * v + (g + decay * theta); theta -= lr * v;" if v is not None else (
-        "theta -= lr * (g + decay * theta);"
-    )  # fmt: skip
+    body = f"const T d = g + decay * theta; {'v = momentum * v + d' if v is not None else 'const T v = d'};"
     inputs, number = "T g, T lr, T momentum, T decay", theta.dtype.type
-    moments = () if v is None else (v,)
-    kernel = _kernel(theta, f"sgd_{len(moments)}", inputs, "T theta, T v"[: 7 + 5 * len(moments)], body)
-    kernel(g, _number(theta, lr), number(momentum), number(weight_decay), theta, *moments)
+    moments = {} if v is None else {"v": v}
+    _step("sgd", theta, inputs, moments, f"{body} const T step = lr * v;", twin)(
+        g, _number(theta, lr), number(momentum), number(weight_decay)
+    )
+
+
+def _step(
+    name: str, theta: Array, inputs: str, moments: dict[str, Array], body: str, twin: tuple[Array, float] | None
+) -> Callable[..., None]:
+    """Return a kernel that subtracts the step that `body` leaves from θ, and from its twin."""
+    outputs, subtract = {"theta": theta, **moments}, "theta -= step;"
+    kept: tuple[Any, ...] = ()
+    if twin is not None:
+        outputs["twin"], kept = twin[0], (theta.dtype.type(1 - twin[1]),)
+        inputs, subtract = f"{inputs}, T kept", "theta = kept * theta - step; twin = kept * twin - step;"
+    names = ", ".join(f"T {output}" for output in outputs)
+    kernel = _kernel(theta, f"{name}_{'_'.join(outputs)}", inputs, names, body + subtract)
+    return lambda *numbers: kernel(*numbers, *kept, *outputs.values())
 
 
 def adam(
     theta: Array, g: Array, m: Array, u: Array, betas: tuple[float, float], scale: float | Array, rate: float | Array,
-    epsilon: float, weight_decay: float,
+    epsilon: float, weight_decay: float, twin: tuple[Array, float] | None = None,
 ) -> None:  # fmt: skip
     """Do a step of Adam in place: `arraytp.optim.adam_step`. Only for arrays with kernels.
 
-    θ ← θ − rate · m / (scale · √u + ε), after the moments; scale and rate as in `sgd`.
+    θ ← θ − rate · m / (scale · √u + ε), after the moments; scale, rate and twin as in `sgd`.
     """
     inputs = "T g, T beta1, T rest1, T beta2, T rest2, T scale, T rate, T epsilon, T decay"
-    kernel = _kernel(theta, "adam", inputs, "T theta, T m, T u", """
+    settings = betas[0], 1 - betas[0], betas[1], 1 - betas[1], scale, rate, epsilon, weight_decay
+    _step("adam", theta, inputs, {"m": m, "u": u}, """
         const T d = g + decay * theta;
         m = beta1 * m + rest1 * d;
         u = beta2 * u + rest2 * (d * d);
-        theta -= rate * (m / (scale * sqrt(u) + epsilon));""")  # fmt: skip
-    settings = betas[0], 1 - betas[0], betas[1], 1 - betas[1], scale, rate, epsilon, weight_decay
-    kernel(g, *(_number(theta, setting) for setting in settings), theta, m, u)
+        const T step = rate * (m / (scale * sqrt(u) + epsilon));""", twin)(
+        g, *(_number(theta, setting) for setting in settings)
+    )  # fmt: skip
+
+
+def adam_rates(number: Array, iterations: int, betas: tuple[float, float], lr: float, keras: bool, out: Array) -> None:
+    """Write scale and rate of K steps: `arraytp.optim.adam_rates`, t = K · number + 1, …. Only for arrays with kernels.
+
+    `number`, of shape (1,) and uint64, is read when the kernel runs; `out` is of shape (K, 2).
+    """
+    inputs = "raw uint64 number, int32 K, float64 beta1, float64 beta2, float64 lr, bool keras"
+    kernel(out, "adam_rates", inputs, "T out", """
+        const double t = double(number[0]) * K + i / 2 + 1;
+        const double one = 1 - pow(beta1, t), two = sqrt(1 - pow(beta2, t));
+        out = T(keras ? (i % 2 ? lr * two / one : 1) : (i % 2 ? lr / one : 1 / two));""")(
+        number, iterations, *betas, lr, keras, out
+    )  # fmt: skip
 
 
 def _number(like: Array, value: float | Array) -> Any:

@@ -11,19 +11,23 @@ A W of K rows and O columns has a pseudo-inverse W⁺ = Wᵀ(WWᵀ)⁻¹ or (W�
 Wᵀ(WWᵀ + rI)⁻¹ = (WᵀW + rI)⁻¹Wᵀ, r > 0. Both go by factors of the smaller matrix.
 """
 
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.linalg import get_lapack_funcs
 
-from arraytp.backend import Array, array_module, device_linalg
+from arraytp.backend import Array, add_product, array_module, divide_rows, factorise, matrix_product
+from arraytp.ops import kernels
 from arraytp.ops.blas import blas
 from arraytp.ops.excess import is_tall
 
 NEAR_ORTHOGONAL = 0.8
 """Up to this ‖E‖ the eigenvalues of WWᵀ are between 0.2 and 1.8, so that its condition number is at most 9: of the
 digits that a dtype has, solving with it costs one at most, and W's own number is at most 3."""
+Room: TypeAlias = Callable[[str, tuple[int, ...], Any], Array]
+"""(name, shape, dtype) → an array with undefined content."""
 # Of the estimate of a condition number; LAPACK's own takes at most 5 and stops when nothing grows any more.
 DEVICE_STEPS = 3
 
@@ -37,7 +41,7 @@ class Cholesky:
     matrix : array of shape (n, n), or (K, O) with min(K, O) = n
         W.
     triangle : array of shape (n, n)
-        As LAPACK's potrf gives it, above the diagonal to row-major eyes, on a device below; the rest is not read.
+        As LAPACK's potrf gives it, above the diagonal to row-major eyes; the rest is not read.
     """
 
     matrix: Array
@@ -53,7 +57,7 @@ class LU:
     matrix : array of shape (n, n)
         W.
     lu, pivots : arrays of shape (n, n) and (n,)
-        As LAPACK's getrf gives them.
+        As LAPACK's getrf gives them. On a device `pivots` is the order that they bring rows into.
     norm : array of shape () or float
         ‖Wᵀ‖₁, the largest sum of absolute values of a row of W.
     """
@@ -91,39 +95,58 @@ def cholesky(matrix: Array, excess: Array, out: Array, ridge: float = 0) -> Chol
     matrix, excess : arrays of shape (n, n), or (K, O) and (n, n), C-contiguous
         W and E; kept as they are.
     out : array of shape (n, n), C-contiguous
-        Overwritten on the host, where it becomes the triangle.
+        Overwritten: it becomes the triangle.
     ridge : float
         r, 0 for the inverse and the pseudo-inverse.
     """
     xp, order = array_module(matrix), len(excess)
     out[...] = excess
     out.reshape(-1)[:: order + 1] += 1 + ridge
-    if xp is not np:
-        return Cholesky(matrix, xp.linalg.cholesky(out))
-    blas("potrf", "L", order, out)
+    if xp is np:
+        blas("potrf", "L", order, out)
+    else:
+        factorise("potrf", out)
     return Cholesky(matrix, out)
 
 
-def factor(matrix: Array) -> LU:
-    """Factorise W, C-contiguous and of shape (n, n); 2n³/3 operations. A singular W shows in `condition`."""
-    xp = array_module(matrix)
+def factor(matrix: Array, room: Room | None = None) -> LU:
+    """Factorise W, C-contiguous and of shape (n, n); 2n³/3 operations. A singular W shows in `condition`.
+
+    `room` gives the arrays of the factors on a device; without it they are made.
+    """
+    xp, order = array_module(matrix), len(matrix)
     norm = xp.absolute(matrix).sum(axis=1).max()
     if xp is not np:
-        with warnings.catch_warnings():
-            # CuPy warns of a singular matrix; its condition number says so.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            lu, pivots = device_linalg(matrix).lu_factor(matrix.T, check_finite=False)
-        return LU(matrix, lu, pivots, norm)
+        room = room or _made(xp)
+        lu = room("lu", matrix.shape, matrix.dtype)
+        lu[...] = matrix
+        return LU(matrix, lu.T, kernels.row_order(factorise("getrf", lu), room("order", (order,), np.int32)), norm)
     getrf = get_lapack_funcs("getrf", (matrix,))
     lu, pivots, _ = getrf(matrix.T)
     return LU(matrix, lu, pivots, norm)
 
 
-def factor_gram(matrix: Array, ridge: float) -> LU:
+def factor_gram(matrix: Array, ridge: float, room: Room | None = None) -> LU:
     """Factorise WWᵀ + rI, or WᵀW + rI for a W with more rows than columns: any W, C-contiguous, of shape (K, O)."""
-    gram = matrix.T @ matrix if is_tall(matrix) else matrix @ matrix.T
+    xp, wide = array_module(matrix), matrix.T if is_tall(matrix) else matrix
+    if xp is np:
+        gram = wide @ wide.T
+    else:
+        room = room or _made(xp)
+        gram = add_product(wide, wide.T, room("gram", (len(wide), len(wide)), matrix.dtype))
     gram.reshape(-1)[:: len(gram) + 1] += ridge
-    return factor(gram)
+    return factor(gram, room)
+
+
+def _made(xp: Any) -> Room:
+    return lambda name, shape, dtype: xp.empty(shape, dtype)
+
+
+def arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
+    """Return the arrays that are read where one solves by factors, but those of the network."""
+    if isinstance(factors, PseudoInverse):
+        return arrays_of(factors.gram)
+    return [factors.triangle] if isinstance(factors, Cholesky) else [factors.matrix, factors.lu, factors.pivots]
 
 
 def gram_solve(inverse: PseudoInverse, z: Array) -> Array:
@@ -173,34 +196,36 @@ def right_solve(factors: Factors, y: Array) -> Array:
     y : array of shape (R, n), C-contiguous
     """
     if isinstance(factors, Cholesky):
-        return symmetric_solve(factors, y @ factors.matrix.T)
+        return symmetric_solve(factors, matrix_product(y, factors.matrix.T))
     x = _substitute(factors, y)
     if y.dtype == np.float32:
-        x = x + _substitute(factors, y - x @ factors.matrix)
+        x = x + _substitute(factors, y - matrix_product(x, factors.matrix))
     return x
 
 
 def symmetric_solve(factors: Cholesky, z: Array) -> Array:
     """Return z (WWᵀ)⁻¹, of shape (R, n) as z, a C-contiguous array that it may overwrite; 2Rn² operations."""
-    order = len(factors.triangle)
     if array_module(z) is not np:
-        # The transposed triangle is in LAPACK's order, so that nothing is copied.
-        solve, upper = device_linalg(z).solve_triangular, factors.triangle.T
-        half = solve(upper, z.T, trans=1, overwrite_b=True, check_finite=False)
-        return solve(upper, half, overwrite_b=True, check_finite=False).T
-    blas("potrs", "L", order, len(z), factors.triangle, z)
+        # WWᵀ = UᵀU.
+        return divide_rows(divide_rows(z, factors.triangle), factors.triangle, transposed=True)
+    blas("potrs", "L", len(factors.triangle), len(z), factors.triangle, z)
     return z
 
 
 def _substitute(factors: LU, y: Array, transposed: bool = False) -> Array:
     """Return x with x W = y, or x Wᵀ = y, by the two triangular factors."""
-    trans = int(transposed)
-    if array_module(y) is not np:
-        linalg = device_linalg(y)
-        return linalg.lu_solve((factors.lu, factors.pivots), y.T, trans=trans, check_finite=False).T
+    xp, lu, order = array_module(y), factors.lu, factors.pivots
+    if xp is not np and not transposed:
+        # Wᵀ in another order of its rows is L U.
+        x = divide_rows(xp.take(y, order, axis=1), lu, lower=True, transposed=True, unit=True)
+        return divide_rows(x, lu, transposed=True)
+    if xp is not np:
+        x = xp.empty(y.shape, y.dtype)
+        x[:, order] = divide_rows(divide_rows(y.copy(), lu), lu, lower=True, unit=True)
+        return x
     getrs = get_lapack_funcs("getrs", (y,))
     # SciPy's wrapper counts the pivots up and down again in place, so that threads cannot share them.
-    x, _ = getrs(factors.lu, factors.pivots.copy(), y.T, trans=trans)
+    x, _ = getrs(factors.lu, factors.pivots.copy(), y.T, trans=int(transposed))
     return x.T
 
 

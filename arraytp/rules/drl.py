@@ -31,7 +31,7 @@ from typing import Literal
 
 import numpy as np
 
-from arraytp.backend import Array, Backend, array_module
+from arraytp.backend import Array, Backend, array_module, matrix_product
 from arraytp.errors import UserError
 from arraytp.model.blocks import Block, Network, adjoint_flops, block_flops
 from arraytp.model.initialise import initial_weight
@@ -149,7 +149,7 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
             gradient *= scale
             step_feedback(descent, state, at.n, k, {"weight": gradient})
     # Of what is ‖J_bᵀ Q − I‖² = tr(Qᵀ A Q) − 2 tr(Qᵀ J) + D, averaged.
-    loss = ((q * (A @ q)).sum() - 2 * (q * J).sum()) * (scale / 2) + 1
+    loss = ((q * matrix_product(A, q)).sum() - 2 * (q * J).sum()) * (scale / 2) + 1
     return {"A": A, "J": J, "loss": loss}
 
 
@@ -198,7 +198,7 @@ def iterate(options: Options, state: State, at: At, epsilon: Array, sigma: float
 
 def hidden(state: State, logits: Array) -> Array:
     """Return φ(ŷ): ŷ itself, or tanh(ŷ R)."""
-    return TANH(logits @ state.weights[0]) if 0 in state.weights else logits
+    return TANH(matrix_product(logits, state.weights[0])) if 0 in state.weights else logits
 
 
 def phi_difference(state: State, batch: Batch, delta: Array) -> Array:
@@ -206,7 +206,7 @@ def phi_difference(state: State, batch: Batch, delta: Array) -> Array:
     if 0 not in state.weights:
         return delta
     R = state.weights[0]
-    return TANH.difference(batch.logits @ R, delta @ R)
+    return TANH.difference(matrix_product(batch.logits, R), matrix_product(delta, R))
 
 
 def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:

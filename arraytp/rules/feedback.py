@@ -18,8 +18,9 @@ from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Block, Network, block_flops
 from arraytp.model.initialise import initial_bias, initial_weight
 from arraytp.model.passes import At, Batch, side_by_side
+from arraytp.ops.kernels import adam_rates, has_kernels
 from arraytp.optim import OptimizerOptions, OptimizerState, apply_updates, at_block, init_optimizer, of_block
-from arraytp.options import FeedbackTraining, InitName
+from arraytp.options import Adam, FeedbackTraining, InitName
 from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Observe, State
 
 FeedbackInit = InitName | Literal["symmetric"]
@@ -131,8 +132,27 @@ def step_feedback(descent: Descent, state: State, n: int, k: int, gradients: Map
     stored = {"weight": state.weights, "bias": state.biases}
     parameters = [stored[part][n] for part in gradients]
     optimizer_state = OptimizerState(descent.step + k, [state.moments[n, part] for part in gradients])
-    gradient_list = list(gradients.values())
-    apply_updates(descent.optimizer, descent.lr, optimizer_state, parameters, gradient_list, descent.workspace)
+    gradient_list, sizes = list(gradients.values()), None
+    if isinstance(descent.optimizer, Adam) and has_kernels(parameters[0]):
+        sizes = [_adam_rates(descent, n, k, parameters[0])]
+    apply_updates(
+        descent.optimizer, descent.lr, optimizer_state, parameters, gradient_list, descent.workspace, sizes=sizes
+    )
+
+
+def _adam_rates(descent: Descent, n: int, k: int, like: Array) -> Sequence[Array]:
+    """Return Adam's numbers of step k in arrays of a device: those of all steps on a block come before its first.
+
+    They follow there from the batch's number, so that a step by graphs needs nothing from the host.
+    """
+    optimizer, workspace = descent.optimizer, descent.workspace
+    assert isinstance(optimizer, Adam)
+    rates = workspace.of("feedback").array(("rates", n), (descent.iterations, 2), like.dtype)
+    if k == 0:
+        number = workspace.number("step", descent.step // descent.iterations, np.uint64)
+        betas, keras = (optimizer.beta1, optimizer.beta2), optimizer.epsilon_form == "keras"
+        adam_rates(number, descent.iterations, betas, descent.lr, keras, rates)
+    return rates[k, :1], rates[k, 1:]
 
 
 def init_feedback(

@@ -220,6 +220,8 @@ class Rule(Generic[O]):
         At which the updates are compared with BP's.
     inverses : (options, batch) → map of n to Factors or PseudoInverse, optional
         What the rule puts in place of the transposed weights of every block but the first; raises IllConditionedError.
+    factors : as `inverses`, optional
+        What a rule factorises of the weights without putting it in their place.
     checks : tuple of Check
         What the audit is to check besides.
     """
@@ -239,6 +241,7 @@ class Rule(Generic[O]):
     check: Callable[[O, tuple[Block, ...], str, str], list[str]] = lambda options, blocks, dtype, reduction: []
     compared: Callable[[O], O] = lambda options: options
     inverses: Callable[[O, Batch], Mapping[int, Factors | PseudoInverse]] | None = None
+    factors: Callable[[O, Batch], Mapping[int, Factors | PseudoInverse]] | None = None
     checks: tuple[Check, ...] = ()
 
     @property

@@ -110,4 +110,5 @@ RULE: Rule[Any] = Rule(
     flops=dtp.flops,
     check=check,
     compared=dtp.compared,
+    factors=lambda options, batch: batch.pseudo_inverses(options.ridge),
 )

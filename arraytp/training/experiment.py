@@ -33,7 +33,7 @@ from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, sid
 from arraytp.model.plain import Plain
 from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import LOSSES, label_rank
-from arraytp.options import Adam
+from arraytp.ops.solve import arrays_of
 from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
@@ -302,13 +302,8 @@ class Experiment:
         tells.
         """
         if step.batch.part is None:
-
-            def work() -> Updates:
-                # What a failed capture says to have computed is not there: a copy of the batch computes it again.
-                batch = step.batch.replaced() if self.graphs.takes("updates") else step.batch
-                return _updates(batch, self._descend)
-
-            return self.graphs.run("updates", self._arrays(step.batch), work) if self.graphs.on else work()
+            arrays = [] if not self.graphs.takes("updates") else self._arrays(step.batch) + self._inverses(step.batch)
+            return self.graphs.run("updates", arrays, lambda: _updates(step.batch, self._descend))
         stops = array_module(step.score.totals).full(1, float(stop()))
         arrays = [[totals, stops] for totals in step.totals]
         updates, (totals, stopping) = _summed_updates(step.batch, self._descend, arrays)
@@ -316,10 +311,15 @@ class Experiment:
         self.stop_agreed = bool(stopping[0] > 0)
         return updates
 
+    def _inverses(self, batch: Batch) -> list[Array]:
+        """Return the arrays of a rule's factors of weights, which the batch then has; a device is read for them."""
+        compute = self.rule.inverses or self.rule.factors
+        made = {} if compute is None else compute(self.config.rule, batch)
+        return [array for factors in made.values() for array in arrays_of(factors)]
+
     def _descend(self, batch: Batch) -> Iterator[Update]:
-        if self.rule.inverses is not None:
-            # By all threads, before the parts of a batch ask for them side by side.
-            self.rule.inverses(self.config.rule, batch)
+        # By all threads, before the parts of a batch ask for them side by side.
+        self._inverses(batch)
         return self.rule.descend(self.config.rule, self.rule_state, batch)
 
     def agree_to_stop(self, stop: Callable[[], bool]) -> None:
@@ -406,8 +406,8 @@ class Experiment:
         state, graphs = self.optimizer_state, self.graphs
         rates = optim.learning_rates(self.config.schedule, optimizer.lr, epoch, state.step)
         decay = None if self.rule.shared_decay is None else self.rule.shared_decay(self.config.rule)
+        twins = None if decay is None else optim.Twins(self.rule_state.weights, decay)
         if not graphs.takes("optimiser"):
-            twins = None if decay is None else optim.Twins(self.rule_state.weights, decay)
             optim.apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, twins)
             return
         t, names = state.step + 1, range(len(self.network)) if isinstance(rates, list) else [0] * len(self.network)
@@ -417,10 +417,11 @@ class Experiment:
         ]
 
         def work() -> None:
-            optim.apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, sizes=sizes)
+            optim.apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, twins, sizes)
 
         moments = [array for held in state.moments for array in held]
-        graphs.run("optimiser", [*parameters, *gradients, *moments], work)
+        own = [] if twins is None else self.rule_state.weights.values()
+        graphs.run("optimiser", [*parameters, *gradients, *moments, *own], work)
         state.step = t
 
     def evaluate(self, loader: Loader | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Score]:
@@ -479,21 +480,9 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         validation_loader=(
             make_loader(planned, source, VALIDATION, evaluated, training=False, share=share) if held else None
         ),
-        graphs=Graphs(engine, config.cuda_graphs and whole and has_kernels(network.weights[0]), not_captured(config)),
+        graphs=Graphs(engine, config.cuda_graphs and whole and has_kernels(network.weights[0])),
         ranks=ranks,
     )
-
-
-def not_captured(config: Config) -> dict[str, str]:
-    """Return which parts of a device's step are no CUDA graph, and why."""
-    rule, refused = RULES[config.rule.name], {}
-    if rule.feedback is not None and isinstance(rule.feedback.settings(config.rule).optimizer, Adam):
-        refused["feedback training"] = "Adam's corrections differ from iteration to iteration"
-    if rule.inverts:
-        refused["updates"] = "which inverse is cheaper is read from the device"
-    if rule.shared_decay is not None:
-        refused["optimiser"] = "the weights share their steps with the feedback weights"
-    return refused
 
 
 def _updates(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:

@@ -17,6 +17,12 @@ SGD = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
 ADAM = {"name": "adam", "lr": 1e-3, "weight_decay": 1e-3}
 LENET = {"network": {"name": "lenet"}}
 DENSE = {"network": {"blocks": [{"type": "dense", "units": units} for units in (9, 8, 10)]}}
+# Near orthogonal weights at first, and far from such after the eighth step, when they are halved.
+SQUARE = {
+    "network": {"blocks": [{"type": "dense", "units": n} for n in (12, 11, 10)], "square": True, "init": "orthogonal"},
+    "loss": {"reduction": "sum"},
+}
+ORTHOGONAL = {**ADAM, "orthogonality": 0.1}
 FEEDBACK = {"feedback": {"iterations": 2, "optimizer": SGD}}
 STEPS = {
     "bp": {**LENET, "rule": {"name": "bp"}, "optimizer": ADAM, "schedule": {"name": "constant", "warmup_steps": 9}},
@@ -25,11 +31,25 @@ STEPS = {
     "ldrl": {**LENET, "rule": {"name": "ldrl", **FEEDBACK}, "optimizer": SGD},
     "ldrl, expected": {**LENET, "rule": {"name": "ldrl", "expected": True, **FEEDBACK}, "optimizer": SGD},
     "drl": {**DENSE, "rule": {"name": "drl", **FEEDBACK}, "optimizer": SGD},
+    "drl, expected": {**LENET, "rule": {"name": "drl", "expected": True, **FEEDBACK}, "optimizer": SGD},
+    "drl, hidden": {**DENSE, "rule": {"name": "drl", "hidden": 7, **FEEDBACK}, "optimizer": SGD},
+    "gait-prop": {**SQUARE, "rule": {"name": "gait-prop", "form": "difference"}, "optimizer": ORTHOGONAL},
+    "gait-prop, literal": {**SQUARE, "rule": {"name": "gait-prop"}, "optimizer": ADAM, "dtype": "float64"},
+    "gait-prop, pseudo": {**LENET, "rule": {"name": "gait-prop", "inverse": "pseudo"}, "optimizer": SGD},
+    "ridge-tp": {**DENSE, "rule": {"name": "ridge-tp"}, "optimizer": SGD},
+    "kolen-pollack": {**DENSE, "rule": {"name": "kolen-pollack", "decay": 0.01}, "optimizer": SGD},
+    "kolen-pollack, adam": {**DENSE, "rule": {"name": "kolen-pollack", "decay": 0.01}, "optimizer": ADAM},
+    "feedback by adam": {
+        **DENSE,
+        "rule": {"name": "ldrl", "feedback": {"iterations": 2, "optimizer": ADAM}},
+        "optimizer": SGD,
+    },
 }
 NOT_CAPTURED = {
-    "kolen-pollack": ({"name": "kolen-pollack"}, "optimiser"),
-    "gait-prop": ({"name": "gait-prop", "inverse": "pseudo"}, "updates"),
-    "adam": ({"name": "drl", "feedback": {"iterations": 2, "optimizer": ADAM}}, "feedback training"),
+    "drl": (
+        {"name": "drl", "expected": "optimum", "feedback": {"iterations": 1, "optimizer": SGD}},
+        "feedback training",
+    ),
     "gnt": ({"name": "gnt"}, "updates"),
 }
 
@@ -76,7 +96,7 @@ def captured():
     """Graphs on a device, and a part that counts how often it runs."""
     device, workspace, ran = Device(), Workspace(NUMPY), []
     workspace.backend = device
-    graphs = Graphs(workspace, True, {})
+    graphs = Graphs(workspace, True)
 
     def work():
         ran.append(device.capturing)
@@ -137,10 +157,10 @@ def folder(tmp_path_factory):
     return where
 
 
-def batches(sizes):
+def batches(sizes, dtype="float32"):
     cupy = pytest.importorskip("cupy")
     rng = np.random.default_rng(0)
-    images = [cupy.asarray(rng.standard_normal((size, 28, 28, 1)).astype(np.float32)) for size in sizes]
+    images = [cupy.asarray(rng.standard_normal((size, 28, 28, 1)).astype(dtype)) for size in sizes]
     return [(x, cupy.asarray(rng.integers(0, 10, len(x)))) for x in images]
 
 
@@ -148,15 +168,15 @@ def batches(sizes):
 @pytest.mark.parametrize("name", STEPS)
 def test_graphs_change_no_bit(folder, name):
     """With a rate that changes, a last batch that is smaller, scores in between, and arrays that are replaced."""
-    numbers = []
+    numbers, sizes = [], [6, 6, 6, 6, 4, 4, 4, 6, 6, 6, 6]
     for graphs in (True, False):
         made, scores = experiment(folder, STEPS[name], graphs), []
-        for step, (images, labels) in enumerate(batches([6, 6, 6, 6, 4, 4, 4, 6, 6, 6, 6])):
+        for step, (images, labels) in enumerate(batches(sizes, made.config.dtype)):
             scores.append(made.step(images, labels).totals)
             if step == 3:
-                scores.append(made.score(*batches([9])[0]).totals)
+                scores.append(made.score(*batches([9], made.config.dtype)[0]).totals)
             if step == 8:
-                made.network.weights[0] = made.network.weights[0] / 2
+                made.network.weights[1] = made.network.weights[1] / 2
         arrays = [*scores, *made.network.parameters(), *made.rule_state.named().values()]
         numbers.append([array.get() for array in arrays])
         assert made.optimizer_state.step == 11

@@ -1,16 +1,21 @@
 """Fused kernels of a device against their array twins on the host; on the double it is the twin that runs."""
 
 import itertools
+from collections import namedtuple
 
 import numpy as np
 import pytest
 from samples import rng
 
-from arraytp.backend import add_product
+from arraytp.backend import NUMPY, add_product
+from arraytp.fast.parallel import Workspace
 from arraytp.ops import kernels
 from arraytp.ops.activations import ACTIVATIONS
 from arraytp.ops.patches import make_window
+from arraytp.optim import Twins, adam_rates, apply_updates, init_optimizer
+from arraytp.options import SGD, Adam
 
+Place = namedtuple("Place", ("put", "get", "backend"))
 BATCH, CHANNELS = 3, 4
 WINDOWS = [(6, 7, 3, 2, 1), (5, 6, 3, 1, 1), (8, 8, 2, 2, 0), (7, 5, 5, 1, 2), (6, 6, 3, 3, 1), (9, 4, 2, 3, 0)]
 windows = pytest.mark.parametrize("sizes", WINDOWS, ids=str)
@@ -146,3 +151,60 @@ def test_products_are_added(device, alpha, beta, dtype, tolerance):
         there = device.put(out)
         assert add_product(left, right, there, alpha, beta) is there
         np.testing.assert_allclose(device.get(there), alpha * (a @ b) + beta * out, rtol=tolerance, atol=tolerance)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        SGD(lr=0.1),
+        SGD(lr=0.1, momentum=0.9, weight_decay=0.01),
+        Adam(lr=0.1, weight_decay=0.01),
+        Adam(lr=0.1, epsilon_form="keras"),
+    ],
+    ids=["sgd", "momentum", "adam", "keras"],
+)
+@pytest.mark.parametrize("with_twin", [False, True])
+def test_steps_of_the_optimisers(device, optimizer, with_twin, dtype, tolerance):
+    """Three steps on a weight and a bias, the weight with or without an array that shares its steps."""
+    shapes, results = [(3, 5, 7), (7,), (3, 5, 7)], []
+    for place in (Place(np.array, np.asarray, NUMPY), device):
+        *parameters, twin = (place.put(normal(shape, dtype, key)) for key, shape in enumerate(shapes))
+        state, twins = init_optimizer(optimizer, parameters), Twins({0: twin}, 0.1) if with_twin else None
+        for step in range(3):
+            gradients = [place.put(normal(shape, dtype, 10 + step)) for shape in shapes[:2]]
+            apply_updates(optimizer, 0.1, state, parameters, gradients, Workspace(place.backend), twins)
+        moments = [moment for held in state.moments for moment in held]
+        results.append([place.get(array) for array in (*parameters, twin, *moments)])
+    for wanted, found in zip(*results, strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, wanted, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_iterations_at_once_are_iterations_one_by_one(dtype, tolerance, momentum):
+    cupy = pytest.importorskip("cupy")
+    shape, lr = (3, 3, 5, 7), 0.1
+    omega, theta, v = (normal(shape, dtype, key).astype("float64") for key in range(3))
+    c, b = (abs(normal((3, 3, 1, 7), "float64", key)) for key in (3, 4))
+    there = [cupy.asarray(array.astype(dtype)) for array in (omega, theta, v)]
+    speed = there[2] if momentum else None
+    kernels.collapse(there[0], there[1], speed, cupy.asarray(c, dtype), cupy.asarray(b, dtype), momentum, lr, 11)
+    for _ in range(11):
+        v = momentum * v + c * omega - b * theta
+        omega = omega - lr * v
+    for found, wanted in ((there[0], omega), *([(speed, v)] if momentum else [])):
+        np.testing.assert_allclose(found.get(), wanted, rtol=20 * tolerance, atol=20 * tolerance)
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("form", ["pytorch", "keras"])
+def test_adams_rates_follow_from_the_number_of_batches(dtype, tolerance, form):
+    cupy = pytest.importorskip("cupy")
+    optimizer, out = Adam(lr=0.3, beta1=0.8, beta2=0.99, epsilon_form=form), cupy.empty((5, 2), dtype)
+    kernels.adam_rates(cupy.full(1, 4, np.uint64), 5, (0.8, 0.99), 0.3, form == "keras", out)
+    wanted = [adam_rates(optimizer, 0.3, 4 * 5 + k + 1) for k in range(5)]
+    np.testing.assert_allclose(out.get(), wanted, rtol=tolerance)

@@ -38,7 +38,7 @@ def everything(run):
     moments = [moment for moments in experiment.optimizer_state.moments for moment in moments]
     arrays = [*network, *moments, *experiment.rule_state.named().values()]
     return (
-        [array.tobytes() for array in arrays],
+        [experiment.plan.backend.to_host(array).tobytes() for array in arrays],
         experiment.optimizer_state.step,
         metrics(run.folder),
         [(run.folder / f"{table}.csv").read_text() for table in ("angles", "steps")],
@@ -267,3 +267,18 @@ def test_a_run_of_a_version_without_steps_csv_goes_on_with_rows_without_numbers(
     np.testing.assert_array_equal(resumed["epoch"], expected["epoch"])
     assert np.isnan(resumed["train_loss"][:done]).all()
     np.testing.assert_array_equal(resumed["train_loss"][done:], expected["train_loss"][done:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "rule", [{"name": "fa"}, {"name": "ldrl", "feedback": {"iterations": 2, "optimizer": SGD}}], ids=["fa", "ldrl"]
+)
+def test_graphs_and_stops_leave_the_bits_of_a_run_without_either(make_config, start, stop_after, rule):
+    """By the 18th step all is launched as graphs; comparisons, evaluations and smaller last batches come between."""
+    pytest.importorskip("cupy")
+    train = {"epochs": 6, "batch_size": 16, "eval_batch_size": 12, "validation": 10}
+    runs = []
+    for graphs, stops in ((False, []), (True, []), (True, [9, 11])):
+        config = make_config(backend="cupy", cuda_graphs=graphs, rule=rule, train=train)
+        runs.append(everything(run_with_stops(start, stop_after, config, f"{graphs}-{len(stops)}", stops)))
+    assert runs[0] == runs[1] == runs[2]

@@ -20,14 +20,8 @@ def lu_factor(a, overwrite_a=False, check_finite=True):
     return device._wrap(lu), device._wrap(pivots)
 
 
-def lu_solve(lu_and_piv, b, trans=0, overwrite_b=False, check_finite=True):
-    """Solve; like cuSOLVER, say nothing of a singular matrix."""
-    device.reads["info"] += 1
-    lu, pivots = (device._operand(array, scalars=False) for array in lu_and_piv)
-    getrs = scipy.linalg.get_lapack_funcs("getrs", (lu,))
-    return device._wrap(getrs(lu, pivots, device._operand(b, scalars=False), trans=trans)[0])
-
-
 def solve_triangular(a, b, trans=0, lower=False, unit_diagonal=False, overwrite_b=False, check_finite=False):
+    """Solve; like cuBLAS, say nothing of a singular matrix."""
     a, b = (device._operand(array, scalars=False) for array in (a, b))
-    return device._wrap(scipy.linalg.solve_triangular(a, b, trans, lower, unit_diagonal, check_finite=check_finite))
+    trsm = scipy.linalg.get_blas_funcs("trsm", (a, b))
+    return device._wrap(trsm(1.0, a, b, lower=lower, trans_a=trans, diag=unit_diagonal))
