@@ -13,7 +13,7 @@ Source: Roulet and Harchaoui (2023), there for recurrent networks. Convolutions 
 add up, as in GAIT-prop, and d passes a pool to the forward pass's maxima, f and the pool being interchangeable.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from arraytp.backend import Array, array_module
 from arraytp.errors import UserError
 from arraytp.model.blocks import Block
 from arraytp.model.passes import At, Batch
+from arraytp.ops.solve import PseudoInverse
 from arraytp.options import Positive
 from arraytp.rules import dtp
 from arraytp.rules.feedback import check_targets
@@ -68,11 +69,16 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
     IllConditionedError
         If r is too small for a Gram matrix to be inverted in its dtype.
     """
-    inverses, delta = batch.pseudo_inverses(options.ridge), dtp.output_difference(options.beta, batch)
+    inverses, delta = factors(options, batch), dtp.output_difference(options.beta, batch)
     for at in batch.down():
         yield Target(delta)
         if at.n > 0:
             delta = at.carry(change_of_z(options, at, delta), inverses[at.n])
+
+
+def factors(options: Options, batch: Batch) -> Mapping[int, PseudoInverse]:
+    """Return the ridge inverse of every block except the first, as factors; raises IllConditionedError."""
+    return batch.pseudo_inverses(options.ridge)
 
 
 def change_of_z(options: Options, at: At, delta: Array) -> Array:
@@ -110,5 +116,5 @@ RULE: Rule[Any] = Rule(
     flops=dtp.flops,
     check=check,
     compared=dtp.compared,
-    factors=lambda options, batch: batch.pseudo_inverses(options.ridge),
+    factors=factors,
 )

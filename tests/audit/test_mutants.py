@@ -227,7 +227,7 @@ MUTANTS = [
         ("else every * optimizer", "else optimizer"),
     ),
     *_on("gp", "ops/solve.py", ("[rows.start :: order + 1] = 1", "[rows.start :: order + 1] = 2"),
-         ("return x.T\n", "return -x.T\n"), ("y @ factors.matrix.T)", "y @ factors.matrix)")),
+         ("return x.T\n", "return -x.T\n"), ("product(y, factors.matrix.T)", "product(y, factors.matrix)")),
     *_on("gp", "ops/activations.py", ("s * s.dtype.type(1 / LEAKY_SLOPE)", "s * s.dtype.type(2 / LEAKY_SLOPE)"),
          ("LEAKY_SLOPE = 0.1", "LEAKY_SLOPE = 0.01")),
     *_on(
