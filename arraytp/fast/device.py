@@ -69,12 +69,13 @@ class Device(Fast):
         add_product(ones[None], stacked, dbias[None])
         if through is None:
             return dweight, dbias, None
+        carrier: Array = through
         if through.shape != block.weight_shape:
             # Of the units that are handed on alone.
-            through, narrow = self.room("through", block.weight_shape, s.dtype), through
-            through[...] = 0
-            through[..., : narrow.shape[-1]] = narrow
-        return dweight, dbias, self.transposed(block, through, dz, own.array("ds", s.shape, s.dtype))
+            carrier = self.room("through", block.weight_shape, s.dtype)
+            carrier[...] = 0
+            carrier[..., : through.shape[-1]] = through
+        return dweight, dbias, self.transposed(block, carrier, dz, own.array("ds", s.shape, s.dtype))
 
     def feedback(self, at: At, omega: Array, bias: Array, t: Array, unpool: Unpool) -> Array:
         """See `At.feedback`."""

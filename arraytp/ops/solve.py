@@ -142,13 +142,6 @@ def _made(xp: Any) -> Room:
     return lambda name, shape, dtype: xp.empty(shape, dtype)
 
 
-def arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
-    """Return the arrays that are read where one solves by factors, but those of the network."""
-    if isinstance(factors, PseudoInverse):
-        return arrays_of(factors.gram)
-    return [factors.triangle] if isinstance(factors, Cholesky) else [factors.matrix, factors.lu, factors.pivots]
-
-
 def gram_solve(inverse: PseudoInverse, z: Array) -> Array:
     """Return z (WWᵀ + rI)⁻¹, or z (WᵀW + rI)⁻¹, of z's shape (R, n); C-contiguous, z may be overwritten."""
     if isinstance(inverse.gram, Cholesky):

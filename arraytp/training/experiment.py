@@ -33,7 +33,7 @@ from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, sid
 from arraytp.model.plain import Plain
 from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import LOSSES, label_rank
-from arraytp.ops.solve import arrays_of
+from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
 from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
@@ -315,7 +315,7 @@ class Experiment:
         """Return the arrays of a rule's factors of weights, which the batch then has; a device is read for them."""
         compute = self.rule.inverses or self.rule.factors
         made = {} if compute is None else compute(self.config.rule, batch)
-        return [array for factors in made.values() for array in arrays_of(factors)]
+        return [array for factors in made.values() for array in _arrays_of(factors)]
 
     def _descend(self, batch: Batch) -> Iterator[Update]:
         # By all threads, before the parts of a batch ask for them side by side.
@@ -483,6 +483,13 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         graphs=Graphs(engine, config.cuda_graphs and whole and has_kernels(network.weights[0])),
         ranks=ranks,
     )
+
+
+def _arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
+    """Return the arrays that are read where one solves by factors, but those of the network."""
+    if isinstance(factors, PseudoInverse):
+        return _arrays_of(factors.gram)
+    return [factors.triangle] if isinstance(factors, Cholesky) else [factors.matrix, factors.lu, factors.pivots]
 
 
 def _updates(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:
