@@ -67,7 +67,9 @@ def over_seeds(values: Sequence[Floats]) -> tuple[Floats, Floats]:
     """Return mean and standard deviation over runs, as far as all of them go; undefined where one is."""
     length = min(map(len, values))
     stacked = np.stack([each[:length] for each in values])
-    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1)
+    # A diverged run's losses may be too large for their squares.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return stacked.mean(axis=0), stacked.std(axis=0, ddof=1)
 
 
 def each_seed(result: Result, number: Callable[[Result], float]) -> Floats:

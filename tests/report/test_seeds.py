@@ -8,7 +8,7 @@ import pytest
 
 from arraytp.report.figures import comparison
 from arraytp.report.reading import read_results
-from arraytp.report.seeds import averaged, seeds_table
+from arraytp.report.seeds import averaged, over_seeds, seeds_table
 from arraytp.report.tables import comparison_table, csv_table
 
 Make = Callable[..., Path]
@@ -65,6 +65,13 @@ def test_bands_are_one_deviation_wide(three_seeds: Path) -> None:
     assert vertices[np.isclose(vertices[:, 0], 2), 1].max() == pytest.approx(64)
     (angles,) = figure.axes[0].collections
     assert np.ptp(angles.get_paths()[0].vertices[:, 1]) == pytest.approx(2)
+
+
+def test_losses_of_diverged_runs_warn_of_nothing() -> None:
+    """NumPy's warnings would stand in the table of seeds; here warnings are errors."""
+    mean, deviation = over_seeds([np.array([1e200, np.inf, 1.0]), np.array([-1e200, np.inf, 3.0])])
+    np.testing.assert_array_equal(mean, [0, np.inf, 2])
+    np.testing.assert_allclose(deviation, [np.inf, np.nan, 2**0.5])
 
 
 def test_seeds_csv_has_a_row_a_run(three_seeds: Path) -> None:
