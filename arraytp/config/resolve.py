@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from arraytp.config.merge import assign, overlay
 from arraytp.config.problems import Problem, explain, plain_problems
 from arraytp.config.schema import LONGEST_NAME, Config
 from arraytp.errors import UserError, UserErrors
+from arraytp.rules import RULES
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 # What `arraytp run` writes beside the variants' folders.
@@ -154,9 +155,19 @@ def _check(tree: Mapping[str, Tree]) -> Config | list[Problem]:
         return faults
     try:
         # Reading JSON, strict mode takes a map for a dataclass and a list for a tuple, but still no text for a number.
-        return schema_adapter().validate_json(json.dumps(tree, default=dict))
+        return schema_adapter().validate_json(json.dumps(_with_own_feedback(tree), default=dict))
     except ValidationError as error:
         return explain(error, tree)
+
+
+def _with_own_feedback(tree: Mapping[str, Tree]) -> Mapping[str, Tree]:
+    """Fill in what `rule.feedback` leaves out by the rule's own defaults, which are not those of every rule."""
+    rule = tree.get("rule")
+    if not (isinstance(rule, Mapping) and isinstance(rule.get("feedback"), Mapping) and str(rule.get("name")) in RULES):
+        return tree
+    usual = getattr(RULES[rule["name"]].options(), "feedback", None)
+    feedback = {**(asdict(usual) if usual is not None else {}), **rule["feedback"]}
+    return {**tree, "rule": {**rule, "feedback": feedback}}
 
 
 class _Places:

@@ -1,12 +1,16 @@
 """What a config file means: defaults, numbers, variants and `--set`."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from arraytp.config import config_schema, load_config, load_one, parse_config
 from arraytp.config.merge import merge, overlay
+from arraytp.errors import UserError
 from arraytp.options import SGD, Adam, Conv, Cosine, Dense
+from arraytp.rules import RULES
 
 BASE = """\
 data: {dataset: fashion-mnist-10k, normalize: {mean: [0.5], std: [0.25]}}
@@ -78,6 +82,21 @@ def test_another_optimizer_does_not_inherit_the_old_ones_keys(write):
 def test_the_same_name_again_keeps_the_other_keys(write):
     text = BASE + "variants: {a: {optimizer: {name: adam, lr: 0.1}}}\n"
     assert load_one(write(text), variant="a").optimizer == Adam(lr=0.1, beta1=0.5)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if hasattr(RULES[rule].options(), "feedback")])
+def test_feedback_given_in_part_keeps_the_rules_own_defaults(with_override, rule):
+    """Weight mirror given σ alone would take ten iterations instead of its one."""
+    usual = RULES[rule].options().feedback
+    assert with_override(f"rule={{name: {rule}, feedback: {{sigma: 0.7}}}}").rule.feedback == replace(usual, sigma=0.7)
+    optimizer = with_override(f"rule={{name: {rule}, feedback: {{optimizer: {{name: sgd, lr: 0.3}}}}}}").rule.feedback
+    assert optimizer == replace(usual, optimizer=SGD(lr=0.3))
+
+
+@pytest.mark.parametrize("rule", ["bp", "[fa]", "3"])
+def test_feedback_of_a_rule_without_any_is_a_mistake(with_override, rule):
+    with pytest.raises(UserError, match="rule"):
+        with_override(f"rule={{name: {rule}, feedback: {{sigma: 0.7}}}}")
 
 
 def test_a_shared_setting_waits_for_the_variants_choice(write):
