@@ -1,5 +1,8 @@
 """Feedback losses and local forward losses by central differences; G is the reverse of F where it can be."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 from feedback_blocks import LAYERS, SHAPES, at_block, iteration, made, output
@@ -142,3 +145,39 @@ def test_picking_is_the_adjoint_of_accumulating(name):
     values, y = rng(1).standard_normal((2, *block.pre_shape)), rng(2).standard_normal(out.shape)
     found = np.vdot(picked(block, values, index), y)
     assert found == pytest.approx(np.vdot(values, max_pool_backward(y, index, block.pool)), rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def conditions():
+    """The script that prints the conditions of fixed-weight DTP."""
+    path = Path(__file__).parents[2] / "runs/benchmarks/fixed_weight_conditions.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def jacobian(function, x, step=1e-5):
+    """Return the dense Jacobian at x by central differences, a column a number of x."""
+    columns = []
+    for unit in np.eye(x.size).reshape(-1, *x.shape):
+        columns.append((function(x + step * unit) - function(x - step * unit)).ravel() / (2 * step))
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize("unpool", UNPOOL)
+@pytest.mark.parametrize("activation", ["elu", "tanh"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_product_of_the_jacobians_of_f_and_g_matches_finite_differences(name, activation, unpool, conditions):
+    """∂F ∂G of fixed-weight DTP: each sample's matrix, and the trace that `jacobian_overlap` gives for all samples."""
+    block, theta, (omega, bias), s = made(name, activation, 2)
+    at, trace = at_block(block, theta, s), 0.0
+    for b in range(2):
+        after, index = output(block, theta, s[b : b + 1])
+        dF = jacobian(lambda x: output(block, theta, x)[0], s[b : b + 1])
+        dG = jacobian(lambda t, index=index: feedback_forward(block, omega, bias, t, index, unpool), after)
+        found = conditions.product(at, omega, b, unpool)
+        np.testing.assert_allclose(found, dF @ dG, atol=1e-7 * np.abs(dF @ dG).max())
+        trace += np.trace(dF @ dG)
+    N, _ = at.jacobian_overlap(unpool)
+    assert (theta[0] * omega * N).sum() == pytest.approx(trace, rel=1e-7, abs=1e-7)
