@@ -18,15 +18,15 @@ RULE_COLOURS = {
     "sign-symmetry": "#56b4e9",
     "kolen-pollack": "#332288",
     "weight-mirror": "#6699cc",
-    "alignment": "#882255",
+    "alignment": "#999933",
     "dfa": "#d55e00",
     "gait-prop": "#e69f00",
-    "tp": "#56b4e9",
+    "tp": "#aa4499",
     "dtp": "#882255",
     "ldrl": "#009e73",
     "ldrl-parallel": "#44aa99",
     "drl": "#cc79a7",
-    "ridge-tp": "#332288",
+    "ridge-tp": "#cc6677",
     "gnt": "#117733",
 }
 OTHER_COLOUR = "#777777"
