@@ -127,11 +127,11 @@ def drawn(runs: Runs, costs: dict[str, float]) -> matplotlib.figure.Figure:
     """Draw both angles over the steps, of the first seed, and accuracy and cost of every variant."""
     firsts = [results[0] for results in runs.values()]
     given = looks(firsts)
-    figure = new_figure(11, 5 + 0.22 * len(runs))
-    axes = figure.subplot_mosaic([["A", "B"], ["C", "D"]], height_ratios=[4, 1 + 0.22 * len(runs)])
-    for letter, reference in (("A", BP), ("B", GNT)):
+    figure = new_figure(11, 6 + 0.22 * len(runs))
+    axes = figure.subplot_mosaic([["A"] * 3, ["B", "C", "D"]], height_ratios=[5, 1 + 0.22 * len(runs)])
+    for letter, reference, of in (("A", BP, ", mean of the hidden blocks"), ("B", GNT, "")):
         angle_lines(axes[letter], firsts, given, reference)
-        axes[letter].set_title(f"$\\bf{{{letter}}}$   Angle to {reference.name}'s update, mean of the hidden blocks")
+        axes[letter].set_title(f"$\\bf{{{letter}}}$   Angle to {reference.name}'s update{of}")
     values = [accuracies(results) for results in runs.values()]
     bars(axes["C"], list(runs), [float(np.mean(each)) for each in values], given, "Test top-1 (%)")
     axes["C"].set_xlim(left=max(0, min(map(min, values)) - 5))
