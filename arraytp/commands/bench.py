@@ -153,9 +153,15 @@ class _TimedSums:
         return getattr(self._ranks, name)
 
     def sum(self, *arguments: Any, **options: Any) -> None:
+        self._time(self._ranks.sum, *arguments, **options)
+
+    def exchange(self, *arguments: Any) -> None:
+        self._time(self._ranks.exchange, *arguments)
+
+    def _time(self, call: Callable[..., None], *arguments: Any, **options: Any) -> None:
         self._synchronize()
         started = time.perf_counter()
-        self._ranks.sum(*arguments, **options)
+        call(*arguments, **options)
         self._synchronize()
         self._seconds += time.perf_counter() - started
         self.count += 1

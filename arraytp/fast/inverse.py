@@ -123,7 +123,7 @@ def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
     """Return the input with which the block's output would be y: `At.inverse`."""
     block, x, order = at.block, at.s, len(factors.matrix)
     out = workspace.of((OWNER, at.batch.results, at.n)).array("x", x.shape, x.dtype)
-    matrix = None if y.size // order <= order else first_rows(workspace, at.block, factors, order)
+    matrix = None if y.size // order <= order else first_rows(workspace, factors, order)
     others, f_inverse = _other_windows(workspace, block, x), block.activation.inverse
     assert f_inverse is not None
 
@@ -150,7 +150,7 @@ def backward_through_inverse(
     """
     block, x, units = at.block, at.s, at.block.next_shape[-1]
     if block.window is not None or len(x) >= units:
-        rows = first_rows(workspace, block, factors, units)
+        rows = first_rows(workspace, factors, units, block.window is not None)
         through = array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
         return at.backward(ds, through, scale)
     if isinstance(factors, Cholesky):
@@ -217,7 +217,7 @@ def _transposed(workspace: Workspace, block: Block, inverse: PseudoInverse) -> A
     def task(part: slice) -> None:
         rows[part] = transposed_rows(inverse, part)
 
-    _form(workspace, block, rows, task)
+    _form(workspace, rows, task, block.window is not None)
     formed = rows if is_tall(matrix) else array_module(rows).ascontiguousarray(rows.T)
     return formed.reshape(block.weight_shape)
 
@@ -233,29 +233,28 @@ def _dz(workspace: Workspace, at: At, ds: Array, scale: float | Array | None) ->
     return dz
 
 
-def first_rows(workspace: Workspace, block: Block, factors: Factors, count: int) -> Array:
-    """Return the first `count` rows of W⁻¹, of shape (count, n): what `count` units of the output say of the input."""
+def first_rows(workspace: Workspace, factors: Factors, count: int, dealt: bool = False) -> Array:
+    """Return the first `count` rows of W⁻¹, of shape (count, n): what `count` units of the output say of the input.
+
+    `dealt` if all ranks form them: whether a rank does may depend on how many samples it has.
+    """
     rows = workspace.of(OWNER).array("rows", (count, len(factors.matrix)), factors.matrix.dtype)
 
     def task(part: slice) -> None:
         rows[part] = inverse_rows(factors, part)
 
-    _form(workspace, block, rows, task)
+    _form(workspace, rows, task, dealt)
     return rows
 
 
-def _form(workspace: Workspace, block: Block, rows: Array, task: Callable[[slice], None]) -> None:
-    """Let `task` write slices of the rows of an inverse.
-
-    Ranks deal out those of a convolution. A dense block's may be formed by ranks with many samples alone.
-    """
+def _form(workspace: Workspace, rows: Array, task: Callable[[slice], None], dealt: bool) -> None:
+    """Let `task` write slices of the rows of an inverse, on each rank or dealt out."""
     parts, width = _row_slices(workspace, len(rows)), rows.shape[1]
-    if block.window is None:
-        workspace.run([partial(task, part) for part in parts])
-        return
-    operations = [2 * (part.stop - part.start) * width**2 for part in parts]
-    each = zip(operations, parts, strict=True)
-    run_dealt(workspace, [piece(work, partial(task, part), rows[part]) for work, part in each], rows.dtype)
+    pieces = [piece(2 * (part.stop - part.start) * width**2, partial(task, part), rows[part]) for part in parts]
+    if dealt:
+        run_dealt(workspace, pieces, rows.dtype)
+    else:
+        workspace.run([each.task for each in pieces])
 
 
 def _solve_rows(workspace: Workspace, solve: Callable[[Array], Array], rows: Array) -> None:

@@ -149,59 +149,62 @@ def test_exact_ranks_have_the_same_bits(dataset, rule, size):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
 
 
-FAR = {"network": {**SQUARE, "init": "kaiming-uniform"}}
-REGULARISED = {"optimizer": {**SGD, "lr": 1e-3, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}}
+# 12 rows of W per position: of 11 samples, some of 3 ranks have more rows to invert, others not.
+HALVED = {"type": "conv", "channels": 4, "kernel": 2, "stride": 2, "activation": "leaky-relu"}
+INVERTED = SQUARE | {"blocks": [SQUARE["blocks"][0], HALVED, *SQUARE["blocks"][2:]]}
+REGULARISED = {"optimizer": {**SGD, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}}
+DEALT = {
+    "Cholesky": ("gait-prop literal", {"network": INVERTED}),
+    "LU": ("gait-prop difference", {"network": INVERTED | {"init": "xavier-normal"}}),
+    "pseudo": ("gait-prop pseudo", REGULARISED),
+    "pseudo, near": ("gait-prop pseudo", {"network": POOLED | {"init": "orthogonal"}}),
+    "ridge": ("ridge-tp", REGULARISED),
+    "regulariser": ("bp", REGULARISED),
+}
 
 
-@pytest.mark.parametrize("size", [2, 5])
-@pytest.mark.parametrize(
-    ("rule", "settings"),
-    [
-        ("gait-prop literal", {}),
-        ("gait-prop difference", {}),
-        ("gait-prop difference", FAR),
-        ("gait-prop pseudo", REGULARISED),
-        ("ridge-tp", {}),
-        ("bp", REGULARISED),
-    ],
-)
-def test_work_on_weights_that_is_dealt_out_gives_every_rank_the_same(dataset, rule, settings, size, monkeypatch):
-    """E and the regulariser in parts, factors, rows of inverses; weights this small are not worth it otherwise."""
-    wanted = numbers_of(planned(dataset, rule, **settings), ALONE, False)
+@pytest.fixture
+def always_dealt(monkeypatch):
+    """Let ranks deal out the small matrices of these networks, too, E and the regulariser in parts."""
     monkeypatch.setattr(dealing, "OPERATIONS_PER_BYTE", 0)
     monkeypatch.setattr(orthogonality, "PART", 5)
-    given = []
 
-    def numbers(ranks):
-        given.append(ranks)
-        return numbers_of(planned(dataset, rule, **settings), ranks, False)
 
-    first, *others = on_ranks(size, numbers)
-    assert len({ranks.exchanges for ranks in given}) == 1
-    assert given[0].exchanges >= 3
+@pytest.mark.usefixtures("always_dealt")
+@pytest.mark.parametrize(("size", "exact"), [(3, False), (2, True), (4, True)])
+@pytest.mark.parametrize("case", DEALT)
+def test_what_depends_on_the_weights_alone_is_the_same_where_ranks_deal_it_out(dataset, case, size, exact):
+    rule, settings = DEALT[case]
+    train = {"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": exact}
+    of_case = planned(dataset, rule, train=train, **settings)
+
+    def dealt(ranks):
+        numbers = numbers_of(of_case, ranks, False)
+        return numbers, ranks.exchanges
+
+    wanted, (first, exchanges), *others = numbers_of(of_case, ALONE, False), *on_ranks(size, dealt)
+    assert exchanges >= 3
     for mine, theirs in zip(first, wanted, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
-    weights = len(build_planned(planned(dataset, rule, **settings)).network.parameters())
-    for found in others:
-        for mine, theirs in zip(found[-weights:], first[-weights:], strict=True):
+        atol = 0 if exact else 1e-12 * np.abs(theirs).max(initial=1e-30)
+        np.testing.assert_allclose(mine, theirs, rtol=0 if exact else 1e-12, atol=atol)
+    for other, _ in others:
+        for mine, theirs in zip(other, first, strict=True):
             np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_matrix_that_one_rank_cannot_invert_is_an_error_of_all(dataset, monkeypatch):
-    monkeypatch.setattr(dealing, "OPERATIONS_PER_BYTE", 0)
-    errors = []
-
-    def fail(ranks):
+@pytest.mark.usefixtures("always_dealt")
+def test_ranks_that_deal_out_refuse_a_singular_matrix_together(dataset):
+    def refused(ranks):
         experiment = build_planned(planned(dataset, "gait-prop difference"), ranks=ranks)
-        experiment.network.weights[2][...] = 0
-        with closing(experiment.train_loader.batches(0)) as batches, pytest.raises(IllConditionedError) as caught:
-            experiment.updates(experiment.forward(*next(batches), 11))
-        errors.append(str(caught.value))
+        experiment.network.weights[2][...] = 1
+        with closing(experiment.train_loader.batches(0)) as batches:
+            step = experiment.forward(*next(batches), 11)
+        with pytest.raises(IllConditionedError, match=r"block 2 .*cannot be inverted") as error:
+            experiment.updates(step)
+        assert ranks.exchanges > 0
+        return str(error.value)
 
-    on_ranks(2, fail)
-    assert len(errors) == 2
-    assert errors[0] == errors[1]
-    assert "dense1" in errors[0]
+    assert len(set(on_ranks(3, refused))) == 1
 
 
 @pytest.mark.parametrize("size", [2, 4])
