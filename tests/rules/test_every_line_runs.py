@@ -43,8 +43,9 @@ NOT_OF_A_STEP = {
     "gait_prop.py": {"flops", "check", "check_pseudo", "crossings"},
     # Refuses rates at which the iterations diverge.
     "collapse.py": {"check_converges"},
-    # Of the plan; of the bench; of a study.
+    # Of the plan; of the bench; of a study; of a device alone.
     "feedback.py": {
+        "_adam_rates",
         "check_feedback",
         "check_targets",
         "check_training",
@@ -55,8 +56,10 @@ NOT_OF_A_STEP = {
     # Names for files; copies and updates for the audit and studies.
     "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts", "Rule.propose"},
 }
-# The trace asks for no target after the last block's. A device has one kernel for the iterations, and its own loss.
+# The trace asks for no target after the last block's. A device has one kernel for the iterations, and its own loss;
+# Adam's numbers lie in its memory.
 UNASKED = {
+    ("feedback.py", "step_feedback", "sizes = [_adam_rates(descent, n, k, parameters[0])]"),
     ("gait_prop.py", "targets", "return"),
     ("collapse.py", "sgd_iterations", "v = velocity[0] if velocity else None"),
     (
