@@ -10,6 +10,9 @@ It goes by shapes alone, so that all ranks decide alike. A task's result does no
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from arraytp.backend import Array
 from arraytp.fast.parallel import Task, Workspace
@@ -43,19 +46,20 @@ def piece(operations: int, task: Task, out: Array) -> Piece:
     return Piece(operations, out.size, task, lambda: [out])
 
 
-def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: object) -> None:
+def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: Any) -> None:
     """Do all tasks, on several ranks each some of them where that is faster; `dtype` is that of most arrays.
 
     All ranks call this together with tasks of the same sizes.
     """
     pieces, ranks = sorted(pieces, key=lambda each: each.operations, reverse=True), workspace.ranks
-    hands, segments = deal(pieces, ranks.size), None
-    if ranks.size > 1 and workspace.backend.on_host and not workspace.busy:
-        width = max(sum(each.size for each in hand) for hand in hands)
-        segments = workspace.of(OWNER).array("segments", (ranks.size, width), dtype)
-    if segments is None or not pays(hands, workspace.rank_threads * segments.nbytes):
+    hands = deal(pieces, ranks.size)
+    width = max(sum(each.size for each in hand) for hand in hands)
+    sent = ranks.size * width * np.dtype(dtype).itemsize
+    alone = ranks.size == 1 or not workspace.backend.on_host or workspace.busy
+    if alone or not pays(hands, workspace.rank_threads * sent):
         workspace.run([each.task for each in pieces])
         return
+    segments = workspace.of(OWNER).array("segments", (ranks.size, width), dtype)
     workspace.run([each.task for each in hands[ranks.rank]])
     for array, part in _places(hands[ranks.rank], segments[ranks.rank]):
         part.reshape(array.shape)[...] = array

@@ -72,10 +72,12 @@ def test_every_rank_has_what_all_tasks_wrote_each_done_once(size, threads, monke
 
 
 def test_small_tasks_are_done_by_everyone():
+    """Nothing is sent, and no room is held for it."""
+
     def work(ranks):
         workspace, out = Workspace(NUMPY, 1), np.zeros(5)
         workspace.deal_among(ranks)
         run_dealt(workspace, [piece(100, partial(out.fill, 1), out)] * 2, out.dtype)
-        return out.sum(), ranks.exchanges
+        return out.sum(), ranks.exchanges, workspace.nbytes()
 
-    assert on_ranks(2, work) == [(5, 0), (5, 0)]
+    assert on_ranks(2, work) == [(5, 0, 0), (5, 0, 0)]
