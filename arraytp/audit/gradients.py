@@ -40,19 +40,22 @@ def losses(setting: Setting) -> Iterator[Check]:
     options, logits = setting.config.loss, setting.batch.logits
     forward, backward = loss.LOSSES[options.name]
     value_formula, gradient_formula = FORMULAS[options.name]
-    value, cache = forward(logits, setting.labels, options.reduction, options.label_smoothing)
+    value, dlogits, totals = loss.loss_and_score(
+        options.name, logits, setting.labels, options.reduction, options.label_smoothing
+    )
     expected = reference.loss(options, host(logits), host(setting.labels))
     yield checked(f"loss: value, {options.reduction}", value_formula, forward,
                   abs(float(value) - expected) / (abs(expected) or 1.0), ROUNDING)  # fmt: skip
     error = gradient_error(
         lambda z: reference.loss(options, host(z), host(setting.labels)),
-        logits, backward(cache, options.reduction), setting.generator(20),
+        logits, dlogits, setting.generator(20),
     )  # fmt: skip
     yield checked("loss: gradient of the logits", gradient_formula, backward, error, DIFFERENCES)
     z, y = host(logits), host(setting.labels)
     ranks = [int(np.flatnonzero(np.argsort(-row, kind="stable") == label)[0])
              for row, label in zip(z, y, strict=True)]  # fmt: skip
-    error = apart(loss.label_rank(logits, setting.labels), np.array(ranks))
+    hits = [sum(rank < most for rank in ranks) for most in (1, 5)]
+    error = worst(apart(loss.label_rank(logits, setting.labels), np.array(ranks)), apart(totals[1:], np.array(hits)))
     yield checked("loss: rank of the label", "top-k", loss.label_rank, error, 0.0)
 
 

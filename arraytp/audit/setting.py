@@ -26,7 +26,7 @@ from arraytp.model.blocks import Network, block_flops
 from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch
 from arraytp.model.plain import Plain
-from arraytp.ops.loss import LOSSES
+from arraytp.ops.loss import loss_and_score
 from arraytp.optim import init_optimizer
 from arraytp.options import FeedbackTraining, Unpool
 from arraytp.rules.protocol import Rule, State, Updates
@@ -186,9 +186,8 @@ def prepare(planned: Plan) -> Setting:
 
 def _gradient(config: Config, logits: Array, labels: Array) -> Array:
     """Return ∂L/∂logits of the config's loss."""
-    loss = LOSSES[config.loss.name]
-    _, cache = loss.forward(logits, labels, config.loss.reduction, config.loss.label_smoothing)
-    return loss.backward(cache, config.loss.reduction)
+    loss = config.loss
+    return loss_and_score(loss.name, logits, labels, loss.reduction, loss.label_smoothing).dlogits
 
 
 def _check_finite(experiment: Experiment, images: Array, engine: Fast) -> None:

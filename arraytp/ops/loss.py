@@ -1,12 +1,17 @@
 """Losses of logits against labels, softmax cross-entropy and squared error, and the rank of the label.
 
-Both compare with y = (1 − e) onehot(label) + e/M, e the label smoothing. Dimensions: B batch, M classes.
+On a device `loss_and_score` computes all of it by one kernel, which tests hold against the array code.
+
+Both losses compare with y = (1 − e) onehot(label) + e/M, e the label smoothing. Dimensions: B batch, M classes.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from arraytp.backend import Array, array_module
+from arraytp.ops.kernels import has_kernels, kernel
 
 Reduction = Literal["sum", "mean"]
 
@@ -124,3 +129,118 @@ def label_rank(logits: Array, labels: Array) -> Array:
     earlier = xp.arange(logits.shape[1])[None, :] < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
     return xp.where(xp.isnan(logits).any(axis=1), logits.shape[1], rank)
+
+
+class Scored(NamedTuple):
+    """What `loss_and_score` returns: L of shape (), ∂L/∂logits of shape (B, M), and totals of shape (3,) and float64.
+
+    The totals are the loss summed over samples, and how many labels are the first and among the first five.
+    """
+
+    loss: Array
+    dlogits: Array
+    totals: Array
+
+
+def loss_and_score(
+    name: str, logits: Array, labels: Array, reduction: Reduction, smoothing: float = 0.0, share: float = 1.0,
+    size: int | None = None,
+) -> Scored:  # fmt: skip
+    """Return a loss of `LOSSES`, its gradient, and the score of the labels; one launch on a device.
+
+    Parameters
+    ----------
+    logits : array of shape (B, M)
+    labels : array of int64 of shape (B,)
+        A device's loss is NaN where one is not from 0 to M − 1.
+    reduction, smoothing
+        As in `cross_entropy_forward`.
+    share : float
+        What a mean, and its gradient, are multiplied by: these samples' share in the batch.
+    size : int, optional
+        Samples of the whole batch; by default these are all.
+    """
+    xp, mean, size = array_module(logits, labels), reduction == "mean", size or len(labels)
+    if has_kernels(logits):
+        divisors = (len(labels), share, size) if mean else (1, 1, 1)
+        return _fused(name, logits, labels, smoothing, *divisors)
+    compute = LOSSES[name]
+    loss, cache = compute.forward(logits, labels, reduction, smoothing)
+    dlogits = compute.backward(cache, reduction)
+    if mean and share != 1:
+        loss, dlogits = (array * array.dtype.type(share) for array in (loss, dlogits))
+    rank = label_rank(logits, labels)
+    sums = loss * size if mean else loss, (rank < 1).sum(), (rank < 5).sum()
+    return Scored(loss, dlogits, xp.stack([xp.asarray(part, dtype=xp.float64) for part in sums]))
+
+
+_THREADS = 512
+# A warp takes a sample at a time, so that its lanes share the classes. All is summed in a fixed order.
+_ROWS = f"""
+    const int lane = i & 31, warps = {_THREADS} / 32;
+    double sum = 0, first = 0, five = 0;
+    for (int b = i / 32; b < B; b += warps) {{
+        const ptrdiff_t at = (ptrdiff_t)b * M;
+        const long long label = labels[b];
+        const bool known = label >= 0 && label < M;
+        const T own = known ? x[at + label] : T(0) / T(0);
+        bool bad = own != own;
+        int rank = 0;
+        T norm = 0, terms = 0;
+        %s
+        for (int c = lane; c < M; c += 32) {{
+            const T v = x[at + c];
+            bad = bad || v != v;
+            rank += v > own || (v == own && c < label);
+            %s
+            d[at + c] = t / rows * share;
+        }}
+        rank = min(together(bad ? M : rank), M);
+        terms = together(terms);
+        sum += known ? %s : own;
+        first += rank < 1;
+        five += rank < 5;
+    }}
+    __shared__ double parts[3][{_THREADS // 32}];
+    if (lane == 0) {{ parts[0][i / 32] = sum; parts[1][i / 32] = first; parts[2][i / 32] = five; }}
+    __syncthreads();
+    if (i == 0) {{
+        for (int k = 0; k < 3; ++k) {{
+            double all = 0;
+            for (int w = 0; w < warps; ++w) all += parts[k][w];
+            totals[k] = k ? all : all / rows * share * size;
+            if (k == 0) loss[0] = T(all / rows * share);
+        }}
+    }}
+"""
+# Before the classes, ∂L/∂logit of one, and a sample's loss.
+_TERMS = {
+    "cross-entropy": ("""
+        T most = x[at];
+        for (int c = lane; c < M; c += 32) { const T v = x[at + c]; most = v > most ? v : most; }
+        for (int k = 16; k; k /= 2) { const T v = __shfl_xor_sync(0xffffffff, most, k); most = v > most ? v : most; }
+        for (int c = lane; c < M; c += 32) norm += exp(x[at + c] - most);
+        norm = log(together(norm));""",
+        "const T l = v - most - norm, t = exp(l) - off - (c == label ? on : T(0)); terms += l;",
+        "-on * (own - most - norm) - (off > 0 ? off * terms : T(0))"),
+    "mse": ("", "const T t = v - off - (c == label ? on : T(0)); terms += t * t;", "T(0.5) * terms"),
+}  # fmt: skip
+_TOGETHER = """
+template <typename T> __device__ T together(T v) {
+    for (int k = 16; k; k /= 2) v += __shfl_xor_sync(0xffffffff, v, k);
+    return v;
+}
+"""
+
+
+def _fused(name: str, logits: Array, labels: Array, smoothing: float, rows: int, share: float, size: int) -> Scored:
+    xp, number, (count, classes) = array_module(logits, labels), logits.dtype.type, logits.shape
+    scored = Scored(xp.empty(1, logits.dtype), xp.empty_like(logits), xp.empty(3, np.float64))
+    inputs = "raw T x, raw int64 labels, int32 B, int32 M, T on, T off, T rows, T share, float64 size"
+    made = kernel(logits, f"score_{name.replace('-', '_')}", inputs, "raw T loss, raw T d, raw float64 totals",
+                  _ROWS % _TERMS[name], _TOGETHER)  # fmt: skip
+    made(
+        logits, labels, count, classes, number(1 - smoothing), number(smoothing / classes), number(rows),
+        number(share), size, *scored, size=_THREADS, block_size=_THREADS,
+    )  # fmt: skip
+    return scored._replace(loss=scored.loss.reshape(()))

@@ -32,7 +32,7 @@ from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
 from arraytp.model.plain import Plain
 from arraytp.ops.kernels import has_kernels
-from arraytp.ops.loss import LOSSES, label_rank
+from arraytp.ops.loss import loss_and_score
 from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
 from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of, threads_of
 from arraytp.rules import RULES, bp, feedback, gnt
@@ -218,13 +218,14 @@ class Experiment:
     def _pass(self, engine: Engine, part: Part | None, images: Array, labels: Array) -> tuple[Batch, Score]:
         """Run the network on a part of a batch."""
         settings, images, labels = self.config.loss, self._in_place(images), self._in_place(labels)
-        compute, count = LOSSES[settings.name], len(labels) if part is None else part.size
+        share, size = (1.0, len(labels)) if part is None else (part.count / part.size, part.size)
 
         def work() -> tuple[ForwardPass, Array, Score]:
             forward = engine.forward(self.network, images)
-            loss, cache = compute.forward(forward.logits, labels, settings.reduction, settings.label_smoothing)
-            loss, dlogits = (self._of_batch(mean, part) for mean in (loss, compute.backward(cache, settings.reduction)))
-            return forward, dlogits, _score(loss, forward.logits, labels, settings.reduction, count)
+            loss, dlogits, totals = loss_and_score(
+                settings.name, forward.logits, labels, settings.reduction, settings.label_smoothing, share, size
+            )
+            return forward, dlogits, Score(loss, totals, size)
 
         forward, dlogits, score = self.graphs.run("forward", [images, labels, *self.network.parameters()], work)
         return Batch(engine, self.network, forward, dlogits, self.config.seed, part=part), score
@@ -254,12 +255,6 @@ class Experiment:
                 yield part, xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
             else:
                 yield part, images[own], labels[own]
-
-    def _of_batch(self, mean: Array, part: Part | None) -> Array:
-        """Return a mean over a rank's samples as its part of the mean over the batch; a sum as it is."""
-        if part is not None and self.config.loss.reduction == "mean":
-            mean *= mean.dtype.type(part.count / part.size)
-        return mean
 
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
         """Let the rule train its feedback weights on a batch, or set those that follow from θ; θ stays.
@@ -535,15 +530,3 @@ def _check_labels(labels: Array, classes: int) -> None:
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if bad.size:
         raise ValueError(f"label {labels[bad[0]]} of sample {bad[0]}: expected one of 0 to {classes - 1}")
-
-
-def _score(loss: Array, logits: Array, labels: Array, reduction: str, images: int) -> Score:
-    """Return the score of a batch of so many images, or of a rank's part of it."""
-    xp = array_module(logits)
-    rank = label_rank(logits, labels)
-    summed = loss * images if reduction == "mean" else loss
-    return Score(
-        loss,
-        xp.stack([xp.asarray(part, dtype=xp.float64) for part in (summed, (rank < 1).sum(), (rank < 5).sum())]),
-        images,
-    )

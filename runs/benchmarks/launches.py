@@ -48,7 +48,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 PHASES = ("forward", "feedback", "updates", "optimiser")
 # Launches a step, but for "ldrl": an iteration.
-BUDGETS = {"bp": 120, "ldrl": 20, "ldrl, expected": 240, "gait-prop": 200}
+BUDGETS = {"bp": 70, "ldrl": 20, "ldrl, expected": 160, "gait-prop": 150}
 # A rule that inverts reads how far the weights are from orthogonal ones.
 WAITS = {"gait-prop": 1, "gait-prop, literal": 1}
 

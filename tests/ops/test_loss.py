@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import rng
 
-from arraytp.ops.loss import LOSSES, cross_entropy_backward, cross_entropy_forward, label_rank
+from arraytp.ops.loss import LOSSES, cross_entropy_backward, cross_entropy_forward, label_rank, loss_and_score
 
 SIZES = {"count": st.integers(1, 6), "classes": st.integers(1, 7), "seed": st.integers(0, 999)}
 REDUCTIONS = pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -132,3 +132,99 @@ def test_equal_logits_rank_by_class_index(place):
 def test_a_nan_among_the_logits_is_never_right(place):
     logits = np.array([[1.0, np.nan, 0], [np.nan, 0, 1], [3, 1, 2]])
     assert place.get(label_rank(place.put(logits), place.put(np.array([0, 0, 0])))).tolist() == [3, 3, 0]
+
+
+SCORED = [(1, 1), (1, 3), (7, 10), (16, 32), (31, 33), (33, 1025)]
+
+
+def scored(place, name, logits, labels, *settings):
+    """Return loss, gradient and totals of host arrays, on the host."""
+    loss, dlogits, totals = loss_and_score(name, place.put(logits), place.put(labels), *settings)
+    assert loss.shape == ()
+    assert (loss.dtype, dlogits.dtype, totals.dtype) == (logits.dtype, logits.dtype, "float64")
+    return np.array(float(loss)), place.get(dlogits), place.get(totals)
+
+
+def scored_by_definition(name, logits, labels, reduction, smoothing):
+    """Return loss, gradient and totals by the array code on the host."""
+    forward, backward = LOSSES[name]
+    loss, cache = forward(logits, labels, reduction, smoothing)
+    rank = label_rank(logits, labels)
+    summed = loss * len(labels) if reduction == "mean" else loss
+    return loss, backward(cache, reduction), np.array([summed, (rank < 1).sum(), (rank < 5).sum()], np.float64)
+
+
+@EVERY_LOSS
+@REDUCTIONS
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 3e-6)])
+def test_loss_gradient_and_score_at_once_are_each_of_them(place, name, smoothing, reduction, dtype, tolerance):
+    """Logits whose exponentials are 0 or infinite, and of few values, so that many are equal; the host's to the bit."""
+    for count, classes in SCORED:
+        logits, labels = drawn(count, classes, 4)
+        for each in (logits.astype(dtype) for logits in (np.rint(logits), logits - 2000, 1000 * logits)):
+            wanted = scored_by_definition(name, each, labels, reduction, smoothing)
+            found = scored(place, name, each, labels, reduction, smoothing)
+            bound = tolerance if place.name == "cupy" else 0
+            for one, other in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(one, other, rtol=bound, atol=bound)
+            np.testing.assert_array_equal(found[2][1:], wanted[2][1:])
+
+
+@EVERY_LOSS
+def test_the_loss_of_a_part_is_its_share_in_the_mean(place, name, smoothing):
+    logits, labels = drawn(8, 4, 5)
+    parts = [
+        scored(place, name, logits[part], labels[part], "mean", smoothing, count / 8, 8)
+        for part, count in ((slice(0, 3), 3), (slice(3, 8), 5), (slice(0, 1), 0))
+    ]
+    wanted = scored_by_definition(name, logits, labels, "mean", smoothing)
+    for k in (0, 2):
+        assert sum(part[k].flat[0] for part in parts) == pytest.approx(wanted[k].flat[0], rel=1e-13)
+    np.testing.assert_allclose(np.concatenate([part[1] for part in parts[:2]]), wanted[1], rtol=1e-12, atol=1e-15)
+    assert not parts[2][1].any()
+    summed = scored(place, name, logits, labels, "sum", smoothing, 0.5, 16)
+    np.testing.assert_allclose(summed[1], 8 * wanted[1], rtol=1e-12, atol=1e-14)
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_a_number_reaches_loss_and_gradient_and_is_never_right(place, name, smoothing, bad):
+    """Of the label's logit and of another one, in the first and in a later lane of classes."""
+    for count, classes, label in ((3, 4, 0), (3, 4, 2), (5, 40, 35), (5, 40, 0)):
+        logits, labels = drawn(count, classes, 6)
+        # It would be the first class otherwise.
+        labels[1], logits[1, label] = label, 50
+        logits[1, 35 % classes] = bad
+        wanted = scored_by_definition(name, logits, labels, "mean", smoothing)
+        found = scored(place, name, logits, labels, "mean", smoothing)
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-13)
+        assert bad < 0 or not np.isfinite(found[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("label", [-1, 7])
+def test_a_label_of_no_class_makes_a_devices_loss_nan(name, label):
+    """A device's labels are not looked at before: what comes of them must not be a number."""
+    cupy = pytest.importorskip("cupy")
+    logits, labels = drawn(3, 7, 7)
+    labels[1] = label
+    loss, _, totals = loss_and_score(name, cupy.asarray(logits), cupy.asarray(labels), "mean")
+    assert np.isnan(loss.get())
+    assert np.isnan(totals.get()[0])
+    ranks = label_rank(logits[::2], labels[::2])
+    assert totals.get()[1:].tolist() == [(ranks < 1).sum(), (ranks < 5).sum()]
+
+
+@pytest.mark.gpu
+def test_loss_gradient_and_score_are_one_launch():
+    cupy, cpu_cuda = pytest.importorskip("cupy"), pytest.importorskip("cpu_cuda")
+    logits, labels = map(cupy.asarray, drawn(7, 10, 0))
+    loss_and_score("cross-entropy", logits, labels, "mean", 0.1)
+    cpu_cuda.counts()
+    loss_and_score("cross-entropy", logits, labels, "mean", 0.1)
+    assert {kind: n for kind, n in cpu_cuda.summary().items() if kind in ("kernels", "memset", "copies", "waits")} == {
+        "kernels": 1
+    }
