@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from arraytp import __version__
-from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors, one_line
+from arraytp.errors import Interrupted, NonFiniteError, RunError, UserError, UserErrors, one_line
 from arraytp.ranks import end_all, failed_alone, launched, speaks
 from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
@@ -132,7 +132,7 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         status = _complain(error.lines, _USER_STATUS)
     except UserError as error:
         status = _complain(str(error), _USER_STATUS)
-    except NonFiniteError as error:
+    except (NonFiniteError, RunError) as error:
         status = _complain(str(error), _FAILURE_STATUS)
     except MemoryError:
         status = _complain("not enough memory", _USER_STATUS)

@@ -29,8 +29,8 @@ class Nccl:
                 f"NCCL cannot connect the {ranks.size} ranks ({first_line(error)}); NCCL_DEBUG=INFO makes it say more; "
                 "without nvidia-nccl-cu12, sums go through the host"
             ) from error
-        self.exchange, self.gather, self.broadcast, self.all_end = (
-            ranks.exchange, ranks.gather, ranks.broadcast, ranks.all_end)  # fmt: skip
+        self.exchange, self.gather, self.broadcast, self.problems = (
+            ranks.exchange, ranks.gather, ranks.broadcast, ranks.problems)  # fmt: skip
 
     def sum(self, buffer: Array, in_order: bool = False) -> None:
         """See `Ranks.sum`: the host does not wait for an array of the device."""

@@ -31,6 +31,17 @@ class NonFiniteError(ArithmeticError):
     """A number is not finite; the message names the step and the block. Exit status 1."""
 
 
+class RunError(Exception):
+    """A run of several ranks failed on one of them, not by the user's mistake; the message names run and rank.
+
+    Exit status 1.
+    """
+
+
+class FailedElsewhereError(RunError):
+    """Another rank has failed, and this one would wait for it in vain."""
+
+
 class IllConditionedError(NonFiniteError):
     """A weight matrix has no inverse that its dtype can carry; the message names the block and the condition number."""
 

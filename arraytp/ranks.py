@@ -4,18 +4,23 @@ Under a launcher (mpiexec, srun) they speak by MPI; without one nothing of MPI i
 step on one: each rank has a part of every global batch, and what is summed over samples is summed over ranks.
 """
 
+import atexit
 import functools
 import importlib
+import math
+import operator
 import os
+import pickle
 import sys
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from arraytp.errors import UserError, UserErrors
+from arraytp.errors import FailedElsewhereError, UserError, UserErrors
 
 # By launcher: the variables that hold the number of processes, and which one this is.
 LAUNCHERS = (
@@ -27,6 +32,10 @@ LAUNCHERS = (
 LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 # Seconds in which ranks that end by the same error come to know of each other, and between two looks.
 _PATIENCE, _PAUSE = 5.0, 0.02
+# Seconds in which a rank that hears of a failure ends what it waits for, if the one that failed has.
+_GRACE = 0.5
+# How much of what ranks do together is remembered; a rank that sends to all goes on before they receive.
+_REMEMBERED = 64
 # Into how many parts `train.exact` cuts a batch, whatever the number of ranks, which divides it.
 PARTS = 8
 # Elements that are summed over the parts at once.
@@ -65,8 +74,12 @@ class Ranks(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value."""
 
-    def all_end(self) -> bool:
-        """Tell whether all ranks call this within some seconds."""
+    def problems(self, own: Any, limited: bool = False) -> list[Any]:
+        """Return what went wrong on every rank, None where nothing did; all call this once it has on any of them.
+
+        Those that wait for a rank that has failed, in any of the above, leave with `FailedElsewhereError`. Empty if
+        `limited` and some do not come within seconds.
+        """
 
 
 class Alone:
@@ -88,9 +101,9 @@ class Alone:
         """Return the value."""
         return value
 
-    def all_end(self) -> bool:
-        """Return True."""
-        return True
+    def problems(self, own: Any, limited: bool = False) -> list[Any]:
+        """Return the only rank's."""
+        return [own]
 
 
 ALONE = Alone()
@@ -256,6 +269,11 @@ class Mpi:
         self._mpi, self._communicator = mpi, communicator
         # Errors are told on a way of their own, which no sum that others wait in can take up.
         self._errors = communicator.Dup()
+        # What was begun together, how much of it, the last of it, and what of it has not ended.
+        self._begun, self._last, self._open = 0, deque[Any](maxlen=_REMEMBERED), list[Any]()
+        self._cried = array("b", [0])
+        self._cry = self._errors.Irecv(self._cried)
+        atexit.register(self._deafen)
         self.rank, self.size = communicator.rank, communicator.size
         cores = os.uname().nodename, sorted(os.sched_getaffinity(0))
         # How many ranks have the same cores.
@@ -266,30 +284,87 @@ class Mpi:
         if in_order:
             self._sum_in_order(buffer)
         else:
-            self._communicator.Allreduce(self._mpi.IN_PLACE, buffer)
+            self._wait(self._begin("Iallreduce", self._mpi.IN_PLACE, buffer))
 
     def _sum_in_order(self, buffer: "Array") -> None:
         """Give each rank its segment of all buffers, let it add them up, and gather the segments."""
         segments = buffer.copy().reshape(self.size, -1)
-        self._communicator.Alltoall(buffer, segments)
-        self._communicator.Allgather(pairwise(segments), buffer)
+        self._wait(self._begin("Ialltoall", buffer, segments))
+        self._wait(self._begin("Iallgather", pairwise(segments), buffer))
 
     def exchange(self, segments: "Array") -> None:
         """See `Ranks.exchange`."""
-        self._communicator.Allgather(self._mpi.IN_PLACE, segments)
+        self._wait(self._begin("Iallgather", self._mpi.IN_PLACE, segments))
 
     def gather(self, value: Any) -> list[Any]:
         """See `Ranks.gather`."""
-        gathered: list[Any] = self._communicator.allgather(value)
-        return gathered
+        own, lengths = pickle.dumps(value), array("q", [0] * self.size)
+        self._wait(self._begin("Iallgather", array("q", [len(own)]), lengths))
+        longest = max(lengths)
+        everyone = bytearray(self.size * longest)
+        self._wait(self._begin("Iallgather", own.ljust(longest), everyone))
+        return [pickle.loads(everyone[rank * longest : (rank + 1) * longest]) for rank in range(self.size)]
 
     def broadcast(self, value: Any) -> Any:
         """See `Ranks.broadcast`."""
-        return self._communicator.bcast(value)
+        own = bytearray(pickle.dumps(value) if self.rank == 0 else b"")
+        length = array("q", [len(own)])
+        self._wait(self._begin("Ibcast", length))
+        own = own or bytearray(length[0])
+        self._wait(self._begin("Ibcast", own))
+        return pickle.loads(own)
 
-    def all_end(self) -> bool:
-        """See `Ranks.all_end`."""
-        request, deadline = self._errors.Ibarrier(), time.monotonic() + _PATIENCE
+    def _begin(self, operation: str, *buffers: Any) -> Any:
+        """Begin what ranks do together, without waiting for it."""
+        views = (None if each is self._mpi.IN_PLACE else memoryview(each) for each in buffers)
+        self._last.append((operation, [None if view is None else (view.format, view.nbytes) for view in views]))
+        self._begun += 1
+        # mpi4py does not keep the buffers.
+        self._open.append((getattr(self._communicator, operation)(*buffers), buffers))
+        return self._open[-1]
+
+    def _wait(self, begun: Any) -> None:
+        """Wait for what ranks do together; `FailedElsewhereError` if another one cries that it has failed."""
+        heard = math.inf
+        while not begun[0].Test():
+            if self._cry.Test():
+                heard = min(heard, time.monotonic())
+                if time.monotonic() - heard > _GRACE:
+                    raise FailedElsewhereError("another rank has failed")
+            # Where ranks share cores; MPI's own waiting does so, too.
+            os.sched_yield()
+        self._open = [each for each in self._open if each is not begun]
+
+    def problems(self, own: Any, limited: bool = False) -> list[Any]:
+        """See `Ranks.problems`."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        cry = array("b", [1])
+        crying = [self._errors.Isend(cry, rank) for rank in others] if own is not None else []
+        if not self.all_end(_PATIENCE if limited else math.inf):
+            return []
+        everyone = self._errors.allgather((own, self._begun, [*self._last]))
+        for rank in others:
+            if everyone[rank][0] is not None:
+                self._cry.Wait()
+                self._cry = self._errors.Irecv(self._cried)
+        # MPI cannot take back what others have begun: take part in it with anything.
+        _, furthest, last = max(everyone, key=operator.itemgetter(1))
+        for operation, buffers in last[len(last) - (furthest - self._begun) :]:
+            blank = (array(each[0], bytes(each[1])) if each else self._mpi.IN_PLACE for each in buffers)
+            self._begin(operation, *blank)
+        self._mpi.Request.Waitall([*crying, *(request for request, _ in self._open)])
+        self._open.clear()
+        return [problem for problem, *_ in everyone]
+
+    def _deafen(self) -> None:
+        """Let go of what was to be received, before MPI ends."""
+        if self._cry != self._mpi.REQUEST_NULL:
+            self._cry.Cancel()
+            self._cry.Wait()
+
+    def all_end(self, patience: float = _PATIENCE) -> bool:
+        """Tell whether all ranks call this within some seconds."""
+        request, deadline = self._errors.Ibarrier(), time.monotonic() + patience
         while not request.Test():
             if time.monotonic() > deadline:
                 return False

@@ -13,11 +13,11 @@ import click
 
 from arraytp.commands.holding import Holds
 from arraytp.commands.shared_options import check_folder, overriding, settings
-from arraytp.commands.together import check_ranks, grouped
+from arraytp.commands.together import check_ranks, failing_together, grouped
 from arraytp.config import dump_config, load_config
 from arraytp.config.document import encodable
 from arraytp.device_ranks import connected
-from arraytp.errors import Interrupted, NonFiniteError, UserError, one_line
+from arraytp.errors import Interrupted, NonFiniteError, RunError, UserError, one_line
 from arraytp.files import write_file
 from arraytp.ranks import Mpi, Ranks, agreed, launched, world
 from arraytp.report import read_results, write_comparison, write_figures, write_study
@@ -263,9 +263,10 @@ def _run_some(
     status = 0
     for job in mine:
         try:
-            _do(job, jobs, stop, asked, held, ranks)
-        except (UserError, NonFiniteError) as error:
-            if not (job.of_seeds or go_on) or not ranks.all_end():
+            with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
+                _do(job, jobs, stop, asked, held, ranks)
+        except (UserError, NonFiniteError, RunError) as error:
+            if not (job.of_seeds or go_on):
                 raise
             if ranks.rank == 0:
                 click.echo(f"arraytp: error: {one_line(str(error))}", err=True)

@@ -1,10 +1,12 @@
-"""What several ranks have to be before they share runs: of a number that fits, and of one mind."""
+"""What several ranks need to share runs: a number that fits, one mind, and one end when any of them fails."""
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from arraytp.config.difference import first_difference
-from arraytp.errors import UserError
-from arraytp.ranks import PARTS, Mpi, Ranks
+from arraytp.errors import FailedElsewhereError, NonFiniteError, RunError, UserError, UserErrors
+from arraytp.ranks import ALONE, PARTS, Mpi, Ranks
 from arraytp.training.plan import Plan
 
 
@@ -46,3 +48,38 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
             raise UserError(
                 f"{what}, fewer than the {ranks.size} ranks that share them; start fewer, or use --ranks-per-run"
             )
+
+
+@contextmanager
+def failing_together(ranks: Ranks, label: str, limited: bool = False) -> Iterator[None]:
+    """Let an error of any rank end what is done while this is entered, on all ranks, and then go on.
+
+    All raise the same UserErrors or RunError, which names the run and the rank; the traceback of an error that nobody
+    foresaw is printed, too. One process alone has its own error. If `limited`, the same goes for ranks whose others do
+    not come within seconds, as those that wait on a device for NCCL.
+    """
+    if ranks is ALONE:
+        yield
+        return
+    problem: Exception | None = None
+    told = None
+    try:
+        yield
+        # The first rank may fail in what it alone does in the end.
+        ranks.gather(None)
+    except FailedElsewhereError as error:
+        problem = error
+    except Exception as error:
+        foreseen = isinstance(error, UserError | NonFiniteError)
+        problem, told = error, (isinstance(error, UserError), foreseen, str(error) if foreseen else repr(error))
+    if problem is None:
+        return
+    everyone = ranks.problems(told, limited)
+    if not everyone:
+        raise problem
+    rank, (users, foreseen, text) = next((rank, each) for rank, each in enumerate(everyone) if each is not None)
+    if rank == ranks.rank and not foreseen:
+        traceback.print_exception(problem)
+    where = f"{label}: rank {rank}: " if rank else f"{label}: "
+    lines = [where + line.removeprefix(f"{label}: ") for line in text.split("\n")]
+    raise UserErrors(lines) if users else RunError("; ".join(lines))

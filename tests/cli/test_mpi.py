@@ -119,6 +119,38 @@ def test_a_run_that_fails_in_a_group_is_named_once_and_the_others_go_on(place):
     assert (place / "some/good/seed-1/summary.json").exists()
 
 
+FAILING = """\
+import os, sys
+from arraytp.__main__ import main
+from arraytp.errors import UserError
+from arraytp.training.experiment import Experiment
+
+forward = Experiment.forward
+
+def fails(self, *given):
+    if os.environ["PMI_RANK"] == os.environ["FAILS"] and (self.config.seed, self.optimizer_state.step) == (1, 2):
+        raise UserError("toy: cannot be read")
+    return forward(self, *given)
+
+Experiment.forward = fails
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("ranks", "groups", "rank"), [(2, (), 0), (4, ("--ranks-per-run", "2"), 3)])
+def test_a_rank_that_fails_alone_ends_its_run_and_no_other(place, ranks, groups, rank):
+    """In the middle of an epoch, the others waiting for its sum; MPI has nothing to say of it."""
+    (place / "failing.py").write_text(FAILING)
+    words = ["run", "toy.yml", "--quiet", "--seeds", "3", *groups, "--out", "some"]
+    program = [str(MPIEXEC), "-n", str(ranks), sys.executable, "failing.py", *words]
+    environment = os.environ | {"FAILS": str(rank)}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    where = "rank 1: " if rank else ""
+    assert (done.returncode, done.stderr) == (1, f"arraytp: error: toy seed 1: {where}toy: cannot be read\n")
+    assert [(place / f"some/seed-{n}/summary.json").exists() for n in range(3)] == [True, False, True]
+    assert run(ranks, *words, "--resume")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

@@ -5,10 +5,12 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from arraytp.errors import FailedElsewhereError
 from arraytp.ranks import pairwise
 
 
@@ -17,6 +19,7 @@ class Board:
 
     def __init__(self, size: int) -> None:
         self.barrier, self.values = threading.Barrier(size, timeout=10), [None] * size
+        self.end, self.problems = threading.Barrier(size, self.barrier.reset, timeout=10), [None] * size
 
 
 class Rank:
@@ -39,14 +42,24 @@ class Rank:
 
     def gather(self, value: Any) -> list[Any]:
         self._board.values[self.rank] = value
-        self._board.barrier.wait()
+        try:
+            self._board.barrier.wait()
+        except threading.BrokenBarrierError as error:
+            raise FailedElsewhereError("another rank has failed") from error
         values = list(self._board.values)
-        self._board.barrier.wait()
+        # A rank that fails after this has let all others have the values.
+        with suppress(threading.BrokenBarrierError):
+            self._board.barrier.wait()
         return values
 
-    def all_end(self) -> bool:
-        self._board.barrier.wait()
-        return True
+    def problems(self, own: Any, limited: bool = False) -> list[Any]:
+        if own is not None:
+            self._board.barrier.abort()
+        self._board.problems[self.rank] = own
+        self._board.end.wait()
+        everyone = list(self._board.problems)
+        self._board.end.wait()
+        return everyone
 
     def broadcast(self, value: Any) -> Any:
         # As between processes, everyone has an object of its own.
@@ -62,11 +75,14 @@ def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
             return work(Rank(board, rank))
         except BaseException:
             board.barrier.abort()
+            board.end.abort()
             raise
 
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(one, rank) for rank in range(size)]
     errors = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+    for error in sorted(
+        errors, key=lambda error: isinstance(error, threading.BrokenBarrierError | FailedElsewhereError)
+    ):
         raise error
     return [future.result() for future in futures]

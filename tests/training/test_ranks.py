@@ -3,6 +3,7 @@
 Images are 90 in batches of 11, so that the last has 2, and most ranks none of them.
 """
 
+import copy
 import functools
 import json
 from contextlib import closing, nullcontext
@@ -13,10 +14,10 @@ import pytest
 from fake_ranks import on_ranks
 
 from arraytp.commands import bench
-from arraytp.commands.together import check_ranks
+from arraytp.commands.together import check_ranks, failing_together
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.errors import IllConditionedError, Interrupted, UserError
+from arraytp.errors import IllConditionedError, Interrupted, NonFiniteError, RunError, UserError
 from arraytp.fast import dealing, orthogonality
 from arraytp.ranks import ALONE, agreed, share
 from arraytp.signals import StopRequest
@@ -332,6 +333,44 @@ def test_a_mistake_that_one_rank_notices_is_everyones():
         return agreed(ranks, lambda: ranks.rank)
 
     assert on_ranks(3, work) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "text"),
+    [
+        (UserError("train-0 cannot be read"), UserError, "train-0 cannot be read"),
+        (NonFiniteError("run 1: not finite at step 2"), RunError, "not finite at step 2"),
+        (KeyError("x"), RunError, r"KeyError\('x'\)"),
+    ],
+)
+@pytest.mark.parametrize(("failing", "where"), [([1], "rank 1: "), ([0], ""), ([1, 2], "rank 1: "), ([0, 1, 2], "")])
+def test_a_rank_that_fails_ends_the_run_of_all(dataset, capsys, error, raised, text, failing, where):
+    """The others wait for its sum, or for its last word; then all begin the next run."""
+
+    def work(ranks):
+        def train(run, fails):
+            with failing_together(ranks, run):
+                experiment = build_planned(planned(dataset, "bp"), ranks=ranks)
+                with closing(experiment.train_loader.batches(0, 7)) as batches:
+                    for size, (images, labels) in zip(experiment.train_loader.sizes(7), batches, strict=True):
+                        if experiment.optimizer_state.step == fails and ranks.rank in failing:
+                            raise copy.copy(error)
+                        experiment.step(images, labels, size=size)
+                if fails == 2 and ranks.rank in failing:
+                    raise copy.copy(error)
+            return [array.copy() for array in experiment.network.parameters()]
+
+        for fails in (1, 2):
+            with pytest.raises(raised, match=f"^run 1: {where}{text}$"):
+                train("run 1", fails)
+        return train("run 2", None)
+
+    first, *others = on_ranks(3, work)
+    wanted = numbers_of(planned(dataset, "bp"), ALONE, False, first=7)[-len(first) :]
+    for found in (first, *others):
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert capsys.readouterr().err.count("KeyError: 'x'") == (2 if isinstance(error, KeyError) else 0)
 
 
 @pytest.mark.parametrize(
