@@ -4,6 +4,8 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ class Nccl:
                 f"NCCL cannot connect the {ranks.size} ranks ({first_line(error)}); NCCL_DEBUG=INFO makes it say more; "
                 "without nvidia-nccl-cu12, sums go through the host"
             ) from error
+        self._summing = backend.xp.cuda.Stream(non_blocking=True)
         self.exchange, self.gather, self.broadcast, self.problems = (
             ranks.exchange, ranks.gather, ranks.broadcast, ranks.problems)  # fmt: skip
 
@@ -37,9 +40,19 @@ class Nccl:
         if isinstance(buffer, np.ndarray):
             self._ranks.sum(buffer, in_order)
             return
+        self._sum_on(self._backend.xp.cuda.get_current_stream(), buffer)
+
+    def begin_sum(self, buffer: Array) -> Callable[[], None]:
+        """See `Ranks.begin_sum`: on a stream of its own, which only what waits lets the current one wait for."""
+        current = self._backend.xp.cuda.get_current_stream()
+        self._summing.wait_event(current.record())
+        self._sum_on(self._summing, buffer)
+        return partial(current.wait_event, self._summing.record())
+
+    def _sum_on(self, stream: Any, buffer: Array) -> None:
         kind = {"float32": self._nccl.NCCL_FLOAT32, "float64": self._nccl.NCCL_FLOAT64}[str(buffer.dtype)]
-        place, stream = buffer.data.ptr, self._backend.xp.cuda.get_current_stream().ptr
-        self._communicator.allReduce(place, place, buffer.size, kind, self._nccl.NCCL_SUM, stream)
+        place = buffer.data.ptr
+        self._communicator.allReduce(place, place, buffer.size, kind, self._nccl.NCCL_SUM, stream.ptr)
 
 
 @functools.cache

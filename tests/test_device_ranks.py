@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import strict_device
 from fake_ranks import Board, Rank, on_ranks
 
+from arraytp import ranks
 from arraytp.backend import Backend
 from arraytp.config import parse_config
 from arraytp.device_ranks import Nccl, connected
@@ -49,7 +51,11 @@ class FakeNccl:
             assert (send, operation) == (receive, self.NCCL_SUM)
             self.calls.append((count, stream))
             number = {7: ctypes.c_float, 8: ctypes.c_double}[kind]
-            ranks.sum(np.ctypeslib.as_array((number * count).from_address(send)))
+            work = partial(ranks.sum, np.ctypeslib.as_array((number * count).from_address(send)))
+            if stream == strict_device.cuda.get_current_stream().ptr:
+                work()
+            else:
+                ctypes.cast(stream, ctypes.py_object).value._work.append(work)
 
         return SimpleNamespace(allReduce=all_reduce)
 
@@ -88,6 +94,23 @@ def test_a_step_by_nccl_is_that_of_one_rank(nccl):
             np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-14)
     assert len(nccl.calls) == 2 * 3
     assert {stream for _, stream in nccl.calls} == {strict_device.cuda.get_current_stream().ptr}
+
+
+def test_large_updates_are_summed_on_a_stream_beside_the_one_that_computes(nccl, monkeypatch):
+    """Block by block; each stream waits for the other, so that sums begin and end when they may."""
+    monkeypatch.setattr(ranks, "MESSAGE", 1)
+
+    def work(others):
+        by_nccl, _ = connected(others, device(others.rank))
+        return step(by_nccl, device(others.rank)), by_nccl._summing
+
+    wanted = step(ALONE, device(0))
+    for found, beside in on_ranks(2, work):
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-14)
+        # Two iterations of feedback, which are not begun before, and the updates' three messages.
+        assert [count for count, stream in nccl.calls if stream == beside.ptr][2:] == [70, 4710, 4]
+        assert beside.waited == [strict_device.cuda.get_current_stream()] * 5
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from arraytp.backend import Array
 from arraytp.commands.shared_options import check_json, overriding, settings, write_json
 from arraytp.commands.together import check_ranks
 from arraytp.config import load_config
@@ -155,16 +157,21 @@ class _TimedSums:
     def sum(self, *arguments: Any, **options: Any) -> None:
         self._time(self._ranks.sum, *arguments, **options)
 
+    def begin_sum(self, buffer: Array) -> Callable[[], None]:
+        # Without waiting for the device, whose work a sum may overlap.
+        self.count += 1
+        return partial(self._time, self._ranks.begin_sum(buffer), counts=0)
+
     def exchange(self, *arguments: Any) -> None:
         self._time(self._ranks.exchange, *arguments)
 
-    def _time(self, call: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    def _time(self, call: Callable[..., None], *arguments: Any, counts: int = 1, **options: Any) -> None:
         self._synchronize()
         started = time.perf_counter()
         call(*arguments, **options)
         self._synchronize()
         self._seconds += time.perf_counter() - started
-        self.count += 1
+        self.count += counts
 
     def lap(self) -> None:
         self.of_steps.append(self._seconds)

@@ -36,6 +36,9 @@ class Rank:
         buffers = self.gather(buffer.copy())
         buffer[...] = pairwise(buffers) if in_order else functools.reduce(np.add, buffers)
 
+    def begin_sum(self, buffer: np.ndarray) -> Callable[[], None]:
+        return functools.partial(self.sum, buffer)
+
     def exchange(self, segments: np.ndarray) -> None:
         self.exchanges += 1
         segments[...] = self.gather(segments[self.rank].copy())

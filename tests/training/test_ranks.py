@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fake_ranks import on_ranks
 
+from arraytp import ranks as ranks_module
 from arraytp.commands import bench
 from arraytp.commands.together import check_ranks, failing_together
 from arraytp.config import parse_config
@@ -125,6 +126,24 @@ def numbers_of(planned, ranks, plain, first=6):
 @functools.cache
 def of_one_rank(dataset, rule, plain):
     return numbers_of(planned(dataset, rule), ALONE, plain)
+
+
+@pytest.mark.parametrize("rule", ["bp", "dtp overwrite"])
+def test_updates_that_are_summed_while_earlier_blocks_are_computed_are_the_same(dataset, monkeypatch, rule):
+    """A block at a time, most not the last, and the same bits as in one message."""
+    one = on_ranks(2, lambda ranks: numbers_of(planned(dataset, rule), ranks, False))
+
+    def begun_block_by_block(ranks):
+        numbers, begun, begin = [], [], ranks.begin_sum
+        ranks.begin_sum = lambda buffer: begun.append(buffer.size) or begin(buffer)
+        numbers = numbers_of(planned(dataset, rule), ranks, False)
+        return numbers, begun
+
+    monkeypatch.setattr(ranks_module, "MESSAGE", 500)
+    for (found, begun), wanted in zip(on_ranks(2, begun_block_by_block), one, strict=True):
+        assert len(begun) > 3
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize(("size", "plain"), [(2, False), (5, False), (3, True)])
