@@ -36,6 +36,8 @@ template <typename T> __device__ T slope(T s) {{ return {1}; }}
 template <typename T> __device__ T difference(T s, T d) {{ return {2}; }}
 template <typename T> __device__ T tied(T z, T least) {{ return z < least ? least : z; }}
 """
+# By an int of 32 bits.
+MOST_COUNTED = 2**31
 _WINDOW = "I H, I W, I P, I Q, I k, I stride, I top, I left, I C"
 _PLACE = """
 I e = i;
@@ -404,7 +406,7 @@ def _number(like: Array, value: float | Array) -> Any:
 
 def _kernel(largest: Array, name: str, inputs: str, outputs: str, body: str, f: Activation | None = None) -> Any:
     """Return the kernel of this text, with an activation's functions; I is an integer that counts the largest array."""
-    wide = largest.size >= 2**31
+    wide = largest.size >= MOST_COUNTED
     inputs = inputs.replace("I ", "int64 " if wide else "int32 ")
     body = f"typedef {'long long' if wide else 'int'} I;{body}"
     name, functions = f"{name}_wide" if wide else name, ""

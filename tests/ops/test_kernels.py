@@ -1,4 +1,7 @@
-"""Fused kernels of a device against their array twins on the host; on the double it is the twin that runs."""
+"""Fused kernels of a device against their array twins on the host; on the double it is the twin that runs.
+
+`test_every_kernel.py` goes on with sizes and numbers that are hard on a kernel.
+"""
 
 import itertools
 from collections import namedtuple
@@ -12,7 +15,7 @@ from arraytp.fast.parallel import Workspace
 from arraytp.ops import kernels
 from arraytp.ops.activations import ACTIVATIONS
 from arraytp.ops.patches import make_window
-from arraytp.optim import Twins, adam_rates, apply_updates, init_optimizer
+from arraytp.optim import Twins, apply_updates, init_optimizer
 from arraytp.options import SGD, Adam
 
 Place = namedtuple("Place", ("put", "get", "backend"))
@@ -179,32 +182,3 @@ def test_steps_of_the_optimisers(device, optimizer, with_twin, dtype, tolerance)
     for wanted, found in zip(*results, strict=True):
         assert found.dtype == dtype
         np.testing.assert_allclose(found, wanted, rtol=10 * tolerance, atol=10 * tolerance)
-
-
-@pytest.mark.gpu
-@dtypes
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_iterations_at_once_are_iterations_one_by_one(dtype, tolerance, momentum):
-    cupy = pytest.importorskip("cupy")
-    shape, lr = (3, 3, 5, 7), 0.1
-    omega, theta, v = (normal(shape, dtype, key).astype("float64") for key in range(3))
-    c, b = (abs(normal((3, 3, 1, 7), "float64", key)) for key in (3, 4))
-    there = [cupy.asarray(array.astype(dtype)) for array in (omega, theta, v)]
-    speed = there[2] if momentum else None
-    kernels.collapse(there[0], there[1], speed, cupy.asarray(c, dtype), cupy.asarray(b, dtype), momentum, lr, 11)
-    for _ in range(11):
-        v = momentum * v + c * omega - b * theta
-        omega = omega - lr * v
-    for found, wanted in ((there[0], omega), *([(speed, v)] if momentum else [])):
-        np.testing.assert_allclose(found.get(), wanted, rtol=20 * tolerance, atol=20 * tolerance)
-
-
-@pytest.mark.gpu
-@dtypes
-@pytest.mark.parametrize("form", ["pytorch", "keras"])
-def test_adams_rates_follow_from_the_number_of_batches(dtype, tolerance, form):
-    cupy = pytest.importorskip("cupy")
-    optimizer, out = Adam(lr=0.3, beta1=0.8, beta2=0.99, epsilon_form=form), cupy.empty((5, 2), dtype)
-    kernels.adam_rates(cupy.full(1, 4, np.uint64), 5, (0.8, 0.99), 0.3, form == "keras", out)
-    wanted = [adam_rates(optimizer, 0.3, 4 * 5 + k + 1) for k in range(5)]
-    np.testing.assert_allclose(out.get(), wanted, rtol=tolerance)
