@@ -68,6 +68,12 @@ class Buffers:
         key = (name, tuple(shape[1:]), np.dtype(dtype), value)
         return self.cached(key, shape[0], lambda: self.backend.xp.full(shape, value, dtype=dtype))
 
+    def forget(self) -> None:
+        """Drop all arrays, so that they are made anew."""
+        for held in (self._flat, self._cached, self._owned):
+            held.clear()
+        self.made[0] += 1
+
     def nbytes(self) -> int:
         """Return the bytes held."""
         held: list[Any] = [*self._flat.values(), *self._cached.values()]
@@ -140,6 +146,12 @@ class Workspace:
             held.fill(value)
             self._numbers[name] = value
         return held
+
+    def forget(self) -> None:
+        """Drop all buffers and numbers; whoever holds an array keeps it."""
+        for buffers in (self.shared, *self._scratch):
+            buffers.forget()
+        self._numbers.clear()
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run all tasks and wait for them; those of a task one after another."""

@@ -260,6 +260,11 @@ class Batch:
         """What was computed once, by name."""
         return {}
 
+    def forget(self) -> None:
+        """Drop what was computed once, so that it is computed anew."""
+        self._kept.clear()
+        self._sums.clear()
+
 
 def parts_of_batch(batches: Sequence[Batch]) -> Batch:
     """Let the parts of a batch that this process computes know of each other; return the first, which leads.

@@ -298,7 +298,7 @@ class Experiment:
         """
         if step.batch.part is None:
             arrays = [] if not self.graphs.takes("updates") else self._arrays(step.batch) + self._inverses(step.batch)
-            return self.graphs.run("updates", arrays, lambda: _updates(step.batch, self._descend))
+            return self.graphs.run("updates", arrays, lambda: _updates(step.batch, self._descend), step.batch.forget)
         stops = array_module(step.score.totals).full(1, float(stop()))
         arrays = [[totals, stops] for totals in step.totals]
         updates, (totals, stopping) = _summed_updates(step.batch, self._descend, arrays)

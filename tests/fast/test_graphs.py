@@ -1,16 +1,18 @@
 """Steps by CUDA graphs against the same steps launch by launch, and when a part is captured at all."""
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from arraytp.backend import NUMPY, get_backend
+from arraytp.backend import NUMPY, array_module, get_backend
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.fast.graphs import MOST, Graphs
+from arraytp.fast.graphs import MOST, Graphs, _Known
 from arraytp.fast.parallel import Workspace
+from arraytp.rules import bp
 from arraytp.training.experiment import build
 
 SGD = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
@@ -141,6 +143,27 @@ def test_what_cannot_be_captured_runs_as_before_and_is_said_once(captured):
     assert graphs.news() == []
 
 
+def test_what_a_failed_capture_made_is_made_anew(captured):
+    """Its arrays were never written to: neither numbers, nor borders, nor what the caller keeps."""
+    device, workspace, graphs, _, _ = captured
+    kept = {}
+
+    def work():
+        # What would be launched is not, while a device captures.
+        value = np.nan if device.capturing else 1.0
+        number = workspace.number("rate", value, float)
+        border = workspace.of("a").filled("border", (2,), float, value)
+        own = kept.setdefault("own", value)
+        if device.capturing:
+            workspace.scratch.of("a").array("more", (2,), float)[...] = workspace._numbers["rate"] = 1.0
+            raise RuntimeError
+        return number[0], border.tolist(), own
+
+    graphs._known[("a",)] = _Known(workspace.made)
+    assert graphs.run("a", [], work, kept.clear) == (1.0, [1.0, 1.0], 1.0)
+    assert graphs.refused
+
+
 def experiment(folder, settings, graphs):
     """Build an experiment on CuPy."""
     data = {"data": {"dataset": str(folder), "normalize": "none"}, "train": {"epochs": 1, "batch_size": 6}}
@@ -181,6 +204,61 @@ def test_graphs_change_no_bit(folder, name):
         numbers.append([array.get() for array in arrays])
         assert made.optimizer_state.step == 11
         assert not made.graphs.refused
+    for with_graphs, without in zip(*numbers, strict=True):
+        np.testing.assert_array_equal(with_graphs, without)
+
+
+class Failing:
+    """A stream whose captures fail at their end, when all has been recorded and nothing computed."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __enter__(self):
+        return self._stream.__enter__()
+
+    def __exit__(self, *error):
+        return self._stream.__exit__(*error)
+
+    def begin_capture(self):
+        self._stream.begin_capture()
+
+    def end_capture(self):
+        self._stream.end_capture()
+        raise RuntimeError("as a test wants it")
+
+
+def _by_kept_arrays(options, state, batch):
+    """Yield BP's updates plus what a batch computes once: the regulariser's E, and Σ J."""
+    errors = batch.gram_errors.of([1, 2])
+    for at, (weight, bias) in zip(batch.down(), bp.RULE.descend(bp.Options(), state, batch), strict=True):
+        if at.n:
+            extra = errors[at.n].sum() + batch.jacobian_sums[at.n][1].sum()
+            array_module(weight).add(weight, extra, out=weight)
+        yield weight, bias
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["forward", "feedback training", "updates", "optimiser"])
+def test_a_capture_that_fails_changes_no_bit(folder, part):
+    """Nothing is left of it in buffers, in the batch, or in what the part returns."""
+    numbers, regularised = [], {**SGD, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}
+    settings = {**STEPS["drl"], "optimizer": regularised}
+    for graphs in (True, False):
+        made = experiment(folder, settings, graphs)
+        made.rule = replace(made.rule, targets=None, local_update=None, updates=_by_kept_arrays)
+        if graphs:
+            stream, takes = made.graphs._stream, made.graphs.takes
+
+            def fails(name, graphs=made.graphs, stream=stream, takes=takes):
+                graphs._stream = Failing(stream) if name == part else stream
+                return takes(name)
+
+            made.graphs.takes = fails
+        scores = [made.step(*batch).totals for batch in batches([6] * 5)]
+        arrays = [*scores, *made.network.parameters(), *made.rule_state.named().values()]
+        numbers.append([array.get() for array in arrays])
+        assert list(made.graphs.refused) == ([part] if graphs else [])
     for with_graphs, without in zip(*numbers, strict=True):
         np.testing.assert_array_equal(with_graphs, without)
 
