@@ -55,8 +55,7 @@ def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: Any) -> None
     hands = deal(pieces, ranks.size)
     width = max(sum(each.size for each in hand) for hand in hands)
     sent = ranks.size * width * np.dtype(dtype).itemsize
-    alone = ranks.size == 1 or not workspace.backend.on_host or workspace.busy
-    if alone or not pays(hands, workspace.rank_threads * sent):
+    if not _deals(workspace) or not pays(hands, workspace.rank_threads * sent):
         workspace.run([each.task for each in pieces])
         return
     segments = workspace.of(OWNER).array("segments", (ranks.size, width), dtype)
@@ -67,6 +66,22 @@ def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: Any) -> None
     for rank, hand in enumerate(hands):
         for array, part in _places(hand, segments[rank]) if rank != ranks.rank else ():
             array[...] = part.reshape(array.shape)
+
+
+def agreed_numbers(workspace: Workspace, numbers: list[float], operations: int, nbytes: int) -> list[float]:
+    """Return numbers by which all ranks choose between tasks: the first rank's, if such tasks could be dealt out.
+
+    Each has them from its own processor, and those of another kind may round them to the other side of a threshold.
+    `operations` are the most that all tasks can have, and `nbytes` the least that they write.
+    """
+    if not _deals(workspace) or operations <= OPERATIONS_PER_BYTE * workspace.rank_threads * nbytes:
+        return numbers
+    first: list[float] = workspace.ranks.broadcast(numbers)
+    return first
+
+
+def _deals(workspace: Workspace) -> bool:
+    return workspace.ranks.size > 1 and workspace.backend.on_host and not workspace.busy
 
 
 def deal(pieces: Sequence[Piece], ranks: int) -> list[list[Piece]]:

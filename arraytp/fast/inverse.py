@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from arraytp.backend import Array, array_module, matrix_product
-from arraytp.fast.dealing import Piece, piece, run_dealt
+from arraytp.fast.dealing import Piece, agreed_numbers, piece, run_dealt
 from arraytp.fast.modules import transposed
 from arraytp.fast.parallel import Workspace, even_slices
 from arraytp.fast.passes import pool_adjoint, product, scaled
@@ -89,12 +89,16 @@ def _factorised(
             return [held.triangle]
         return [held.lu.T, held.pivots, held.norm, *([held.matrix] if of_gram else [])]
 
+    def operations(n: int) -> int:
+        side = len(errors[n])
+        longest: int = max(as_matrix(network.weights[n]).shape)
+        return 2 * side**3 // 3 + of_gram * 2 * side**2 * longest
+
     def task(n: int) -> Piece:
-        side, longest = len(errors[n]), max(as_matrix(network.weights[n]).shape)
+        side, factorised, written = len(errors[n]), partial(factorise, n), partial(arrays, n)
         if near[n]:
-            return Piece(side**3 // 3, side**2, partial(factorise, n), partial(arrays, n))
-        operations = 2 * side**3 // 3 + of_gram * 2 * side**2 * longest
-        return Piece(operations, side**2 * (1 + of_gram) + side + 1, partial(factorise, n), partial(arrays, n))
+            return Piece(side**3 // 3, side**2, factorised, written)
+        return Piece(operations(n), side**2 * (1 + of_gram) + side + 1, factorised, written)
 
     def estimate(n: int) -> None:
         held = factors[n]
@@ -104,7 +108,9 @@ def _factorised(
     numbers, order = workspace.backend.numbers, sorted(errors, key=lambda n: network.weights[n].size, reverse=True)
     workspace.run([partial(measure, n) for n in order])
     # Of a device all are read at once: the host waits for it.
-    near = {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(norms, numbers([*norms.values()]), strict=True)}
+    found, least = numbers([norms[n] for n in order]), sum(e.nbytes for e in errors.values())
+    agreed = agreed_numbers(workspace, found, sum(map(operations, order)), least)
+    near = {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(order, agreed, strict=True)}
     run_dealt(workspace, [task(n) for n in order], network.weights[0].dtype)
     workspace.run([partial(estimate, n) for n in order if not near[n]])
     for n, number in sorted(zip(conditions, numbers([*conditions.values()]), strict=True)):

@@ -6,6 +6,7 @@ Images are 90 in batches of 11, so that the last has 2, and most ranks none of t
 import copy
 import functools
 import json
+import threading
 from contextlib import closing, nullcontext
 
 import h5py
@@ -19,7 +20,7 @@ from arraytp.commands.together import check_ranks, failing_together
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import IllConditionedError, Interrupted, NonFiniteError, RunError, UserError
-from arraytp.fast import dealing, orthogonality
+from arraytp.fast import dealing, inverse, orthogonality
 from arraytp.ranks import ALONE, agreed, share
 from arraytp.signals import StopRequest
 from arraytp.training.experiment import build_planned
@@ -210,6 +211,24 @@ def test_what_depends_on_the_weights_alone_is_the_same_where_ranks_deal_it_out(d
     for other, _ in others:
         for mine, theirs in zip(other, first, strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("always_dealt")
+@pytest.mark.parametrize("rule", ["gait-prop difference", "gait-prop pseudo"])
+def test_ranks_whose_processors_round_differently_factorise_alike(dataset, monkeypatch, rule):
+    """At the threshold some would deal out Cholesky factors, and others the larger ones of LU."""
+    own = threading.local()
+    monkeypatch.setattr(inverse, "excess_norm", lambda e: np.nextafter(e.dtype.type(0.8), e.dtype.type(own.side)))
+
+    def work(ranks):
+        own.side = ranks.rank % 2
+        return numbers_of(planned(dataset, rule), ranks, False)
+
+    own.side = 0
+    wanted = numbers_of(planned(dataset, rule), ALONE, False)
+    for found in on_ranks(3, work):
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
 
 
 @pytest.mark.usefixtures("always_dealt")
