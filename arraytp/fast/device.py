@@ -9,10 +9,12 @@ import numpy as np
 
 from arraytp.backend import NUMPY, Array, Backend, add_product
 from arraytp.fast.engine import Fast
+from arraytp.fast.inverse import is_formed, transposed_inverse
 from arraytp.fast.overlaps import per_tap
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients, Iterate, NoiseAndProducts, Sums, Through
 from arraytp.ops import kernels
+from arraytp.ops.activations import LINEAR
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.noise import EPSILON, ETA, gaussian
 from arraytp.ops.solve import LU, Cholesky, PseudoInverse
@@ -91,6 +93,14 @@ class Device(Fast):
         d = self.room("a", (len(s), *at.block.pre_shape), s.dtype)
         kernels.unpool_difference(f, pool, s, delta.reshape(s.shape), at.index, unpool, d)
         return self._carried(at, omega, d)
+
+    def carry(self, at: At, d: Array, inverse: PseudoInverse) -> Array:
+        """See `At.carry`."""
+        if not is_formed(at, inverse):
+            return super().carry(at, d, inverse)
+        d, a = d.reshape(at.output.shape), self.room("a", (len(at.s), *at.block.pre_shape), d.dtype)
+        kernels.unpool_gradient(LINEAR, at.block.pool, d, d, at.index, None, a)
+        return self._carried(at, transposed_inverse(self, at.block, inverse), a)
 
     def _carried(self, at: At, omega: Array, a: Array) -> Array:
         own = self.of((OWNER, at.batch.results, at.n))

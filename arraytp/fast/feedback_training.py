@@ -40,7 +40,7 @@ def noise(workspace: Workspace, out: Array, sigma: float, first: int, *key: int)
 
 
 def _drawing(workspace: Workspace, out: Array, sigma: float, first: int, *key: int) -> list[Task]:
-    parts = chunks(len(out), first) if workspace.backend.on_host else [slice(0, len(out))]
+    parts = chunks(len(out), first)
     return [partial(gaussian, out[part], sigma, first + part.start, *key) for part in parts]
 
 
@@ -67,7 +67,7 @@ class Iterations:
         self.theta = self.products.matrix(at.weight)
         self.z = self.own.array("z", (len(self.s), *block.pre_shape), self.s.dtype)
         self.a = self.own.array("a", self.z.shape, self.s.dtype)
-        self.length = iteration_slice(split, len(self.s), self.s.itemsize, workspace.backend.on_host)
+        self.length = iteration_slice(split, len(self.s), self.s.itemsize)
         self._drawn: dict[int, dict[str, Array]] = {}
         workspace.run([partial(self._share, patches, part) for part in slices(len(self.s), self.length)])
 
@@ -213,20 +213,14 @@ class Slice:
         if self._rows is None or self._rows[0] is not x or self._rows[1] != self.taken:
             rows = self._shared.products.rows(x, self.scratch, self._sums.room(self))
             self._rows = x, self.taken, rows
-            _protect(x)
+            x.flags.writeable = False
         return self._rows[2]
 
     def _stack_of(self, d: Array) -> Array:
         if self._stack is None or self._stack[0] is not d:
             self._stack = d, self._shared.products.stack(d, self.scratch)
-            _protect(d)
+            d.flags.writeable = False
         return self._stack[1]
-
-
-def _protect(array: Array) -> None:
-    """Make an array whose patches are kept read-only, where that is possible."""
-    if isinstance(array, np.ndarray):
-        array.flags.writeable = False
 
 
 class LaneSums:

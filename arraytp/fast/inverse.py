@@ -142,7 +142,8 @@ def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
             out[part] = col2im(patches.reshape(y[part].shape), block.window)
             out[part] -= others * x[part]
 
-    parts = _row_slices(workspace, len(x)) if block.window is None else even_slices(len(x), SLICES)
+    count = SLICES if workspace.backend.on_host else 1
+    parts = _row_slices(workspace, len(x)) if block.window is None else even_slices(len(x), count)
     workspace.run([partial(samples, part) for part in parts])
     return out
 
@@ -174,8 +175,8 @@ def backward_through_pseudo_inverse(
     workspace: Workspace, at: At, ds: Array, inverse: PseudoInverse, scale: float | Array | None
 ) -> Gradients:
     """Return dW, db and (D ⊙ unpool ds) W⁺: `At.backward` with W⁺ in place of Wᵀ."""
-    if _is_formed(at, inverse):
-        return at.backward(ds, _transposed(workspace, at.block, inverse), scale)
+    if is_formed(at, inverse):
+        return at.backward(ds, transposed_inverse(workspace, at.block, inverse), scale)
     dweight, dbias, _ = at.backward(ds, None, scale)
     return dweight, dbias, _solved(workspace, at, _dz(workspace, at, ds, scale), inverse)
 
@@ -187,14 +188,14 @@ def carry(workspace: Workspace, at: At, d: Array, inverse: PseudoInverse) -> Arr
     def unpooled(part: slice, out: Array) -> None:
         out[...] = pool_adjoint(block, d[part], None if at.index is None else at.index[part], workspace.scratch)
 
-    if _is_formed(at, inverse):
-        return transposed(workspace, at, _transposed(workspace, block, inverse), unpooled)
+    if is_formed(at, inverse):
+        return transposed(workspace, at, transposed_inverse(workspace, block, inverse), unpooled)
     own = workspace.of((OWNER, at.batch.results, at.n)).array("dz", d.shape, d.dtype)
     own[...] = d
     return _solved(workspace, at, own, inverse)
 
 
-def _is_formed(at: At, inverse: PseudoInverse) -> bool:
+def is_formed(at: At, inverse: PseudoInverse) -> bool:
     """Tell whether W⁺ is formed: for convolutions, and for as many samples as W⁺ has rows to be solved for."""
     return at.block.window is not None or len(at.s) >= max(inverse.matrix.shape)
 
@@ -215,7 +216,7 @@ def _solved(workspace: Workspace, at: At, dz: Array, inverse: PseudoInverse) -> 
     return dx.reshape(x.shape)
 
 
-def _transposed(workspace: Workspace, block: Block, inverse: PseudoInverse) -> Array:
+def transposed_inverse(workspace: Workspace, block: Block, inverse: PseudoInverse) -> Array:
     """Return (W⁺)ᵀ, of the block's weight_shape."""
     matrix = inverse.matrix
     rows = workspace.of(OWNER).array("transposed", (max(matrix.shape), min(matrix.shape)), matrix.dtype)

@@ -6,9 +6,7 @@ All activations have f(0) = 0, so that f(unpool(t)) = unpool(f(t)) unless values
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
-
-from arraytp.backend import Array, array_module
+from arraytp.backend import Array
 from arraytp.fast.parallel import Buffers, Workspace, slices
 from arraytp.fast.passes import places, product
 from arraytp.fast.products import pass_slices, split_products
@@ -68,7 +66,7 @@ def transposed(workspace: Workspace, at: At, omega: Array, inputs: Callable[[sli
         inputs(part, a)
         products.transposed(products.stack(a, scratch), matrix, scratch, out=out[part])
 
-    _, length = pass_slices(products, batch, like.itemsize, workspace.backend.on_host, workspace.most_lanes)
+    _, length = pass_slices(products, batch, like.itemsize, workspace.most_lanes)
     workspace.run([partial(samples, part) for part in slices(batch, length)])
     return out.reshape(like.shape)
 
@@ -92,8 +90,6 @@ def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Bu
     """Write t where the pool's maxima were to `out`; the last of several values for one pixel stays."""
     if block.pool is None or index is None:
         out[...] = t
-    elif array_module(t) is not np:
-        out[...] = max_unpool(t, index, block.pool, "overwrite")
     else:
         max_unpool_scatter(t, index, block.pool, *places(t.shape, block.pool, scratch), out)
 

@@ -130,7 +130,7 @@ class Workspace:
 
     def lanes(self, weight_bytes: int, batch: int) -> list[slice]:
         """Cut the batch into lanes; each lane sums up its own gradient. There are fewer lanes for large weights."""
-        if not self.backend.on_host or self.most_lanes == 1:
+        if self.most_lanes == 1:
             return [slice(0, batch)]
         return even_slices(batch, max(2, min(self.most_lanes, LANE_BYTES // weight_bytes)))
 

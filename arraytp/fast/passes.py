@@ -81,7 +81,7 @@ def _conv_forward(
     workspace: Workspace, block: Block, weight: Array, bias: Array, x: Array, out: Array, index: Array | None
 ) -> None:
     matrix, products = as_matrix(weight), Patches(block)
-    group, length = pass_slices(products, len(x), x.itemsize, workspace.backend.on_host, workspace.most_lanes)
+    group, length = pass_slices(products, len(x), x.itemsize, workspace.most_lanes)
 
     def samples(part: slice) -> None:
         s, scratch = out[part], workspace.scratch
@@ -154,7 +154,7 @@ def _conv_backward(
     x, block = at.s, _handing_on(at.block)
     products = Patches(block) if through is None else split_products(block)
     matrix = None if through is None else products.matrix(through)
-    group, length = pass_slices(products, len(x), x.itemsize, workspace.backend.on_host, workspace.most_lanes)
+    group, length = pass_slices(products, len(x), x.itemsize, workspace.most_lanes)
     parts = workspace.lanes(dweight.nbytes, len(x))
     total, own = products.fold(dweight), workspace.of(OWNER)
     lane_weight, lane_bias = total[None], dbias[None]

@@ -164,7 +164,7 @@ def split_products(block: Block) -> Products:
     return Patches(block)
 
 
-def pass_slices(products: Products, batch: int, itemsize: int, on_host: bool, lanes: int) -> tuple[int, int]:
+def pass_slices(products: Products, batch: int, itemsize: int, lanes: int) -> tuple[int, int]:
     """Return how many samples go through a block together, and how many of them through one product.
 
     Of several lanes two at least have work.
@@ -173,8 +173,6 @@ def pass_slices(products: Products, batch: int, itemsize: int, on_host: bool, la
     short ones would leave the threads waiting for the interpreter.
     """
     sample_bytes = products.sample_rows * products.row_width * itemsize
-    if not on_host:
-        return batch, max(1, DEVICE_BYTES // sample_bytes)
     limit = SPLIT_BYTES if isinstance(products, Split) else PATCH_BYTES
     length = max(1, limit // sample_bytes, GEMM_ROWS // products.sample_rows)
     group = max(length, GROUP_BYTES // (math.prod(products.block.pre_shape) * itemsize))
@@ -182,7 +180,7 @@ def pass_slices(products: Products, batch: int, itemsize: int, on_host: bool, la
     return min(group, most), min(length, most)
 
 
-def iteration_slice(products: Products, batch: int, itemsize: int, on_host: bool) -> int:
+def iteration_slice(products: Products, batch: int, itemsize: int, on_host: bool = True) -> int:
     """Return how many samples go through an iteration of feedback training together."""
     if products.block.window is None:
         return batch

@@ -161,11 +161,6 @@ def test_slices_and_lanes_of_every_length_add_up(monkeypatch, group, patches, ro
         check_network(ON_HOST, blocks, count, count, threads=3)
 
 
-def test_slices_on_a_device_add_up(device, monkeypatch):
-    monkeypatch.setattr(products, "DEVICE_BYTES", 50_000)
-    check_network(device, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), 13, 0)
-
-
 def test_a_smaller_batch_after_a_larger_one_reads_no_leftovers(place):
     """The last batch of an epoch is smaller: buffers keep the larger one's numbers beyond it."""
     layers = [
