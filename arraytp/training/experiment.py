@@ -227,7 +227,7 @@ class Experiment:
             )
             return forward, dlogits, Score(loss, totals, size)
 
-        forward, dlogits, score = self.graphs.run("forward", [images, labels, *self.network.parameters()], work)
+        forward, dlogits, score = self.graphs.run("forward", [images, *self.network.parameters()], work)
         return Batch(engine, self.network, forward, dlogits, self.config.seed, part=part), score
 
     def _in_place(self, array: Array) -> Array:
@@ -286,9 +286,8 @@ class Experiment:
         return self.graphs.run("feedback training", self._arrays(step.batch), work)
 
     def _arrays(self, batch: Batch) -> list[Array]:
-        """Return what a rule reads and writes: θ, its own state, and the forward pass."""
-        state = self.rule_state.named().values()
-        return [batch.forward.s[0], batch.dlogits, *batch.forward.outputs, *self.network.parameters(), *state]
+        """Return what a rule reads and writes besides the workspace's buffers: ∂L/∂logits, θ, and its own state."""
+        return [batch.dlogits, *self.network.parameters(), *self.rule_state.named().values()]
 
     def updates(self, step: Step, stop: Callable[[], bool] = lambda: False) -> Updates:
         """Return the rule's update of every block without changing θ; errors as in `Rule.propose`.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from arraytp.backend import NUMPY, array_module, get_backend
+from arraytp.backend import NUMPY, get_backend
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.fast.graphs import MOST, Graphs, _Known
@@ -187,11 +187,23 @@ def batches(sizes, dtype="float32"):
     return [(x, cupy.asarray(rng.integers(0, 10, len(x)))) for x in images]
 
 
+def halved(arrays):
+    """Return halves of arrays, elsewhere."""
+    return tuple(array / 2 for array in arrays)
+
+
+def replace_state(state):
+    """Halve all that a rule holds, in arrays elsewhere."""
+    for held in (state.weights, state.biases):
+        held.update(zip(held, halved(held.values()), strict=True))
+    state.moments.update({name: halved(arrays) for name, arrays in state.moments.items()})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
 def test_graphs_change_no_bit(folder, name):
     """With a rate that changes, a last batch that is smaller, scores in between, and arrays that are replaced."""
-    numbers, sizes = [], [6, 6, 6, 6, 4, 4, 4, 6, 6, 6, 6]
+    numbers, sizes = [], [6] * 4 + [4] * 3 + [6] * 7
     for graphs in (True, False):
         made, scores = experiment(folder, STEPS[name], graphs), []
         for step, (images, labels) in enumerate(batches(sizes, made.config.dtype)):
@@ -200,9 +212,31 @@ def test_graphs_change_no_bit(folder, name):
                 scores.append(made.score(*batches([9], made.config.dtype)[0]).totals)
             if step == 8:
                 made.network.weights[1] = made.network.weights[1] / 2
+            if step == 10:
+                made.optimizer_state.moments[:] = map(halved, made.optimizer_state.moments)
+            if step == 12:
+                replace_state(made.rule_state)
         arrays = [*scores, *made.network.parameters(), *made.rule_state.named().values()]
         numbers.append([array.get() for array in arrays])
-        assert made.optimizer_state.step == 11
+        assert made.optimizer_state.step == len(sizes)
+        assert not made.graphs.refused
+    for with_graphs, without in zip(*numbers, strict=True):
+        np.testing.assert_array_equal(with_graphs, without)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gait-prop", "gait-prop, pseudo"])
+def test_another_choice_of_factors_needs_a_graph_of_its_own(folder, name):
+    """Weights that leave the orthogonal ones in place, come back and leave again: buffers and arrays stay."""
+    near = {"network": {"blocks": [{"type": "dense", "units": 10} for _ in range(3)], "init": "orthogonal"}}
+    numbers, settings = [], {**STEPS[name], **({} if name == "gait-prop" else near)}
+    for graphs in (True, False):
+        made = experiment(folder, settings, graphs)
+        for step, (images, labels) in enumerate(batches([6] * 14)):
+            made.step(images, labels)
+            if step in (4, 9, 11):
+                made.network.weights[1][...] *= 4 if step == 9 else 0.25
+        numbers.append([array.get() for array in made.network.parameters()])
         assert not made.graphs.refused
     for with_graphs, without in zip(*numbers, strict=True):
         np.testing.assert_array_equal(with_graphs, without)
@@ -233,9 +267,10 @@ def _by_kept_arrays(options, state, batch):
     errors = batch.gram_errors.of([1, 2])
     for at, (weight, bias) in zip(batch.down(), bp.RULE.descend(bp.Options(), state, batch), strict=True):
         if at.n:
-            extra = errors[at.n].sum() + batch.jacobian_sums[at.n][1].sum()
-            array_module(weight).add(weight, extra, out=weight)
-        yield weight, bias
+            # In an array elsewhere in every step, until a graph returns it.
+            yield weight + errors[at.n].sum() + batch.jacobian_sums[at.n][1].sum(), bias
+        else:
+            yield weight, bias
 
 
 @pytest.mark.gpu
