@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import time
+import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -268,7 +269,10 @@ def world() -> Ranks:
         return ALONE
     (says, *_) = (name for name, _ in LAUNCHERS if os.environ.get(name) == str(size))
     try:
-        mpi: Any = importlib.import_module("mpi4py.MPI")
+        with warnings.catch_warnings():
+            # Of a launcher of another MPI, in seven lines of each process.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            mpi: Any = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"{size} processes were launched ({says}), but mpi4py cannot be imported ({error}); install arraytp[mpi] "

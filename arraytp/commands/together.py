@@ -29,7 +29,7 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
     given = everyone.gather([(plan.config, plan.dataset.digest) for plan in plans])
     for rank, theirs in enumerate(given):
         for (config, digest), (other, other_digest) in zip(given[0], theirs, strict=False):
-            difference = first_difference(config, other)
+            difference = first_difference(config, other, free=())
             if not difference and digest != other_digest:
                 difference = f"other images or labels in data.dataset {config.data.dataset}"
             if difference:

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +34,15 @@ def command(ranks, *words):
 
 
 def run(ranks, *words, **environment):
-    """Run to the end; return status, output, and what was said on standard error by arraytp."""
+    """Run to the end; return status, output, and the lines on standard error, by arraytp and by MPI."""
+    return finished(command(ranks, *words), **environment)
+
+
+def finished(program, **environment):
     done = subprocess.run(
-        command(ranks, *words), capture_output=True, text=True, check=False, timeout=120, env=os.environ | environment
+        program, capture_output=True, text=True, check=False, timeout=120, env=os.environ | environment
     )
-    return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line.startswith("arraytp")]
+    return done.returncode, done.stdout, done.stderr.splitlines()
 
 
 def numbers(folder):
@@ -143,10 +148,9 @@ def test_a_rank_that_fails_alone_ends_its_run_and_no_other(place, ranks, groups,
     (place / "failing.py").write_text(FAILING)
     words = ["run", "toy.yml", "--quiet", "--seeds", "3", *groups, "--out", "some"]
     program = [str(MPIEXEC), "-n", str(ranks), sys.executable, "failing.py", *words]
-    environment = os.environ | {"FAILS": str(rank)}
-    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    status, _, said = finished(program, FAILS=str(rank))
     where = "rank 1: " if rank else ""
-    assert (done.returncode, done.stderr) == (1, f"arraytp: error: toy seed 1: {where}toy: cannot be read\n")
+    assert (status, said) == (1, [f"arraytp: error: toy seed 1: {where}toy: cannot be read"])
     assert [(place / f"some/seed-{n}/summary.json").exists() for n in range(3)] == [True, False, True]
     assert run(ranks, *words, "--resume")[0] == 0
 
@@ -166,6 +170,37 @@ def test_a_mistake_is_told_once(place, words, status, message):
     found, out, said = run(2, "run", "toy.yml", "--quiet", "--out", "some", *words)
     assert (found, out, len(said)) == (status, "", 1)
     assert message in said[0]
+
+
+def test_without_mpi4py_one_line_says_what_to_install(place, tree):
+    hidden = place / "hidden/mpi4py"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ImportError('No module named mpi4py')")
+    before = tree()
+    path = os.pathsep.join([str(hidden.parent), os.environ.get("PYTHONPATH", "")])
+    status, out, said = run(2, "run", "toy.yml", "--quiet", PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
+    assert (status, out, len(said)) == (2, "", 1)
+    assert "2 processes were launched (PMI_SIZE), but mpi4py cannot be imported" in said[0]
+    assert tree() == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "setting", "message"),
+    [
+        ("elsewhere", "train.epochs=1", "other images or labels in data.dataset toy"),
+        (".", "train.epochs=2", "train.epochs is 1 there and 2 here"),
+    ],
+)
+def test_ranks_that_see_different_data_or_settings_are_told_once(place, pack, folder, setting, message):
+    """As on machines whose disks have other files under the same names."""
+    pack(place / "elsewhere/toy", train=44)
+    shutil.copy(place / "toy.yml", place / "elsewhere/toy.yml")
+    program = command(0, "run", "toy.yml", "--quiet")
+    second = ["-n", "1", "-wdir", str(place / folder), *program, "--set", setting]
+    status, out, said = finished([str(MPIEXEC), "-n", "1", *program, ":", *second])
+    assert (status, out) == (2, "")
+    assert said == [f"arraytp: error: rank 1 was given something different from rank 0: {message}"]
+    assert not (place / "results").exists()
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"])

@@ -415,12 +415,14 @@ def test_a_rank_that_fails_ends_the_run_of_all(dataset, capsys, error, raised, t
     ("theirs", "message"),
     [
         ({"optimizer": {"name": "sgd", "lr": 0.1}}, "optimizer.lr is 0.05 there and 0.1 here"),
+        ({"train": {"epochs": 2, "batch_size": 11}}, "train.epochs is 1 there and 2 here"),
         ({}, "other images or labels in data.dataset"),
     ],
 )
 def test_ranks_that_were_given_different_things_are_refused(dataset, monkeypatch, theirs, message):
     def work(ranks):
-        given = {"optimizer": {"name": "sgd", "lr": 0.05}} | (theirs if ranks.rank == 2 else {})
+        same = {"optimizer": {"name": "sgd", "lr": 0.05}, "train": {"epochs": 1, "batch_size": 11}}
+        given = same | (theirs if ranks.rank == 2 else {})
         mine = planned(dataset, "bp", network=POOLED, **given)
         if not theirs and ranks.rank == 2:
             shards = mine.dataset.manifest.splits["train"].shards
