@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.fast.graphs import MOST, Graphs, _Known
 from arraytp.fast.parallel import Workspace
-from arraytp.rules import bp
+from arraytp.rules import RULES, bp
 from arraytp.training.experiment import build
 
 SGD = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
@@ -314,17 +315,91 @@ def test_rules_that_cannot_be_captured_say_which_part(folder, name):
         np.testing.assert_array_equal(with_graphs, without)
 
 
+# LeNet's blocks with few units: as many launches.
+POOL = {"kernel": 3, "stride": 2, "padding": 1}
+SMALL = {
+    "network": {
+        "blocks": [
+            {"type": "conv", "channels": 3, "kernel": 5, "padding": 2, "activation": "elu", "pool": POOL},
+            {"type": "conv", "channels": 4, "kernel": 5, "padding": 2, "activation": "elu", "pool": POOL},
+            {"type": "dense", "units": 9, "activation": "elu"},
+            {"type": "dense", "units": 10},
+        ]
+    },
+    "optimizer": SGD,
+}
+# And those of fc-deep.
+DEEP = {
+    "network": {
+        "blocks": [{"type": "dense", "units": 12, "activation": "leaky-relu"}] * 6 + [{"type": "dense", "units": 10}],
+        "square": True,
+        "init": "orthogonal",
+    },
+    "optimizer": {**ORTHOGONAL, "epsilon_form": "keras"},
+    "loss": {"reduction": "sum"},
+}
+
+
+def small(name, **options):
+    """Return the settings of a rule on the small network."""
+    return {**SMALL, "rule": {"name": name, **options}}
+
+
+# By the rows of docs/performance/device.md.
+COUNTED = {
+    "bp, fa, kolen-pollack": [small("bp"), small("fa"), small("kolen-pollack")],
+    "dfa": [small("dfa")],
+    "sign-symmetry": [small("sign-symmetry")],
+    "weight-mirror": [small("weight-mirror")],
+    "alignment": [small("alignment", **FEEDBACK)],
+    "dtp": [small("dtp", **FEEDBACK)],
+    "tp, ldrl": [small("tp", **FEEDBACK), small("ldrl", **FEEDBACK)],
+    "ldrl, feedback by Adam": [small("ldrl", feedback={"iterations": 2, "optimizer": ADAM})],
+    "ldrl, `expected`": [small("ldrl", expected=True, **FEEDBACK)],
+    "ldrl-parallel": [small("ldrl-parallel", **FEEDBACK)],
+    "drl": [small("drl", **FEEDBACK)],
+    "drl, `expected`": [small("drl", expected=True, **FEEDBACK)],
+    "drl, `expected: optimum`": [{**small("drl", expected="optimum", **FEEDBACK), **LENET}],
+    "gnt": [small("gnt")],
+    "gait-prop, `inverse: pseudo`; ridge-tp": [
+        {**LENET, "optimizer": SGD, "rule": {"name": "gait-prop", "inverse": "pseudo"}},
+        {**LENET, "optimizer": SGD, "rule": {"name": "ridge-tp"}},
+    ],
+    "gait-prop, difference, fc-deep": [{**DEEP, "rule": {"name": "gait-prop", "form": "difference"}}],
+    "gait-prop, literal, fc-deep": [{**DEEP, "rule": {"name": "gait-prop"}, "dtype": "float64"}],
+}
+LAUNCHED = ("kernels", "blas", "solver", "memset", "copies")
+
+
+def documented():
+    """Return the numbers of each row of the table of launches: without graphs one for each setting."""
+    page = Path(__file__).parents[2] / "docs/performance/device.md"
+    _, _, table = page.read_text(encoding="utf-8").partition("## What each rule launches")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    return {label: [[int(each) for each in cell.split("; ")] for cell in cells] for label, *cells in rows}
+
+
+def test_every_rule_has_a_row_in_the_table_of_launches():
+    assert documented().keys() == COUNTED.keys()
+    assert {each["rule"]["name"] for settings in COUNTED.values() for each in settings} == RULES.keys()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "graphs", "kernels"), [("bp", 3, 4), ("ldrl", 4, 3), ("ldrl, expected", 4, 3)])
-def test_a_captured_step_is_a_launch_a_part_and_no_wait(folder, name, graphs, kernels):
-    """Besides: images and labels to their place, the score from its, and numbers of the step."""
-    cpu_cuda = pytest.importorskip("cpu_cuda")
-    made = experiment(folder, STEPS[name], True)
-    for images, labels in batches([6] * 5):
-        cpu_cuda.counts()
-        made.step(images, labels)
-        counted = cpu_cuda.summary()
-    assert (counted["cudaGraphLaunch"], counted.get("waits", 0)) == (graphs, 0)
-    assert counted["copies"] == 2
-    assert counted["kernels"] <= kernels
-    assert not {"blas", "solver"} & counted.keys()
+@pytest.mark.parametrize("row", COUNTED)
+def test_launches_and_waits_of_a_step_are_those_documented(folder, row):
+    """At most those, and not far fewer; of the second step without graphs, and of the seventh by graphs."""
+    cpu_cuda = pytest.importorskip("cpu_cuda", reason="counts launches")
+    without, (captured,), (others,), (waits,) = documented()[row]
+    limits = without if len(without) > 1 else without * len(COUNTED[row])
+    for launches, settings in zip(limits, COUNTED[row], strict=True):
+        for graphs in (False, True):
+            made = experiment(folder, settings, graphs)
+            for images, labels in batches([8] * (7 if graphs else 2), made.config.dtype):
+                cpu_cuda.counts()
+                made.step(images, labels)
+                counted = cpu_cuda.summary()
+            found = sum(counted.get(kind, 0) for kind in LAUNCHED)
+            assert counted.get("waits", 0) <= waits
+            assert counted.get("cudaGraphLaunch", 0) == (captured if graphs else 0)
+            most = others if graphs else launches
+            assert 0.9 * most - 1 <= found <= most
