@@ -129,7 +129,8 @@ def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
     """Return the input with which the block's output would be y: `At.inverse`."""
     block, x, order = at.block, at.s, len(factors.matrix)
     out = workspace.of((OWNER, at.batch.results, at.n)).array("x", x.shape, x.dtype)
-    matrix = None if y.size // order <= order else first_rows(workspace, factors, order)
+    formed = y.size // order > order
+    matrix = _for_all_parts(at, "W⁻¹", lambda: first_rows(workspace, factors, order)) if formed else None
     others, f_inverse = _other_windows(workspace, block, x), block.activation.inverse
     assert f_inverse is not None
 
@@ -157,9 +158,12 @@ def backward_through_inverse(
     """
     block, x, units = at.block, at.s, at.block.next_shape[-1]
     if block.window is not None or len(x) >= units:
-        rows = first_rows(workspace, factors, units, block.window is not None)
-        through = array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
-        return at.backward(ds, through, scale)
+
+        def through() -> Array:
+            rows = first_rows(workspace, factors, units, block.window is not None)
+            return array_module(rows).ascontiguousarray(rows.T).reshape(*block.weight_shape[:-1], units)
+
+        return at.backward(ds, _for_all_parts(at, "(W⁻¹)ᵀ", through), scale)
     if isinstance(factors, Cholesky):
         dweight, dbias, dx = at.backward(ds, factors.matrix.reshape(block.weight_shape), scale)
         assert dx is not None
@@ -176,7 +180,8 @@ def backward_through_pseudo_inverse(
 ) -> Gradients:
     """Return dW, db and (D ⊙ unpool ds) W⁺: `At.backward` with W⁺ in place of Wᵀ."""
     if is_formed(at, inverse):
-        return at.backward(ds, transposed_inverse(workspace, at.block, inverse), scale)
+        through = _for_all_parts(at, "(W⁺)ᵀ", lambda: transposed_inverse(workspace, at.block, inverse))
+        return at.backward(ds, through, scale)
     dweight, dbias, _ = at.backward(ds, None, scale)
     return dweight, dbias, _solved(workspace, at, _dz(workspace, at, ds, scale), inverse)
 
@@ -189,10 +194,20 @@ def carry(workspace: Workspace, at: At, d: Array, inverse: PseudoInverse) -> Arr
         out[...] = pool_adjoint(block, d[part], None if at.index is None else at.index[part], workspace.scratch)
 
     if is_formed(at, inverse):
-        return transposed(workspace, at, transposed_inverse(workspace, block, inverse), unpooled)
+        through = _for_all_parts(at, "(W⁺)ᵀ", lambda: transposed_inverse(workspace, block, inverse))
+        return transposed(workspace, at, through, unpooled)
     own = workspace.of((OWNER, at.batch.results, at.n)).array("dz", d.shape, d.dtype)
     own[...] = d
     return _solved(workspace, at, own, inverse)
+
+
+def _for_all_parts(at: At, name: str, form: Callable[[], Array]) -> Array:
+    """Return what depends on θ alone; for several parts of a batch, which are computed alone, formed only once."""
+    if len(at.batch.every) == 1:
+        return form()
+    # The next block's takes the same memory.
+    formed: Array = at.batch.once((name, at.n), lambda _: form().copy())
+    return formed
 
 
 def is_formed(at: At, inverse: PseudoInverse) -> bool:

@@ -166,7 +166,7 @@ class Batch:
     @property
     def gram_errors(self) -> "GramErrors":
         """E = WWᵀ − I (or WᵀW − I) of the blocks, computed once for all that need it: inverses and the regulariser."""
-        errors: GramErrors = self._once("gram errors", lambda lead: lead.engine.gram_errors(lead.network))
+        errors: GramErrors = self.once("gram errors", lambda lead: lead.engine.gram_errors(lead.network))
         return errors
 
     @property
@@ -216,7 +216,7 @@ class Batch:
         IllConditionedError
             If a weight matrix cannot be inverted in its dtype; names the block and the condition number.
         """
-        inverses: Mapping[int, Factors] = self._once("inverses", lambda lead: lead.engine.inverses(lead))
+        inverses: Mapping[int, Factors] = self.once("inverses", lambda lead: lead.engine.inverses(lead))
         return inverses
 
     def gauss_newton(self, damping: float) -> Mapping[int, Array]:
@@ -242,12 +242,12 @@ class Batch:
         IllConditionedError
             If the smaller of WWᵀ + rI and WᵀW + rI cannot be inverted in its dtype; names the block and the number.
         """
-        inverses: Mapping[int, PseudoInverse] = self._once(
+        inverses: Mapping[int, PseudoInverse] = self.once(
             ("pseudo", ridge), lambda lead: lead.engine.pseudo_inverses(lead, ridge)
         )
         return inverses
 
-    def _once(self, name: object, compute: "Callable[[Batch], Any]") -> Any:
+    def once(self, name: object, compute: "Callable[[Batch], Any]") -> Any:
         """Return what the first part computes for all, which may ask for it side by side."""
         lead = self.every[0]
         with lead.lock:

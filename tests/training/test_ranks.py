@@ -170,6 +170,21 @@ def test_exact_ranks_have_the_same_bits(dataset, rule, size):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
 
 
+@pytest.mark.parametrize(
+    ("rule", "forms"), [("gait-prop difference", "first_rows"), ("gait-prop pseudo", "transposed_inverse")]
+)
+def test_parts_that_are_computed_alone_form_an_inverse_once(dataset, monkeypatch, rule, forms):
+    """Of the second convolution; of dense blocks they solve, for a sample or two."""
+    formed, form = [], getattr(inverse, forms)
+    monkeypatch.setattr(inverse, forms, lambda *given: formed.append(1) or form(*given))
+    train = {"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": True}
+    experiment = build_planned(planned(dataset, rule, train=train))
+    with closing(experiment.train_loader.batches(0)) as batches:
+        step = experiment.forward(*next(batches))
+    experiment.updates(step)
+    assert len(formed) == 1
+
+
 # 12 rows of W per position: of 11 samples, some of 3 ranks have more rows to invert, others not.
 HALVED = {"type": "conv", "channels": 4, "kernel": 2, "stride": 2, "activation": "leaky-relu"}
 INVERTED = SQUARE | {"blocks": [SQUARE["blocks"][0], HALVED, *SQUARE["blocks"][2:]]}
