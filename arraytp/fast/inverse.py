@@ -8,17 +8,20 @@ of WWᵀ and WᵀW.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from arraytp.backend import Array, array_module, matrix_product
 from arraytp.fast.dealing import Piece, agreed_numbers, piece, run_dealt
 from arraytp.fast.modules import transposed
+from arraytp.fast.orthogonality import GramErrors
 from arraytp.fast.parallel import Workspace, even_slices
 from arraytp.fast.passes import pool_adjoint, product, scaled
-from arraytp.model.blocks import Block
+from arraytp.model.blocks import Block, Network
 from arraytp.model.inverse import GRAM, check_condition
 from arraytp.model.passes import At, Batch, Gradients
+from arraytp.model.passes import GramErrors as AnyGramErrors
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import excess_norm, is_tall
 from arraytp.ops.patches import col2im, coverage
@@ -28,7 +31,6 @@ from arraytp.ops.solve import (
     Cholesky,
     Factors,
     PseudoInverse,
-    Room,
     cholesky,
     condition,
     factor,
@@ -48,74 +50,153 @@ SOLVE_ROWS = 128
 
 def inverses(workspace: Workspace, batch: Batch) -> Mapping[int, Factors]:
     """Factorise the weight matrix of every block but the first, one task a block: `Batch.inverses`."""
-    return _factorised(workspace, batch, 0, factor, "the weight matrix")
+    return Factorising(workspace, batch.network, batch.gram_errors).finished()
 
 
 def pseudo_inverses(workspace: Workspace, batch: Batch, ridge: float) -> Mapping[int, PseudoInverse]:
     """Factorise the smaller Gram matrix of every block but the first: `Batch.pseudo_inverses`."""
-    grams = _factorised(workspace, batch, ridge, lambda w, room: factor_gram(w, ridge, room), GRAM)
-    return {n: PseudoInverse(as_matrix(batch.network.weights[n]), gram) for n, gram in grams.items()}
+    return Factorising(workspace, batch.network, batch.gram_errors, ridge).pseudo_inverses()
 
 
-def _factorised(
-    workspace: Workspace, batch: Batch, ridge: float, far: Callable[[Array, Room], LU], what: str
-) -> Mapping[int, Factors]:
-    """Return a Cholesky factor of I + E + rI near semi-orthogonal matrices, `far` of the others, a task a block.
+def begin(workspace: Workspace, network: Network) -> dict[object, Callable[[], Any]]:
+    """Launch what the step before asked for, on a device: `Batch.begun` of the next.
 
-    Ranks deal the tasks out.
+    The host reads the numbers by which it chooses and refuses while the device computes what was launched meanwhile.
     """
-    network, own = batch.network, workspace.of(OWNER)
-    errors = batch.gram_errors.of(range(1, len(network)))
-    triangles = {n: own.array(("triangle", n), e.shape, e.dtype) for n, e in errors.items()}
-    of_gram = far is not factor
-    norms, factors, conditions = dict[int, Array](), dict[int, Factors](), dict[int, Array]()
+    asked, workspace.near = workspace.near, {}
+    if not asked:
+        return {}
+    errors = GramErrors(workspace, network)
+    begun: dict[object, Callable[[], Any]] = {"gram errors": lambda: errors}
+    for ridge, near in asked.items():
+        factorising = Factorising(workspace, network, errors, ridge, near)
+        begun["inverses", ridge] = factorising.finished if ridge is None else factorising.pseudo_inverses
+    return begun
 
-    def measure(n: int) -> None:
-        norms[n] = excess_norm(errors[n])
 
-    def factorise(n: int) -> None:
-        w = as_matrix(network.weights[n])
-        if near[n]:
-            factors[n] = cholesky(w, errors[n], triangles[n], ridge)
+class Factorising:
+    """Cholesky factors of I + E + rI near semi-orthogonal matrices, LU factors of the others, a task a block.
+
+    Ranks deal the tasks out. On a device the host would wait for ‖E‖, which the choice goes by, and again for the
+    condition numbers. So it launches all of them by a choice that it takes to be the right one, reads both at once, and
+    begins again if it was not.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    network : Network
+    errors : GramErrors
+        Of it.
+    ridge : float, optional
+        r: for factors of the smaller Gram matrix in place of those of W.
+    near : map of n to bool, optional
+        The choice to begin with; by default the last one for this r, if there is any. Not on the host.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        network: Network,
+        errors: AnyGramErrors,
+        ridge: float | None = None,
+        near: Mapping[int, bool] | None = None,
+    ) -> None:
+        self._workspace, self._network, self._ridge = workspace, network, ridge
+        self._own, self._errors = workspace.of((OWNER, ridge)), errors.of(range(1, len(network)))
+        self._order = sorted(self._errors, key=lambda n: network.weights[n].size, reverse=True)
+        self._norms, self._factors, self._conditions = dict[int, Array](), dict[int, Factors](), dict[int, Array]()
+        self._read: Callable[[], list[float]] | None = None
+        workspace.run([partial(self._measure, n) for n in self._order])
+        self._near = near or workspace.near.get(ridge) or {}
+        if self._near.keys() == self._errors.keys():
+            self._factorise(self._near)
+            self._read = workspace.backend.reading([*self._measured(), *self._conditions.values()])
+
+    def finished(self) -> Mapping[int, Factors]:
+        """Return the factors by n; raises as `Batch.inverses`."""
+        numbers, count = self._workspace.backend.numbers, len(self._order)
+        if self._read is None:
+            self._factorise(self._choice(numbers(self._measured())))
+            found = numbers([*self._conditions.values()])
         else:
-            factors[n] = far(w, lambda name, shape, dtype: own.array((name, n), shape, dtype))
+            read = self._read()
+            chosen, found = self._choice(read[:count]), read[count:]
+            if chosen != self._near:
+                self._factorise(chosen)
+                found = numbers([*self._conditions.values()])
+        if not self._workspace.backend.on_host:
+            self._workspace.near[self._ridge] = self._near
+        what = "the weight matrix" if self._ridge is None else GRAM
+        for n, number in sorted(zip(self._conditions, found, strict=True)):
+            check_condition(self._network.blocks[n], n, self._network.weights[n].dtype, number, what)
+        return {n: self._factors[n] for n in sorted(self._factors)}
 
-    def arrays(n: int) -> list[Array]:
-        if n not in factors:
-            w = as_matrix(network.weights[n])
-            factors[n] = Cholesky(w, triangles[n]) if near[n] else _room_for_lu(w, of_gram)
-        held = factors[n]
+    def pseudo_inverses(self) -> Mapping[int, PseudoInverse]:
+        """Return W⁺ by n; raises as `Batch.pseudo_inverses`."""
+        return {n: PseudoInverse(self._matrix(n), gram) for n, gram in self.finished().items()}
+
+    def _matrix(self, n: int) -> Array:
+        return as_matrix(self._network.weights[n])
+
+    def _measure(self, n: int) -> None:
+        self._norms[n] = excess_norm(self._errors[n])
+
+    def _measured(self) -> list[Array]:
+        return [self._norms[n] for n in self._order]
+
+    def _choice(self, norms: list[float]) -> dict[int, bool]:
+        """Return which matrices are near semi-orthogonal ones."""
+        least = sum(e.nbytes for e in self._errors.values())
+        agreed = agreed_numbers(self._workspace, norms, sum(map(self._operations, self._order)), least)
+        return {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(self._order, agreed, strict=True)}
+
+    def _factorise(self, near: Mapping[int, bool]) -> None:
+        """Factorise by a choice, and estimate the condition numbers of what has LU factors."""
+        self._near, self._factors, self._conditions = near, {}, {}
+        run_dealt(self._workspace, [self._task(n) for n in self._order], self._network.weights[0].dtype)
+        self._workspace.run([partial(self._estimate, n) for n in self._order if not near[n]])
+
+    def _factorise_one(self, n: int) -> None:
+        w, ridge, e = self._matrix(n), self._ridge, self._errors[n]
+        if self._near[n]:
+            self._factors[n] = cholesky(w, e, self._triangle(n), ridge or 0)
+            return
+
+        def room(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+            return self._own.array((name, n), shape, dtype)
+
+        self._factors[n] = factor(w, room) if ridge is None else factor_gram(w, ridge, room)
+
+    def _triangle(self, n: int) -> Array:
+        return self._own.array(("triangle", n), self._errors[n].shape, self._errors[n].dtype)
+
+    def _estimate(self, n: int) -> None:
+        held = self._factors[n]
+        assert isinstance(held, LU)
+        self._conditions[n] = condition(held)
+
+    def _arrays(self, n: int) -> list[Array]:
+        of_gram = self._ridge is not None
+        if n not in self._factors:
+            w = self._matrix(n)
+            self._factors[n] = Cholesky(w, self._triangle(n)) if self._near[n] else _room_for_lu(w, of_gram)
+        held = self._factors[n]
         if isinstance(held, Cholesky):
             return [held.triangle]
         return [held.lu.T, held.pivots, held.norm, *([held.matrix] if of_gram else [])]
 
-    def operations(n: int) -> int:
-        side = len(errors[n])
-        longest: int = max(as_matrix(network.weights[n]).shape)
-        return 2 * side**3 // 3 + of_gram * 2 * side**2 * longest
+    def _operations(self, n: int) -> int:
+        """Return the operations for LU factors, the most that there can be."""
+        side = len(self._errors[n])
+        longest: int = max(self._matrix(n).shape)
+        return 2 * side**3 // 3 + (self._ridge is not None) * 2 * side**2 * longest
 
-    def task(n: int) -> Piece:
-        side, factorised, written = len(errors[n]), partial(factorise, n), partial(arrays, n)
-        if near[n]:
+    def _task(self, n: int) -> Piece:
+        side, factorised, written = len(self._errors[n]), partial(self._factorise_one, n), partial(self._arrays, n)
+        if self._near[n]:
             return Piece(side**3 // 3, side**2, factorised, written)
-        return Piece(operations(n), side**2 * (1 + of_gram) + side + 1, factorised, written)
-
-    def estimate(n: int) -> None:
-        held = factors[n]
-        assert isinstance(held, LU)
-        conditions[n] = condition(held)
-
-    numbers, order = workspace.backend.numbers, sorted(errors, key=lambda n: network.weights[n].size, reverse=True)
-    workspace.run([partial(measure, n) for n in order])
-    # Of a device all are read at once: the host waits for it.
-    found, least = numbers([norms[n] for n in order]), sum(e.nbytes for e in errors.values())
-    agreed = agreed_numbers(workspace, found, sum(map(operations, order)), least)
-    near = {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(order, agreed, strict=True)}
-    run_dealt(workspace, [task(n) for n in order], network.weights[0].dtype)
-    workspace.run([partial(estimate, n) for n in order if not near[n]])
-    for n, number in sorted(zip(conditions, numbers([*conditions.values()]), strict=True)):
-        check_condition(network.blocks[n], n, network.weights[n].dtype, number, what)
-    return {n: factors[n] for n in sorted(factors)}
+        size = side**2 * (1 + (self._ridge is not None)) + side + 1
+        return Piece(self._operations(n), size, factorised, written)
 
 
 def _room_for_lu(w: Array, of_gram: bool) -> LU:

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Self
@@ -103,6 +103,8 @@ class Workspace:
         # An owner's buffers that all threads share: for results, not for a task's scratch.
         self.of = self.shared.of
         self._numbers: dict[Hashable, float] = {}
+        # By the r of a ridge inverse, None for W⁻¹: the n whose weights were near semi-orthogonal ones when last asked.
+        self.near: dict[float | None, Mapping[int, bool]] = {}
 
     @property
     def scratch(self) -> Buffers:

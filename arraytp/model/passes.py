@@ -74,6 +74,8 @@ class Batch:
         Where the arrays are of some samples of a batch alone: of which. Noise is keyed by a sample's place there.
     parts : sequence of Batch
         See `parts_of_batch`.
+    begun : map of name to () → object
+        What was begun before the pass of what is computed once, by the names that it is kept by.
     lock : RLock
         Held while the first part computes what all parts need.
     """
@@ -87,6 +89,7 @@ class Batch:
     results: str = "rule"
     part: Part | None = None
     parts: "Sequence[Batch]" = field(default=(), repr=False, compare=False)
+    begun: dict[object, Callable[[], Any]] = field(default_factory=dict, repr=False, compare=False)
     lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -216,7 +219,7 @@ class Batch:
         IllConditionedError
             If a weight matrix cannot be inverted in its dtype; names the block and the condition number.
         """
-        inverses: Mapping[int, Factors] = self.once("inverses", lambda lead: lead.engine.inverses(lead))
+        inverses: Mapping[int, Factors] = self.once(("inverses", None), lambda lead: lead.engine.inverses(lead))
         return inverses
 
     def gauss_newton(self, damping: float) -> Mapping[int, Array]:
@@ -243,7 +246,7 @@ class Batch:
             If the smaller of WWᵀ + rI and WᵀW + rI cannot be inverted in its dtype; names the block and the number.
         """
         inverses: Mapping[int, PseudoInverse] = self.once(
-            ("pseudo", ridge), lambda lead: lead.engine.pseudo_inverses(lead, ridge)
+            ("inverses", ridge), lambda lead: lead.engine.pseudo_inverses(lead, ridge)
         )
         return inverses
 
@@ -252,7 +255,7 @@ class Batch:
         lead = self.every[0]
         with lead.lock:
             if name not in lead._kept:
-                lead._kept[name] = compute(lead)
+                lead._kept[name] = lead.begun[name]() if name in lead.begun else compute(lead)
             return lead._kept[name]
 
     @cached_property
@@ -262,6 +265,7 @@ class Batch:
 
     def forget(self) -> None:
         """Drop what was computed once, so that it is computed anew."""
+        self.begun.clear()
         self._kept.clear()
         self._sums.clear()
 

@@ -12,7 +12,7 @@ optimiser ← updates ← rule(options, state, batch)                updates(ste
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.data.loader import Loader
 from arraytp.fast.device import fast_engine
 from arraytp.fast.graphs import Graphs
+from arraytp.fast.inverse import begin
 from arraytp.fast.orthogonality import add_orthogonality, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
@@ -208,11 +209,22 @@ class Experiment:
 
     def forward(self, images: Array, labels: Array, size: int | None = None) -> Step:
         """Run the network on a batch, or on this rank's part of one of `size` images; raises as `step`."""
+        return self._forward(images, labels, size, begin(self.workspace, self.network))
+
+    def _forward(
+        self,
+        images: Array,
+        labels: Array,
+        size: int | None = None,
+        begun: dict[object, Callable[[], Any]] | None = None,
+    ) -> Step:
         if self.plan.backend.on_host:
             _check_labels(labels, len(self.plan.dataset.classes))
         parts = zip(self.engines, self._parts(images, labels, size), strict=True)
         passes = side_by_side(self.engine, [partial(self._pass, engine, *part) for engine, part in parts])
         batches, scores = [batch for batch, _ in passes], [score for _, score in passes]
+        if begun:
+            batches[0] = replace(batches[0], begun=begun)
         return Step(parts_of_batch(batches), _together(scores), [score.totals for score in scores])
 
     def _pass(self, engine: Engine, part: Part | None, images: Array, labels: Array) -> tuple[Batch, Score]:
@@ -432,7 +444,7 @@ class Experiment:
         self, images: Array, labels: Array, size: int | None = None, stop: Callable[[], bool] = lambda: False
     ) -> Score:
         """Score a batch without learning from it; arrays of earlier steps are overwritten."""
-        step = self.forward(images, labels, size)
+        step = self._forward(images, labels, size)
         if step.batch.part is not None:
             stops = array_module(step.score.totals).full(1, float(stop()))
             totals, stopping = step.batch.summed([[totals, stops] for totals in step.totals], "scores")

@@ -193,7 +193,7 @@ MUTANTS = [
         "pseudo",
         "fast/inverse.py",
         ("return gram_solve(inverse, rows)", "return rows"),
-        ("triangles[n], ridge)", "triangles[n], 0.1)"),
+        ("self._triangle(n), ridge or 0)", "self._triangle(n), 0.1)"),
         ("product(workspace, dz, matrix.T, dx)", "product(workspace, dz, matrix.T * 2, dx)"),
     ),
     *_on(

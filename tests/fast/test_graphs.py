@@ -403,3 +403,20 @@ def test_launches_and_waits_of_a_step_are_those_documented(folder, row):
             assert counted.get("cudaGraphLaunch", 0) == (captured if graphs else 0)
             most = others if graphs else launches
             assert 0.9 * most - 1 <= found <= most
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gait-prop", "gait-prop, pseudo", "ridge-tp"])
+def test_the_host_waits_once_for_factors_and_only_after_the_forward_pass(folder, name):
+    """What it reads was launched before, so that the device has the forward pass to do meanwhile."""
+    cpu_cuda = pytest.importorskip("cpu_cuda")
+    made = experiment(folder, STEPS[name], True)
+    for images, labels in batches([6] * 5):
+        cpu_cuda.counts()
+        step = made.forward(images, labels)
+        before = cpu_cuda.summary()
+        made.apply(step, made.updates(step))
+        after = cpu_cuda.summary()
+    assert before["solver"] >= len(made.network) - 1
+    assert (before.get("waits", 0), after["waits"]) == (0, 1)
+    assert (after["cudaGraphLaunch"], after.get("solver", 0)) == (2, 0)

@@ -11,6 +11,7 @@ from samples import close, fitting_blocks, rng, well_conditioned
 from training import fast
 
 from arraytp.errors import IllConditionedError, UserError
+from arraytp.fast.inverse import begin
 from arraytp.model.architectures import plan_network, square
 from arraytp.model.blocks import Network
 from arraytp.model.inverse import check_invertible
@@ -22,6 +23,8 @@ from arraytp.options import Conv, Dense, NetworkOptions, Pool
 
 # The issue's bound; measured: at most 4e-12.
 ROUND_TRIP = 1e-10
+# Of orthogonal matrices, step by step: near such at 1, far at 3.
+TWO_SCALES = (1, 1), (1, 1), (1, 3), (3, 3), (3, 1), (1, 1)
 
 
 def square_block(layer, shape):
@@ -119,6 +122,28 @@ def test_weights_near_orthogonal_ones_have_cholesky_factors_and_others_lu(place,
     y = rng(2).standard_normal((3, 9)).astype(dtype)
     found = place.get(right_solve(factors, place.put(y)))
     close(found, np.linalg.solve(w.T.astype("float64"), y.T).T, 2e-6 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.parametrize("ridge", [None, 0.01])
+def test_weights_that_leave_the_orthogonal_ones_get_other_factors_at_once(place, ridge):
+    """A device begins with the choice of the step before; what comes of it is that of an engine without a past."""
+    blocks, engine = fitting_blocks([Dense(units=9), Dense(units=9), Dense(units=9)], (9,)), fast(place.backend)
+    square, zeros, kinds = np.linalg.qr(rng(0).standard_normal((9, 9)))[0], [place.put(np.zeros(9))] * 3, []
+    for scales in TWO_SCALES:
+        network = Network(blocks, [place.put(scale * square) for scale in (1, *scales)], zeros)
+        found = []
+        for each in (engine, fast(place.backend)):
+            batch = Batch(each, network, ForwardPass([], [], []), network.weights[0], begun=begin(each, network))
+            if ridge is None:
+                found.append([batch.inverses[n] for n in (1, 2)])
+            else:
+                found.append([batch.pseudo_inverses(ridge)[n].gram for n in (1, 2)])
+        kinds.append([type(factors) for factors in found[0]])
+        for mine, fresh in zip(*found, strict=True):
+            y = [place.put(rng(2).standard_normal((3, 9))) for _ in range(2)]
+            solved = [place.get(right_solve(*pair)) for pair in zip((mine, fresh), y, strict=True)]
+            np.testing.assert_array_equal(*solved)
+    assert kinds == [[Cholesky if scale == 1 else LU for scale in scales] for scales in TWO_SCALES]
 
 
 @pytest.mark.parametrize("near", [True, False])

@@ -348,7 +348,7 @@ MUTATIONS = [
         "rules/test_gait_prop_pseudo.py",
         ("return gram_solve(inverse, rows)", "return rows"),
         ("factor_gram(w, ridge, room)", "factor_gram(w, 0, room)"),
-        ("triangles[n], ridge)", "triangles[n], 0)"),
+        ("self._triangle(n), ridge or 0)", "self._triangle(n), 0)"),
         ("formed = rows if is_tall(matrix) else", "formed = rows if not is_tall(matrix) else"),
         ("product(workspace, dz, matrix.T, dx)", "product(workspace, dz, matrix.T * 2, dx)"),
     ),
