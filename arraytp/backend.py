@@ -242,8 +242,8 @@ class Backend:
         """Return a device's memory pool for what is freed during a capture, which every launch writes to again."""
         return _graph_pool(self.xp)
 
-    def memory_words(self, error: MemoryError, batch: int) -> str:
-        """Say what an array that did not fit was too large for, and on a device which `train.batch_size` may fit."""
+    def memory_words(self, error: MemoryError, batch: int, key: str = "train.batch_size") -> str:
+        """Say what an array that did not fit was too large for, and on a device which batch, set by `key`, may fit."""
         asked = re.search(r"allocating ([\d,]+) bytes", str(error))
         if self.on_host or asked is None:
             return str(error)
@@ -252,8 +252,8 @@ class Backend:
         # All but the weights grows with the batch, and the step may not have come to its largest array.
         fits = max(1, min(batch // 2, batch * total // (held + size)))
         return (
-            f"train.batch_size {batch} does not fit into the {total:,} bytes of {self.device()}: {size:,} bytes were "
-            f"asked for beside {held:,} in use; try train.batch_size={fits}"
+            f"{key} {batch} does not fit into the {total:,} bytes of {self.device()}: {size:,} bytes were asked for "
+            f"beside {held:,} in use; try {key}={fits}"
         )
 
     def device(self) -> str:
@@ -358,6 +358,11 @@ def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
         raise UserError(
             f"backend cupy: CuPy cannot compute ({first_line(error)}); install it with CUDA's libraries and headers, "
             "as arraytp[cuda12] and arraytp[cuda13] do, or use --backend numpy"
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"backend cupy: device {backend.number} has no room left ({first_line(error)}); another process may hold "
+            "its memory; choose another device, or use --backend numpy"
         ) from error
     return backend
 

@@ -134,8 +134,8 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         status = _complain(str(error), _USER_STATUS)
     except (NonFiniteError, RunError) as error:
         status = _complain(str(error), _FAILURE_STATUS)
-    except MemoryError:
-        status = _complain("not enough memory", _USER_STATUS)
+    except MemoryError as error:
+        status = _complain(f"not enough memory: {error}".removesuffix(": "), _USER_STATUS)
     except OSError as error:
         message = _system_message(error)
         if message is None:

@@ -83,6 +83,10 @@ CASES = {
     "no device": ([(), {"devices": 0}], ["this machine has no CUDA device"]),
     "no libraries": ([(), {"compute_error": ImportError(f"\n{LIBRARY}\nmore")}], [f"({LIBRARY})", "arraytp[cuda12]"]),
     "no compiler": ([(), {"compute_error": RuntimeError("CuPy failed to load libnvrtc.so.12")}], ["libnvrtc.so.12"]),
+    "no memory": (
+        [(), {"compute_error": MemoryError("Out of memory allocating 512 bytes")}],
+        ["device 0", "512 bytes"],
+    ),
     "no headers": ([(), {"compute_error": CompileException("fill.cu(3): error: no file\nmore")}], ["fill.cu(3)"]),
 }
 
@@ -114,6 +118,9 @@ def test_an_array_that_does_not_fit_is_named_with_a_batch_that_may():
         "use; try train.batch_size=64"
     )
     assert "batch_size=1" in Backend("cupy", Fake()).memory_words(error, 1)
+    in_evaluation = Backend("cupy", Fake()).memory_words(error, 128, "train.eval_batch_size")
+    assert in_evaluation.startswith("train.eval_batch_size 128 does not fit")
+    assert in_evaluation.endswith("try train.eval_batch_size=64")
     assert NUMPY.memory_words(MemoryError("no room"), 128) == "no room"
 
 

@@ -16,6 +16,7 @@ from arraytp.commands.shared_options import check_json, overriding, settings, wr
 from arraytp.commands.together import check_ranks
 from arraytp.config import load_config
 from arraytp.data.loader import Batches
+from arraytp.errors import UserError
 from arraytp.model.blocks import block_flops
 from arraytp.ranks import ALONE, Ranks, agreed, world
 from arraytp.rules.feedback import only_block
@@ -47,7 +48,11 @@ def command(
     plans = agreed(ranks, lambda: {name or variant.name: plan(variant) for name, variant in variants.items()})
     check_ranks(ranks, ranks, list(plans.values()))
     for name, planned in plans.items():
-        figures[name] = measure(planned, steps, ranks)
+        try:
+            figures[name] = measure(planned, steps, ranks)
+        except MemoryError as error:
+            words = planned.backend.memory_words(error, planned.config.train.batch_size)
+            raise UserError(f"{name}: not enough memory: {words}") from error
         if ranks.rank == 0:
             click.echo(_table(name, figures[name]))
     if json_path is not None and ranks.rank == 0:

@@ -91,6 +91,8 @@ class Run:
         self._unread: list[Score] = []
         # Of the last forward pass of training, while its arrays are valid.
         self._step: Step | None = None
+        # Whether the batch in work is one of an evaluation.
+        self.evaluating = False
         self._clock = time.monotonic()
         self._saved = self._clock
         self._long_steps = LongSteps(experiment)
@@ -331,13 +333,14 @@ class Run:
 
     def _scored(self, loader: Loader | None, stop: StopRequest, progress: Progress) -> Totals:
         """Score the split of a loader, or the test split."""
-        totals, self._step = Totals(), None
+        totals, self._step, self.evaluating = Totals(), None, True
         to_host = self.experiment.plan.backend.to_host
         for score in self.experiment.evaluate(loader, lambda: stop.requested):
             loss, top1, top5 = to_host(score.totals).tolist()
             totals.add(loss, top1, top5, score.images)
             if self._stopping(stop):
                 self._stop(stop, progress)
+        self.evaluating = False
         if not math.isfinite(totals.loss):
             self._fail(f"in the evaluation after {self.position.step} steps")
         return totals

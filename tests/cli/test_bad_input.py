@@ -10,6 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
+from arraytp.backend import Backend
+from arraytp.training.experiment import Experiment
 from arraytp.training.loop import Run
 
 
@@ -685,3 +687,25 @@ def test_what_would_break_or_colour_a_line_is_escaped(refused):
 def test_a_report_of_half_a_disk_is_refused(refused, place, monkeypatch):
     monkeypatch.setattr("arraytp.report.reading._MOST_ENTRIES", 5)
     assert refused("report", ".") == ".: holds more than 5 files and folders; give one nearer to the results"
+
+
+@pytest.mark.parametrize(
+    ("command", "fails", "words"),
+    [
+        (["run"], "score", "toy: not enough memory: train.eval_batch_size 12"),
+        (["run"], "updates", "toy: not enough memory: train.batch_size 16"),
+        (["bench"], "updates", "toy: not enough memory: train.batch_size 16"),
+        (["trace", "--out", "t.h5"], "updates", "toy.yml: not enough memory: train.batch_size 16"),
+    ],
+)
+def test_the_batch_that_does_not_fit_is_named(arraytp, monkeypatch, command, fails, words):
+    """Which of the two: runs begin with an evaluation."""
+
+    def full(*arguments, **options):
+        raise MemoryError("allocating 8 bytes")
+
+    monkeypatch.setattr(Experiment, fails, full)
+    monkeypatch.setattr(Backend, "memory_words", lambda self, error, batch, key="train.batch_size": f"{key} {batch}")
+    name, *rest = command
+    status, _, err = arraytp(name, "toy.yml", *rest)
+    assert (status, err.strip().splitlines()[-1]) == (2, f"arraytp: error: {words}")
