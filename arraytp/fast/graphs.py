@@ -60,9 +60,7 @@ class Graphs:
         self._said.update(fresh)
         return [f"{part}: not captured as a CUDA graph: {self.refused[part]}" for part in fresh]
 
-    def run(
-        self, part: str, arrays: Sequence[Array], work: Callable[[], R], forget: Callable[[], None] | None = None
-    ) -> R:
+    def run(self, part: str, arrays: Sequence[Array], work: Callable[[], R]) -> R:
         """Return what `work` returns: it runs the first time, is captured the second, and launched from then on.
 
         Parameters
@@ -73,11 +71,9 @@ class Graphs:
             Those that `work` reads and writes besides the workspace's buffers. With others a graph of its own is
             captured.
         work : () → object
-            Launches kernels and changes nothing on the host but what `forget` undoes. A graph returns the same arrays
-            with each launch. Where a capture fails it is called again.
-        forget : () → None, optional
-            Drops what `work` keeps: after a capture that failed, as those arrays were never computed. The workspace's
-            buffers are dropped in any case.
+            Launches kernels and changes nothing on the host but the workspace. A graph returns the same arrays with
+            each launch. Where a capture fails the workspace's buffers are dropped, as nothing was computed into them,
+            and `work` is called again.
         """
         if not self.takes(part):
             return work()
@@ -93,8 +89,6 @@ class Graphs:
         if known.graph is None and not self._capture(part, known, work):
             del self._known[key]
             self._workspace.forget()
-            if forget is not None:
-                forget()
             return work()
         known.graph.launch()
         return known.returned  # type: ignore[no-any-return]

@@ -263,11 +263,11 @@ class Batch:
         """What was computed once, by name."""
         return {}
 
-    def forget(self) -> None:
-        """Drop what was computed once, so that it is computed anew."""
-        self.begun.clear()
-        self._kept.clear()
-        self._sums.clear()
+    def afresh(self) -> "Batch":
+        """Return the batch as if nothing had been computed once but factors of weights."""
+        other = replace(self, begun={})
+        other._kept.update({name: held for name, held in self._kept.items() if name[0] == "inverses"})  # type: ignore[index]
+        return other
 
 
 def parts_of_batch(batches: Sequence[Batch]) -> Batch:

@@ -308,8 +308,9 @@ class Experiment:
         tells.
         """
         if step.batch.part is None:
+            # A graph computes all that its rule asks for but the factors, whatever else was asked for before.
             arrays = [] if not self.graphs.takes("updates") else self._arrays(step.batch) + self._inverses(step.batch)
-            return self.graphs.run("updates", arrays, lambda: _updates(step.batch, self._descend), step.batch.forget)
+            return self.graphs.run("updates", arrays, lambda: _updates(step.batch.afresh(), self._descend))
         stops = array_module(step.score.totals).full(1, float(stop()))
         arrays = [[totals, stops] for totals in step.totals]
         updates, (totals, stopping) = _summed_updates(step.batch, self._descend, arrays)
