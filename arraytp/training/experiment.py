@@ -308,8 +308,10 @@ class Experiment:
         tells.
         """
         if step.batch.part is None:
+            if not self.graphs.takes("updates"):
+                return _updates(step.batch, self._descend)
             # A graph computes all that its rule asks for but the factors, whatever else was asked for before.
-            arrays = [] if not self.graphs.takes("updates") else self._arrays(step.batch) + self._inverses(step.batch)
+            arrays = self._arrays(step.batch) + self._inverses(step.batch)
             return self.graphs.run("updates", arrays, lambda: _updates(step.batch.afresh(), self._descend))
         stops = array_module(step.score.totals).full(1, float(stop()))
         arrays = [[totals, stops] for totals in step.totals]

@@ -9,6 +9,7 @@ import pytest
 
 from arraytp.backend import NUMPY
 from arraytp.config import load_config, load_one, parse_config
+from arraytp.fast import orthogonality
 from arraytp.fast.engine import Fast
 from arraytp.model.architectures import plan_network
 from arraytp.model.initialise import make_network
@@ -369,3 +370,21 @@ def test_the_regulariser_comes_every_so_many_steps_as_many_times_as_strong(batch
         results.append(made.network.weights)
     for mine, by_hand in zip(*results, strict=True):
         np.testing.assert_allclose(mine, by_hand, rtol=1e-11, atol=1e-13)
+
+
+def test_rule_and_regulariser_share_what_is_computed_of_the_weights(batch, monkeypatch):
+    """WWᵀ − I costs as much as its factors: once a step."""
+    network = {"blocks": [{"type": "dense", "units": 12}, {"type": "dense", "units": 10}], "square": True}
+    config = small(
+        network={**network, "init": "orthogonal"},
+        rule={"name": "gait-prop", "form": "difference"},
+        optimizer={"name": "sgd", "lr": 0.01, "orthogonality": 2.0},
+        loss={"reduction": "sum"},
+    )
+    made, images, labels = batch(config)
+    computed, compute = [], orthogonality.excess_rows
+    monkeypatch.setattr(orthogonality, "excess_rows", lambda *given: computed.append(compute(*given)))
+    for _ in range(3):
+        computed.clear()
+        made.step(images, labels)
+        assert len(computed) == 1
