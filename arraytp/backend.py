@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -165,8 +166,8 @@ def _cublas(device: int) -> tuple[Any, Any, Array]:
 
 
 @cache
-def _graph_pool(xp: Any) -> Any:
-    return xp.cuda.MemoryPool()
+def _graph_pools(xp: Any) -> defaultdict[str, Any]:
+    return defaultdict(xp.cuda.MemoryPool)
 
 
 def _check_cublas(status: int) -> None:
@@ -236,11 +237,15 @@ class Backend:
         """Return the largest memory used so far in bytes: of the process on the CPU, held by CuPy's pools on a GPU."""
         if self.on_host:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return int(self.xp.get_default_memory_pool().total_bytes() + self.graph_pool().total_bytes())
+        pools = self.xp.get_default_memory_pool(), *_graph_pools(self.xp).values()
+        return sum(int(pool.total_bytes()) for pool in pools)
 
-    def graph_pool(self) -> Any:
-        """Return a device's memory pool for what is freed during a capture, which every launch writes to again."""
-        return _graph_pool(self.xp)
+    def graph_pool(self, part: str) -> Any:
+        """Return a device's memory pool for captures of a part.
+
+        Every launch writes again to what was freed during the capture, where another part's results must not lie.
+        """
+        return _graph_pools(self.xp)[part]
 
     def memory_words(self, error: MemoryError, batch: int, key: str = "train.batch_size") -> str:
         """Say what an array that did not fit was too large for, and on a device which batch, set by `key`, may fit."""

@@ -45,7 +45,9 @@ class Graphs:
     def __init__(self, workspace: Workspace, on: bool) -> None:
         self.on, self.refused, self._said = on, dict[str, str](), set[str]()
         self._workspace, self._known = workspace, dict[Any, _Known]()
+        self._capturing = False
         if on:
+            workspace.captured = self.run
             xp = workspace.backend.xp
             # The legacy stream cannot be captured, and one that waits for it would end a capture.
             self._stream = xp.cuda.Stream(non_blocking=True)
@@ -63,6 +65,8 @@ class Graphs:
     def run(self, part: str, arrays: Sequence[Array], work: Callable[[], R]) -> R:
         """Return what `work` returns: it runs the first time, is captured the second, and launched from then on.
 
+        A part of a part that is being captured is captured with it.
+
         Parameters
         ----------
         part : str
@@ -75,7 +79,7 @@ class Graphs:
             each launch. Where a capture fails the workspace's buffers are dropped, as nothing was computed into them,
             and `work` is called again.
         """
-        if not self.takes(part):
+        if self._capturing or not self.takes(part):
             return work()
         key = part, *((array.data.ptr, array.shape) for array in arrays)
         known, made = self._known.get(key), self._workspace.made
@@ -96,12 +100,15 @@ class Graphs:
     def _capture(self, part: str, known: _Known, work: Callable[[], object]) -> bool:
         """Capture a part, and tell whether that worked."""
         backend = self._workspace.backend
-        with self._stream, backend.xp.cuda.using_allocator(backend.graph_pool().malloc):
+        with self._stream, backend.xp.cuda.using_allocator(backend.graph_pool(part).malloc):
             self._stream.begin_capture()
+            self._capturing = True
             try:
                 known.returned = work()
             except Exception as error:
                 self.refused[part] = first_line(error)
+            finally:
+                self._capturing = False
             try:
                 known.graph = self._stream.end_capture()
             except Exception as error:

@@ -66,10 +66,16 @@ def begin(workspace: Workspace, network: Network) -> dict[object, Callable[[], A
     asked, workspace.near = workspace.near, {}
     if not asked:
         return {}
-    errors = GramErrors(workspace, network)
+
+    def measure() -> tuple[Mapping[int, Array], Mapping[int, Array]]:
+        errors = GramErrors(workspace, network).of(range(1, len(network)))
+        return errors, {n: excess_norm(e) for n, e in errors.items()}
+
+    computed, norms = workspace.captured("E", network.weights, measure)
+    errors = GramErrors(workspace, network, computed)
     begun: dict[object, Callable[[], Any]] = {"gram errors": lambda: errors}
     for ridge, near in asked.items():
-        factorising = Factorising(workspace, network, errors, ridge, near)
+        factorising = Factorising(workspace, network, errors, ridge, (near, norms))
         begun["inverses", ridge] = factorising.finished if ridge is None else factorising.pseudo_inverses
     return begun
 
@@ -89,8 +95,9 @@ class Factorising:
         Of it.
     ridge : float, optional
         r: for factors of the smaller Gram matrix in place of those of W.
-    near : map of n to bool, optional
-        The choice to begin with; by default the last one for this r, if there is any. Not on the host.
+    begun : pair of maps of n, optional
+        The choice to begin with, and ‖E‖; by default the choice is the last one for this r, if there is any. Not on the
+        host.
     """
 
     def __init__(
@@ -99,15 +106,18 @@ class Factorising:
         network: Network,
         errors: AnyGramErrors,
         ridge: float | None = None,
-        near: Mapping[int, bool] | None = None,
+        begun: tuple[Mapping[int, bool], Mapping[int, Array]] | None = None,
     ) -> None:
         self._workspace, self._network, self._ridge = workspace, network, ridge
         self._own, self._errors = workspace.of((OWNER, ridge)), errors.of(range(1, len(network)))
         self._order = sorted(self._errors, key=lambda n: network.weights[n].size, reverse=True)
         self._norms, self._factors, self._conditions = dict[int, Array](), dict[int, Factors](), dict[int, Array]()
         self._read: Callable[[], list[float]] | None = None
-        workspace.run([partial(self._measure, n) for n in self._order])
-        self._near = near or workspace.near.get(ridge) or {}
+        if begun is None:
+            workspace.run([partial(self._measure, n) for n in self._order])
+            self._near: Mapping[int, bool] = workspace.near.get(ridge, {})
+        else:
+            self._near, self._norms = begun[0], {**begun[1]}
         if self._near.keys() == self._errors.keys():
             self._factorise(self._near)
             self._read = workspace.backend.reading([*self._measured(), *self._conditions.values()])
@@ -154,7 +164,15 @@ class Factorising:
         """Factorise by a choice, and estimate the condition numbers of what has LU factors."""
         self._near, self._factors, self._conditions = near, {}, {}
         run_dealt(self._workspace, [self._task(n) for n in self._order], self._network.weights[0].dtype)
-        self._workspace.run([partial(self._estimate, n) for n in self._order if not near[n]])
+        far = {n: held for n in self._order if isinstance(held := self._factors[n], LU)}
+        arrays = [array for held in far.values() for array in (held.lu, held.pivots, held.norm)]
+
+        def estimate() -> Mapping[int, Array]:
+            found = dict[int, Array]()
+            self._workspace.run([partial(_estimate, n, held, found) for n, held in far.items()])
+            return found
+
+        self._conditions = self._workspace.captured("condition numbers", arrays, estimate) if far else {}
 
     def _factorise_one(self, n: int) -> None:
         w, ridge, e = self._matrix(n), self._ridge, self._errors[n]
@@ -169,11 +187,6 @@ class Factorising:
 
     def _triangle(self, n: int) -> Array:
         return self._own.array(("triangle", n), self._errors[n].shape, self._errors[n].dtype)
-
-    def _estimate(self, n: int) -> None:
-        held = self._factors[n]
-        assert isinstance(held, LU)
-        self._conditions[n] = condition(held)
 
     def _arrays(self, n: int) -> list[Array]:
         of_gram = self._ridge is not None
@@ -197,6 +210,10 @@ class Factorising:
             return Piece(side**3 // 3, side**2, factorised, written)
         size = side**2 * (1 + (self._ridge is not None)) + side + 1
         return Piece(self._operations(n), size, factorised, written)
+
+
+def _estimate(n: int, factors: LU, found: dict[int, Array]) -> None:
+    found[n] = condition(factors)
 
 
 def _room_for_lu(w: Array, of_gram: bool) -> LU:

@@ -32,11 +32,13 @@ class GramErrors:
     workspace : Workspace
     network : Network
         Its weights must stay as they are meanwhile.
+    computed : map of n to array, optional
+        Those that are computed already.
     """
 
-    def __init__(self, workspace: Workspace, network: Network) -> None:
+    def __init__(self, workspace: Workspace, network: Network, computed: Mapping[int, Array] | None = None) -> None:
         self._network, self._workspace = network, workspace
-        self._computed: dict[int, Array] = {}
+        self._computed: dict[int, Array] = {**(computed or {})}
 
     def of(self, positions: Iterable[int]) -> Mapping[int, Array]:
         """Return E of the blocks at these positions."""

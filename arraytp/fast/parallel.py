@@ -103,6 +103,8 @@ class Workspace:
         # An owner's buffers that all threads share: for results, not for a task's scratch.
         self.of = self.shared.of
         self._numbers: dict[Hashable, float] = {}
+        # (part, arrays, work) → what `work` returns: `arraytp.fast.graphs.Graphs.run`, if there are any graphs.
+        self.captured: Callable[[str, Sequence[Array], Callable[[], Any]], Any] = _launched
         # By the r of a ridge inverse, None for W⁻¹: the n whose weights were near semi-orthogonal ones when last asked.
         self.near: dict[float | None, Mapping[int, bool]] = {}
 
@@ -187,6 +189,10 @@ class Workspace:
     def nbytes(self) -> int:
         """Return the bytes that all buffers hold."""
         return sum(buffers.nbytes() for buffers in (self.shared, *self._scratch))
+
+
+def _launched(part: str, arrays: Sequence[Array], work: Callable[[], Any]) -> Any:
+    return work()
 
 
 def slices(stop: int, length: int, start: int = 0) -> list[slice]:

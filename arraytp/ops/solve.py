@@ -118,9 +118,11 @@ def factor(matrix: Array, room: Room | None = None) -> LU:
     norm = xp.absolute(matrix).sum(axis=1).max()
     if xp is not np:
         room = room or _made(xp)
+        held = room("norm", (), matrix.dtype)
+        held[...] = norm
         lu = room("lu", matrix.shape, matrix.dtype)
         lu[...] = matrix
-        return LU(matrix, lu.T, kernels.row_order(factorise("getrf", lu), room("order", (order,), np.int32)), norm)
+        return LU(matrix, lu.T, kernels.row_order(factorise("getrf", lu), room("order", (order,), np.int32)), held)
     getrf = get_lapack_funcs("getrf", (matrix,))
     lu, pivots, _ = getrf(matrix.T)
     return LU(matrix, lu, pivots, norm)
@@ -260,13 +262,12 @@ def _inverse_norm(factors: LU) -> Array:
     """
     xp, order, dtype = array_module(factors.lu), len(factors.lu), factors.lu.dtype
     places = xp.arange(order)
-    y = xp.full((1, order), 1 / order, dtype=dtype)
-    norms = []
+    y, most = xp.full((1, order), 1 / order, dtype=dtype), xp.zeros((), dtype)
     for _ in range(DEVICE_STEPS):
         x = _substitute(factors, y)
-        norms.append(xp.absolute(x).sum())
+        most = xp.maximum(most, xp.absolute(x).sum())
         growth = _substitute(factors, xp.where(x < 0, dtype.type(-1), dtype.type(1)), transposed=True)
         y = (places == xp.absolute(growth).argmax()).astype(dtype)[None]
     alternating = (1 - 2 * (places % 2)) * (1 + places / max(1, order - 1))
-    norms.append(xp.absolute(_substitute(factors, alternating.astype(dtype)[None])).sum() * dtype.type(2 / (3 * order)))
-    return xp.stack(norms).max()
+    last = xp.absolute(_substitute(factors, alternating.astype(dtype)[None])).sum() * dtype.type(2 / (3 * order))
+    return xp.maximum(most, last)

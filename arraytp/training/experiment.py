@@ -26,7 +26,7 @@ from arraytp.data.loader import Loader
 from arraytp.fast.device import fast_engine
 from arraytp.fast.graphs import Graphs
 from arraytp.fast.inverse import begin
-from arraytp.fast.orthogonality import add_orthogonality, strength_at
+from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.initialise import make_network
@@ -409,14 +409,22 @@ class Experiment:
         optimizer, parameters = self.config.optimizer, self.network.parameters()
         gradients = [array for pair in updates for array in pair]
         optim.check_gradients(parameters, gradients)
-        if strength := strength_at(optimizer, self.optimizer_state.step):
-            weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
-            add_orthogonality(strength, self.network, weights, errors, self.workspace, optimizer.orthogonality_on)
+        strength, on = strength_at(optimizer, self.optimizer_state.step), optimizer.orthogonality_on
+        weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
+        blocks = regularised(self.network.blocks, on) if strength else []
+        # So that the optimiser's graph finds them computed, whoever asked for them first.
+        excesses = errors.of(blocks)
+
+        def regularise() -> None:
+            if strength:
+                add_orthogonality(strength, self.network, weights, errors, self.workspace, on)
+
         state, graphs = self.optimizer_state, self.graphs
         rates = optim.learning_rates(self.config.schedule, optimizer.lr, epoch, state.step)
         decay = None if self.rule.shared_decay is None else self.rule.shared_decay(self.config.rule)
         twins = None if decay is None else optim.Twins(self.rule_state.weights, decay)
         if not graphs.takes("optimiser"):
+            regularise()
             optim.apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, twins)
             return
         t, names = state.step + 1, range(len(self.network)) if isinstance(rates, list) else [0] * len(self.network)
@@ -426,11 +434,12 @@ class Experiment:
         ]
 
         def work() -> None:
+            regularise()
             optim.apply_updates(optimizer, rates, state, parameters, gradients, self.workspace, twins, sizes)
 
         moments = [array for held in state.moments for array in held]
         own = [] if twins is None else self.rule_state.weights.values()
-        graphs.run("optimiser", [*parameters, *gradients, *moments, *own], work)
+        graphs.run("optimiser", [*parameters, *gradients, *moments, *own, *excesses.values()], work)
         state.step = t
 
     def evaluate(self, loader: Loader | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Score]:

@@ -83,7 +83,7 @@ class Device:
             cuda=SimpleNamespace(Stream=Stream, using_allocator=using_allocator), empty=np.empty, full=np.full
         )
 
-    def graph_pool(self):
+    def graph_pool(self, part):
         return SimpleNamespace(malloc=None)
 
 
@@ -115,6 +115,16 @@ def test_a_part_is_run_then_captured_then_launched(captured):
     arrays = [Located(1), Located(2)]
     assert [graphs.run("a", arrays, work) for _ in range(4)] == [1, 2, 2, 2]
     assert (ran, len(device.launched)) == ([False, True], 3)
+
+
+def test_a_part_of_a_part_is_captured_with_it(captured):
+    device, workspace, graphs, work, ran = captured
+
+    def whole():
+        return workspace.captured("inner", [], work)
+
+    assert [graphs.run("outer", [], whole) for _ in range(3)] == [1, 2, 2]
+    assert (ran, len(device.launched)) == ([False, True], 2)
 
 
 def test_arrays_elsewhere_and_buffers_that_have_grown_need_a_graph_of_their_own(captured):
@@ -273,17 +283,21 @@ def _by_kept_arrays(options, state, batch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", [None, "forward", "feedback training", "updates", "optimiser"])
+@pytest.mark.parametrize(
+    "part", [None, "forward", "feedback training", "updates", "optimiser", "E", "condition numbers"]
+)
 def test_a_capture_that_fails_changes_no_bit(folder, part):
     """Nothing is left of it in buffers, in the batch, or in what the part returns.
 
     Nor does a graph take for granted what the batch happened to keep when it was captured.
     """
     numbers, regularised = [], {**SGD, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}
-    settings = {**STEPS["drl"], "optimizer": regularised}
+    of_factors = part in ("E", "condition numbers")
+    settings = {**STEPS["ridge-tp" if of_factors else "drl"], "optimizer": regularised}
     for graphs in (True, False):
         made = experiment(folder, settings, graphs)
-        made.rule = replace(made.rule, targets=None, local_update=None, updates=_by_kept_arrays)
+        if not of_factors:
+            made.rule = replace(made.rule, targets=None, local_update=None, updates=_by_kept_arrays)
         if graphs:
             stream, takes = made.graphs._stream, made.graphs.takes
 
