@@ -95,7 +95,7 @@ def divide_rows(
         lower, transposed = not lower, not transposed
     count, order = rows.shape
     _call_cublas(
-        "trsm", rows, 0, int(not lower), int(not transposed), int(unit), order, count, ctypes.byref(number(1)),
+        "trsm_v2", rows, 0, int(not lower), int(not transposed), int(unit), order, count, ctypes.byref(number(1)),
         ctypes.c_void_p(triangle.data.ptr), order, ctypes.c_void_p(rows.data.ptr), order,
     )  # fmt: skip
     return rows
@@ -124,10 +124,49 @@ def add_product(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float 
     )
     (rows, columns), factors = out.shape, [ctypes.byref(number(value)) for value in (alpha, beta)]
     _call_cublas(
-        "gemm", out, b_op, a_op, columns, rows, a.shape[1], factors[0], pointers[1], b_step, pointers[0], a_step,
+        "gemm_v2", out, b_op, a_op, columns, rows, a.shape[1], factors[0], pointers[1], b_step, pointers[0], a_step,
         factors[1], pointers[2], out_step,
     )  # fmt: skip
     return out
+
+
+def batched_product(a: Array, b: Array) -> Array:
+    """Return the matrix product a b of every sample, for arrays of shape (B, m, k) and (B, k, n), strided at will."""
+    xp = array_module(a, b)
+    if xp.__name__ != "cupy":
+        return a @ b
+    (count, rows, inner), columns = a.shape, b.shape[2]
+    out = xp.empty((count, rows, columns), a.dtype)
+    (a_first, a_op, a_step), (b_first, b_op, b_step) = _column_major(a[0]), _column_major(b[0])
+    # Else only the first would have been copied.
+    assert (a_first.data.ptr, b_first.data.ptr) == (a.data.ptr, b.data.ptr)
+    number, size = ctypes.c_float if a.dtype.itemsize == 4 else ctypes.c_double, a.dtype.itemsize
+    jumps = [ctypes.c_longlong(array.strides[0] // size) for array in (a, b, out)]
+    pointers = [ctypes.c_void_p(array.data.ptr) for array in (a, b, out)]
+    _call_cublas(
+        "gemmStridedBatched", out, b_op, a_op, columns, rows, inner, ctypes.byref(number(1)), pointers[1], b_step,
+        jumps[1], pointers[0], a_step, jumps[0], ctypes.byref(number(0)), pointers[2], columns, jumps[2], count,
+    )  # fmt: skip
+    return out
+
+
+def batched_solve(matrices: Array, y: Array) -> Array:
+    """Return x with A x = y of every sample, for arrays of shape (B, n, n) and (B, n); by LU factors."""
+    xp = array_module(matrices, y)
+    if xp.__name__ != "cupy":
+        return xp.linalg.solve(matrices, y[:, :, None])[:, :, 0]
+    (count, order), integer = y.shape, np.dtype(np.int32)
+    # To cuBLAS a matrix is the transpose.
+    factors, x = matrices.transpose(0, 2, 1).copy(), y.copy()
+    pivots, info, of_solving = xp.empty((count, order), integer), xp.empty(count, integer), ctypes.c_int()
+    ranges = [(array.data.ptr, array.data.ptr + array.nbytes, array.strides[0]) for array in (factors, x)]
+    # Written on the device, so that a graph needs nothing of the host.
+    places = [xp.arange(*each, dtype=np.uintp) for each in ranges]
+    of_factors, of_x = [ctypes.c_void_p(each.data.ptr) for each in places]
+    held = ctypes.c_void_p(pivots.data.ptr)
+    _call_cublas("getrfBatched", x, order, of_factors, order, held, ctypes.c_void_p(info.data.ptr), count)
+    _call_cublas("getrsBatched", x, 0, order, 1, of_factors, order, held, of_x, order, ctypes.byref(of_solving), count)
+    return x
 
 
 def _call_cublas(routine: str, of: Array, *arguments: Any) -> None:
@@ -140,7 +179,7 @@ def _call_cublas(routine: str, of: Array, *arguments: Any) -> None:
         library.cublasSetWorkspace_v2(handle, ctypes.c_void_p(workspace.data.ptr), ctypes.c_size_t(workspace.nbytes))
     )
     letter = "S" if of.dtype.itemsize == 4 else "D"
-    _check_cublas(getattr(library, f"cublas{letter}{routine}_v2")(handle, *arguments))
+    _check_cublas(getattr(library, f"cublas{letter}{routine}")(handle, *arguments))
 
 
 def _column_major(matrix: Array) -> tuple[Array, int, int]:

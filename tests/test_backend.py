@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from arraytp.backend import NUMPY, Backend, add_product, get_backend
+from arraytp.backend import NUMPY, Backend, add_product, batched_product, batched_solve, get_backend
 from arraytp.config import parse_config
 from arraytp.errors import UserError
 from arraytp.ops import kernels
@@ -172,3 +172,26 @@ def test_a_product_on_a_device_takes_any_layout(dtype):
                 out = layouts[2](c)
                 add_product(first(a), second(b), out, 2.0, 0.5)
                 np.testing.assert_allclose(backend.to_host(out), 2 * a @ b + 0.5 * c, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_products_and_solutions_of_every_sample(dtype):
+    """Of one sample and several, transposed and strided; solutions are CuPy's, bit for bit."""
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    for count in (1, 5):
+        a, b = (rng.standard_normal(shape).astype(dtype) for shape in ((count, 3, 7), (count, 7, 4)))
+        wide = np.zeros((count, 6, 14), dtype)
+        wide[:, ::2, :7] = a
+        firsts = cupy.asarray(a), cupy.asarray(wide)[:, ::2, :7], cupy.asarray(a.transpose(0, 2, 1)).transpose(0, 2, 1)
+        for first in firsts:
+            for second in (cupy.asarray(b), cupy.asarray(b.transpose(0, 2, 1).copy()).transpose(0, 2, 1)):
+                found = batched_product(first, second).get()
+                np.testing.assert_allclose(found, a @ b, rtol=1e-5, atol=1e-5)
+        matrices, y = cupy.asarray(rng.standard_normal((count, 6, 6)).astype(dtype)), cupy.asarray(b[:, :6, 0].copy())
+        wanted = cupy.linalg.solve(matrices, y[:, :, None])[:, :, 0]
+        before = matrices.copy(), y.copy()
+        np.testing.assert_array_equal(batched_solve(matrices, y).get(), wanted.get())
+        for array, former in zip((matrices, y), before, strict=True):
+            np.testing.assert_array_equal(array.get(), former.get())

@@ -18,7 +18,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.linalg import get_lapack_funcs
 
-from arraytp.backend import Array, add_product, array_module, divide_rows, factorise, matrix_product
+from arraytp.backend import (
+    Array,
+    add_product,
+    array_module,
+    batched_product,
+    batched_solve,
+    divide_rows,
+    factorise,
+    matrix_product,
+)
 from arraytp.ops import kernels
 from arraytp.ops.blas import blas
 from arraytp.ops.excess import is_tall
@@ -170,11 +179,10 @@ def damped_gauss_newton(jacobian: Array, e: Array, damping: float) -> Array:
     damping : float
         γ > 0.
     """
-    xp = array_module(jacobian, e)
-    gram = (jacobian @ jacobian.transpose(0, 2, 1)).astype(xp.float64)
+    gram = batched_product(jacobian, jacobian.transpose(0, 2, 1)).astype(np.float64)
     gram.reshape(len(e), -1)[:, :: e.shape[1] + 1] += damping
-    v = xp.linalg.solve(gram, e.astype(xp.float64)[:, :, None]).astype(jacobian.dtype)
-    return (v.transpose(0, 2, 1) @ jacobian)[:, 0]
+    v = batched_solve(gram, e.astype(np.float64)).astype(jacobian.dtype)
+    return batched_product(v[:, None], jacobian)[:, 0]
 
 
 def right_solve(factors: Factors, y: Array) -> Array:

@@ -40,6 +40,7 @@ STEPS = {
     "gait-prop, literal": {**SQUARE, "rule": {"name": "gait-prop"}, "optimizer": ADAM, "dtype": "float64"},
     "gait-prop, pseudo": {**LENET, "rule": {"name": "gait-prop", "inverse": "pseudo"}, "optimizer": SGD},
     "ridge-tp": {**DENSE, "rule": {"name": "ridge-tp"}, "optimizer": SGD},
+    "gnt": {**LENET, "rule": {"name": "gnt"}, "optimizer": SGD},
     "kolen-pollack": {**DENSE, "rule": {"name": "kolen-pollack", "decay": 0.01}, "optimizer": SGD},
     "kolen-pollack, adam": {**DENSE, "rule": {"name": "kolen-pollack", "decay": 0.01}, "optimizer": ADAM},
     "feedback by adam": {
@@ -53,7 +54,6 @@ NOT_CAPTURED = {
         {"name": "drl", "expected": "optimum", "feedback": {"iterations": 1, "optimizer": SGD}},
         "feedback training",
     ),
-    "gnt": ({"name": "gnt"}, "updates"),
 }
 
 
