@@ -17,7 +17,7 @@ from arraytp.commands.shared_options import check_json, overriding_but_dtype, se
 from arraytp.config import Config, load_config, load_one
 from arraytp.errors import UserError
 from arraytp.report.tables import aligned
-from arraytp.training.plan import Plan, plan
+from arraytp.training.plan import Plan, plan_variant
 
 HEADERS = ("what", "by", "function", "error", "tolerance", "verdict")
 Line = tuple[str, Check]
@@ -59,13 +59,7 @@ def command(
 def _plans(path: Path, overrides: list[str], variant: str | None) -> dict[str, Plan]:
     """Check every variant that is to be audited before any is."""
     configs = {variant: load_one(path, overrides, variant)} if variant else load_config(path, overrides).variants
-    plans = {}
-    for name, config in configs.items():
-        try:
-            plans[name or config.name] = plan(config)
-        except UserError as error:
-            raise UserError(f"{path}{f' (variant {name})' if name else ''}: {error}") from error
-    return plans
+    return {name or config.name: plan_variant(path, name, config) for name, config in configs.items()}
 
 
 def _audited(name: str, planned: Plan) -> list[Line]:

@@ -21,7 +21,7 @@ from arraytp.model.blocks import block_flops
 from arraytp.ranks import ALONE, Ranks, agreed, world
 from arraytp.rules.feedback import only_block
 from arraytp.training.experiment import Experiment, Step, build_planned
-from arraytp.training.plan import Plan, plan
+from arraytp.training.plan import Plan, plan_variant
 
 PARTS = ("load", "forward", "feedback", "updates", "optimizer")
 WARM_UP = 2
@@ -45,7 +45,9 @@ def command(
         check_json(json_path, "milliseconds")
     ranks, figures = world(), {}
     variants = load_config(config, settings(overrides, backend, dtype)).variants
-    plans = agreed(ranks, lambda: {name or variant.name: plan(variant) for name, variant in variants.items()})
+    plans = agreed(
+        ranks, lambda: {name or variant.name: plan_variant(config, name, variant) for name, variant in variants.items()}
+    )
     check_ranks(ranks, ranks, list(plans.values()))
     for name, planned in plans.items():
         try:

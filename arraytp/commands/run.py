@@ -29,7 +29,7 @@ from arraytp.signals import StopRequest
 from arraytp.training.checkpoint import check_owner, read_owner
 from arraytp.training.experiment import build_planned
 from arraytp.training.loop import Run
-from arraytp.training.plan import Plan, plan
+from arraytp.training.plan import Plan, plan_variant
 from arraytp.training.study import run_study
 
 MOST_SEEDS = 1000
@@ -177,10 +177,7 @@ def _jobs(
     folder = Path("results", file.name) if out is None else out / file.name if several else out
     jobs = []
     for variant, config in file.variants.items():
-        try:
-            planned = plan(config)
-        except UserError as error:
-            raise UserError(f"{path}{f' (variant {variant})' if variant else ''}: {error}") from error
+        planned = plan_variant(path, variant, config)
         place = folder / variant if variant else folder
         if not encodable(os.path.basename(os.path.realpath(place))):
             raise UserError(f"{str(place)!r}: the folder's name is not UTF-8 text, so figures cannot show it")

@@ -10,7 +10,8 @@ from arraytp.commands.shared_options import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.signals import StopRequest
-from arraytp.training.experiment import build
+from arraytp.training.experiment import build_planned
+from arraytp.training.plan import plan_variant
 from arraytp.training.trace import check_replaceable, read_batch, read_weights, write_trace
 
 
@@ -41,7 +42,7 @@ def command(
     check_replaceable(out)
     # The arrays of a trace are those of the batch as a whole.
     overridden = [*settings(overrides, backend, dtype), "train.exact=false"]
-    experiment = build(load_one(config, overridden, variant))
+    experiment = build_planned(plan_variant(config, variant or "", load_one(config, overridden, variant)))
     for note in experiment.plan.notes:
         click.echo(f"arraytp: note: {note}", err=True)
     if weights is not None:

@@ -1,6 +1,7 @@
 """What can be said about a config before anything is computed: whether it fits its data set, network and backend."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,14 @@ class Plan:
     def train_images(self) -> int:
         """The number of images that are trained on."""
         return self.dataset.counts["train"] - self.config.train.validation
+
+
+def plan_variant(path: Path, variant: str, config: Config) -> Plan:
+    """Return the plan of a config that was read from a file; its errors name file and variant."""
+    try:
+        return plan(config)
+    except UserError as error:
+        raise UserError(f"{path}{f' (variant {variant})' if variant else ''}: {error}") from error
 
 
 def plan(config: Config, backend: Backend | None = None) -> Plan:

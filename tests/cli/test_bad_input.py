@@ -709,3 +709,10 @@ def test_the_batch_that_does_not_fit_is_named(arraytp, monkeypatch, command, fai
     name, *rest = command
     status, _, err = arraytp(name, "toy.yml", *rest)
     assert (status, err.strip().splitlines()[-1]) == (2, f"arraytp: error: {words}")
+
+
+@pytest.mark.parametrize("command", [["run"], ["audit"], ["bench"], ["trace", "--out", "t.h5", "--variant", "bp"]])
+def test_every_command_names_file_and_variant_that_do_not_fit(refused, command):
+    name, *rest = command
+    said = refused(name, "variants.yml", *rest, "--set", "train.validation=45")
+    assert said.startswith("variants.yml (variant bp): train.validation: 45")
