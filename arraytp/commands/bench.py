@@ -13,7 +13,7 @@ import click
 
 from arraytp.backend import Array
 from arraytp.commands.shared_options import check_json, overriding, settings, write_json
-from arraytp.commands.together import check_ranks
+from arraytp.commands.together import check_ranks, failing_together
 from arraytp.config import load_config
 from arraytp.data.loader import Batches
 from arraytp.errors import UserError
@@ -50,11 +50,12 @@ def command(
     )
     check_ranks(ranks, ranks, list(plans.values()))
     for name, planned in plans.items():
-        try:
-            figures[name] = measure(planned, steps, ranks)
-        except MemoryError as error:
-            words = planned.backend.memory_words(error, planned.config.train.batch_size)
-            raise UserError(f"{name}: not enough memory: {words}") from error
+        with failing_together(ranks, name, limited=not planned.backend.on_host):
+            try:
+                figures[name] = measure(planned, steps, ranks)
+            except MemoryError as error:
+                words = planned.backend.memory_words(error, planned.config.train.batch_size)
+                raise UserError(f"{name}: not enough memory: {words}") from error
         if ranks.rank == 0:
             click.echo(_table(name, figures[name]))
     if json_path is not None and ranks.rank == 0:
