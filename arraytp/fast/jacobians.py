@@ -23,6 +23,12 @@ Walk = list[tuple[At, Products, Array]]
 
 def jacobian_sums(workspace: Workspace, batch: Batch) -> Sums:
     """Return Σ_b J_b J_bᵀ and Σ_b J_b of every hidden s^n: `Batch.jacobian_sums`."""
+    read = [*batch.forward.outputs, *batch.network.weights]
+    sums: Sums = workspace.captured("Jacobians", read, partial(_jacobian_sums, workspace, batch))
+    return sums
+
+
+def _jacobian_sums(workspace: Workspace, batch: Batch) -> Sums:
     on_host, classes, dtype = workspace.backend.on_host, batch.logits.shape[1], batch.logits.dtype
     lanes = even_slices(len(batch.logits), LANES if on_host else 1)
     own = workspace.of(OWNER)

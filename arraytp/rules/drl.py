@@ -156,8 +156,12 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
 def least(A: Array, J: Array) -> Array:
     """Return Q* = A⁻¹ J in float64, by the pseudo-inverse."""
     xp = array_module(A)
+    u, singular, vt = xp.linalg.svd(A.astype(xp.float64), full_matrices=False)
     # What A, computed in its dtype, has in directions that no sample's J reaches is rounding.
-    return xp.linalg.pinv(A.astype(xp.float64), rcond=len(A) * float(np.finfo(A.dtype).eps)) @ J
+    cutoff = len(A) * float(np.finfo(A.dtype).eps) * singular.max()
+    # CuPy's pinv waits for how many there are beyond it.
+    inverse = 1 / xp.where(singular > cutoff, singular, xp.inf)
+    return vt.T @ (inverse[:, None] * u.T) @ J
 
 
 def optimum(options: Options, batch: Batch) -> dict[int, Array]:

@@ -329,7 +329,7 @@ def test_rules_that_cannot_be_captured_say_which_part(folder, name):
     numbers = []
     for graphs in (True, False):
         made = experiment(folder, {**DENSE, "rule": rule, "optimizer": SGD}, graphs)
-        for images, labels in batches([6] * 4):
+        for images, labels in batches([6] * 8):
             made.step(images, labels)
         numbers.append([array.get() for array in made.network.parameters()])
         if graphs:

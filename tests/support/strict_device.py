@@ -390,15 +390,15 @@ def _cholesky(a):
         return _wrap(np.full_like(host, nan))
 
 
-def _pinv(a):
-    return _wrap(np.linalg.pinv(_operand(a, scalars=False)))
+def _svd(a, full_matrices=True):
+    return tuple(map(_wrap, np.linalg.svd(_operand(a, scalars=False), full_matrices=full_matrices)))
 
 
 def _solve(a, b):
     return _wrap(np.linalg.solve(_operand(a, scalars=False), _operand(b, scalars=False)))
 
 
-linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky, pinv=_pinv, solve=_solve)
+linalg = SimpleNamespace(norm=_norm, cholesky=_cholesky, svd=_svd, solve=_solve)
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 
