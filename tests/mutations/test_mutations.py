@@ -342,6 +342,7 @@ MUTATIONS = [
         ("coverage(window, x) - x.dtype.type(1)", "coverage(window, x)"),
         ("dz[:, units:] = 0", "dz[:, units:] = 1"),
         ("<= NEAR_ORTHOGONAL", "<= 50"),
+        ("if chosen != self._near:", "if False:"),
         ("lambda rows: symmetric_solve(factors, rows)", "lambda rows: rows"),
     ),
     *_in(
