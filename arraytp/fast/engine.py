@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from arraytp.backend import Array
-from arraytp.fast import feedback_training, inverse, jacobians, modules, orthogonality, overlaps, passes
+from arraytp.fast import factors, feedback_training, inverse, jacobians, modules, orthogonality, overlaps, passes
 from arraytp.fast.parallel import Workspace, even_slices
 from arraytp.model.blocks import Network, Shape
 from arraytp.model.passes import At, Gradients, Iterations, NoiseAndProducts, Through
@@ -26,8 +26,8 @@ class Fast(Workspace):
     jacobian_overlap = overlaps.jacobian_overlap
     jacobian_sums = jacobians.jacobian_sums
     gauss_newton = jacobians.gauss_newton
-    inverses = inverse.inverses
-    pseudo_inverses = inverse.pseudo_inverses
+    inverses = factors.inverses
+    pseudo_inverses = factors.pseudo_inverses
     carry = inverse.carry
     inverse = inverse.inverse
     noise = feedback_training.noise

@@ -24,8 +24,8 @@ from arraytp.config import Config
 from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.data.loader import Loader
 from arraytp.fast.device import fast_engine
+from arraytp.fast.factors import begin
 from arraytp.fast.graphs import Graphs
-from arraytp.fast.inverse import begin
 from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network

@@ -193,9 +193,9 @@ MUTANTS = [
         "pseudo",
         "fast/inverse.py",
         ("return gram_solve(inverse, rows)", "return rows"),
-        ("self._triangle(n), ridge or 0)", "self._triangle(n), 0.1)"),
         ("product(workspace, dz, matrix.T, dx)", "product(workspace, dz, matrix.T * 2, dx)"),
     ),
+    *_on("pseudo", "fast/factors.py", ("self._triangle(n), ridge or 0)", "self._triangle(n), 0.1)")),
     *_on(
         "sign",
         "rules/sign_symmetry.py",
@@ -335,7 +335,7 @@ MUTANTS = [
     *_on("drl expected", "rules/drl.py", ("gradient -= J", "gradient += J"), (") * (scale / 2) + 1", ") * scale + 1")),
     *_on("drl expected", "fast/jacobians.py", ("df *= block.activation", "df /= block.activation"),
          ("j.sum(axis=1)", "j.mean(axis=1)")),
-    *_on("drl optimum", "rules/drl.py", (".eps)) @ J", ".eps)) @ -J")),
+    *_on("drl optimum", "rules/drl.py", ("* u.T) @ J", "* u.T) @ -J")),
     *_on(
         "bp",
         "data/augment.py",

@@ -22,6 +22,7 @@ MODULES = [
     "arraytp.model.feedback",
     "arraytp.fast.feedback_training",
     "arraytp.fast.modules",
+    "arraytp.fast.factors",
     "arraytp.fast.inverse",
     "arraytp.optim",
     "arraytp.fast.orthogonality",

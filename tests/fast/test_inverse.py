@@ -11,7 +11,7 @@ from samples import close, fitting_blocks, rng, well_conditioned
 from training import fast
 
 from arraytp.errors import IllConditionedError, UserError
-from arraytp.fast.inverse import begin
+from arraytp.fast.factors import begin
 from arraytp.model.architectures import plan_network, square
 from arraytp.model.blocks import Network
 from arraytp.model.inverse import check_invertible
