@@ -20,7 +20,7 @@ from arraytp.commands.together import check_ranks, failing_together
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import IllConditionedError, Interrupted, NonFiniteError, RunError, UserError
-from arraytp.fast import dealing, inverse, orthogonality
+from arraytp.fast import dealing, factors, inverse, orthogonality
 from arraytp.ranks import ALONE, agreed, share
 from arraytp.signals import StopRequest
 from arraytp.training.experiment import build_planned
@@ -233,7 +233,7 @@ def test_what_depends_on_the_weights_alone_is_the_same_where_ranks_deal_it_out(d
 def test_ranks_whose_processors_round_differently_factorise_alike(dataset, monkeypatch, rule):
     """At the threshold some would deal out Cholesky factors, and others the larger ones of LU."""
     own = threading.local()
-    monkeypatch.setattr(inverse, "excess_norm", lambda e: np.nextafter(e.dtype.type(0.8), e.dtype.type(own.side)))
+    monkeypatch.setattr(factors, "excess_norm", lambda e: np.nextafter(e.dtype.type(0.8), e.dtype.type(own.side)))
 
     def work(ranks):
         own.side = ranks.rank % 2
