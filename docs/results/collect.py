@@ -32,9 +32,10 @@ class Kept:
 
     @property
     def last(self) -> dict[str, float]:
-        """The last row of metrics.csv."""
-        *_, row = csv.DictReader(io.StringIO(self.files["metrics.csv"]))
-        return {name: float(cell) for name, cell in row.items()}
+        """The last row of metrics.csv, and the best test accuracy of all rows."""
+        rows = list(csv.DictReader(io.StringIO(self.files["metrics.csv"])))
+        best = max(float(row["test_top1"]) for row in rows)
+        return {name: float(cell) for name, cell in rows[-1].items()} | {"best_test_top1": best}
 
 
 def keep(name: str, folders: list[Path]) -> None:
