@@ -14,6 +14,8 @@ from arraytp.backend import Array, array_module
 from arraytp.ops.kernels import has_kernels, kernel
 
 Reduction = Literal["sum", "mean"]
+# Rank of a label that cannot be ranked: within no top k.
+UNRANKED = 1 << 24
 
 
 def cross_entropy_forward(
@@ -122,13 +124,13 @@ def label_rank(logits: Array, labels: Array) -> Array:
     Returns
     -------
     array of int64 of shape (B,)
-        M for a sample with a NaN among its logits.
+        `UNRANKED` for a sample with a NaN among its logits.
     """
     xp = array_module(logits, labels)
     own = logits[xp.arange(len(labels)), labels][:, None]
     earlier = xp.arange(logits.shape[1])[None, :] < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
-    return xp.where(xp.isnan(logits).any(axis=1), logits.shape[1], rank)
+    return xp.where(xp.isnan(logits).any(axis=1), UNRANKED, rank)
 
 
 class Scored(NamedTuple):
@@ -195,7 +197,7 @@ _ROWS = f"""
             %s
             d[at + c] = t / rows * share;
         }}
-        rank = min(together(bad ? M : rank), M);
+        rank = together(bad ? {UNRANKED} : rank);
         terms = together(terms);
         sum += known ? %s : own;
         first += rank < 1;
