@@ -41,7 +41,7 @@ _REMEMBERED = 64
 PARTS = 8
 # Bytes of which a sum over ranks is begun while others are still computed: latency is a sixth of it at 100 Gb/s.
 MESSAGE = 4 << 20
-# Elements that are summed over the parts at once.
+# Elements that the host sums over the parts at once: they fit a core's cache.
 STRETCH = 1 << 14
 
 
@@ -177,13 +177,14 @@ class RankSums:
     """Sums over all samples of a batch, in one buffer, to which arrays are added one after another.
 
     `parts` are this rank's. `flat` has room for all arrays and the dtype to sum in; in exact mode a multiple of `PARTS`
-    elements. `engine` has the arrays' `backend` and `in_slices`.
+    elements. `engine` has the arrays' `backend`, `in_slices` and `between`.
     """
 
     def __init__(self, parts: Sequence[Part], flat: "Array", engine: Any) -> None:
         self._parts, self._flat, self._engine = parts, flat, engine
-        self._end, self._summed = 0, list["Array"]()
-        self._begun, self._waits = 0, list[Callable[[], None]]()
+        self._end, self._begun, self._summed = 0, 0, list["Array"]()
+        # What waits for the sums that have begun.
+        self._waits = list[Callable[[], None]]()
         ranks, on_host = parts[0].ranks, engine.backend.on_host
         self._at_once = ranks.size > 1 and not parts[0].exact and (ranks.sums_on_device or on_host)
 
@@ -191,43 +192,50 @@ class RankSums:
         """Take the next arrays of every part, and sum them over the parts; begin the sum over ranks of large ones."""
         for of_parts in zip(*arrays, strict=True):
             like = of_parts[0]
+            stretch = STRETCH if self._engine.backend.on_host else like.size
             start, self._end = self._end, self._end + like.size
             total = self._flat[start : self._end]
             # In the buffer's dtype already here: with fewer parts per rank, sums are rounded to it more often.
             cast = [each.reshape(-1).astype(total.dtype, copy=False) for each in of_parts]
             terms = [None if part.empty else each for part, each in zip(self._parts, cast, strict=True)]
-            self._engine.in_slices(like.size, partial(_add_up, total, terms))
+            self._engine.in_slices(like.size, partial(_add_up, total, terms, stretch))
             self._summed.append(total.reshape(like.shape))
         if self._at_once and (self._end - self._begun) * self._flat.itemsize >= MESSAGE:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Begin the sum over ranks of what was added since the last one began."""
-        self._waits.append(self._parts[0].ranks.begin_sum(self._flat[self._begun : self._end]))
-        self._begun = self._end
+            self._engine.between(partial(self._begin, slice(self._begun, self._end)))
+            self._begun = self._end
 
     def finished(self) -> "list[Array]":
         """Return the sums over all ranks, as parts of the buffer."""
-        ranks, flat = self._parts[0].ranks, self._flat
-        if self._waits:
-            if self._begun < self._end:
-                self._begin()
-            for wait in self._waits:
-                wait()
-        elif ranks.size > 1:
-            flat[self._end :] = 0
-            exact = self._parts[0].exact
-            host = flat if ranks.sums_on_device and not exact else self._engine.backend.to_host(flat)
-            ranks.sum(host, in_order=exact)
-            if host is not flat:
-                flat[...] = self._engine.backend.asarray(host)
+        if self._begun:
+            self._engine.between(partial(self._end_all, slice(self._begun, self._end)))
+        elif self._parts[0].ranks.size > 1:
+            self._flat[self._end :] = 0
+            self._engine.between(self._sum)
         return self._summed
 
+    def _begin(self, added: slice) -> None:
+        """Begin the sum over ranks of what was added since the last one began."""
+        self._waits.append(self._parts[0].ranks.begin_sum(self._flat[added]))
 
-def _add_up(total: "Array", terms: "Sequence[Array | None]", part: slice) -> None:
-    """Write the sum of some elements of all terms, None being 0, in stretches that fit a core's cache."""
-    for first in range(part.start, part.stop, STRETCH):
-        own = slice(first, min(first + STRETCH, part.stop))
+    def _end_all(self, last: slice) -> None:
+        """Sum what was added last, and wait for what has begun."""
+        if last.start < last.stop:
+            self._begin(last)
+        while self._waits:
+            self._waits.pop(0)()
+
+    def _sum(self) -> None:
+        ranks, flat, exact = self._parts[0].ranks, self._flat, self._parts[0].exact
+        host = flat if ranks.sums_on_device and not exact else self._engine.backend.to_host(flat)
+        ranks.sum(host, in_order=exact)
+        if host is not flat:
+            flat[...] = self._engine.backend.asarray(host)
+
+
+def _add_up(total: "Array", terms: "Sequence[Array | None]", stretch: int, part: slice) -> None:
+    """Write the sum of some elements of all terms, None being 0, so many at a time."""
+    for first in range(part.start, part.stop, stretch):
+        own = slice(first, min(first + stretch, part.stop))
         total[own] = pairwise([total.dtype.type(0) if term is None else term[own] for term in terms])
 
 

@@ -3,9 +3,11 @@
 A graph repeats the launches of the run that it was captured from: the same kernels on the same memory with the same
 numbers. So what differs from step to step must be in memory that is written to before: the images and labels, and
 `arraytp.fast.parallel.Workspace.number`. Kernels, order and results are those of a run without graphs, bit for bit.
+
+A part is one graph, or several with what no graph can do between them: on several ranks each ends where ranks sum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,16 +15,17 @@ from arraytp.backend import Array, first_line
 from arraytp.fast.parallel import Workspace
 
 R = TypeVar("R")
+Launches = list[Callable[[], object]]
 # Graphs of so many sets of arrays; more come only where arrays are at new places in every step.
 MOST = 64
 
 
 @dataclass
 class _Known:
-    """A part that has run with some arrays: how many buffers there were then, its graph, and what it returned."""
+    """A part that has run with some arrays: how many buffers there were then, what does it again, what it returned."""
 
     made: int
-    graph: Any = None
+    launches: Launches | None = None
     returned: Any = None
 
 
@@ -45,9 +48,10 @@ class Graphs:
     def __init__(self, workspace: Workspace, on: bool) -> None:
         self.on, self.refused, self._said = on, dict[str, str](), set[str]()
         self._workspace, self._known = workspace, dict[Any, _Known]()
-        self._capturing = False
+        # Of the part that is being captured.
+        self._launches: Launches | None = None
         if on:
-            workspace.captured = self.run
+            workspace.captured, workspace.between = self.run, self.between
             xp = workspace.backend.xp
             # The legacy stream cannot be captured, and one that waits for it would end a capture.
             self._stream = xp.cuda.Stream(non_blocking=True)
@@ -62,7 +66,7 @@ class Graphs:
         self._said.update(fresh)
         return [f"{part}: not captured as a CUDA graph: {self.refused[part]}" for part in fresh]
 
-    def run(self, part: str, arrays: Sequence[Array], work: Callable[[], R]) -> R:
+    def run(self, part: str, arrays: Sequence[Array], work: Callable[[], R], samples: Hashable = None) -> R:
         """Return what `work` returns: it runs the first time, is captured the second, and launched from then on.
 
         A part of a part that is being captured is captured with it.
@@ -78,10 +82,13 @@ class Graphs:
             Launches kernels and changes nothing on the host but the workspace. A graph returns the same arrays with
             each launch. Where a capture fails the workspace's buffers are dropped, as nothing was computed into them,
             and `work` is called again.
+        samples : hashable, optional
+            Which of the batch `work` computes with, if not all: on several ranks its `arraytp.ranks.Part`. Of others a
+            graph of its own is captured.
         """
-        if self._capturing or not self.takes(part):
+        if self._launches is not None or not self.takes(part):
             return work()
-        key = part, *((array.data.ptr, array.shape) for array in arrays)
+        key = part, samples, *((array.data.ptr, array.shape) for array in arrays)
         known, made = self._known.get(key), self._workspace.made
         if known is None or known.made != made:
             # Of buffers that have grown the former memory is no longer theirs.
@@ -90,27 +97,38 @@ class Graphs:
                 self._known.clear()
             self._known[key] = _Known(self._workspace.made)
             return returned
-        if known.graph is None and not self._capture(part, known, work):
+        launches = known.launches or self._capture(part, known, work)
+        if launches is None:
             del self._known[key]
             self._workspace.forget()
             return work()
-        known.graph.launch()
+        for launch in launches:
+            launch()
         return known.returned  # type: ignore[no-any-return]
 
-    def _capture(self, part: str, known: _Known, work: Callable[[], object]) -> bool:
-        """Capture a part, and tell whether that worked."""
+    def between(self, work: Callable[[], object]) -> None:
+        """Do what no graph can do: in a part that is captured, between what came before and what comes after."""
+        if self._launches is None:
+            work()
+            return
+        self._launches += [self._stream.end_capture().launch, work]
+        self._stream.begin_capture()
+
+    def _capture(self, part: str, known: _Known, work: Callable[[], object]) -> Launches | None:
+        """Capture a part, and return what does it, None if that failed."""
         backend = self._workspace.backend
         with self._stream, backend.xp.cuda.using_allocator(backend.graph_pool(part).malloc):
             self._stream.begin_capture()
-            self._capturing = True
+            self._launches = launches = Launches()
             try:
                 known.returned = work()
             except Exception as error:
                 self.refused[part] = first_line(error)
             finally:
-                self._capturing = False
+                self._launches = None
             try:
-                known.graph = self._stream.end_capture()
+                launches.append(self._stream.end_capture().launch)
             except Exception as error:
                 self.refused.setdefault(part, first_line(error))
-        return part not in self.refused
+        known.launches = None if part in self.refused else launches
+        return known.launches

@@ -105,6 +105,8 @@ class Workspace:
         self._numbers: dict[Hashable, float] = {}
         # (part, arrays, work) → what `work` returns: `arraytp.fast.graphs.Graphs.run`, if there are any graphs.
         self.captured: Callable[[str, Sequence[Array], Callable[[], Any]], Any] = _launched
+        # What no graph can do: `arraytp.fast.graphs.Graphs.between`.
+        self.between: Callable[[Callable[[], object]], object] = _done
         # By the r of a ridge inverse, None for W⁻¹: the n whose weights were near semi-orthogonal ones when last asked.
         self.near: dict[float | None, Mapping[int, bool]] = {}
 
@@ -193,6 +195,10 @@ class Workspace:
 
 def _launched(part: str, arrays: Sequence[Array], work: Callable[[], Any]) -> Any:
     return work()
+
+
+def _done(work: Callable[[], object]) -> None:
+    work()
 
 
 def slices(stop: int, length: int, start: int = 0) -> list[slice]:

@@ -546,6 +546,9 @@ class Engine(Protocol):
     def in_slices(self, count: int, compute: Callable[[slice], None]) -> None:
         """See `Batch.in_slices`."""
 
+    def between(self, work: Callable[[], object]) -> object:
+        """Do what ranks do together, which no graph of a device can (`arraytp.fast.graphs`)."""
+
     def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
         """Fill an array with N(0, σ²) by a key, `arraytp.ops.noise.gaussian` from a first sample on, and return it."""
 

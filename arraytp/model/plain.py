@@ -160,6 +160,10 @@ class Plain:
         """Compute the whole batch at once."""
         compute(slice(0, count))
 
+    def between(self, work: Callable[[], object]) -> None:
+        """Do it: nothing is captured."""
+        work()
+
     def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
         """Draw the whole batch at once."""
         return gaussian(out, sigma, first, *key)

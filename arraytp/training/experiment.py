@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -239,7 +240,7 @@ class Experiment:
             )
             return forward, dlogits, Score(loss, totals, size)
 
-        forward, dlogits, score = self.graphs.run("forward", [images, *self.network.parameters()], work)
+        forward, dlogits, score = self.graphs.run("forward", [images, *self.network.parameters()], work, part)
         return Batch(engine, self.network, forward, dlogits, self.config.seed, part=part), score
 
     def _in_place(self, array: Array) -> Array:
@@ -295,7 +296,7 @@ class Experiment:
         if observe is not None or options is not self.config.rule or not self.graphs.takes("feedback training"):
             return work()
         self.workspace.number("step", number, np.uint64)
-        return self.graphs.run("feedback training", self._arrays(step.batch), work)
+        return self.graphs.run("feedback training", self._arrays(step.batch), work, step.batch.part)
 
     def _arrays(self, batch: Batch) -> list[Array]:
         """Return what a rule reads and writes besides the workspace's buffers: ∂L/∂logits, θ, and its own state."""
@@ -307,17 +308,23 @@ class Experiment:
         On several ranks they are summed, and with them the step's score and whether any rank wants to stop, as `stop`
         tells.
         """
-        if step.batch.part is None:
-            if not self.graphs.takes("updates"):
-                return _updates(step.batch, self._descend)
+        batch, part = step.batch, step.batch.part
+        others: list[list[Array]] = [[] for _ in step.totals]
+        if part is not None:
+            stops = self.workspace.number("stop", float(stop()), np.float64)
+            others = [[totals, stops] for totals in step.totals]
+        if self.graphs.takes("updates"):
             # A graph computes all that its rule asks for but the factors, whatever else was asked for before.
-            arrays = self._arrays(step.batch) + self._inverses(step.batch)
-            return self.graphs.run("updates", arrays, lambda: _updates(step.batch.afresh(), self._descend))
-        stops = array_module(step.score.totals).full(1, float(stop()))
-        arrays = [[totals, stops] for totals in step.totals]
-        updates, (totals, stopping) = _summed_updates(step.batch, self._descend, arrays)
-        step.score.totals[...] = totals
-        self.stop_agreed = bool(stopping[0] > 0)
+            arrays = [*self._arrays(batch), *self._inverses(batch), *chain(*others)]
+            updates, summed = self.graphs.run(
+                "updates", arrays, lambda: _summed_updates(batch.afresh(), self._descend, others), part
+            )
+        else:
+            updates, summed = _summed_updates(batch, self._descend, others)
+        if part is not None:
+            totals, stopping = summed
+            step.score.totals[...] = totals
+            self.stop_agreed = float(stopping[0]) > 0
         return updates
 
     def _inverses(self, batch: Batch) -> list[Array]:
@@ -478,7 +485,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     """Build the experiment of a plan, or one rank's of it; as `build`."""
     config, backend = planned.config, planned.backend
     backend.use_tf32(config.tf32)
-    whole = not (plain or ranks.size > 1 or config.train.exact)
+    whole = not (plain or config.train.exact)
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
     rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
     engine.deal_among(ranks)
@@ -512,8 +519,6 @@ def _arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
 
 def _updates(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:
     """Return the update of every block, block 0 first, of all samples."""
-    if batch.part is None:
-        return list(descend(batch))[::-1]
     return _summed_updates(batch, descend, [[] for _ in batch.every])[0]
 
 
@@ -521,6 +526,8 @@ def _summed_updates(
     batch: Batch, descend: Callable[[Batch], Iterator[Update]], others: Sequence[Sequence[Array]]
 ) -> tuple[Updates, list[Array]]:
     """Return updates, block 0 first, and other arrays of every part, summed over all samples."""
+    if batch.part is None:
+        return list(descend(batch))[::-1], []
     parameters = batch.network.parameters()
     size = sum(array.size for array in [*parameters, *others[0]])
     sums, walks = batch.sums("updates", size, parameters[0].dtype), [descend(each) for each in batch.every]

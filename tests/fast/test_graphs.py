@@ -1,5 +1,7 @@
 """Steps by CUDA graphs against the same steps launch by launch, and when a part is captured at all."""
 
+import threading
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +9,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_ranks import Board, InTurn, on_ranks
 
-from arraytp.backend import NUMPY, get_backend
+from arraytp import ranks as ranks_module
+from arraytp.backend import NUMPY, Backend, get_backend
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
+from arraytp.device_ranks import Nccl
 from arraytp.fast.graphs import MOST, Graphs, _Known
 from arraytp.fast.parallel import Workspace
+from arraytp.ranks import ALONE, Alone, Part, share
 from arraytp.rules import RULES, bp
-from arraytp.training.experiment import build
+from arraytp.training.experiment import build_planned
+from arraytp.training.plan import plan
 
 SGD = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
 ADAM = {"name": "adam", "lr": 1e-3, "weight_decay": 1e-3}
@@ -127,6 +134,40 @@ def test_a_part_of_a_part_is_captured_with_it(captured):
     assert (ran, len(device.launched)) == ([False, True], 2)
 
 
+def test_a_part_is_several_graphs_where_ranks_sum(captured):
+    """The sum is left out of the capture, and done on each launch, after what comes before it."""
+    device, workspace, graphs, work, ran = captured
+
+    def whole():
+        work()
+        workspace.between(lambda: device.launched.append("sum"))
+        return work()
+
+    assert [graphs.run("a", [], whole) for _ in range(3)] == [2, 4, 4]
+    assert (ran, device.launched) == ([False] * 2 + [True] * 2, ["sum"] + [1, "sum", 1] * 2)
+
+
+def test_a_capture_that_fails_behind_a_sum_sums_once(captured):
+    """Other ranks would wait for a second one."""
+    device, workspace, graphs, work, ran = captured
+
+    def whole():
+        workspace.between(lambda: device.launched.append("sum"))
+        return work()
+
+    device.refuses = True
+    assert [graphs.run("a", [], whole) for _ in range(3)] == [1, 3, 4]
+    assert (ran, device.launched) == ([False, True, False, False], ["sum"] * 3)
+
+
+def test_other_samples_of_a_batch_need_a_graph_of_their_own(captured):
+    """As many as another part has, of a batch of another size: means are over that."""
+    *_, graphs, work, ran = captured
+    for size in (5, 4, 5, 4, 5):
+        graphs.run("a", [], work, Part(ALONE, size, 0))
+    assert ran == [False, False, True, True]
+
+
 def test_arrays_elsewhere_and_buffers_that_have_grown_need_a_graph_of_their_own(captured):
     """A graph would go on to write to memory that is no longer the array's."""
     _, workspace, graphs, work, ran = captured
@@ -168,15 +209,16 @@ def test_what_a_failed_capture_made_is_made_anew(captured):
             raise RuntimeError
         return number[0], border.tolist()
 
-    graphs._known[("a",)] = _Known(workspace.made)
+    graphs._known["a", None] = _Known(workspace.made)
     assert graphs.run("a", [], work) == (1.0, [1.0, 1.0])
     assert graphs.refused
 
 
-def experiment(folder, settings, graphs):
+def experiment(folder, settings, graphs, ranks=ALONE):
     """Build an experiment on CuPy."""
     data = {"data": {"dataset": str(folder), "normalize": "none"}, "train": {"epochs": 1, "batch_size": 6}}
-    return build(parse_config({**settings, **data, "cuda_graphs": graphs}).variants[""], get_backend("cupy"))
+    config = parse_config({**settings, **data, "cuda_graphs": graphs}).variants[""]
+    return build_planned(plan(config, get_backend("cupy")), ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +273,89 @@ def test_graphs_change_no_bit(folder, name):
         assert not made.graphs.refused
     for with_graphs, without in zip(*numbers, strict=True):
         np.testing.assert_array_equal(with_graphs, without)
+
+
+class FakeNccl:
+    """CuPy's module: what threads as ranks of one device sum goes through the host, when its stream has come to it."""
+
+    NCCL_FLOAT32, NCCL_FLOAT64, NCCL_SUM, NcclError = np.float32, np.float64, 0, RuntimeError
+
+    def __init__(self):
+        self.board, self.streams = Board(2), set()
+
+    def get_unique_id(self):
+        return 0
+
+    def NcclCommunicator(self, size, identity, rank):
+        cupy, ranks = pytest.importorskip("cupy"), InTurn(self.board, rank)
+
+        def all_reduce(send, receive, count, dtype, operation, stream):
+            cupy.cuda.runtime.streamSynchronize(stream)
+            memory = cupy.cuda.UnownedMemory(send, count * np.dtype(dtype).itemsize, None)
+            array = cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(memory, 0))
+            host = array.get()
+            ranks.sum(host)
+            array.set(host)
+            cupy.cuda.get_current_stream().synchronize()
+            self.streams.add(stream)
+
+        return SimpleNamespace(allReduce=all_reduce)
+
+
+@pytest.fixture
+def pools_of_ranks(monkeypatch):
+    """Let ranks that are threads have memory pools of their own, as processes have."""
+    pools = defaultdict(pytest.importorskip("cupy").cuda.MemoryPool)
+    monkeypatch.setattr(Backend, "graph_pool", lambda self, part: pools[part, threading.get_ident()])
+
+
+# Of 5 and of 4 images the first rank has 2, of 1 it has none.
+SIZES = [5] * 4 + [4] * 4 + [1] * 4 + [5] * 3
+
+
+def of_rank(folder, name, graphs, ranks):
+    """Return what a rank comes to, and what was not captured."""
+    made, numbers = experiment(folder, {**STEPS[name], "dtype": "float64"}, graphs, ranks), []
+    for step, (images, labels) in enumerate(batches(SIZES, "float64")):
+        own, size = slice(*share(len(images), ranks.rank, ranks.size)), len(images)
+        numbers.append(made.step(images[own], labels[own], size=size).totals)
+        if step == 3:
+            numbers.append(made.score(images[own], labels[own], size).totals)
+        if step == 13:
+            made.network.weights[1] = made.network.weights[1] / 2
+    numbers += [*made.network.parameters(), *made.rule_state.named().values()]
+    return [array.get() for array in numbers], made.graphs.refused, made.graphs._known
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("pools_of_ranks")
+@pytest.mark.parametrize(
+    ("name", "sums"),
+    [
+        *((name, "host") for name in STEPS),
+        *((name, sums) for name in ("bp", "ldrl", "ldrl, expected", "gait-prop") for sums in ("nccl", "nccl, early")),
+    ],
+)
+def test_graphs_of_ranks_change_no_bit(folder, name, sums, monkeypatch):
+    """Also with other parts of as many samples, of none, and with sums that are begun before a part has ended."""
+    monkeypatch.setattr(ranks_module, "MESSAGE", 1 if sums == "nccl, early" else 1 << 40)
+
+    def work(ranks, graphs, nccl):
+        by = ranks if sums == "host" else Nccl(ranks, get_backend("cupy"), nccl)
+        return of_rank(folder, name, graphs, by)
+
+    found = []
+    for graphs in (True, False):
+        nccl = FakeNccl()
+        found.append(on_ranks(2, lambda ranks, graphs=graphs, nccl=nccl: work(ranks, graphs, nccl), in_turn=True))
+        assert len(nccl.streams) == {"host": 0, "nccl": 1, "nccl, early": 2}[sums]
+    wanted, *_ = of_rank(folder, name, False, ALONE)
+    for (with_graphs, refused, captured), (without, _, none) in zip(*found, strict=True):
+        assert (refused, none) == ({}, {})
+        assert any(known.launches for known in captured.values())
+        for mine, theirs, one in zip(with_graphs, without, wanted, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+            np.testing.assert_allclose(theirs, one, rtol=1e-6, atol=1e-6 * np.abs(one).max())
 
 
 @pytest.mark.gpu
@@ -390,8 +515,26 @@ COUNTED = {
     ],
     "gait-prop, difference, fc-deep": [{**DEEP, "rule": {"name": "gait-prop", "form": "difference"}}],
     "gait-prop, literal, fc-deep": [{**DEEP, "rule": {"name": "gait-prop"}, "dtype": "float64"}],
+    **{
+        f"{name}, two ranks{by}": [small(rule, **options)]
+        for name, rule, options in (
+            ("bp", "bp", {}),
+            ("ldrl", "ldrl", FEEDBACK),
+            ("ldrl, `expected`", "ldrl", {"expected": True, **FEEDBACK}),
+        )
+        for by in ("", " by NCCL")
+    },
 }
 LAUNCHED = ("kernels", "blas", "solver", "memset", "copies")
+
+
+class OneOfTwo(Alone):
+    """A rank of two, without the other."""
+
+    size = 2
+
+    def __init__(self, sums_on_device):
+        self.sums_on_device = sums_on_device
 
 
 def documented():
@@ -414,12 +557,13 @@ def test_launches_and_waits_of_a_step_are_those_documented(folder, row):
     cpu_cuda = pytest.importorskip("cpu_cuda", reason="counts launches")
     without, (captured,), (others,), (waits,) = documented()[row]
     limits = without if len(without) > 1 else without * len(COUNTED[row])
+    ranks = OneOfTwo("NCCL" in row) if "two ranks" in row else ALONE
     for launches, settings in zip(limits, COUNTED[row], strict=True):
         for graphs in (False, True):
-            made = experiment(folder, settings, graphs)
+            made = experiment(folder, settings, graphs, ranks)
             for images, labels in batches([8] * (7 if graphs else 2), made.config.dtype):
                 cpu_cuda.counts()
-                made.step(images, labels)
+                made.step(images, labels, size=8 * ranks.size)
                 counted = cpu_cuda.summary()
             found = sum(counted.get(kind, 0) for kind in LAUNCHED)
             assert counted.get("waits", 0) <= waits

@@ -228,6 +228,12 @@ MUTATIONS = [
         ("zip(parts[::2], parts[1::2], strict=True)", "zip(parts[: len(parts) // 2], parts[len(parts) // 2 :])"),
         ("        self._begun = self._end\n", ""),
     ),
+    *_in(
+        "fast/graphs.py",
+        "fast/test_graphs.py",
+        ("key = part, samples, *", "key = part, *"),
+        ("[self._stream.end_capture().launch, work]", "[work, self._stream.end_capture().launch]"),
+    ),
     *_in("fast/dealing.py", "training/test_ranks.py", ("workspace.ranks.broadcast(numbers)", "numbers")),
     *_in("fast/inverse.py", "training/test_ranks.py", ("if len(at.batch.every) == 1:", "if True:")),
     *_in("commands/together.py", "training/test_ranks.py", ("        ranks.gather(None)\n", "")),

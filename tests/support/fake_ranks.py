@@ -18,8 +18,8 @@ class Board:
     """Where the ranks lay down their values for each other."""
 
     def __init__(self, size: int) -> None:
-        self.barrier, self.values = threading.Barrier(size, timeout=10), [None] * size
-        self.end, self.problems = threading.Barrier(size, self.barrier.reset, timeout=10), [None] * size
+        self.barrier, self.values = threading.Barrier(size, timeout=60), [None] * size
+        self.end, self.problems = threading.Barrier(size, self.barrier.reset, timeout=60), [None] * size
 
 
 class Rank:
@@ -69,13 +69,29 @@ class Rank:
         return pickle.loads(pickle.dumps(self.gather(value)[0]))
 
 
-def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
+class InTurn(Rank):
+    """A rank that computes while all others wait for it, as what one process has but once asks for: a GPU's handles."""
+
+    turn = threading.Lock()
+
+    def gather(self, value: Any) -> list[Any]:
+        self.turn.release()
+        try:
+            return super().gather(value)
+        finally:
+            self.turn.acquire()
+
+
+def on_ranks(size: int, work: Callable[[Rank], Any], in_turn: bool = False) -> list[Any]:
     """Let every rank do the work in a thread of its own; return the results, or raise the first error."""
     board = Board(size)
 
     def one(rank: int) -> Any:
         try:
-            return work(Rank(board, rank))
+            if not in_turn:
+                return work(Rank(board, rank))
+            with InTurn.turn:
+                return work(InTurn(board, rank))
         except BaseException:
             board.barrier.abort()
             board.end.abort()
