@@ -15,7 +15,7 @@ import click
 
 from arraytp import __version__
 from arraytp.errors import Interrupted, NonFiniteError, RunError, UserError, UserErrors, one_line
-from arraytp.ranks import end_all, failed_alone, launched, speaks
+from arraytp.launcher import end_all, failed_alone, launched, speaks
 from arraytp.signals import ended_by_signals, held_back, sent_again_when_swallowed
 
 COMMANDS = {

@@ -17,8 +17,9 @@ from arraytp.commands.together import check_ranks, failing_together
 from arraytp.config import load_config
 from arraytp.data.loader import Batches
 from arraytp.errors import UserError
+from arraytp.launcher import world
 from arraytp.model.blocks import block_flops
-from arraytp.ranks import ALONE, Ranks, agreed, world
+from arraytp.ranks import ALONE, Ranks, agreed
 from arraytp.rules.feedback import only_block
 from arraytp.training.experiment import Experiment, Step, build_planned
 from arraytp.training.plan import Plan, plan_variant

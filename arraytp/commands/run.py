@@ -19,7 +19,9 @@ from arraytp.config.document import encodable
 from arraytp.device_ranks import connected
 from arraytp.errors import Interrupted, NonFiniteError, RunError, UserError, one_line
 from arraytp.files import write_file
-from arraytp.ranks import Mpi, Ranks, agreed, launched, world
+from arraytp.launcher import launched, world
+from arraytp.mpi_ranks import Mpi
+from arraytp.ranks import Ranks, agreed
 from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.figures import LAST_FIGURE
 from arraytp.report.seeds import seeds_table

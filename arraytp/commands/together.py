@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 from arraytp.config.difference import first_difference
 from arraytp.errors import FailedElsewhereError, NonFiniteError, RunError, UserError, UserErrors
-from arraytp.ranks import ALONE, PARTS, Mpi, Ranks
+from arraytp.mpi_ranks import Mpi
+from arraytp.ranks import ALONE, PARTS, Ranks
 from arraytp.training.plan import Plan
 
 

@@ -29,6 +29,7 @@ from arraytp.fast.factors import begin
 from arraytp.fast.graphs import Graphs
 from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_at
 from arraytp.fast.parallel import Workspace
+from arraytp.launcher import threads_of
 from arraytp.model.blocks import Network
 from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
@@ -36,7 +37,7 @@ from arraytp.model.plain import Plain
 from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import loss_and_score
 from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
-from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of, threads_of
+from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
 from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance

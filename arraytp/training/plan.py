@@ -13,9 +13,9 @@ from arraytp.data.division import Division
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 from arraytp.fast.orthogonality import regularised
+from arraytp.launcher import local_rank
 from arraytp.model.architectures import plan_network
 from arraytp.model.blocks import Block, show_shape
-from arraytp.ranks import local_rank
 from arraytp.rules import RULES, gnt
 
 TEST_SPLITS = ("test", "val")

@@ -17,7 +17,8 @@ from pathlib import Path
 from mpi4py import MPI
 
 from arraytp.config import load_one
-from arraytp.ranks import ALONE, Mpi
+from arraytp.mpi_ranks import Mpi
+from arraytp.ranks import ALONE
 from arraytp.training.experiment import build_planned
 from arraytp.training.plan import plan
 

@@ -5,20 +5,21 @@ import sys
 
 import pytest
 
-from arraytp import ranks
+from arraytp import launcher
 from arraytp.cli import COMMANDS, main
 from arraytp.errors import UserError
 
-VARIABLES = [name for pair in ranks.LAUNCHERS for name in pair] + [*ranks.LOCAL_RANKS, "SLURM_JOB_ID", "SLURM_STEP_ID"]
+VARIABLES = [name for pair in launcher.LAUNCHERS for name in pair]
+VARIABLES += [*launcher.LOCAL_RANKS, "SLURM_JOB_ID", "SLURM_STEP_ID"]
 
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    ranks.world.cache_clear()
+    launcher.world.cache_clear()
     yield
-    ranks.world.cache_clear()
+    launcher.world.cache_clear()
 
 
 def set_all(monkeypatch, text):
@@ -41,7 +42,7 @@ def set_all(monkeypatch, text):
 )
 def test_the_launcher_says_how_many_there_are(monkeypatch, text, wanted):
     set_all(monkeypatch, text)
-    assert ranks.launched() == wanted
+    assert launcher.launched() == wanted
 
 
 @pytest.mark.parametrize(
@@ -57,32 +58,32 @@ def test_the_launcher_says_how_many_there_are(monkeypatch, text, wanted):
 def test_the_launcher_says_which_process_of_the_host_this_is(monkeypatch, text, wanted):
     """The ranks of a host take its devices in turn."""
     set_all(monkeypatch, text)
-    assert ranks.local_rank() == wanted
+    assert launcher.local_rank() == wanted
 
 
 @pytest.mark.parametrize(("sharing", "asked", "wanted"), [(2, "", 4), (16, "", 1), (1, "", None), (2, "3", None)])
 def test_a_rank_uses_its_share_of_the_cores_whatever_run_it_is_of(monkeypatch, sharing, asked, wanted):
     """Groups of one rank would otherwise each take all of them."""
-    everyone = object.__new__(ranks.Mpi)
+    everyone = object.__new__(launcher.Mpi)
     everyone.sharing = sharing
-    monkeypatch.setattr(ranks, "_known_world", lambda: everyone)
-    monkeypatch.setattr(ranks.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(launcher, "_known_world", lambda: everyone)
+    monkeypatch.setattr(launcher.os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert ranks.threads_of(ranks.ALONE) == wanted
+    assert launcher.threads_of(launcher.ALONE) == wanted
 
 
 def test_launched_without_mpi4py_says_what_to_install(monkeypatch):
     set_all(monkeypatch, "PMI_SIZE=2 PMI_RANK=0")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(UserError, match=r"2 processes were launched \(PMI_SIZE\), .* install arraytp\[mpi\]"):
-        ranks.world()
+        launcher.world()
 
 
 def test_only_the_first_of_the_processes_speaks(monkeypatch):
     """The same line would come as often as there are ranks."""
     for rank, speaks in ((0, True), (1, False)):
         set_all(monkeypatch, f"PMI_SIZE=2 PMI_RANK={rank}")
-        assert ranks.speaks() is speaks
+        assert launcher.speaks() is speaks
 
 
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - {"run", "bench"}))
@@ -97,8 +98,6 @@ def test_a_command_for_one_process_is_refused_to_several_in_one_line(monkeypatch
 
 
 def test_without_a_launcher_nothing_of_mpi_is_imported():
-    code = (
-        "import sys; from arraytp import cli; from arraytp.ranks import world; world(); print('mpi4py' in sys.modules)"
-    )
+    code = "import sys; from arraytp import cli, launcher; launcher.world(); print('mpi4py' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,0 +1,109 @@
+"""The processes that a launcher (mpiexec, srun) has started. Without one nothing of MPI is imported."""
+
+import functools
+import importlib
+import os
+import sys
+import warnings
+from typing import Any
+
+from arraytp.errors import UserError
+from arraytp.mpi_ranks import Mpi
+from arraytp.ranks import ALONE, Ranks
+
+# By launcher: the variables that hold the number of processes, and which one this is.
+LAUNCHERS = (
+    ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+)
+LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
+
+def launched() -> tuple[int, int]:
+    """Return the number of processes that the launcher reports, and the number of this one; 1 and 0 without a launcher.
+
+    A batch script or shell of Slurm is no process of a step, although the number of the job's tasks is set there.
+    """
+    for size, rank in LAUNCHERS:
+        if size == "SLURM_NTASKS" and "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
+            continue
+        if os.environ.get(size, "").isdecimal():
+            place = os.environ.get(rank, "")
+            return int(os.environ[size]), int(place) if place.isdecimal() else 0
+    return 1, 0
+
+
+def local_rank() -> int:
+    """Return this process's number among those on this host, as the launcher reports it; 0 without a launcher."""
+    given = (os.environ.get(name, "") for name in LOCAL_RANKS) if launched()[0] > 1 else ()
+    return next((int(value) for value in given if value.isdecimal()), 0)
+
+
+@functools.cache
+def world() -> Ranks:
+    """Return all processes that the launcher has started; imports MPI if they are several.
+
+    UserError if mpi4py is missing, or the processes do not see each other.
+    """
+    size, _ = launched()
+    if size == 1:
+        return ALONE
+    (says, *_) = (name for name, _ in LAUNCHERS if os.environ.get(name) == str(size))
+    try:
+        with warnings.catch_warnings():
+            # Of a launcher of another MPI, in seven lines of each process.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            mpi: Any = importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{size} processes were launched ({says}), but mpi4py cannot be imported ({error}); install arraytp[mpi] "
+            "for this machine's MPI, or arraytp[mpi,mpich] where it has none"
+        ) from error
+    if mpi.COMM_WORLD.size == 1:
+        library = " ".join(mpi.Get_library_version().split("\n")[0].split())
+        raise UserError(
+            f"{size} processes were launched ({says}), but each sees only itself and would write into one folder: "
+            f"mpi4py speaks {library}, another MPI than the launcher's; use the mpiexec that belongs to it or another "
+            "srun --mpi, or build mpi4py with the launcher's MPI"
+        )
+    return Mpi(mpi, mpi.COMM_WORLD)
+
+
+@functools.cache
+def failed_alone() -> bool:
+    """Tell, to a process that ends by an error, whether others of its world do not; all of them must be ended then."""
+    ranks = _known_world()
+    return isinstance(ranks, Mpi) and not ranks.all_end()
+
+
+def speaks() -> bool:
+    """Tell a process that ends by an error whether it is the one to say so: the first, or one that fails alone."""
+    return launched()[1] == 0 or failed_alone()
+
+
+def end_all(status: int) -> None:
+    """End the other processes if this one fails alone: they would wait for it."""
+    ranks = _known_world()
+    if isinstance(ranks, Mpi) and failed_alone():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ranks.abort(status)
+
+
+def _known_world() -> Ranks:
+    """Return the world if this process has met it."""
+    return world() if world.cache_info().currsize else ALONE
+
+
+def threads_of(ranks: Ranks) -> int | None:
+    """Return how many threads a rank should use: its share of the cores that it and others of its host may use.
+
+    None for one process, and where OMP_NUM_THREADS says it. Ranks of other runs take their share, too.
+    """
+    everyone = _known_world()
+    sharing = everyone.sharing if isinstance(everyone, Mpi) else ranks.size
+    if sharing == 1 or os.environ.get("OMP_NUM_THREADS"):
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
