@@ -116,23 +116,42 @@ def share(count: int, rank: int, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a global batch of `size` samples that is computed alone: a rank's, or in exact mode one of `PARTS`."""
+    """A part of a global batch of `size` samples that is computed alone: a rank's, or in exact mode one of `PARTS`.
+
+    `together` in exact mode: those of `PARTS` that are the rank's, computed at once to the bits of each alone.
+    """
 
     ranks: Ranks
     size: int
     number: int
     exact: bool = False
+    together: bool = False
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        return share(self.size, self.number, PARTS if self.exact and not self.together else self.ranks.size)
 
     @property
     def first(self) -> int:
         """The place of the part's first sample in the global batch."""
-        return share(self.size, self.number, PARTS if self.exact else self.ranks.size)[0]
+        return self._bounds[0]
 
     @property
     def count(self) -> int:
         """The samples of the part."""
-        first, end = share(self.size, self.number, PARTS if self.exact else self.ranks.size)
+        first, end = self._bounds
         return end - first
+
+    @property
+    def rows(self) -> list[slice]:
+        """Which of the samples each of the parts has that are computed `together`."""
+        if self.empty:
+            return [slice(0, 1)]
+        each = [share(self.size, number, PARTS) for number in range(PARTS) if self._has(number)]
+        return [slice(first - self.first, end - self.first) for first, end in each]
+
+    def _has(self, number: int) -> bool:
+        return number * self.ranks.size // PARTS == self.number
 
     @property
     def empty(self) -> bool:
@@ -140,10 +159,10 @@ class Part:
         return self.count == 0
 
 
-def parts_of(ranks: Ranks, size: int, exact: bool) -> list[Part]:
+def parts_of(ranks: Ranks, size: int, exact: bool, together: bool = False) -> list[Part]:
     """Return the parts of a global batch of `size` samples that this rank computes."""
-    count = PARTS // ranks.size if exact else 1
-    return [Part(ranks, size, ranks.rank * count + number, exact) for number in range(count)]
+    count = PARTS // ranks.size if exact and not together else 1
+    return [Part(ranks, size, ranks.rank * count + number, exact, together) for number in range(count)]
 
 
 class RankSums:
@@ -168,6 +187,9 @@ class RankSums:
             stretch = STRETCH if self._engine.backend.on_host else like.size
             start, self._end = self._end, self._end + like.size
             total = self._flat[start : self._end]
+            if self._parts[0].together and self._parts[0].ranks.size == 1 and like.dtype == total.dtype:
+                self._summed.append(like)
+                continue
             # In the buffer's dtype already here: with fewer parts per rank, sums are rounded to it more often.
             cast = [each.reshape(-1).astype(total.dtype, copy=False) for each in of_parts]
             terms = [None if part.empty else each for part, each in zip(self._parts, cast, strict=True)]

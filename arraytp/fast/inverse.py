@@ -12,7 +12,7 @@ from arraytp.backend import Array, array_module, matrix_product
 from arraytp.fast.dealing import piece, run_dealt
 from arraytp.fast.modules import transposed
 from arraytp.fast.parallel import Workspace, even_slices
-from arraytp.fast.passes import pool_adjoint, product, scaled
+from arraytp.fast.passes import pool_adjoint, product, row_product_tasks, scaled
 from arraytp.model.blocks import Block
 from arraytp.model.passes import At, Gradients
 from arraytp.ops.excess import is_tall
@@ -38,7 +38,7 @@ def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
     """Return the input with which the block's output would be y: `At.inverse`."""
     block, x, order = at.block, at.s, len(factors.matrix)
     out = workspace.of((OWNER, at.batch.results, at.n)).array("x", x.shape, x.dtype)
-    formed = y.size // order > order
+    formed = y.size // len(x) * _count(at) > order**2
     matrix = _for_all_parts(at, "W⁻¹", lambda: first_rows(workspace, factors, order)) if formed else None
     others, f_inverse = _other_windows(workspace, block, x), block.activation.inverse
     assert f_inverse is not None
@@ -54,7 +54,7 @@ def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
 
     count = SLICES if workspace.backend.on_host else 1
     parts = _row_slices(workspace, len(x)) if block.window is None else even_slices(len(x), count)
-    workspace.run([partial(samples, part) for part in parts])
+    workspace.run([partial(samples, part) for part in _alone(workspace) or parts])
     return out
 
 
@@ -66,7 +66,7 @@ def backward_through_inverse(
     Auxiliary units have ds = 0, so that only the rows of W⁻¹ count that belong to units that are handed on.
     """
     block, x, units = at.block, at.s, at.block.next_shape[-1]
-    if block.window is not None or len(x) >= units:
+    if block.window is not None or _count(at) >= units:
 
         def through() -> Array:
             rows = first_rows(workspace, factors, units, block.window is not None)
@@ -121,7 +121,13 @@ def _for_all_parts(at: At, name: str, form: Callable[[], Array]) -> Array:
 
 def is_formed(at: At, inverse: PseudoInverse) -> bool:
     """Tell whether W⁺ is formed: for convolutions, and for as many samples as W⁺ has rows to be solved for."""
-    return at.block.window is not None or len(at.s) >= max(inverse.matrix.shape)
+    return at.block.window is not None or _count(at) >= max(inverse.matrix.shape)
+
+
+def _count(at: At) -> int:
+    """Return by how many samples to choose: those of the pass, or all ranks' where parts are computed together."""
+    part = at.batch.part
+    return len(at.batch) if part is not None and part.together else len(at.s)
 
 
 def _solved(workspace: Workspace, at: At, dz: Array, inverse: PseudoInverse) -> Array:
@@ -134,7 +140,10 @@ def _solved(workspace: Workspace, at: At, dz: Array, inverse: PseudoInverse) -> 
 
     if is_tall(matrix):
         _solve_rows(workspace, solve, dz)
-    product(workspace, dz, matrix.T, dx)
+    if workspace.part_rows:
+        workspace.run(row_product_tasks(workspace.part_rows, dz, matrix.T, dx))
+    else:
+        product(workspace, dz, matrix.T, dx)
     if not is_tall(matrix):
         _solve_rows(workspace, solve, dx)
     return dx.reshape(x.shape)
@@ -196,7 +205,12 @@ def _solve_rows(workspace: Workspace, solve: Callable[[Array], Array], rows: Arr
         if (after := solve(before)) is not before:
             before[...] = after
 
-    workspace.run([partial(task, part) for part in _row_slices(workspace, len(rows))])
+    workspace.run([partial(task, part) for part in _alone(workspace) or _row_slices(workspace, len(rows))])
+
+
+def _alone(workspace: Workspace) -> list[slice]:
+    """Return the rows of each part of a batch that are computed at once, if there are such, without parts of none."""
+    return [rows for rows in workspace.part_rows if rows.start < rows.stop]
 
 
 def _row_slices(workspace: Workspace, count: int) -> list[slice]:

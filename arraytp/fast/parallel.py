@@ -98,6 +98,8 @@ class Workspace:
         self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
         self.shared, self._thread, self._scratch = Buffers(backend), threading.local(), list[Buffers]()
         self.most_lanes = LANES
+        # The rows of each part of a batch that are computed at once (`arraytp.ranks.Part.rows`), if there are such.
+        self.part_rows: Sequence[slice] = ()
         self.ranks: Ranks = ALONE
         self.rank_threads = self.threads
         # An owner's buffers that all threads share: for results, not for a task's scratch.

@@ -22,7 +22,7 @@ import numpy as np
 
 from arraytp.backend import Array, array_module
 from arraytp.fast.parallel import LANES, Buffers, Task, Workspace, even_slices, slices, tiles
-from arraytp.fast.products import Patches, matmul, pass_slices, split_products
+from arraytp.fast.products import Patches, matmul, pass_slices, rows_times, split_products, summed_in_pairs
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients
 from arraytp.ops.conv import as_matrix
@@ -70,7 +70,7 @@ def forward(workspace: Workspace, network: Network, x: Array, name: str = "forwa
 def _dense_forward(workspace: Workspace, block: Block, weight: Array, bias: Array, x: Array, out: Array) -> None:
     def columns(part: slice) -> None:
         z = out[:, part]
-        matmul(x, weight[:, part], z)
+        rows_times(workspace.part_rows, x, weight[:, part], z)
         z += bias[part]
         block.activation(z, out=z)
 
@@ -124,6 +124,9 @@ def _dense_backward(
     workspace: Workspace, x: Array, dz: Array, through: Array | None, out: tuple[Array, Array, Array | None]
 ) -> None:
     dweight, dbias, dx = out
+    if workspace.part_rows:
+        _backward_of_parts(workspace, x, dz, through, out)
+        return
     tasks: list[Task] = [*_product_tasks(x.T, dz, dweight), partial(dz.sum, axis=0, out=dbias)]
     if through is not None and dx is not None:
         if workspace.most_lanes == 1:
@@ -131,6 +134,33 @@ def _dense_backward(
         else:
             tasks = _product_tasks(dz, through.T, dx.reshape(x.shape)) + tasks
     workspace.run(tasks)
+
+
+def _backward_of_parts(
+    workspace: Workspace, x: Array, dz: Array, through: Array | None, out: tuple[Array, Array, Array | None]
+) -> None:
+    """Do the same for parts of a batch: gradients as sums of those of each, in pairs."""
+    dweight, dbias, dx = out
+    rows = workspace.part_rows
+
+    def weight(tile: slice) -> None:
+        def product(part: slice, term: Array) -> None:
+            matmul(x[part, tile].T, dz[part], term)
+
+        summed_in_pairs(rows, product, dweight[tile], workspace.scratch)
+
+    def bias() -> None:
+        summed_in_pairs(rows, lambda part, term: dz[part].sum(axis=0, out=term), dbias, workspace.scratch)
+
+    tasks: list[Task] = [*(partial(weight, tile) for tile in tiles(len(dweight))), bias]
+    if through is not None and dx is not None:
+        tasks += row_product_tasks(rows, dz, through.T, out=dx.reshape(x.shape))
+    workspace.run(tasks)
+
+
+def row_product_tasks(rows: Sequence[slice], a: Array, b: Array, out: Array) -> list[Task]:
+    """Cut the columns of a product whose rows are those of parts of a batch."""
+    return [partial(rows_times, rows, a, b[:, tile], out[:, tile]) for tile in tiles(b.shape[1])]
 
 
 def _product_of_few(workspace: Workspace, dz: Array, through: Array, dx: Array) -> None:

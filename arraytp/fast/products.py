@@ -10,6 +10,8 @@ arrays k times as large as an image where patches are k² times.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -26,6 +28,9 @@ PATCH_BYTES, SPLIT_BYTES, GROUP_BYTES = 2 << 20, 4 << 20, 2 << 20
 ITERATION_BYTES = 8 << 20
 DEVICE_BYTES = 1 << 29
 GEMM_ROWS = 512
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides."""
 
 
 class Patches:
@@ -186,6 +191,55 @@ def iteration_slice(products: Products, batch: int, itemsize: int, on_host: bool
         return batch
     limit = ITERATION_BYTES if on_host else DEVICE_BYTES
     return max(1, min(batch, limit // (products.sample_rows * products.row_width * itemsize)))
+
+
+def rows_times(rows: Sequence[slice], a: Array, b: Array, out: Array) -> None:
+    """Write a b to `out`, to the bits of products of these rows of a alone: at once, where BLAS gives those bits."""
+    lengths = tuple(each.stop - each.start for each in rows)
+    layouts = tuple((each.shape, each.strides) for each in (a, b, out))
+    if len(rows) < 2 or rows_are_as_alone(lengths, layouts, a.dtype):
+        matmul(a, b, out)
+        return
+    for each in rows:
+        matmul(a[each], b, out[each])
+
+
+@cache
+def rows_are_as_alone(lengths: tuple[int, ...], layouts: tuple[Layout, ...], dtype: np.dtype) -> bool:
+    """Tell whether a product of so many rows has the bits of products of some of them, tried on random numbers.
+
+    In which order BLAS adds depends on shapes and strides, of a, b and the result, not on numbers.
+    """
+    generator = np.random.default_rng(0)
+    a, b, together, alone = (_laid_out(generator, *layout, dtype) for layout in (*layouts, layouts[-1]))
+    np.matmul(a, b, out=together)
+    ends = np.cumsum(lengths)
+    for length, end in zip(lengths, ends, strict=True):
+        np.matmul(a[end - length : end], b, out=alone[end - length : end])
+    return np.array_equal(together, alone)
+
+
+def _laid_out(
+    generator: np.random.Generator, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype
+) -> Array:
+    """Return random numbers in an array of these strides."""
+    last = sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
+    flat = generator.standard_normal(last // dtype.itemsize + 1).astype(dtype)
+    return np.lib.stride_tricks.as_strided(flat, shape, strides)
+
+
+def summed_in_pairs(rows: Sequence[slice], write: Callable[[slice, Array], None], out: Array, scratch: Buffers) -> None:
+    """Write the sum, in the order of `arraytp.ranks.pairwise`, of what `write` writes of each of these rows."""
+    if len(rows) == 1:
+        write(rows[0], out)
+        return
+    terms = scratch.of(OWNER).array("terms", (len(rows), *out.shape), out.dtype)
+    for each, term in zip(rows, terms, strict=True):
+        write(each, term)
+    while len(terms) > 2:
+        np.add(terms[::2], terms[1::2], out=terms[::2])
+        terms = terms[::2]
+    np.add(terms[0], terms[1], out=out)
 
 
 def matmul(a: Array, b: Array, out: Array) -> None:

@@ -35,4 +35,4 @@ def flops(options: Options, network: Network) -> int:
     return backward_flops(network.blocks)
 
 
-RULE = Rule(options=Options, updates=updates, flops=flops)
+RULE = Rule(options=Options, updates=updates, flops=flops, by_samples=True)

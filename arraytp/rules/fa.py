@@ -55,4 +55,6 @@ def flops(options: Options, network: Network) -> int:
     return backward_flops(network.blocks)
 
 
-RULE: Rule[Any] = Rule(options=Options, init_state=init_state, updates=updates, pairs=module_pairs, flops=flops)
+RULE: Rule[Any] = Rule(
+    options=Options, init_state=init_state, updates=updates, pairs=module_pairs, flops=flops, by_samples=True
+)

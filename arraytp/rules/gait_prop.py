@@ -228,4 +228,6 @@ def flops(options: Options, network: Network) -> int:
     return gradients + sum(map(carried, network.blocks[1:]))
 
 
-RULE = Rule(options=Options, updates=updates, targets=targets, flops=flops, check=check, inverses=inverses)
+RULE = Rule(
+    options=Options, updates=updates, targets=targets, flops=flops, check=check, inverses=inverses, by_samples=True
+)

@@ -222,6 +222,9 @@ class Rule(Generic[O]):
         What the rule puts in place of the transposed weights of every block but the first; raises IllConditionedError.
     factors : as `inverses`, optional
         What a rule factorises of the weights without putting it in their place.
+    by_samples : bool
+        Whether a sample's numbers do not depend on others, and what is yielded is summed over samples by `At.backward`
+        alone. Exact mode then computes parts of a batch at once.
     checks : tuple of Check
         What the audit is to check besides.
     """
@@ -242,6 +245,7 @@ class Rule(Generic[O]):
     compared: Callable[[O], O] = lambda options: options
     inverses: Callable[[O, Batch], Mapping[int, Factors | PseudoInverse]] | None = None
     factors: Callable[[O, Batch], Mapping[int, Factors | PseudoInverse]] | None = None
+    by_samples: bool = False
     checks: tuple[Check, ...] = ()
 
     @property

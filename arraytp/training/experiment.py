@@ -37,7 +37,7 @@ from arraytp.model.plain import Plain
 from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import loss_and_score
 from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
-from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of
+from arraytp.ranks import ALONE, PARTS, Part, Ranks, pairwise, parts_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
 from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance
@@ -147,6 +147,8 @@ class Experiment:
         On how many batches feedback was trained; noise is keyed by it.
     ranks : Ranks
         The processes that share every batch; the loaders give this one's part.
+    together : bool
+        Whether exact mode computes all of a rank's parts at once, to the bits of each alone.
     stop_agreed : bool
         Whether any of them wanted to stop when they last summed.
     """
@@ -164,6 +166,7 @@ class Experiment:
     graphs: Graphs
     feedback_step: int = 0
     ranks: Ranks = ALONE
+    together: bool = False
     stop_agreed: bool = False
 
     @property
@@ -224,25 +227,41 @@ class Experiment:
             _check_labels(labels, len(self.plan.dataset.classes))
         parts = zip(self.engines, self._parts(images, labels, size), strict=True)
         passes = side_by_side(self.engine, [partial(self._pass, engine, *part) for engine, part in parts])
-        batches, scores = [batch for batch, _ in passes], [score for _, score in passes]
+        batches, scores = [batch for batch, _ in passes], [score for _, scores in passes for score in scores]
         if begun:
             batches[0] = replace(batches[0], begun=begun)
         return Step(parts_of_batch(batches), _together(scores), [score.totals for score in scores])
 
-    def _pass(self, engine: Engine, part: Part | None, images: Array, labels: Array) -> tuple[Batch, Score]:
-        """Run the network on a part of a batch."""
-        settings, images, labels = self.config.loss, self._in_place(images), self._in_place(labels)
+    def _pass(self, engine: Engine, part: Part | None, images: Array, labels: Array) -> tuple[Batch, list[Score]]:
+        """Run the network on a part of a batch, or several together; return the score of each."""
+        images, labels = self._in_place(images), self._in_place(labels)
         share, size = (1.0, len(labels)) if part is None else (part.count / part.size, part.size)
 
-        def work() -> tuple[ForwardPass, Array, Score]:
+        def work() -> tuple[ForwardPass, Array, list[Score]]:
             forward = engine.forward(self.network, images)
-            loss, dlogits, totals = loss_and_score(
-                settings.name, forward.logits, labels, settings.reduction, settings.label_smoothing, share, size
-            )
-            return forward, dlogits, Score(loss, totals, size)
+            if not self.together:
+                dlogits, score = self._score(forward.logits, labels, share, size)
+                return forward, dlogits, [score]
+            scored = [
+                self._score(forward.logits[each], labels[each], (each.stop - each.start) / size, size)
+                for each in self.workspace.part_rows
+            ]
+            return forward, np.concatenate([dlogits for dlogits, _ in scored]), [score for _, score in scored]
 
-        forward, dlogits, score = self.graphs.run("forward", [images, *self.network.parameters()], work, part)
-        return Batch(engine, self.network, forward, dlogits, self.config.seed, part=part), score
+        if part is not None and self.together:
+            self.workspace.part_rows = part.rows
+        forward, dlogits, scores = self.graphs.run("forward", [images, *self.network.parameters()], work, part)
+        return Batch(engine, self.network, forward, dlogits, self.config.seed, part=part), scores
+
+    def _score(self, logits: Array, labels: Array, share: float, size: int) -> tuple[Array, Score]:
+        """Return ∂L/∂logits and the score of samples that are a share of a batch of `size`."""
+        settings = self.config.loss
+        if not len(labels):
+            return logits, Score(logits.sum(), np.zeros(3), size)
+        loss, dlogits, totals = loss_and_score(
+            settings.name, logits, labels, settings.reduction, settings.label_smoothing, share, size
+        )
+        return dlogits, Score(loss, totals, size)
 
     def _in_place(self, array: Array) -> Array:
         """Return what the loader gives where a graph finds it."""
@@ -261,7 +280,7 @@ class Experiment:
             size = len(labels)
         if size is None:
             raise ValueError("on several ranks, give the size of the whole batch")
-        parts = parts_of(self.ranks, size, self.exact)
+        parts = parts_of(self.ranks, size, self.exact, self.together)
         for part in parts:
             own = slice(part.first - parts[0].first, part.first - parts[0].first + part.count)
             if part.empty:
@@ -467,7 +486,8 @@ class Experiment:
         step = self._forward(images, labels, size)
         if step.batch.part is not None:
             stops = array_module(step.score.totals).full(1, float(stop()))
-            totals, stopping = step.batch.summed([[totals, stops] for totals in step.totals], "scores")
+            arrays = _of_parts(step.batch, [[totals, stops] for totals in step.totals], np.float64)
+            totals, stopping = step.batch.summed(arrays, "scores")
             step.score.totals[...] = totals
             self.stop_agreed = bool(stopping[0] > 0)
         return step.score
@@ -491,6 +511,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
     engine.deal_among(ranks)
     first: Engine = Plain(backend) if plain else engine
+    together = config.train.exact and not plain and backend.on_host and _goes_together(planned)
     dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
     source, share = divide(dataset, held) if held else dataset, (ranks.rank, ranks.size)
     return Experiment(
@@ -500,7 +521,11 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         rule_state=rule.init_state(config.rule, network, config.seed, backend),
         optimizer_state=optim.init_optimizer(config.optimizer, network.parameters()),
         workspace=engine,
-        engines=tuple(first.beside() for _ in range(PARTS // ranks.size)) if config.train.exact else (first,),
+        engines=(
+            tuple(first.beside() for _ in range(PARTS // ranks.size))
+            if config.train.exact and not together
+            else (first,)
+        ),
         train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True, share=share),
         test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False, share=share),
         validation_loader=(
@@ -508,7 +533,14 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         ),
         graphs=Graphs(engine, config.cuda_graphs and whole and has_kernels(network.weights[0])),
         ranks=ranks,
+        together=together,
     )
+
+
+def _goes_together(planned: Plan) -> bool:
+    """Tell whether parts of a batch can be computed at once: by dense blocks and a rule that says so."""
+    dense = all(block.window is None for block in planned.blocks)
+    return dense and RULES[planned.config.rule.name].by_samples and "gnt" not in planned.config.compare.against
 
 
 def _arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
@@ -534,10 +566,17 @@ def _summed_updates(
     sums, walks = batch.sums("updates", size, parameters[0].dtype), [descend(each) for each in batch.every]
     for _ in batch.network.blocks:
         sums.add(side_by_side(batch.engine, [partial(next, walk) for walk in walks]))
-    sums.add(others)
+    sums.add(_of_parts(batch, others, parameters[0].dtype))
     summed, blocks = sums.finished(), len(batch.network)
     pairs = list(zip(summed[: 2 * blocks : 2], summed[1 : 2 * blocks : 2], strict=True))
     return pairs[::-1], summed[2 * blocks :]
+
+
+def _of_parts(batch: Batch, arrays: Sequence[Sequence[Array]], dtype: Any) -> Sequence[Sequence[Array]]:
+    """Return arrays of each of `batch.every`, of what it computes together their sums, in the dtype to sum in."""
+    if len(arrays) == len(batch.every):
+        return arrays
+    return [[pairwise([each.astype(dtype) for each in of_parts]) for of_parts in zip(*arrays, strict=True)]]
 
 
 def _together(scores: Sequence[Score]) -> Score:

@@ -20,7 +20,7 @@ from arraytp.commands.together import check_ranks, failing_together
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import IllConditionedError, Interrupted, NonFiniteError, RunError, UserError
-from arraytp.fast import dealing, factors, inverse, orthogonality
+from arraytp.fast import dealing, factors, inverse, orthogonality, products
 from arraytp.ranks import ALONE, agreed, share
 from arraytp.signals import StopRequest
 from arraytp.training.experiment import build_planned
@@ -168,6 +168,36 @@ def test_exact_ranks_have_the_same_bits(dataset, rule, size):
             np.testing.assert_array_equal(mine, theirs)
     for mine, theirs in zip(numbers_of(planned(dataset, rule), ALONE, False, first=7), wanted, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max(initial=1e-30))
+
+
+TOGETHER = ["bp", "fa", "gait-prop literal", "gait-prop difference", "gait-prop pseudo"]
+
+
+def dense(dataset, rule, activation="tanh", batch=11, **settings):
+    """A run whose parts of a batch are computed at once; a block of many columns is cut into tiles."""
+    units = [{"type": "dense", "units": count, "activation": activation} for count in (40, 520, 30)]
+    if "gait-prop" in rule:
+        units = [{"type": "dense", "units": 24, "activation": "leaky-relu"}] * 2
+    square = rule in ("gait-prop literal", "gait-prop difference")
+    network = {"blocks": [*units, {"type": "dense", "units": 6}], "square": square, "init": "orthogonal"}
+    train = {"epochs": 1, "batch_size": batch, "eval_batch_size": 28, "exact": True}
+    return planned(dataset, rule, network=network, train=train, **settings)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(2, 11), (4, 45), (8, 11), (8, 45)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rule", TOGETHER)
+def test_parts_that_are_computed_at_once_have_the_bits_of_each_alone(dataset, monkeypatch, rule, dtype, size, batch):
+    """On one rank all of them, on 8 each alone; of 11 samples in 8 parts most have one, of 2 some have none."""
+    exact = dense(dataset, rule, batch=batch, dtype=dtype)
+    first = 7 if batch == 11 else 0
+    wanted = numbers_of(exact, ALONE, False, first)
+    for found in on_ranks(size, lambda ranks: numbers_of(exact, ranks, False, first)):
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    monkeypatch.setattr(products, "rows_are_as_alone", lambda *given: False)
+    for mine, theirs in zip(numbers_of(exact, ALONE, False, first), wanted, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize(
