@@ -155,6 +155,15 @@ def test_a_rank_that_fails_alone_ends_its_run_and_no_other(place, ranks, groups,
     assert run(ranks, *words, "--resume")[0] == 0
 
 
+def test_a_process_that_has_heard_of_a_failure_ends_in_silence():
+    """It has nothing left to receive; the cancelling of nothing is an error to MPI."""
+    code = (
+        "from array import array; from mpi4py import MPI; from arraytp.mpi_ranks import Mpi\n"
+        "ranks = Mpi(MPI, MPI.COMM_WORLD); ranks._errors.Send(array('b', [1]), 0); ranks._cry.Wait()"
+    )
+    assert finished([sys.executable, "-c", code]) == (0, "", [])
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

@@ -215,6 +215,20 @@ def test_parts_that_are_computed_alone_form_an_inverse_once(dataset, monkeypatch
     assert len(formed) == 1
 
 
+def test_an_inverse_that_parts_share_stays_when_the_next_is_formed(dataset):
+    """Of two convolutions, in the same memory; what asks for it again, after the walk over the blocks, has it."""
+    blocks = [SQUARE["blocks"][0], HALVED, HALVED | {"channels": 8}, SQUARE["blocks"][-1]]
+    train = {"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": True}
+    network = {"blocks": blocks, "init": "orthogonal"}
+    experiment = build_planned(planned(dataset, "gait-prop pseudo", network=network, train=train))
+    with closing(experiment.train_loader.batches(0)) as batches:
+        step = experiment.forward(*next(batches))
+    wanted = [array.copy() for pair in experiment.updates(step) for array in pair]
+    again = [array for pair in experiment.updates(step) for array in pair]
+    for mine, theirs in zip(again, wanted, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 # 12 rows of W per position: of 11 samples, some of 3 ranks have more rows to invert, others not.
 HALVED = {"type": "conv", "channels": 4, "kernel": 2, "stride": 2, "activation": "leaky-relu"}
 INVERTED = SQUARE | {"blocks": [SQUARE["blocks"][0], HALVED, *SQUARE["blocks"][2:]]}
