@@ -97,6 +97,8 @@ class Workspace:
         self.threads = (threads or default_threads()) if backend.on_host else 1
         self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
         self.shared, self._thread, self._scratch = Buffers(backend), threading.local(), list[Buffers]()
+        # Of workspaces beside this one, and of all of them.
+        self._beside, self._held = list[Buffers](), Buffers(backend, self.shared.made)
         self.most_lanes = LANES
         # The rows of each part of a batch that are computed at once (`arraytp.ranks.Part.rows`), if there are such.
         self.part_rows: Sequence[slice] = ()
@@ -121,10 +123,14 @@ class Workspace:
         return self._thread.scratch  # type: ignore[no-any-return]
 
     def beside(self) -> Self:
-        """Return a workspace for one of several parts of a batch: on the same threads, with results of its own."""
+        """Return a workspace for one of several parts of a batch: on the same threads, with results of its own.
+
+        Numbers are those of all parts.
+        """
         other = copy.copy(self)
-        other.shared, other.most_lanes = Buffers(self.backend), 1
-        other.of, other._numbers = other.shared.of, {}
+        other.shared, other.most_lanes = Buffers(self.backend, self.shared.made), 1
+        other.of = other.shared.of
+        self._beside.append(other.shared)
         return other
 
     def deal_among(self, ranks: Ranks) -> None:
@@ -149,7 +155,7 @@ class Workspace:
 
     def number(self, name: Hashable, value: float, dtype: Any) -> Array:
         """Return an array of shape (1,) from which kernels read a number; the same memory for the same name."""
-        held = self.of("numbers").array(name, (1,), dtype)
+        held = self._held.array(name, (1,), dtype)
         if self._numbers.get(name) != value:
             held.fill(value)
             self._numbers[name] = value
@@ -157,7 +163,7 @@ class Workspace:
 
     def forget(self) -> None:
         """Drop all buffers and numbers; whoever holds an array keeps it."""
-        for buffers in (self.shared, *self._scratch):
+        for buffers in self._all:
             buffers.forget()
         self._numbers.clear()
 
@@ -192,7 +198,11 @@ class Workspace:
 
     def nbytes(self) -> int:
         """Return the bytes that all buffers hold."""
-        return sum(buffers.nbytes() for buffers in (self.shared, *self._scratch))
+        return sum(buffers.nbytes() for buffers in self._all)
+
+    @property
+    def _all(self) -> list[Buffers]:
+        return [self.shared, self._held, *self._beside, *self._scratch]
 
 
 def _launched(part: str, arrays: Sequence[Array], work: Callable[[], Any]) -> Any:

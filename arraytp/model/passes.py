@@ -265,7 +265,7 @@ class Batch:
 
     def afresh(self) -> "Batch":
         """Return the batch as if nothing had been computed once but factors of weights."""
-        other = replace(self, begun={})
+        other = self.replaced(begun={})
         other._kept.update({name: held for name, held in self._kept.items() if name[0] == "inverses"})  # type: ignore[index]
         return other
 

@@ -225,33 +225,42 @@ class Experiment:
     ) -> Step:
         if self.plan.backend.on_host:
             _check_labels(labels, len(self.plan.dataset.classes))
-        parts = zip(self.engines, self._parts(images, labels, size), strict=True)
-        passes = side_by_side(self.engine, [partial(self._pass, engine, *part) for engine, part in parts])
-        batches, scores = [batch for batch, _ in passes], [score for _, scores in passes for score in scores]
+        parts, images, labels = self._parts(len(labels), size), self._in_place(images), self._in_place(labels)
+        if self.together and parts[0] is not None:
+            self.workspace.part_rows = parts[0].rows
+
+        def work() -> tuple[list[tuple[ForwardPass, Array, list[Score]]], Score]:
+            samples = [self._samples(part, parts, images, labels) for part in parts]
+            computing = zip(self.engines, parts, samples, strict=True)
+            passes = side_by_side(self.engine, [partial(self._pass, *each) for each in computing])
+            return passes, _together([score for *_, scores in passes for score in scores])
+
+        passes, score = self.graphs.run("forward", [images, *self.network.parameters()], work, tuple(parts))
+        batches = [
+            Batch(engine, self.network, forward, dlogits, self.config.seed, part=part)
+            for engine, part, (forward, dlogits, _) in zip(self.engines, parts, passes, strict=True)
+        ]
         if begun:
             batches[0] = replace(batches[0], begun=begun)
-        return Step(parts_of_batch(batches), _together(scores), [score.totals for score in scores])
+        # Scores of several steps are read at once.
+        score = replace(score, totals=score.totals.copy())
+        return Step(parts_of_batch(batches), score, [own.totals for *_, scores in passes for own in scores])
 
-    def _pass(self, engine: Engine, part: Part | None, images: Array, labels: Array) -> tuple[Batch, list[Score]]:
-        """Run the network on a part of a batch, or several together; return the score of each."""
-        images, labels = self._in_place(images), self._in_place(labels)
+    def _pass(
+        self, engine: Engine, part: Part | None, samples: tuple[Array, Array]
+    ) -> tuple[ForwardPass, Array, list[Score]]:
+        """Run the network on a part of a batch, or several together; return ∂L/∂logits and the score of each, too."""
+        images, labels = samples
         share, size = (1.0, len(labels)) if part is None else (part.count / part.size, part.size)
-
-        def work() -> tuple[ForwardPass, Array, list[Score]]:
-            forward = engine.forward(self.network, images)
-            if not self.together:
-                dlogits, score = self._score(forward.logits, labels, share, size)
-                return forward, dlogits, [score]
-            scored = [
-                self._score(forward.logits[each], labels[each], (each.stop - each.start) / size, size)
-                for each in self.workspace.part_rows
-            ]
-            return forward, np.concatenate([dlogits for dlogits, _ in scored]), [score for _, score in scored]
-
-        if part is not None and self.together:
-            self.workspace.part_rows = part.rows
-        forward, dlogits, scores = self.graphs.run("forward", [images, *self.network.parameters()], work, part)
-        return Batch(engine, self.network, forward, dlogits, self.config.seed, part=part), scores
+        forward = engine.forward(self.network, images)
+        if not self.together:
+            dlogits, score = self._score(forward.logits, labels, share, size)
+            return forward, dlogits, [score]
+        scored = [
+            self._score(forward.logits[each], labels[each], (each.stop - each.start) / size, size)
+            for each in self.workspace.part_rows
+        ]
+        return forward, np.concatenate([dlogits for dlogits, _ in scored]), [score for _, score in scored]
 
     def _score(self, logits: Array, labels: Array, share: float, size: int) -> tuple[Array, Score]:
         """Return ∂L/∂logits and the score of samples that are a share of a batch of `size`."""
@@ -271,23 +280,27 @@ class Experiment:
         held[...] = array
         return held
 
-    def _parts(self, images: Array, labels: Array, size: int | None) -> Iterator[tuple[Part | None, Array, Array]]:
-        """Yield each part that this rank computes of a batch and its images; a blank one where there are none."""
+    def _parts(self, count: int, size: int | None) -> Sequence[Part | None]:
+        """Return the parts that this rank computes of a batch, of which it has so many images."""
         if self.ranks.size == 1 and not self.exact:
-            yield None, images, labels
-            return
+            return [None]
         if self.ranks.size == 1:
-            size = len(labels)
+            size = count
         if size is None:
             raise ValueError("on several ranks, give the size of the whole batch")
-        parts = parts_of(self.ranks, size, self.exact, self.together)
-        for part in parts:
-            own = slice(part.first - parts[0].first, part.first - parts[0].first + part.count)
-            if part.empty:
-                xp = array_module(images)
-                yield part, xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
-            else:
-                yield part, images[own], labels[own]
+        return parts_of(self.ranks, size, self.exact, self.together)
+
+    def _samples(
+        self, part: Part | None, parts: Sequence[Part | None], images: Array, labels: Array
+    ) -> tuple[Array, Array]:
+        """Return a part's images and labels of this rank's; a blank image where it has none."""
+        if part is None or parts[0] is None:
+            return images, labels
+        if part.empty:
+            xp = array_module(images)
+            return xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
+        own = slice(part.first - parts[0].first, part.first - parts[0].first + part.count)
+        return images[own], labels[own]
 
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
         """Let the rule train its feedback weights on a batch, or set those that follow from θ; θ stays.
@@ -320,7 +333,8 @@ class Experiment:
 
     def _arrays(self, batch: Batch) -> list[Array]:
         """Return what a rule reads and writes besides the workspace's buffers: ∂L/∂logits, θ, and its own state."""
-        return [batch.dlogits, *self.network.parameters(), *self.rule_state.named().values()]
+        dlogits = [each.dlogits for each in batch.every]
+        return [*dlogits, *self.network.parameters(), *self.rule_state.named().values()]
 
     def updates(self, step: Step, stop: Callable[[], bool] = lambda: False) -> Updates:
         """Return the rule's update of every block without changing θ; errors as in `Rule.propose`.
@@ -506,10 +520,10 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     """Build the experiment of a plan, or one rank's of it; as `build`."""
     config, backend = planned.config, planned.backend
     backend.use_tf32(config.tf32)
-    whole = not (plain or config.train.exact)
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
     rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
     engine.deal_among(ranks)
+    graphs = Graphs(engine, config.cuda_graphs and not plain and has_kernels(network.weights[0]))
     first: Engine = Plain(backend) if plain else engine
     together = config.train.exact and not plain and backend.on_host and _goes_together(planned)
     dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
@@ -531,7 +545,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
         validation_loader=(
             make_loader(planned, source, VALIDATION, evaluated, training=False, share=share) if held else None
         ),
-        graphs=Graphs(engine, config.cuda_graphs and whole and has_kernels(network.weights[0])),
+        graphs=graphs,
         ranks=ranks,
         together=together,
     )
@@ -582,7 +596,7 @@ def _of_parts(batch: Batch, arrays: Sequence[Sequence[Array]], dtype: Any) -> Se
 def _together(scores: Sequence[Score]) -> Score:
     """Return the score of all parts."""
     first, *others = scores
-    loss, totals = first.loss, first.totals.copy()
+    loss, totals = first.loss, first.totals
     for other in others:
         loss, totals = loss + other.loss, totals + other.totals
     return Score(loss, totals, first.images)

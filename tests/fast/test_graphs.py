@@ -214,9 +214,10 @@ def test_what_a_failed_capture_made_is_made_anew(captured):
     assert graphs.refused
 
 
-def experiment(folder, settings, graphs, ranks=ALONE):
+def experiment(folder, settings, graphs, ranks=ALONE, exact=False):
     """Build an experiment on CuPy."""
-    data = {"data": {"dataset": str(folder), "normalize": "none"}, "train": {"epochs": 1, "batch_size": 6}}
+    train = {"epochs": 1, "batch_size": 6, "exact": exact}
+    data = {"data": {"dataset": str(folder), "normalize": "none"}, "train": train}
     config = parse_config({**settings, **data, "cuda_graphs": graphs}).variants[""]
     return build_planned(plan(config, get_backend("cupy")), ranks=ranks)
 
@@ -313,14 +314,16 @@ def pools_of_ranks(monkeypatch):
 SIZES = [5] * 4 + [4] * 4 + [1] * 4 + [5] * 3
 
 
-def of_rank(folder, name, graphs, ranks):
-    """Return what a rank comes to, and what was not captured."""
-    made, numbers = experiment(folder, {**STEPS[name], "dtype": "float64"}, graphs, ranks), []
+def of_rank(folder, name, graphs, ranks, exact=False):
+    """Return what a rank comes to, what was not captured, and what was."""
+    made, numbers = experiment(folder, {**STEPS[name], "dtype": "float64"}, graphs, ranks, exact), []
     for step, (images, labels) in enumerate(batches(SIZES, "float64")):
         own, size = slice(*share(len(images), ranks.rank, ranks.size)), len(images)
         numbers.append(made.step(images[own], labels[own], size=size).totals)
         if step == 3:
-            numbers.append(made.score(images[own], labels[own], size).totals)
+            # Buffers grow.
+            (more, of_more), own = batches([19], "float64")[0], slice(*share(19, ranks.rank, ranks.size))
+            numbers.append(made.score(more[own], of_more[own], 19).totals)
         if step == 13:
             made.network.weights[1] = made.network.weights[1] / 2
     numbers += [*made.network.parameters(), *made.rule_state.named().values()]
@@ -356,6 +359,24 @@ def test_graphs_of_ranks_change_no_bit(folder, name, sums, monkeypatch):
         for mine, theirs, one in zip(with_graphs, without, wanted, strict=True):
             np.testing.assert_array_equal(mine, theirs)
             np.testing.assert_allclose(theirs, one, rtol=1e-6, atol=1e-6 * np.abs(one).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("pools_of_ranks")
+@pytest.mark.parametrize("name", STEPS)
+def test_graphs_change_no_bit_of_exact_runs(folder, name):
+    """Nor is there one that depends on the number of ranks, whose graphs have other parts of the batch in them."""
+    found = []
+    for graphs, ranks in ((True, 1), (False, 1), (True, 2)):
+        found += on_ranks(
+            ranks, lambda ranks, graphs=graphs: of_rank(folder, name, graphs, ranks, exact=True), in_turn=True
+        )
+    numbers, refused, captured = zip(*found, strict=True)
+    assert refused == ({},) * 4
+    assert [any(known.launches for known in each.values()) for each in captured] == [True, False, True, True]
+    for first, *others in zip(*numbers, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(other, first)
 
 
 @pytest.mark.gpu
@@ -398,30 +419,33 @@ class Failing:
 
 def _by_kept_arrays(options, state, batch):
     """Yield BP's updates plus what a batch computes once: the regulariser's E, and Σ J."""
-    errors = batch.gram_errors.of([1, 2])
+    errors = batch.gram_errors.of([0, 1, 2])
     for at, (weight, bias) in zip(batch.down(), bp.RULE.descend(bp.Options(), state, batch), strict=True):
-        if at.n:
-            # In an array elsewhere in every step, until a graph returns it.
-            yield weight + errors[at.n].sum() + batch.jacobian_sums[at.n][1].sum(), bias
-        else:
-            yield weight, bias
+        # In an array elsewhere in every step, until a graph returns it.
+        by_errors = weight + errors[at.n].sum()
+        yield (by_errors + batch.jacobian_sums[at.n][1].sum() if at.n else by_errors), bias
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "part", [None, "forward", "feedback training", "updates", "optimiser", "E", "condition numbers"]
+    ("part", "rule", "exact"),
+    [
+        *((part, "drl", False) for part in (None, "forward", "feedback training", "updates", "optimiser")),
+        *((part, "ridge-tp", False) for part in ("E", "condition numbers", "updates")),
+        ("forward", "drl", True),
+        ("updates", "drl", True),
+    ],
 )
-def test_a_capture_that_fails_changes_no_bit(folder, part):
-    """Nothing is left of it in buffers, in the batch, or in what the part returns.
+def test_a_capture_that_fails_changes_no_bit(folder, part, rule, exact):
+    """Nothing is left of it in buffers, in the batch and what was begun before it, or in what the part returns.
 
     Nor does a graph take for granted what the batch happened to keep when it was captured.
     """
     numbers, regularised = [], {**SGD, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}
-    of_factors = part in ("E", "condition numbers")
-    settings = {**STEPS["ridge-tp" if of_factors else "drl"], "optimizer": regularised}
+    settings = {**STEPS[rule], "optimizer": regularised}
     for graphs in (True, False):
-        made = experiment(folder, settings, graphs)
-        if not of_factors:
+        made = experiment(folder, settings, graphs, exact=exact)
+        if part not in ("E", "condition numbers"):
             made.rule = replace(made.rule, targets=None, local_update=None, updates=_by_kept_arrays)
         if graphs:
             stream, takes = made.graphs._stream, made.graphs.takes
@@ -432,7 +456,10 @@ def test_a_capture_that_fails_changes_no_bit(folder, part):
 
             made.graphs.takes = fails
         scores = []
-        for number, batch in enumerate(batches([6] * 6)):
+        for number, batch in enumerate(batches([6] * 9)):
+            if number == 7:
+                # Without a graph of the forward pass, nothing else is elsewhere.
+                made.network.weights[1] = made.network.weights[1] / 2
             step = made.forward(*batch)
             made.train_feedback(step)
             if part is None and number < 5:
@@ -454,7 +481,9 @@ def test_rules_that_cannot_be_captured_say_which_part(folder, name):
     numbers = []
     for graphs in (True, False):
         made = experiment(folder, {**DENSE, "rule": rule, "optimizer": SGD}, graphs)
-        for images, labels in batches([6] * 8):
+        for number, (images, labels) in enumerate(batches([6] * 8)):
+            if number == 6:
+                made.network.weights[1] = made.network.weights[1] / 2
             made.step(images, labels)
         numbers.append([array.get() for array in made.network.parameters()])
         if graphs:
@@ -524,6 +553,8 @@ COUNTED = {
         )
         for by in ("", " by NCCL")
     },
+    "bp, `train.exact`": [small("bp")],
+    "ldrl, `train.exact`": [small("ldrl", **FEEDBACK)],
 }
 LAUNCHED = ("kernels", "blas", "solver", "memset", "copies")
 
@@ -560,7 +591,7 @@ def test_launches_and_waits_of_a_step_are_those_documented(folder, row):
     ranks = OneOfTwo("NCCL" in row) if "two ranks" in row else ALONE
     for launches, settings in zip(limits, COUNTED[row], strict=True):
         for graphs in (False, True):
-            made = experiment(folder, settings, graphs, ranks)
+            made = experiment(folder, settings, graphs, ranks, "exact" in row)
             for images, labels in batches([8] * (7 if graphs else 2), made.config.dtype):
                 cpu_cuda.counts()
                 made.step(images, labels, size=8 * ranks.size)

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import strict_device
 from hypothesis import given
@@ -31,6 +32,22 @@ def test_even_slices_cover_everything_once_with_lengths_that_differ_by_one(count
     lengths = {part.stop - part.start for part in found}
     assert max(lengths) - min(lengths) <= 1
     assert len(found) == max(1, min(parts, count))
+
+
+def test_workspaces_beside_have_arrays_of_their_own_which_the_first_counts_and_drops():
+    """A graph of all parts would else go on to use what has been dropped; and numbers are those of all."""
+    workspace = Workspace(threads=1)
+    beside = [workspace.beside(), workspace.beside()]
+    own, made, held = [each.of("a").array("b", (3,), float) for each in beside], workspace.made, workspace.nbytes()
+    assert not np.shares_memory(*own)
+    assert (made, held) == (2, 48)
+    number = beside[0].number("rate", 2.0, float)
+    assert workspace.number("rate", 3.0, float) is not number
+    assert number.tolist() == beside[1].number("rate", 3.0, float).tolist() == [3]
+    workspace.forget()
+    assert workspace.nbytes() == 0
+    assert workspace.made > made
+    assert beside[0].number("rate", 3.0, float).tolist() == [3]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -234,6 +234,13 @@ MUTATIONS = [
         ("key = part, samples, *", "key = part, *"),
         ("[self._stream.end_capture().launch, work]", "[work, self._stream.end_capture().launch]"),
     ),
+    *_in(
+        "fast/parallel.py",
+        "fast/test_parallel.py",
+        ("Buffers(self.backend, self.shared.made), 1", "Buffers(self.backend), 1"),
+        ("        self._beside.append(other.shared)\n", ""),
+        ("self._held.array(name", "self.shared.array(name"),
+    ),
     *_in("fast/dealing.py", "training/test_ranks.py", ("workspace.ranks.broadcast(numbers)", "numbers")),
     *_in(
         "fast/inverse.py",
