@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import click
@@ -31,6 +31,7 @@ COMMANDS = {
 _ON_RANKS = ("run", "bench")
 _USER_STATUS = 2
 _FAILURE_STATUS = 1
+_SIGNALLED = 128
 _SIGINT_STATUS = 130
 _SIGPIPE_STATUS = 141
 _SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -84,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A terminal that cannot show a character gets a question mark.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        with sent_again_when_swallowed(), ended_by_signals() as ended:
+        # Of several processes the first has something to show.
+        shown = sys.stdout if speaks() else io.StringIO()
+        with redirect_stdout(shown), sent_again_when_swallowed(), ended_by_signals() as ended:
             try:
                 status = _status_of(arguments)
             except Exception:
@@ -93,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         traceback.print_exc()
                         end_all(_FAILURE_STATUS)
                     raise
-                status = _complain("interrupted", 128 + ended.signal)
+                status = _complain("interrupted", _SIGNALLED + ended.signal)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:
@@ -119,8 +122,7 @@ def _status_of(arguments: Sequence[str] | None) -> int:
     try:
         outcome = arraytp.main(args=arguments, prog_name="arraytp", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        status = _USER_STATUS
+        status = _tell([error.format_message()], _USER_STATUS)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx is not None else "arraytp"
         status = _complain(f"{error.format_message().rstrip('.')}; see {where} --help", _USER_STATUS)
@@ -142,7 +144,7 @@ def _status_of(arguments: Sequence[str] | None) -> int:
             raise
         status = _complain(message, _USER_STATUS)
     except Interrupted as error:
-        status = 128 + error.signal_number
+        status = _SIGNALLED + error.signal_number
         # After a hangup there may be nobody to tell.
         with suppress(OSError):
             _tell([str(error)], status)
@@ -164,9 +166,9 @@ def _system_message(error: OSError) -> str | None:
 
 def _complain(message: str | Sequence[str], status: int) -> int:
     """Print a message, or several, as one line each and return the exit status."""
-    lines = []
+    lines, who = [], "" if speaks() else f"rank {launched()[1]}: "
     for each in [message] if isinstance(message, str) else message:
-        lines.append(f"arraytp: error: {one_line(each)}")
+        lines.append(f"arraytp: error: {who}{one_line(each)}")
         if sys.stderr.isatty() and (place := re.match(r"(.+?):(\d+): ([\w.-]+)", each)):
             lines += _excerpt(Path(place[1]), int(place[2]), place[3].rpartition(".")[2])
     return _tell(lines, status)
@@ -175,9 +177,11 @@ def _complain(message: str | Sequence[str], status: int) -> int:
 def _tell(lines: Sequence[str], status: int) -> int:
     """Print why the process ends, if it is this one of several to say so, and return the exit status."""
     if speaks():
-        for line in lines:
-            click.echo(line, err=True)
-    end_all(status)
+        click.echo("\n".join(lines), err=True)
+    if failed_alone(met=status > _SIGNALLED):
+        if not speaks():
+            click.echo("\n".join(lines), err=True)
+        end_all(status)
     return status
 
 

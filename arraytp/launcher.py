@@ -3,12 +3,14 @@
 import functools
 import importlib
 import os
+import signal
 import sys
+import time
 import warnings
 from typing import Any
 
 from arraytp.errors import UserError
-from arraytp.mpi_ranks import Mpi
+from arraytp.mpi_ranks import PATIENCE, Mpi
 from arraytp.ranks import ALONE, Ranks
 
 # By launcher: the variables that hold the number of processes, and which one this is.
@@ -72,24 +74,37 @@ def world() -> Ranks:
 
 
 @functools.cache
-def failed_alone() -> bool:
-    """Tell, to a process that ends by an error, whether others of its world do not; all of them must be ended then."""
-    ranks = _known_world()
+def failed_alone(met: bool = False) -> bool:
+    """Tell, to a process that ends by an error, whether others do not; all of them must be ended then.
+
+    Unless only a world that was `met` counts, the world is met for it: a rank with another option makes its mistake
+    before, and the others wait for it. Where MPI cannot start, that is taken for this host's fault alone.
+    """
+    if met and not world.cache_info().currsize:
+        return False
+    try:
+        ranks = world()
+    except UserError:
+        missing = "mpi4py.MPI" not in sys.modules
+        return missing and launched()[1] > 0 and any(os.environ.get(name) == "0" for name in LOCAL_RANKS)
     return isinstance(ranks, Mpi) and not ranks.all_end()
 
 
 def speaks() -> bool:
-    """Tell a process that ends by an error whether it is the one to say so: the first, or one that fails alone."""
-    return launched()[1] == 0 or failed_alone()
+    """Tell whether this process is the first."""
+    return launched()[1] == 0
 
 
 def end_all(status: int) -> None:
-    """End the other processes if this one fails alone: they would wait for it."""
+    """End the other processes, which would wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     ranks = _known_world()
-    if isinstance(ranks, Mpi) and failed_alone():
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if isinstance(ranks, Mpi):
         ranks.abort(status)
+    # A launcher ends those that wait for MPI to start only after a signal. If they fail, too, they are done by then.
+    time.sleep(PATIENCE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _known_world() -> Ranks:

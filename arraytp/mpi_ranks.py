@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from arraytp.backend import Array
 
 # Seconds in which ranks that end by the same error come to know of each other, and between two looks.
-_PATIENCE, _PAUSE = 5.0, 0.02
+PATIENCE, _PAUSE = 5.0, 0.02
 # Seconds in which a rank that hears of a failure ends what it waits for, if the one that failed has.
 _GRACE = 0.5
 # How much of what ranks do together is remembered; a rank that sends to all goes on before they receive.
@@ -114,7 +114,7 @@ class Mpi:
         others = [rank for rank in range(self.size) if rank != self.rank]
         cry = array("b", [1])
         crying = [self._errors.Isend(cry, rank) for rank in others] if own is not None else []
-        if not self.all_end(_PATIENCE if limited else math.inf):
+        if not self.all_end(PATIENCE if limited else math.inf):
             return []
         everyone = self._errors.allgather((own, self._begun, [*self._last]))
         for rank in others:
@@ -136,7 +136,7 @@ class Mpi:
             self._cry.Cancel()
             self._cry.Wait()
 
-    def all_end(self, patience: float = _PATIENCE) -> bool:
+    def all_end(self, patience: float = PATIENCE) -> bool:
         """Tell whether all ranks call this within some seconds."""
         request, deadline = self._errors.Ibarrier(), time.monotonic() + patience
         while not request.Test():

@@ -13,11 +13,10 @@ import click
 
 from arraytp.backend import Array
 from arraytp.commands.shared_options import check_json, overriding, settings, write_json
-from arraytp.commands.together import check_ranks, failing_together
+from arraytp.commands.together import all_ranks, check_ranks, failing_together
 from arraytp.config import load_config
 from arraytp.data.loader import Batches
 from arraytp.errors import UserError
-from arraytp.launcher import world
 from arraytp.model.blocks import block_flops
 from arraytp.ranks import ALONE, Ranks, agreed
 from arraytp.rules.feedback import only_block
@@ -44,7 +43,7 @@ def command(
     """
     if json_path is not None:
         check_json(json_path, "milliseconds")
-    ranks, figures = world(), {}
+    ranks, figures = all_ranks(), {}
     variants = load_config(config, settings(overrides, backend, dtype)).variants
     plans = agreed(
         ranks, lambda: {name or variant.name: plan_variant(config, name, variant) for name, variant in variants.items()}

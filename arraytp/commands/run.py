@@ -13,13 +13,13 @@ import click
 
 from arraytp.commands.holding import Holds
 from arraytp.commands.shared_options import check_folder, overriding, settings
-from arraytp.commands.together import check_ranks, failing_together, grouped
+from arraytp.commands.together import all_ranks, check_ranks, failing_together, grouped
 from arraytp.config import dump_config, load_config
 from arraytp.config.document import encodable
 from arraytp.device_ranks import connected
 from arraytp.errors import Interrupted, NonFiniteError, RunError, UserError, one_line
 from arraytp.files import write_file
-from arraytp.launcher import launched, world
+from arraytp.launcher import launched
 from arraytp.mpi_ranks import Mpi
 from arraytp.ranks import Ranks, agreed
 from arraytp.report import read_results, write_comparison, write_figures, write_study
@@ -135,7 +135,7 @@ def command(
     if resume and fresh:
         raise UserError("--resume and --fresh exclude each other: continue, or start over")
     overridden = settings(overrides, backend, dtype)
-    everyone = world()
+    everyone = all_ranks()
     batches = agreed(
         everyone, lambda: [_jobs(path, overridden, out, len(configs) > 1, plain, seeds) for path in configs]
     )

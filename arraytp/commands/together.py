@@ -4,17 +4,49 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import click
+
 from arraytp.config.difference import first_difference
 from arraytp.errors import FailedElsewhereError, NonFiniteError, RunError, UserError, UserErrors
+from arraytp.launcher import world
 from arraytp.mpi_ranks import Mpi
 from arraytp.ranks import ALONE, PARTS, Ranks
 from arraytp.training.plan import Plan
+
+# Arguments that say which config to use, and what to change in it.
+_OF_CONFIG = ("config", "configs", "backend", "dtype", "overrides")
+
+
+def all_ranks() -> Ranks:
+    """Return the processes of this command; UserError, on all alike, if they were given others, or other options.
+
+    Configs may have another path on another machine: `check_ranks` compares what they say.
+    """
+    everyone, context = world(), click.get_current_context()
+    own = {"the command": context.info_name}
+    for name, value in context.params.items():
+        if name not in _OF_CONFIG:
+            own[f"--{name.replace('_', '-')}"] = str(value)
+    given = everyone.gather(own)
+    for rank, theirs in enumerate(given):
+        for name, value in given[0].items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"rank {rank} was given something different from rank 0: {name} is {theirs.get(name)} there and "
+                    f"{value} here"
+                )
+    return everyone
 
 
 def grouped(everyone: Ranks, ranks_per_run: int | None) -> Ranks:
     """Return the ranks that share this one's runs: all, or a group of so many, of which they must be a multiple."""
     if ranks_per_run is None or ranks_per_run == everyone.size:
         return everyone
+    if everyone.size == 1:
+        raise UserError(
+            f"--ranks-per-run {ranks_per_run}: one process was launched; use mpiexec or srun to start a multiple of "
+            f"{ranks_per_run}"
+        )
     if everyone.size % ranks_per_run:
         raise UserError(
             f"--ranks-per-run {ranks_per_run}: {everyone.size} ranks were launched, which is not a multiple of it"

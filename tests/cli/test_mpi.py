@@ -212,6 +212,49 @@ def test_ranks_that_see_different_data_or_settings_are_told_once(place, pack, fo
     assert not (place / "results").exists()
 
 
+RUN = ("run", "toy.yml", "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*RUN, "--plain"), "rank 1 was given something different from rank 0: --plain is True there and False here"),
+        ((*RUN, "--seeds", "2", "--ranks-per-run", "1"), "--seeds is 2 there and None here"),
+        (("bench", "toy.yml"), "the command is bench there and run here"),
+        ((*RUN, "--bogus"), "rank 1: No such option '--bogus'"),
+        (("run", "nothing.yml", "--quiet"), "rank 1: nothing.yml"),
+    ],
+)
+def test_ranks_that_are_given_different_commands_are_told_once(place, words, message):
+    """The first would wait for the other one."""
+    first, second = command(0, *RUN), command(0, *words)
+    status, out, said = finished([str(MPIEXEC), "-n", "1", *first, ":", "-n", "1", *second])
+    lines = [line for line in said if line.startswith("arraytp")]
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert message in lines[0]
+    assert not (place / "results").exists()
+
+
+def test_a_host_where_mpi_cannot_start_ends_the_others(place):
+    """They wait in MPI for it, and their launcher does not mind that it has ended."""
+    hidden = place / "hidden/mpi4py"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ImportError('No module named mpi4py')")
+    path, program = os.pathsep.join([str(hidden.parent), os.environ.get("PYTHONPATH", "")]), command(0, *RUN)
+    second = ["env", f"PYTHONPATH={path}", "MPI_LOCALRANKID=0", *program]
+    status, out, said = finished([str(MPIEXEC), "-n", "1", *program, ":", "-n", "1", *second])
+    lines = [line for line in said if line.startswith("arraytp")]
+    assert (status != 0, out, len(lines)) == (True, "", 1)
+    assert "rank 1: 2 processes were launched (PMI_SIZE), but mpi4py cannot be imported" in lines[0]
+    assert not (place / "results").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--version",), ("run", "--help")])
+def test_what_a_command_says_of_itself_comes_once(place, words):
+    alone, together = run(0, *words), run(2, *words)
+    assert together == alone
+
+
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"])
 def test_processes_that_do_not_see_each_other_write_nothing(place, tree, variable):
     """An mpi4py of another MPI than the launcher's: each would be the only one, and write into the same folder."""
