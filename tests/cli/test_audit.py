@@ -14,6 +14,7 @@ import pytest
 from arraytp.audit import Check, audit
 from arraytp.commands.audit import _table
 from arraytp.config import load_one
+from arraytp.training.experiment import Experiment
 from arraytp.training.plan import plan
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +215,28 @@ def test_a_device_is_held_against_the_host(device, place, rule):
     assert [check for _, check in checks if check.verdict == "fail"] == []
     # Activations and updates of every block.
     assert sum(family == "device" for family, _ in checks) == (4 if rule == "gait-prop" else 6)
+
+
+def test_a_rule_that_magnifies_roundings_may_differ_from_the_host_by_them_and_not_by_more(device, place, monkeypatch):
+    """With η = 1e-12 a nudge has four digits left."""
+    words = [word for word in RULES["gait-prop"] if word != "--set"]
+    planned, updates = plan(load_one("toy.yml", [*words, "rule.eta=1e-12"]), device.backend), Experiment.updates
+    forward = Experiment.forward
+
+    def rounded(self, images, *given):
+        return forward(self, images if self.plan.backend.on_host else images * (1 + 2**-52), *given)
+
+    def verdicts():
+        return {check.verdict for family, check in audit(planned) if family == "device"}
+
+    def tenth_too_large(self, step):
+        factor = 1 if self.plan.backend.on_host else 1.1
+        return [(weight * factor, bias) for weight, bias in updates(self, step)]
+
+    monkeypatch.setattr(Experiment, "forward", rounded)
+    assert verdicts() == {"pass"}
+    monkeypatch.setattr(Experiment, "updates", tenth_too_large)
+    assert "fail" in verdicts()
 
 
 def test_streamed_data_is_audited_too(arraytp):
