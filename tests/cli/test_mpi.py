@@ -242,9 +242,11 @@ def test_a_host_where_mpi_cannot_start_ends_the_others(place):
     (hidden / "__init__.py").write_text("raise ImportError('No module named mpi4py')")
     path, program = os.pathsep.join([str(hidden.parent), os.environ.get("PYTHONPATH", "")]), command(0, *RUN)
     second = ["env", f"PYTHONPATH={path}", "MPI_LOCALRANKID=0", *program]
-    status, out, said = finished([str(MPIEXEC), "-n", "1", *program, ":", "-n", "1", *second])
+    # The launcher's own words go to the output.
+    status, _, said = finished([str(MPIEXEC), "-n", "1", *program, ":", "-n", "1", *second])
     lines = [line for line in said if line.startswith("arraytp")]
-    assert (status != 0, out, len(lines)) == (True, "", 1)
+    assert status != 0
+    assert len(lines) == 1
     assert "rank 1: 2 processes were launched (PMI_SIZE), but mpi4py cannot be imported" in lines[0]
     assert not (place / "results").exists()
 
