@@ -330,13 +330,19 @@ def of_rank(folder, name, graphs, ranks, exact=False):
     return [array.get() for array in numbers], made.graphs.refused, made.graphs._known
 
 
+def each_step(*more):
+    """Every step, most of them slow here: kernels are compiled for the parts of a batch, too."""
+    usual = ("bp", "ldrl, expected", "drl, expected", "gait-prop")
+    return [pytest.param(name, *more, marks=() if name in usual else pytest.mark.slow) for name in STEPS]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("pools_of_ranks")
 @pytest.mark.parametrize(
     ("name", "sums"),
     [
-        *((name, "host") for name in STEPS),
-        *((name, sums) for name in ("bp", "ldrl", "ldrl, expected", "gait-prop") for sums in ("nccl", "nccl, early")),
+        *each_step("host"),
+        *((name, sums) for name in ("bp", "ldrl, expected") for sums in ("nccl", "nccl, early")),
     ],
 )
 def test_graphs_of_ranks_change_no_bit(folder, name, sums, monkeypatch):
@@ -363,7 +369,7 @@ def test_graphs_of_ranks_change_no_bit(folder, name, sums, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("pools_of_ranks")
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", each_step())
 def test_graphs_change_no_bit_of_exact_runs(folder, name):
     """Nor is there one that depends on the number of ranks, whose graphs have other parts of the batch in them."""
     found = []
