@@ -23,11 +23,9 @@ def all_ranks() -> Ranks:
     Configs may have another path on another machine: `check_ranks` compares what they say.
     """
     everyone, context = world(), click.get_current_context()
-    own = {"the command": context.info_name}
-    for name, value in context.params.items():
-        if name not in _OF_CONFIG:
-            own[f"--{name.replace('_', '-')}"] = str(value)
-    given = everyone.gather(own)
+    options = [each for each in context.command.params if each.name not in _OF_CONFIG]
+    own = {each.opts[0]: str(context.params.get(each.name or "")) for each in options}
+    given = everyone.gather({"the command": context.info_name} | own)
     for rank, theirs in enumerate(given):
         for name, value in given[0].items():
             if theirs.get(name) != value:
