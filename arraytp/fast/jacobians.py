@@ -1,20 +1,25 @@
 """What direct feedback and Gauss-Newton targets need of the Jacobians of the logits, without holding those of a batch.
 
 J^n_b, of shape (C, D), is the Jacobian of sample b's C logits in its hidden s^n of size D. All J of all hidden s^n come
-from the same C backward passes, without gradients of weights; a slice of samples goes through all classes at once.
+from the same C backward passes, without gradients of weights; a slice of samples goes through all classes at once. Of
+a convolution it is shorter than of the dense blocks behind it, whose products need rows enough to be worth the copy of
+W that BLAS makes.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 
 from arraytp.backend import Array, array_module, matrix_product
 from arraytp.fast.parallel import LANES, Buffers, Workspace, even_slices, slices
 from arraytp.fast.passes import pool_adjoint
-from arraytp.fast.products import Products, iteration_slice, split_products
+from arraytp.fast.products import DEVICE_BYTES, Products, iteration_slice, split_products
 from arraytp.model.passes import At, Batch
 from arraytp.ops.solve import damped_gauss_newton
 
 OWNER = "jacobians"
+# What the gradients of a dense block's samples, of all classes, may take.
+DENSE_BYTES = 2 << 20
 Sums = Mapping[int, tuple[Array, Array]]
 """By n = 1 … N−1: Σ_b J_b J_bᵀ of shape (C, C), and Σ_b J_b of shape (C, D)."""
 Walk = list[tuple[At, Products, Array]]
@@ -35,17 +40,14 @@ def _jacobian_sums(workspace: Workspace, batch: Batch) -> Sums:
     walk = _walk(batch)
     grams = {at.n: own.array(("gram", at.n), (len(lanes), classes, classes), dtype) for at, *_ in walk}
     sums = {at.n: own.array(("sum", at.n), (len(lanes), classes, at.s[0].size), dtype) for at, *_ in walk}
-    length = _length(walk, len(batch.logits), classes, on_host)
 
     def lane(number: int) -> None:
-        scratch = workspace.scratch
         for total in (*grams.values(), *sums.values()):
             total[number] = 0
-        for part in slices(lanes[number].stop, length, lanes[number].start):
-            for n, j in _jacobians(batch, walk, part, scratch):
-                wide = j.reshape(classes, -1)
-                grams[n][number] += matrix_product(wide, wide.T)
-                sums[n][number] += j.sum(axis=1)
+        for n, _, j in _jacobians(batch, walk, lanes[number], workspace.scratch):
+            wide = j.reshape(classes, -1)
+            grams[n][number] += matrix_product(wide, wide.T)
+            sums[n][number] += j.sum(axis=1)
 
     workspace.run([partial(lane, number) for number in range(len(lanes))])
     return {n: (grams[n].sum(axis=0), sums[n].sum(axis=0)) for n in sorted(grams)}
@@ -58,13 +60,13 @@ def gauss_newton(workspace: Workspace, batch: Batch, damping: float) -> Mapping[
 
     def solve(part: slice) -> None:
         scratch = workspace.scratch
-        for n, j in _jacobians(batch, walk, part, scratch):
+        for n, samples, j in _jacobians(batch, walk, part, scratch):
             by_sample = scratch.of(OWNER).array("by sample", (j.shape[1], len(j), j.shape[2]), j.dtype)
             by_sample[...] = j.transpose(1, 0, 2)
-            changes[n][part] = damped_gauss_newton(by_sample, batch.dlogits[part], damping)
+            changes[n][samples] = damped_gauss_newton(by_sample, batch.dlogits[samples], damping)
 
-    length = _length(walk, samples, batch.logits.shape[1], workspace.backend.on_host)
-    workspace.run([partial(solve, part) for part in slices(samples, length)])
+    lanes = even_slices(samples, LANES if workspace.backend.on_host else 1)
+    workspace.run([partial(solve, part) for part in lanes])
     return {n: changes[n] for n in sorted(changes)}
 
 
@@ -74,24 +76,34 @@ def _walk(batch: Batch) -> Walk:
     return [(at, products, products.matrix(at.weight)) for at, products in walk]
 
 
-def _jacobians(batch: Batch, walk: Walk, part: slice, scratch: Buffers) -> Iterator[tuple[int, Array]]:
-    """Yield n and J of some samples, of shape (C, samples, D), n = N−1 … 1; valid until the next."""
-    ds = _unit_gradients(part, batch, scratch)
-    for at, products, matrix in walk:
-        ds = _back(at, products, matrix, ds, part, scratch)
-        yield at.n, ds.reshape(batch.logits.shape[1], part.stop - part.start, -1)
+def _jacobians(batch: Batch, walk: Walk, part: slice, scratch: Buffers) -> Iterator[tuple[int, slice, Array]]:
+    """Yield n, some of these samples and their J, of shape (C, samples, D), for n = N−1 … 1; valid until the next."""
+    return _down(walk, _unit_gradients(part, batch, scratch), part, scratch)
 
 
-def _length(walk: Walk, batch: int, classes: int, on_host: bool) -> int:
-    """Return how many samples go through all classes together."""
-    itemsize = walk[0][0].s.dtype.itemsize if walk else 1
-    lengths = [
-        iteration_slice(products, batch * classes, itemsize, on_host)
-        for at, products, _ in walk
-        if at.block.window is not None
-    ]
-    most = -(-batch // LANES) if on_host else batch
-    return max(1, min([most, *(length // classes for length in lengths)]))
+def _down(walk: Walk, ds: Array, part: slice, scratch: Buffers) -> Iterator[tuple[int, slice, Array]]:
+    """Yield what `_jacobians` does from the walk's first block on, the gradients of whose output are given.
+
+    They are of shape (C, samples, D), and those of its input hold while the blocks before it go slice by slice.
+    """
+    if not walk:
+        return
+    at, products, matrix = walk[0]
+    for samples in slices(part.stop, _length(products, ds, scratch.backend.on_host), part.start):
+        of_samples = ds[:, samples.start - part.start : samples.stop - part.start]
+        j = _back(at, products, matrix, of_samples, samples, scratch)
+        yield at.n, samples, j
+        yield from _down(walk[1:], j, samples, scratch)
+
+
+def _length(products: Products, ds: Array, on_host: bool) -> int:
+    """Return how many samples go through a block together, with all classes."""
+    classes, samples = len(ds), ds.shape[1]
+    if products.block.window is not None:
+        return max(1, iteration_slice(products, samples * classes, ds.itemsize, on_host) // classes)
+    width = max(math.prod(products.block.in_shape), math.prod(products.block.out_shape))
+    limit, sample_bytes = DENSE_BYTES if on_host else DEVICE_BYTES, classes * width * int(ds.itemsize)
+    return max(1, limit // sample_bytes)
 
 
 def _unit_gradients(part: slice, batch: Batch, scratch: Buffers) -> Array:
@@ -103,17 +115,17 @@ def _unit_gradients(part: slice, batch: Batch, scratch: Buffers) -> Array:
 
 
 def _back(at: At, products: Products, matrix: Array, ds: Array, part: slice, scratch: Buffers) -> Array:
-    """Return the logits' gradients of s^n, of shape (C · samples, *in_shape), given those of s^{n+1}."""
+    """Return the logits' gradients of s^n, of shape (C, samples, D), given those of s^{n+1}."""
     block, s = at.block, at.output[part]
-    classes, own = len(ds.reshape(-1)) // s.size, scratch.of(OWNER)
-    df = own.array("df", (classes, *s.shape), s.dtype)
-    df[...] = ds.reshape(df.shape)
+    own, shape = scratch.of(OWNER), (len(ds), *s.shape)
+    df, index = own.array("df", shape, s.dtype), None
+    df[...] = ds.reshape(shape)
     if block.activation.derivative is not None:
         df *= block.activation.derivative(s)
-    index = None
     if at.index is not None:
-        index = own.array("index", df.shape, at.index.dtype)
+        index = own.array("index", shape, at.index.dtype)
         index[...] = at.index[part]
         index = index.reshape(-1, *s.shape[1:])
     dz = pool_adjoint(block, df.reshape(-1, *s.shape[1:]), index, scratch)
-    return products.transposed(products.stack(dz, scratch), matrix, scratch)
+    ds = products.transposed(products.stack(dz, scratch), matrix, scratch, key=(OWNER, at.n))
+    return ds.reshape(len(df), len(s), -1)

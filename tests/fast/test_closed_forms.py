@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, close, placed, random_network
 from training import fast, pass_of, plain
 
-from arraytp.fast import overlaps, products
+from arraytp.fast import jacobians, overlaps, products
 from arraytp.model.architectures import plan_network
 from arraytp.options import NetworkOptions
 
@@ -15,17 +15,19 @@ ROUNDING = 1e-12
 
 
 def check(place, blocks, count, seed=0):
-    """Compare both kinds of sums of every block with feedback."""
+    """Compare both kinds of sums, and Gauss-Newton targets, of every block with feedback."""
     network, (x, _) = random_network(blocks, seed), batch(blocks, count, seed)
     one = pass_of(placed(network, place.put), place.put(x), engine=fast(place.backend))
     reference = pass_of(network, x, engine=plain())
+    changes, wanted = (each.gauss_newton(1.0) for each in (one, reference))
     for n in range(1, len(blocks)):
+        close(place.get(changes[n]), wanted[n], 10 * ROUNDING)
         for own, exact in zip(one.jacobian_sums[n], reference.jacobian_sums[n], strict=True):
             close(place.get(own), exact, ROUNDING)
         for unpool in ("overwrite", "accumulate"):
             sums, exact = (each.at(n).jacobian_overlap(unpool) for each in (one, reference))
-            for own, wanted in zip(sums, exact, strict=True):
-                close(place.get(own), wanted, ROUNDING)
+            for own, other in zip(sums, exact, strict=True):
+                close(place.get(own), other, ROUNDING)
 
 
 @given(blocks=chains(largest=7), count=st.sampled_from([1, 2, 17]), seed=st.integers(0, 2**16))
@@ -43,9 +45,17 @@ def test_sums_with_every_activation_equal_the_plain_ones(place, activation):
 def test_slices_of_one_sample_add_up(place, monkeypatch, count):
     """Several slices a lane: the second must not take the place of the first."""
     monkeypatch.setattr(products, "ITERATION_BYTES", 1)
-    monkeypatch.setattr(products, "DEVICE_BYTES", 1)
+    for module in (products, jacobians):
+        monkeypatch.setattr(module, "DEVICE_BYTES", 1)
+    monkeypatch.setattr(jacobians, "DENSE_BYTES", 1)
     monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
     check(place, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), count)
+
+
+def test_slices_of_one_sample_behind_a_dense_block_s_of_several_add_up(place, monkeypatch):
+    monkeypatch.setattr(products, "ITERATION_BYTES", 1)
+    monkeypatch.setattr(products, "DEVICE_BYTES", 1)
+    check(place, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), 13)
 
 
 def test_threads_change_no_bit():

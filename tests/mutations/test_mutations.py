@@ -424,6 +424,10 @@ MUTATIONS = [
         ("grams[n][number] += matrix_product", "grams[n][number] = matrix_product"),
         ("sums[n][number] += j.sum(axis=1)", "sums[n][number] += j.mean(axis=1)"),
         ("df *= block.activation.derivative(s)", "pass"),
+        ("ds[:, samples.start - part.start : samples.stop - part.start]", "ds[:, : samples.stop - samples.start]"),
+        ("_down(walk[1:], j, samples, scratch)", "_down(walk[1:], j, part, scratch)"),
+        ("key=(OWNER, at.n)", "key=OWNER"),
+        ("changes[n][samples] = ", "changes[n][part] = "),
     ),
     *_in(
         "fast/parallel.py",
