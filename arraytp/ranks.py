@@ -7,6 +7,7 @@ summed over ranks.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from arraytp.errors import UserError, UserErrors
@@ -181,18 +182,21 @@ class RankSums:
         self._at_once = ranks.size > 1 and not parts[0].exact and (ranks.sums_on_device or on_host)
 
     def add(self, arrays: "Sequence[Sequence[Array]]") -> None:
-        """Take the next arrays of every part, and sum them over the parts; begin the sum over ranks of large ones."""
+        """Take the next arrays of every part, and sum them over the parts; begin the sum over ranks of large ones.
+
+        Of a part computed `together`, those of each of `Part.rows` may be given.
+        """
         for of_parts in zip(*arrays, strict=True):
             like = of_parts[0]
             stretch = STRETCH if self._engine.backend.on_host else like.size
             start, self._end = self._end, self._end + like.size
             total = self._flat[start : self._end]
-            if self._parts[0].together and self._parts[0].ranks.size == 1 and like.dtype == total.dtype:
+            if len(of_parts) == self._parts[0].ranks.size == 1 and like.dtype == total.dtype:
                 self._summed.append(like)
                 continue
             # In the buffer's dtype already here: with fewer parts per rank, sums are rounded to it more often.
             cast = [each.reshape(-1).astype(total.dtype, copy=False) for each in of_parts]
-            terms = [None if part.empty else each for part, each in zip(self._parts, cast, strict=True)]
+            terms = [None if part.empty else each for part, each in zip(cycle(self._parts), cast)]
             self._engine.in_slices(like.size, partial(_add_up, total, terms, stretch))
             self._summed.append(total.reshape(like.shape))
         if self._at_once and (self._end - self._begun) * self._flat.itemsize >= MESSAGE:

@@ -121,7 +121,7 @@ class Batch:
         return RankSums([each.part for each in self.every if each.part is not None], flat, self.engine)
 
     def summed(self, arrays: Sequence[Sequence[Array]], name: str) -> list[Array]:
-        """Return sums over the samples of each of `every` as sums over those of all ranks; as `sums`.
+        """Return sums over the samples of each of `every` as sums over those of all ranks; as `RankSums.add`.
 
         They are summed in the first array's dtype. Without ranks they are the arrays themselves.
         """

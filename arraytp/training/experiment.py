@@ -37,7 +37,7 @@ from arraytp.model.plain import Plain
 from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import loss_and_score
 from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
-from arraytp.ranks import ALONE, PARTS, Part, Ranks, pairwise, parts_of
+from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of
 from arraytp.rules import RULES, bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
 from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance
@@ -113,7 +113,7 @@ class Step:
     score : Score
         Of the batch before the update; on several ranks of this rank's samples, until `Experiment.updates` sums it.
     totals : list of arrays of shape (3,)
-        Of each of `batch.every`.
+        Of each of `batch.every`; of a part computed together, of each of its `rows`.
     """
 
     batch: Batch
@@ -500,8 +500,7 @@ class Experiment:
         step = self._forward(images, labels, size)
         if step.batch.part is not None:
             stops = array_module(step.score.totals).full(1, float(stop()))
-            arrays = _of_parts(step.batch, [[totals, stops] for totals in step.totals], np.float64)
-            totals, stopping = step.batch.summed(arrays, "scores")
+            totals, stopping = step.batch.summed([[totals, stops] for totals in step.totals], "scores")
             step.score.totals[...] = totals
             self.stop_agreed = bool(stopping[0] > 0)
         return step.score
@@ -580,17 +579,10 @@ def _summed_updates(
     sums, walks = batch.sums("updates", size, parameters[0].dtype), [descend(each) for each in batch.every]
     for _ in batch.network.blocks:
         sums.add(side_by_side(batch.engine, [partial(next, walk) for walk in walks]))
-    sums.add(_of_parts(batch, others, parameters[0].dtype))
+    sums.add(others)
     summed, blocks = sums.finished(), len(batch.network)
     pairs = list(zip(summed[: 2 * blocks : 2], summed[1 : 2 * blocks : 2], strict=True))
     return pairs[::-1], summed[2 * blocks :]
-
-
-def _of_parts(batch: Batch, arrays: Sequence[Sequence[Array]], dtype: Any) -> Sequence[Sequence[Array]]:
-    """Return arrays of each of `batch.every`, of what it computes together their sums, in the dtype to sum in."""
-    if len(arrays) == len(batch.every):
-        return arrays
-    return [[pairwise([each.astype(dtype) for each in of_parts]) for of_parts in zip(*arrays, strict=True)]]
 
 
 def _together(scores: Sequence[Score]) -> Score:
