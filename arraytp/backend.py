@@ -287,17 +287,17 @@ class Backend:
         return _graph_pools(self.xp)[part]
 
     def memory_words(self, error: MemoryError, batch: int, key: str = "train.batch_size") -> str:
-        """Say what an array that did not fit was too large for, and on a device which batch, set by `key`, may fit."""
+        """Say that an array did not fit, and on a device into what, and which batch, set by `key`, may fit."""
         asked = re.search(r"allocating ([\d,]+) bytes", str(error))
         if self.on_host or asked is None:
-            return str(error)
+            return f"not enough memory: {error}"
         size, held = int(asked[1].replace(",", "")), self.peak_memory()
         _, total = self.xp.cuda.runtime.memGetInfo()
         # All but the weights grows with the batch, and the step may not have come to its largest array.
         fits = max(1, min(batch // 2, batch * total // (held + size)))
         return (
-            f"{key} {batch} does not fit into the {total:,} bytes of {self.device()}: {size:,} bytes were asked for "
-            f"beside {held:,} in use; try {key}={fits}"
+            f"not enough memory: {key} {batch} does not fit into the {total:,} bytes of {self.device()}: {size:,} "
+            f"bytes were asked for beside {held:,} in use; try {key}={fits}"
         )
 
     def device(self) -> str:

@@ -114,14 +114,14 @@ def test_an_array_that_does_not_fit_is_named_with_a_batch_that_may():
     error = MemoryError("Out of memory allocating 4,000 bytes (allocated so far: 6,000 bytes).")
     said = Backend("cupy", Fake()).memory_words(error, 128)
     assert said == (
-        "train.batch_size 128 does not fit into the 8,000 bytes of Fake 8: 4,000 bytes were asked for beside 6,000 in "
-        "use; try train.batch_size=64"
+        "not enough memory: train.batch_size 128 does not fit into the 8,000 bytes of Fake 8: 4,000 bytes were asked "
+        "for beside 6,000 in use; try train.batch_size=64"
     )
     assert "batch_size=1" in Backend("cupy", Fake()).memory_words(error, 1)
     in_evaluation = Backend("cupy", Fake()).memory_words(error, 128, "train.eval_batch_size")
-    assert in_evaluation.startswith("train.eval_batch_size 128 does not fit")
+    assert in_evaluation.startswith("not enough memory: train.eval_batch_size 128 does not fit")
     assert in_evaluation.endswith("try train.eval_batch_size=64")
-    assert NUMPY.memory_words(MemoryError("no room"), 128) == "no room"
+    assert NUMPY.memory_words(MemoryError("no room"), 128) == "not enough memory: no room"
 
 
 def test_a_kernel_that_does_not_compile_is_one_line():

@@ -55,7 +55,7 @@ def command(
                 figures[name] = measure(planned, steps, ranks)
             except MemoryError as error:
                 words = planned.backend.memory_words(error, planned.config.train.batch_size)
-                raise UserError(f"{name}: not enough memory: {words}") from error
+                raise UserError(f"{name}: {words}") from error
         if ranks.rank == 0:
             click.echo(_table(name, figures[name]))
     if json_path is not None and ranks.rank == 0:

@@ -302,8 +302,7 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
             key, size = "train.batch_size", train.batch_size
             if run is not None and run.evaluating:
                 key, size = "train.eval_batch_size", train.eval_batch_size
-            words = job.plan.backend.memory_words(error, size, key)
-            raise UserError(f"{job.label}: not enough memory: {words}") from error
+            raise UserError(f"{job.label}: {job.plan.backend.memory_words(error, size, key)}") from error
         except OSError as error:
             raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
 

@@ -56,7 +56,7 @@ def command(
             not_finite = write_trace(out, experiment, images, labels, noise=not no_noise, stop=stop)
         except MemoryError as error:
             words = experiment.plan.backend.memory_words(error, experiment.config.train.batch_size)
-            raise UserError(f"{config}: not enough memory: {words}") from error
+            raise UserError(f"{config}: {words}") from error
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     if not_finite:

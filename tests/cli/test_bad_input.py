@@ -692,10 +692,10 @@ def test_a_report_of_half_a_disk_is_refused(refused, place, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "fails", "words"),
     [
-        (["run"], "score", "toy: not enough memory: train.eval_batch_size 12"),
-        (["run"], "updates", "toy: not enough memory: train.batch_size 16"),
-        (["bench"], "updates", "toy: not enough memory: train.batch_size 16"),
-        (["trace", "--out", "t.h5"], "updates", "toy.yml: not enough memory: train.batch_size 16"),
+        (["run"], "score", "toy: train.eval_batch_size 12"),
+        (["run"], "updates", "toy: train.batch_size 16"),
+        (["bench"], "updates", "toy: train.batch_size 16"),
+        (["trace", "--out", "t.h5"], "updates", "toy.yml: train.batch_size 16"),
     ],
 )
 def test_the_batch_that_does_not_fit_is_named(arraytp, monkeypatch, command, fails, words):
