@@ -17,7 +17,7 @@ from arraytp.config import parse_config
 from arraytp.device_ranks import Nccl, connected
 from arraytp.errors import UserError
 from arraytp.ranks import ALONE
-from arraytp.training.experiment import build_planned
+from arraytp.training.build import build_planned
 from arraytp.training.plan import plan
 
 SETTINGS = {

@@ -8,7 +8,7 @@ import pytest
 
 from arraytp.config import load_config, load_one
 from arraytp.data.writer import Description, writing
-from arraytp.training import experiment
+from arraytp.training.plan import plan
 
 FOLDER = Path(__file__).parents[1] / "runs" / "dtp"
 # The figures' configs are studies, the comparison on the embedded images is of no row of a table.
@@ -37,7 +37,7 @@ def test_a_config_fits_its_data_set_and_network(path, datasets):
     config = load_one(path)
     assert config.name == path.stem
     data = replace(config.data, dataset=str(datasets[path.stem.split("-")[0]]))
-    planned = experiment.plan(replace(config, data=data))
+    planned = plan(replace(config, data=data))
     assert planned.notes == ()
     assert len(planned.blocks) == (6 if "vgg" in path.stem else 4)
     assert (config.data.flip, config.data.crop_padding) == (0.5, 4)
@@ -103,4 +103,4 @@ def test_the_rules_compared_on_the_embedded_images_differ_in_rule_and_learning_r
     assert len(shared) == 1
     learned = [config.rule for name, config in variants.items() if name != "bp"]
     assert len({(rule.feedback.iterations, rule.feedback_init) for rule in learned}) == 1
-    assert all(experiment.plan(config).notes == () for config in variants.values())
+    assert all(plan(config).notes == () for config in variants.values())

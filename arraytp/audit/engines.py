@@ -13,7 +13,8 @@ from arraytp.audit.gradients import PASS, updates_apart
 from arraytp.audit.setting import Setting, copied
 from arraytp.backend import NUMPY
 from arraytp.rules.protocol import Updates
-from arraytp.training.experiment import Experiment, build_planned
+from arraytp.training.build import build_planned
+from arraytp.training.experiment import Experiment
 
 # Sums in another order, layer after layer.
 ON_HOST = 1e-8

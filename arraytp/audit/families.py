@@ -23,7 +23,7 @@ from arraytp.audit import (
 from arraytp.audit.check import Check, name_of
 from arraytp.audit.setting import Setting, prepare
 from arraytp.errors import Interrupted, UserError
-from arraytp.training.experiment import build_planned
+from arraytp.training.build import build_planned
 from arraytp.training.plan import Plan
 
 Function = Callable[[Setting], Iterator[Check]]

@@ -30,7 +30,8 @@ from arraytp.ops.loss import loss_and_score
 from arraytp.optim import init_optimizer
 from arraytp.options import FeedbackTraining, Unpool
 from arraytp.rules.protocol import Rule, State, Updates
-from arraytp.training.experiment import Experiment, build_planned
+from arraytp.training.build import build_planned
+from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan
 
 # Two chunks of noise and several samples a lane where that is cheap.

@@ -20,7 +20,8 @@ from arraytp.errors import UserError
 from arraytp.model.blocks import block_flops
 from arraytp.ranks import ALONE, Ranks, agreed
 from arraytp.rules.feedback import only_block
-from arraytp.training.experiment import Experiment, Step, build_planned
+from arraytp.training.build import build_planned
+from arraytp.training.experiment import Experiment, Step
 from arraytp.training.plan import Plan, plan_variant
 
 PARTS = ("load", "forward", "feedback", "updates", "optimizer")

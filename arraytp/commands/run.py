@@ -28,8 +28,8 @@ from arraytp.report.seeds import seeds_table
 from arraytp.report.studies import LAST_STUDY_FIGURE
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest
+from arraytp.training.build import build_planned
 from arraytp.training.checkpoint import check_owner, read_owner
-from arraytp.training.experiment import build_planned
 from arraytp.training.loop import Run
 from arraytp.training.plan import Plan, plan_variant
 from arraytp.training.study import run_study

@@ -10,7 +10,7 @@ from arraytp.commands.shared_options import overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.signals import StopRequest
-from arraytp.training.experiment import build_planned
+from arraytp.training.build import build_planned
 from arraytp.training.plan import plan_variant
 from arraytp.training.trace import check_replaceable, read_batch, read_weights, write_trace
 

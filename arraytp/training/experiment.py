@@ -1,4 +1,4 @@
-"""Everything a run needs, built from a config; one training step; one evaluation.
+"""Everything a run needs; one training step; one evaluation.
 
 config → dataset → loader → (images, labels)
                                  ↓
@@ -20,28 +20,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arraytp import optim
-from arraytp.backend import Array, Backend, array_module
+from arraytp.backend import Array, array_module
 from arraytp.config import Config
-from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.data.loader import Loader
-from arraytp.fast.device import fast_engine
 from arraytp.fast.factors import begin
 from arraytp.fast.graphs import Graphs
 from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_at
 from arraytp.fast.parallel import Workspace
-from arraytp.launcher import threads_of
 from arraytp.model.blocks import Network
-from arraytp.model.initialise import make_network
 from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
-from arraytp.model.plain import Plain
-from arraytp.ops.kernels import has_kernels
 from arraytp.ops.loss import loss_and_score
 from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
-from arraytp.ranks import ALONE, PARTS, Part, Ranks, parts_of
-from arraytp.rules import RULES, bp, feedback, gnt
+from arraytp.ranks import ALONE, Part, Ranks, parts_of
+from arraytp.rules import bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
 from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance
-from arraytp.training.plan import Plan, make_loader, plan
+from arraytp.training.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -504,56 +498,6 @@ class Experiment:
             step.score.totals[...] = totals
             self.stop_agreed = bool(stopping[0] > 0)
         return step.score
-
-
-def build(config: Config, backend: Backend | None = None, plain: bool = False) -> Experiment:
-    """Build an experiment in its initial state; UserError as `plan`, also if the data is damaged.
-
-    A `backend` may stand in for the one that the config names. `plain` computes with the primitives of
-    `arraytp.model.plain`.
-    """
-    return build_planned(plan(config, backend), plain)
-
-
-def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> Experiment:
-    """Build the experiment of a plan, or one rank's of it; as `build`."""
-    config, backend = planned.config, planned.backend
-    backend.use_tf32(config.tf32)
-    network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
-    rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
-    engine.deal_among(ranks)
-    graphs = Graphs(engine, config.cuda_graphs and not plain and has_kernels(network.weights[0]))
-    first: Engine = Plain(backend) if plain else engine
-    together = config.train.exact and not plain and backend.on_host and _goes_together(planned)
-    dataset, held, evaluated = planned.dataset, config.train.validation, config.train.eval_batch_size
-    source, share = divide(dataset, held) if held else dataset, (ranks.rank, ranks.size)
-    return Experiment(
-        plan=planned,
-        network=network,
-        rule=rule,
-        rule_state=rule.init_state(config.rule, network, config.seed, backend),
-        optimizer_state=optim.init_optimizer(config.optimizer, network.parameters()),
-        workspace=engine,
-        engines=(
-            tuple(first.beside() for _ in range(PARTS // ranks.size))
-            if config.train.exact and not together
-            else (first,)
-        ),
-        train_loader=make_loader(planned, source, TRAIN, config.train.batch_size, training=True, share=share),
-        test_loader=make_loader(planned, dataset, planned.test_split, evaluated, training=False, share=share),
-        validation_loader=(
-            make_loader(planned, source, VALIDATION, evaluated, training=False, share=share) if held else None
-        ),
-        graphs=graphs,
-        ranks=ranks,
-        together=together,
-    )
-
-
-def _goes_together(planned: Plan) -> bool:
-    """Tell whether parts of a batch can be computed at once: by dense blocks and a rule that says so."""
-    dense = all(block.window is None for block in planned.blocks)
-    return dense and RULES[planned.config.rule.name].by_samples and "gnt" not in planned.config.compare.against
 
 
 def _arrays_of(factors: Factors | PseudoInverse) -> list[Array]:

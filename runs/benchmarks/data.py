@@ -141,7 +141,7 @@ STEPS: dict[str, tuple[str, str, str | None, list[str], dict[str, Any]]] = {
 def steps() -> dict[str, dict[str, float]]:
     """CPU time of the loader for a batch against that of a training step on the batch."""
     from arraytp.config import load_one
-    from arraytp.training.experiment import build
+    from arraytp.training.build import build
 
     shares = {}
     for name, (size, path, variant, settings, augmentation) in STEPS.items():

@@ -25,7 +25,7 @@ from arraytp.report.figures import new_figure, save_figure
 from arraytp.report.panels import angle_lines
 from arraytp.report.reading import Result, read_result
 from arraytp.report.style import RC, Look, looks
-from arraytp.training.experiment import build
+from arraytp.training.build import build
 
 FIELD = Path(__file__).parents[1] / "field"
 CONFIG, TRIALS, STEPS = (FIELD / name for name in ("comparison.yml", "comparison-trials.csv", "comparison-steps.csv"))

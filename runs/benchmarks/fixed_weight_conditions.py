@@ -24,7 +24,8 @@ from arraytp.model.feedback import picked, transposed, unpooled
 from arraytp.model.passes import At
 from arraytp.ops.conv import conv_forward
 from arraytp.options import Unpool
-from arraytp.training.experiment import Experiment, Step, build
+from arraytp.training.build import build
+from arraytp.training.experiment import Experiment, Step
 
 
 def main() -> None:

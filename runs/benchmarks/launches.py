@@ -22,7 +22,8 @@ import numpy as np
 from arraytp.backend import get_backend
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.training.experiment import Experiment, build
+from arraytp.training.build import build
+from arraytp.training.experiment import Experiment
 
 SGD: dict[str, Any] = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
 VGG = {"network": {"name": "vgg"}, "optimizer": {**SGD, "weight_decay": 1e-4}}

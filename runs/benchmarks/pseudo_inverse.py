@@ -27,9 +27,10 @@ from arraytp.ops.pool import max_pool_backward, max_unpool
 from arraytp.report.figures import new_figure
 from arraytp.report.style import RC, shades
 from arraytp.rules import bp
+from arraytp.training.build import build
 from arraytp.training.compare import angle_degrees
 from arraytp.training.drift import drift
-from arraytp.training.experiment import Experiment, build
+from arraytp.training.experiment import Experiment
 
 SHARES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4, 0.8)
 

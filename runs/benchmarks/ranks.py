@@ -19,7 +19,7 @@ from mpi4py import MPI
 from arraytp.config import load_one
 from arraytp.mpi_ranks import Mpi
 from arraytp.ranks import ALONE
-from arraytp.training.experiment import build_planned
+from arraytp.training.build import build_planned
 from arraytp.training.plan import plan
 
 RUNS = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ import numpy as np
 from arraytp.config import load_one
 from arraytp.rules import ldrl
 from arraytp.rules.feedback import descent_of
+from arraytp.training.build import build
 from arraytp.training.checkpoint import read_checkpoint
 from arraytp.training.compare import angle_degrees
-from arraytp.training.experiment import build
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ PACKAGE = Path(arraytp.__file__).parent
 if (PACKAGE / "experiment.py").exists():  # before the package had folders
     from arraytp.experiment import build  # type: ignore[import-not-found, unused-ignore]
 else:
-    from arraytp.training.experiment import build
+    from arraytp.training.build import build
 
 DATA = {"data": {"dataset": "fashion-mnist-10k"}, "train": {"epochs": 1, "batch_size": 8}, "dtype": "float64"}
 CONV = {"type": "conv", "channels": 4, "kernel": 5}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from arraytp.config import load_config
-from arraytp.training.experiment import build
+from arraytp.training.build import build
 
 
 def main(path: Path, settings: list[str]) -> None:

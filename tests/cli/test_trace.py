@@ -11,7 +11,7 @@ import pytest
 
 from arraytp.config import load_one
 from arraytp.ops.noise import gaussian
-from arraytp.training.experiment import build
+from arraytp.training.build import build
 from arraytp.training.trace import write_trace
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from arraytp.data.dataset import open_dataset
 from arraytp.data.writer import Description, writing
 from arraytp.disk import flush_folder, system_words
 from arraytp.errors import UnreadableError
-from arraytp.training import experiment
+from arraytp.training.build import build
 from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
 from arraytp.training.trace import read_batch, write_trace
 
@@ -41,7 +41,7 @@ def built(packed):
         "optimizer": {"name": "sgd", "lr": 0.1},
         "train": {"epochs": 1, "batch_size": 4},
     }
-    return experiment.build(parse_config(tree).variants[""])
+    return build(parse_config(tree).variants[""])
 
 
 @pytest.fixture(params=NUMBERS, ids=[errno.errorcode.get(number, str(number)) for number in NUMBERS])

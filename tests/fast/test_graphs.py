@@ -20,7 +20,7 @@ from arraytp.fast.graphs import MOST, Graphs, _Known
 from arraytp.fast.parallel import Workspace
 from arraytp.ranks import ALONE, Alone, Part, share
 from arraytp.rules import RULES, bp
-from arraytp.training.experiment import build_planned
+from arraytp.training.build import build_planned
 from arraytp.training.plan import plan
 
 SGD = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}

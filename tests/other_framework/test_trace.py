@@ -12,7 +12,7 @@ from samples import close
 
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.training.experiment import build
+from arraytp.training.build import build
 from arraytp.training.trace import write_trace
 
 torch = pytest.importorskip("torch")

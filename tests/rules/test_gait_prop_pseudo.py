@@ -19,8 +19,8 @@ from arraytp.options import Conv, Dense, NetworkOptions, Pool
 from arraytp.rules import bp, fa, gait_prop
 from arraytp.rules.gait_prop import Options
 from arraytp.rules.protocol import State
+from arraytp.training.build import build
 from arraytp.training.compare import angle_degrees, relative_distance
-from arraytp.training.experiment import build
 
 PSEUDO = Options(inverse="pseudo")
 # Overlapping and other pools; matrices with more rows than columns and fewer; more samples than rows, and fewer.

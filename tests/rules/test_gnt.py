@@ -14,8 +14,8 @@ from arraytp.options import Conv, Dense, Pool
 from arraytp.rules import bp
 from arraytp.rules.gnt import RULE, Options
 from arraytp.rules.protocol import State
+from arraytp.training.build import build
 from arraytp.training.compare import angle_degrees
-from arraytp.training.experiment import build
 
 LAYERS = [
     Conv(channels=3, kernel=3, padding=1, activation="elu", pool=Pool(kernel=3, stride=2, padding=1)),

@@ -14,9 +14,9 @@ from arraytp.config import Loss, parse_config
 from arraytp.data.writer import Description, writing
 from arraytp.errors import UserError
 from arraytp.signals import StopRequest
+from arraytp.training.build import build
 from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
 from arraytp.training.compare import finite_blocks
-from arraytp.training.experiment import build
 from arraytp.training.loop import Run
 
 LEARNED = ("weight-mirror", "alignment", "tp", "dtp", "ldrl", "ldrl expected", "ldrl-parallel", "drl", "drl expected")

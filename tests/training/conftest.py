@@ -8,7 +8,7 @@ import pytest
 
 from arraytp.config import parse_config
 from arraytp.data.writer import Description, writing
-from arraytp.training import experiment
+from arraytp.training.build import build
 from arraytp.training.loop import Run
 
 BLOCKS = [
@@ -82,7 +82,7 @@ def start(tmp_path):
     def make(config, name="run", resume=False):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        run = Run(experiment.build(config), folder, "toy", quiet=True)
+        run = Run(build(config), folder, "toy", quiet=True)
         run.resume() if resume else run.start()
         return run
 

@@ -7,7 +7,7 @@ import pytest
 from arraytp import files
 from arraytp.config import parse_config
 from arraytp.errors import UserError
-from arraytp.training import experiment
+from arraytp.training.build import build as build_experiment
 from arraytp.training.checkpoint import read_checkpoint, write_checkpoint
 from arraytp.training.compare import finite_blocks
 
@@ -26,7 +26,7 @@ def build():
             "optimizer": {"name": optimizer, "lr": 0.1},
             "train": {"epochs": 1, "batch_size": 8},
         }
-        return experiment.build(parse_config(tree).variants[""])
+        return build_experiment(parse_config(tree).variants[""])
 
     return make
 

@@ -19,7 +19,7 @@ from arraytp.ops.loss import cross_entropy_backward, cross_entropy_forward
 from arraytp.options import Dense
 from arraytp.rules import RULES, bp, fa
 from arraytp.rules.protocol import State
-from arraytp.training import experiment
+from arraytp.training.build import build
 from arraytp.training.compare import angle_degrees
 
 QUICKSTART = Path(__file__).parents[2] / "runs" / "quickstart.yml"
@@ -42,7 +42,7 @@ def batch():
     """Return an experiment and its first training batch, copied so that it stays."""
 
     def make(config, plain=False):
-        made = experiment.build(config, plain=plain)
+        made = build(config, plain=plain)
         with closing(made.train_loader.batches(0)) as batches:
             images, labels = next(batches)
             return made, images.copy(), labels.copy()
@@ -63,7 +63,7 @@ def test_a_label_that_is_no_class_is_refused_before_anything_is_trained(batch, l
 
 
 def test_the_quickstart_can_be_stepped_from_python():
-    made = experiment.build(load_one(QUICKSTART, ["data.in_memory_mb=0", "train.batch_size=16"], variant="fa"))
+    made = build(load_one(QUICKSTART, ["data.in_memory_mb=0", "train.batch_size=16"], variant="fa"))
     before = [weight.copy() for weight in made.network.weights]
     with closing(made.train_loader.batches(0)) as batches:
         images, labels = next(batches)
@@ -92,7 +92,7 @@ def test_a_step_is_forward_updates_and_apply(batch):
     one.step(images, labels)
     step = two.forward(images, labels)
     updates = two.updates(step)
-    for initial, weight in zip(experiment.build(small()).network.weights, two.network.weights, strict=True):
+    for initial, weight in zip(build(small()).network.weights, two.network.weights, strict=True):
         np.testing.assert_array_equal(initial, weight)
     two.apply(step, updates)
     for a, b in zip(one.network.weights, two.network.weights, strict=True):
@@ -192,7 +192,7 @@ def test_arrays_may_be_replaced_between_steps(batch):
 
 
 def test_equal_configs_build_equal_experiments_and_seeds_differ():
-    one, two, other = (experiment.build(small(seed=seed)) for seed in (3, 3, 4))
+    one, two, other = (build(small(seed=seed)) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one.network.weights[0], two.network.weights[0])
     np.testing.assert_array_equal(one.rule_state.weights[1], two.rule_state.weights[1])
     assert not np.array_equal(one.network.weights[0], other.network.weights[0])
@@ -211,7 +211,7 @@ def test_test_images_are_neither_flipped_nor_cropped_nor_shuffled():
     data = {"dataset": "fashion-mnist-10k", "in_memory_mb": 0}
     batches = []
     for settings in (data, data | {"flip": 1.0, "crop_padding": 4}):
-        made = experiment.build(small(data=settings))
+        made = build(small(data=settings))
         with closing(made.test_loader.batches(0)) as test, closing(made.train_loader.batches(0)) as train:
             batches.append([array.copy() for array in (*next(test), next(train)[0])])
     (images, labels, plain), (same_images, same_labels, augmented) = batches

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from arraytp.errors import Interrupted, NonFiniteError
-from arraytp.training import experiment
+from arraytp.training.build import build
 
 FEEDBACK = {
     "iterations": [2, 1],
@@ -47,7 +47,7 @@ def everything(run):
 
 def by_hand(config):
     """Train without the loop; return the experiment, and what the tables should say."""
-    made, found, passes, step = experiment.build(config), [], 0, 0
+    made, found, passes, step = build(config), [], 0, 0
     first, between = config.rule.pretrain_epochs, config.rule.extra_epochs
     for epoch in range(config.train.epochs):
         for _ in range(between if epoch else first):
@@ -87,7 +87,7 @@ def test_s_ddtps_passes_come_in_order(make_config, start, stop_after):
 def test_forward_weights_stay_in_epochs_of_feedback_alone(make_config, start, stop_after):
     """Stopped right after the pre-training: θ is the initial one, Q is not."""
     config = make_config(rule=RULES["s-ddtp"])
-    run, fresh = start(config), experiment.build(config)
+    run, fresh = start(config), build(config)
     # Two looks in the first evaluation, then one after each batch of the two passes.
     with pytest.raises(Interrupted):
         run.train(stop_after(2 + 2 * PER_EPOCH - 1))
@@ -166,7 +166,7 @@ def test_angles_are_measured_at_the_logging_beta(make_config):
     """Another β trains otherwise, but measures the same angles; measuring leaves the updates as they are."""
     found = []
     for beta in (0.5, 0.1):
-        made = experiment.build(make_config(rule={**RULES["ldrl"], "beta": beta, "compare_beta": 0.005}))
+        made = build(make_config(rule={**RULES["ldrl"], "beta": beta, "compare_beta": 0.005}))
         with closing(made.train_loader.batches(0)) as batches:
             step = made.forward(*next(batches))
         made.train_feedback(step)
@@ -183,14 +183,14 @@ def test_angles_are_measured_at_the_logging_beta(make_config):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_batch_has_noise_of_its_own(make_config, rule):
     """By the number of batches before it: with one and the same noise ω would learn that noise."""
-    made = experiment.build(make_config(rule=RULES[rule]))
+    made = build(make_config(rule=RULES[rule]))
     with closing(made.train_loader.batches(0)) as batches:
         step = made.forward(*next(batches))
     seen = []
     for _ in range(3):
         made.train_feedback(step, observe=lambda n, k, arrays: seen.append(arrays["epsilon"].tobytes()))
     assert len(set(seen)) == len(seen) >= 3 * (len(made.network) - 1)
-    again = experiment.build(make_config(rule=RULES[rule]))
+    again = build(make_config(rule=RULES[rule]))
     again.feedback_step, repeated = 2, []
     again.train_feedback(step, observe=lambda n, k, arrays: repeated.append(arrays["epsilon"].tobytes()))
     assert repeated == seen[-len(repeated) :]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from arraytp.errors import NonFiniteError
-from arraytp.training import experiment
+from arraytp.training.build import build
 from arraytp.training.experiment import Comparison
 
 
 def by_hand(config):
     """Train without the loop; return the experiment and what metrics.csv, angles.csv and steps.csv should say."""
-    made = experiment.build(config)
+    made = build(config)
     metrics, angles, seen = [[np.nan] * 3 + scored(made)], [], []
     for epoch in range(config.train.epochs):
         totals, images_seen = np.zeros(3), 0

@@ -23,7 +23,7 @@ from arraytp.errors import IllConditionedError, Interrupted, NonFiniteError, Run
 from arraytp.fast import dealing, factors, inverse, orthogonality, products
 from arraytp.ranks import ALONE, agreed, share
 from arraytp.signals import StopRequest
-from arraytp.training.experiment import build_planned
+from arraytp.training.build import build_planned
 from arraytp.training.loop import Run
 from arraytp.training.plan import plan
 from arraytp.training.study import run_study

@@ -10,7 +10,7 @@ import pytest
 from arraytp.config import dump_config
 from arraytp.errors import Interrupted, UserError
 from arraytp.report import read_results, write_comparison
-from arraytp.training import experiment
+from arraytp.training.build import build
 from arraytp.training.loop import Run
 
 
@@ -28,7 +28,7 @@ def numbers(folder):
 
 
 def test_images_held_out_are_never_trained_on(make_config):
-    made = experiment.build(make_config(train=train(1)))
+    made = build(make_config(train=train(1)))
     trained = np.concatenate([images.copy() for images, _ in made.train_loader.batches(0)])
     held = np.concatenate([images.copy() for images, _ in made.validation_loader.batches(0)])
     assert (len(trained), len(held)) == (36, 9)
@@ -37,13 +37,13 @@ def test_images_held_out_are_never_trained_on(make_config):
 
 
 def test_every_seed_holds_out_the_same_images(make_config):
-    made = [experiment.build(make_config(train=train(1), seed=seed)) for seed in (0, 5)]
+    made = [build(make_config(train=train(1), seed=seed)) for seed in (0, 5)]
     (one, _), (other, _) = (next(each.validation_loader.batches(0)) for each in made)
     np.testing.assert_array_equal(one, other)
 
 
 def test_without_it_nothing_is_held_out(make_config):
-    made = experiment.build(make_config())
+    made = build(make_config())
     assert made.validation_loader is None
     assert made.train_loader.count == 45
 
@@ -117,7 +117,7 @@ def test_one_image_at_least_is_left_to_train_on(make_config, count):
     with pytest.raises(
         UserError, match=rf"train\.validation: {count}, but the train split of .* has 45 images.*most 44"
     ):
-        experiment.build(make_config(train=train(1, count)))
+        build(make_config(train=train(1, count)))
 
 
 def test_reports_choose_the_best_on_validation_and_say_so(make_config, tmp_path, stop_after):
@@ -125,7 +125,7 @@ def test_reports_choose_the_best_on_validation_and_say_so(make_config, tmp_path,
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         config = make_config(train=train(3, validation), optimizer={"name": "sgd", "lr": 0.3})
-        run = Run(experiment.build(config), folder, name, quiet=True)
+        run = Run(build(config), folder, name, quiet=True)
         (folder / "config.yml").write_text(dump_config(config))
         run.start()
         run.train(stop_after())
