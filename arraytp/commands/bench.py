@@ -21,8 +21,9 @@ from arraytp.model.blocks import block_flops
 from arraytp.ranks import ALONE, Ranks, agreed
 from arraytp.rules.feedback import only_block
 from arraytp.training.build import build_planned
-from arraytp.training.experiment import Experiment, Step
+from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan, plan_variant
+from arraytp.training.step import Step
 
 PARTS = ("load", "forward", "feedback", "updates", "optimizer")
 WARM_UP = 2

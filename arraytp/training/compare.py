@@ -1,12 +1,50 @@
 """Angle and relative distance between two updates (docs/math/notation.md); which arrays of a run are finite."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
 from arraytp.model.blocks import Network
 from arraytp.optim import OptimizerState
+
+
+class Comparison(NamedTuple):
+    """A rule's weight update of one block against BP's: angle in degrees and relative distance ‖a − b‖/‖b‖.
+
+    Where the config asks for it, also the angle to the update by Gauss-Newton targets.
+    """
+
+    block: int
+    angle_deg: float
+    distance: float
+    gnt_angle_deg: float | None = None
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers of a row of angles.csv."""
+        return tuple(number for number in self if number is not None)
+
+
+class FeedbackComparison(NamedTuple):
+    """A feedback weight against the forward weight that it pairs with; NaN where it pairs with none.
+
+    `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN for rules that train none. For rules that know it, also the relative distance to
+    the optimum of the batch's feedback loss; NaN where the settings have none.
+    """
+
+    block: int
+    loss: float
+    angle_deg: float
+    distance: float
+    ratio: float
+    optimum_distance: float | None = None
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers of a row of feedback.csv."""
+        return tuple(number for number in self if number is not None)
 
 
 def angle_degrees(a: Array, b: Array) -> float:

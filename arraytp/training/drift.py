@@ -25,9 +25,10 @@ from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import is_tall
 from arraytp.training.build import build_planned
 from arraytp.training.compare import angle_degrees
-from arraytp.training.experiment import Experiment, Step
+from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan
 from arraytp.training.progress import Progress
+from arraytp.training.step import Step
 from arraytp.training.tables import DRIFT_COLUMNS, CsvTable
 
 NONE = math.nan, math.nan

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,90 +29,22 @@ from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
-from arraytp.ops.loss import loss_and_score
 from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
 from arraytp.ranks import ALONE, Part, Ranks, parts_of
 from arraytp.rules import bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
-from arraytp.training.compare import angle_degrees, norm_ratio, relative_distance
+from arraytp.training.compare import Comparison, FeedbackComparison, angle_degrees, norm_ratio, relative_distance
 from arraytp.training.plan import Plan
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a batch's logits are worth.
-
-    Parameters
-    ----------
-    loss : array of shape ()
-        By the config's reduction, of the computing backend.
-    totals : array of shape (3,), float64
-        Loss summed over the samples, and how many labels are the first and among the first five.
-    images : int
-        B.
-    """
-
-    loss: Array
-    totals: Array
-    images: int
-
-
-class Comparison(NamedTuple):
-    """A rule's weight update of one block against BP's: angle in degrees and relative distance ‖a − b‖/‖b‖.
-
-    Where the config asks for it, also the angle to the update by Gauss-Newton targets.
-    """
-
-    block: int
-    angle_deg: float
-    distance: float
-    gnt_angle_deg: float | None = None
-
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        """The numbers of a row of angles.csv."""
-        return tuple(number for number in self if number is not None)
-
-
-class FeedbackComparison(NamedTuple):
-    """A feedback weight against the forward weight that it pairs with; NaN where it pairs with none.
-
-    `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN for rules that train none. For rules that know it, also the relative distance to
-    the optimum of the batch's feedback loss; NaN where the settings have none.
-    """
-
-    block: int
-    loss: float
-    angle_deg: float
-    distance: float
-    ratio: float
-    optimum_distance: float | None = None
-
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        """The numbers of a row of feedback.csv."""
-        return tuple(number for number in self if number is not None)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A forward pass over a batch and its loss: what feedback training, updates and angles start from.
-
-    Its arrays, and those of the updates computed from it, are valid until the next forward pass or score.
-
-    Parameters
-    ----------
-    batch : Batch
-        On several ranks this rank's part; in exact mode the first of its parts, which knows the others.
-    score : Score
-        Of the batch before the update; on several ranks of this rank's samples, until `Experiment.updates` sums it.
-    totals : list of arrays of shape (3,)
-        Of each of `batch.every`; of a part computed together, of each of its `rows`.
-    """
-
-    batch: Batch
-    score: Score
-    totals: list[Array]
+from arraytp.training.step import (
+    Score,
+    Step,
+    check_labels,
+    samples_of,
+    score_of,
+    summed_scores,
+    summed_updates,
+    updates_of,
+)
 
 
 @dataclass
@@ -218,16 +150,16 @@ class Experiment:
         begun: dict[object, Callable[[], Any]] | None = None,
     ) -> Step:
         if self.plan.backend.on_host:
-            _check_labels(labels, len(self.plan.dataset.classes))
+            check_labels(labels, len(self.plan.dataset.classes))
         parts, images, labels = self._parts(len(labels), size), self._in_place(images), self._in_place(labels)
         if self.together and parts[0] is not None:
             self.workspace.part_rows = parts[0].rows
 
         def work() -> tuple[list[tuple[ForwardPass, Array, list[Score]]], Score]:
-            samples = [self._samples(part, parts, images, labels) for part in parts]
+            samples = [samples_of(part, parts, images, labels) for part in parts]
             computing = zip(self.engines, parts, samples, strict=True)
             passes = side_by_side(self.engine, [partial(self._pass, *each) for each in computing])
-            return passes, _together([score for *_, scores in passes for score in scores])
+            return passes, summed_scores([score for *_, scores in passes for score in scores])
 
         passes, score = self.graphs.run("forward", [images, *self.network.parameters()], work, tuple(parts))
         batches = [
@@ -248,23 +180,13 @@ class Experiment:
         share, size = (1.0, len(labels)) if part is None else (part.count / part.size, part.size)
         forward = engine.forward(self.network, images)
         if not self.together:
-            dlogits, score = self._score(forward.logits, labels, share, size)
+            dlogits, score = score_of(self.config.loss, forward.logits, labels, share, size)
             return forward, dlogits, [score]
         scored = [
-            self._score(forward.logits[each], labels[each], (each.stop - each.start) / size, size)
+            score_of(self.config.loss, forward.logits[each], labels[each], (each.stop - each.start) / size, size)
             for each in self.workspace.part_rows
         ]
         return forward, np.concatenate([dlogits for dlogits, _ in scored]), [score for _, score in scored]
-
-    def _score(self, logits: Array, labels: Array, share: float, size: int) -> tuple[Array, Score]:
-        """Return ∂L/∂logits and the score of samples that are a share of a batch of `size`."""
-        settings = self.config.loss
-        if not len(labels):
-            return logits, Score(logits.sum(), np.zeros(3), size)
-        loss, dlogits, totals = loss_and_score(
-            settings.name, logits, labels, settings.reduction, settings.label_smoothing, share, size
-        )
-        return dlogits, Score(loss, totals, size)
 
     def _in_place(self, array: Array) -> Array:
         """Return what the loader gives where a graph finds it."""
@@ -283,18 +205,6 @@ class Experiment:
         if size is None:
             raise ValueError("on several ranks, give the size of the whole batch")
         return parts_of(self.ranks, size, self.exact, self.together)
-
-    def _samples(
-        self, part: Part | None, parts: Sequence[Part | None], images: Array, labels: Array
-    ) -> tuple[Array, Array]:
-        """Return a part's images and labels of this rank's; a blank image where it has none."""
-        if part is None or parts[0] is None:
-            return images, labels
-        if part.empty:
-            xp = array_module(images)
-            return xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
-        own = slice(part.first - parts[0].first, part.first - parts[0].first + part.count)
-        return images[own], labels[own]
 
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
         """Let the rule train its feedback weights on a batch, or set those that follow from θ; θ stays.
@@ -345,10 +255,10 @@ class Experiment:
             # A graph computes all that its rule asks for but the factors, whatever else was asked for before.
             arrays = [*self._arrays(batch), *self._inverses(batch), *chain(*others)]
             updates, summed = self.graphs.run(
-                "updates", arrays, lambda: _summed_updates(batch.afresh(), self._descend, others), part
+                "updates", arrays, lambda: summed_updates(batch.afresh(), self._descend, others), part
             )
         else:
-            updates, summed = _summed_updates(batch, self._descend, others)
+            updates, summed = summed_updates(batch, self._descend, others)
         if part is not None:
             totals, stopping = summed
             step.score.totals[...] = totals
@@ -380,7 +290,7 @@ class Experiment:
 
     def exact_updates(self, step: Step) -> Updates:
         """Return BP's updates."""
-        return _updates(step.batch.replaced(results="exact"), partial(bp.RULE.descend, bp.Options(), State()))
+        return updates_of(step.batch.replaced(results="exact"), partial(bp.RULE.descend, bp.Options(), State()))
 
     @property
     def against_gnt(self) -> bool:
@@ -394,7 +304,7 @@ class Experiment:
         """
         own, options = updates, self.rule.compared(self.config.rule)
         if options != self.config.rule:
-            own = _updates(
+            own = updates_of(
                 step.batch.replaced(results="compared"), partial(self.rule.descend, options, self.rule_state)
             )
         comparisons = [
@@ -403,7 +313,7 @@ class Experiment:
         ]
         if self.against_gnt:
             damped = partial(gnt.RULE.descend, gnt.Options(damping=self.config.compare.damping), State())
-            gauss_newton = _updates(step.batch.replaced(results="gauss-newton"), damped)
+            gauss_newton = updates_of(step.batch.replaced(results="gauss-newton"), damped)
             comparisons = [
                 each._replace(gnt_angle_deg=angle_degrees(own[each.block][0], gauss_newton[each.block][0]))
                 for each in comparisons
@@ -507,46 +417,8 @@ def _arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
     return [factors.triangle] if isinstance(factors, Cholesky) else [factors.matrix, factors.lu, factors.pivots]
 
 
-def _updates(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:
-    """Return the update of every block, block 0 first, of all samples."""
-    return _summed_updates(batch, descend, [[] for _ in batch.every])[0]
-
-
-def _summed_updates(
-    batch: Batch, descend: Callable[[Batch], Iterator[Update]], others: Sequence[Sequence[Array]]
-) -> tuple[Updates, list[Array]]:
-    """Return updates, block 0 first, and other arrays of every part, summed over all samples."""
-    if batch.part is None:
-        return list(descend(batch))[::-1], []
-    parameters = batch.network.parameters()
-    size = sum(array.size for array in [*parameters, *others[0]])
-    sums, walks = batch.sums("updates", size, parameters[0].dtype), [descend(each) for each in batch.every]
-    for _ in batch.network.blocks:
-        sums.add(side_by_side(batch.engine, [partial(next, walk) for walk in walks]))
-    sums.add(others)
-    summed, blocks = sums.finished(), len(batch.network)
-    pairs = list(zip(summed[: 2 * blocks : 2], summed[1 : 2 * blocks : 2], strict=True))
-    return pairs[::-1], summed[2 * blocks :]
-
-
-def _together(scores: Sequence[Score]) -> Score:
-    """Return the score of all parts."""
-    first, *others = scores
-    loss, totals = first.loss, first.totals
-    for other in others:
-        loss, totals = loss + other.loss, totals + other.totals
-    return Score(loss, totals, first.images)
-
-
 def _aligned(omega: Array, theta: Array | None) -> tuple[float, float, float]:
     """Return angle in degrees, relative distance and ratio of norms of a feedback weight to a forward weight."""
     if theta is None:
         return math.nan, math.nan, math.nan
     return angle_degrees(omega, theta), relative_distance(omega, theta), norm_ratio(omega, theta)
-
-
-def _check_labels(labels: Array, classes: int) -> None:
-    """Refuse labels that NumPy would take for places from the end, or fail at somewhere inside."""
-    bad = np.flatnonzero((labels < 0) | (labels >= classes))
-    if bad.size:
-        raise ValueError(f"label {labels[bad[0]]} of sample {bad[0]}: expected one of 0 to {classes - 1}")

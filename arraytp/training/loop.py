@@ -25,9 +25,10 @@ from arraytp.signals import StopRequest
 from arraytp.training import tables
 from arraytp.training.checkpoint import check_owner, read_checkpoint, share_state, write_checkpoint
 from arraytp.training.compare import finite_blocks, finite_moments, is_finite
-from arraytp.training.experiment import Experiment, Score, Step
+from arraytp.training.experiment import Experiment
 from arraytp.training.long_steps import LongSteps
 from arraytp.training.progress import Progress
+from arraytp.training.step import Score, Step
 from arraytp.training.tables import CsvTable, Totals
 
 # On a device, reading a number back makes the host wait; on the CPU it costs nothing.

@@ -32,9 +32,10 @@ from arraytp.signals import StopRequest
 from arraytp.training.build import build_planned
 from arraytp.training.compare import is_finite
 from arraytp.training.drift import drift_seed
-from arraytp.training.experiment import Experiment, Step
+from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan
 from arraytp.training.progress import Progress
+from arraytp.training.step import Step
 from arraytp.training.tables import ANGLES_COLUMNS, FEEDBACK_COLUMNS, GNT_COLUMNS, CsvTable
 
 

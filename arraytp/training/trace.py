@@ -23,7 +23,8 @@ from arraytp.ops.noise import EPSILON, ETA
 from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
 from arraytp.training.compare import angle_degrees, relative_distance
-from arraytp.training.experiment import Experiment, Step
+from arraytp.training.experiment import Experiment
+from arraytp.training.step import Step
 
 FORMAT, VERSION = "arraytp-trace", 2
 # The noises of an iteration and the last part of their keys.

@@ -25,7 +25,8 @@ from arraytp.model.passes import At
 from arraytp.ops.conv import conv_forward
 from arraytp.options import Unpool
 from arraytp.training.build import build
-from arraytp.training.experiment import Experiment, Step
+from arraytp.training.experiment import Experiment
+from arraytp.training.step import Step
 
 
 def main() -> None:

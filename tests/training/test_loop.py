@@ -9,7 +9,7 @@ import pytest
 
 from arraytp.errors import NonFiniteError
 from arraytp.training.build import build
-from arraytp.training.experiment import Comparison
+from arraytp.training.compare import Comparison
 
 
 def by_hand(config):

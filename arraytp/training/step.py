@@ -1,0 +1,113 @@
+"""A step's values, what they are computed from, and their sums over the parts of a batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from arraytp.backend import Array, array_module
+from arraytp.config.schema import Loss
+from arraytp.model.passes import Batch, side_by_side
+from arraytp.ops.loss import loss_and_score
+from arraytp.ranks import Part
+from arraytp.rules.protocol import Update, Updates
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a batch's logits are worth.
+
+    Parameters
+    ----------
+    loss : array of shape ()
+        By the config's reduction, of the computing backend.
+    totals : array of shape (3,), float64
+        Loss summed over the samples, and how many labels are the first and among the first five.
+    images : int
+        B.
+    """
+
+    loss: Array
+    totals: Array
+    images: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward pass over a batch and its loss: what feedback training, updates and angles start from.
+
+    Its arrays, and those of the updates computed from it, are valid until the next forward pass or score.
+
+    Parameters
+    ----------
+    batch : Batch
+        On several ranks this rank's part; in exact mode the first of its parts, which knows the others.
+    score : Score
+        Of the batch before the update; on several ranks of this rank's samples, until `Experiment.updates` sums it.
+    totals : list of arrays of shape (3,)
+        Of each of `batch.every`; of a part computed together, of each of its `rows`.
+    """
+
+    batch: Batch
+    score: Score
+    totals: list[Array]
+
+
+def check_labels(labels: Array, classes: int) -> None:
+    """Refuse labels that NumPy would take for places from the end, or fail at somewhere inside."""
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if bad.size:
+        raise ValueError(f"label {labels[bad[0]]} of sample {bad[0]}: expected one of 0 to {classes - 1}")
+
+
+def samples_of(part: Part | None, parts: Sequence[Part | None], images: Array, labels: Array) -> tuple[Array, Array]:
+    """Return a part's images and labels of this rank's; a blank image where it has none."""
+    if part is None or parts[0] is None:
+        return images, labels
+    if part.empty:
+        xp = array_module(images)
+        return xp.zeros((1, *images.shape[1:]), images.dtype), xp.zeros(1, labels.dtype)
+    own = slice(part.first - parts[0].first, part.first - parts[0].first + part.count)
+    return images[own], labels[own]
+
+
+def score_of(settings: Loss, logits: Array, labels: Array, share: float, size: int) -> tuple[Array, Score]:
+    """Return ∂L/∂logits and the score of samples that are a share of a batch of `size`."""
+    if not len(labels):
+        return logits, Score(logits.sum(), np.zeros(3), size)
+    loss, dlogits, totals = loss_and_score(
+        settings.name, logits, labels, settings.reduction, settings.label_smoothing, share, size
+    )
+    return dlogits, Score(loss, totals, size)
+
+
+def summed_scores(scores: Sequence[Score]) -> Score:
+    """Return the score of all parts."""
+    first, *others = scores
+    loss, totals = first.loss, first.totals
+    for other in others:
+        loss, totals = loss + other.loss, totals + other.totals
+    return Score(loss, totals, first.images)
+
+
+def updates_of(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:
+    """Return the update of every block, block 0 first, of all samples."""
+    return summed_updates(batch, descend, [[] for _ in batch.every])[0]
+
+
+def summed_updates(
+    batch: Batch, descend: Callable[[Batch], Iterator[Update]], others: Sequence[Sequence[Array]]
+) -> tuple[Updates, list[Array]]:
+    """Return updates, block 0 first, and other arrays of every part, summed over all samples."""
+    if batch.part is None:
+        return list(descend(batch))[::-1], []
+    parameters = batch.network.parameters()
+    size = sum(array.size for array in [*parameters, *others[0]])
+    sums, walks = batch.sums("updates", size, parameters[0].dtype), [descend(each) for each in batch.every]
+    for _ in batch.network.blocks:
+        sums.add(side_by_side(batch.engine, [partial(next, walk) for walk in walks]))
+    sums.add(others)
+    summed, blocks = sums.finished(), len(batch.network)
+    pairs = list(zip(summed[: 2 * blocks : 2], summed[1 : 2 * blocks : 2], strict=True))
+    return pairs[::-1], summed[2 * blocks :]
