@@ -40,7 +40,7 @@ from arraytp.training.step import (
     Step,
     check_labels,
     samples_of,
-    score_of,
+    scores_of,
     summed_scores,
     summed_updates,
     updates_of,
@@ -152,7 +152,7 @@ class Experiment:
         if self.plan.backend.on_host:
             check_labels(labels, len(self.plan.dataset.classes))
         parts, images, labels = self._parts(len(labels), size), self._in_place(images), self._in_place(labels)
-        if self.together and parts[0] is not None:
+        if parts[0] is not None and parts[0].together:
             self.workspace.part_rows = parts[0].rows
 
         def work() -> tuple[list[tuple[ForwardPass, Array, list[Score]]], Score]:
@@ -177,16 +177,8 @@ class Experiment:
     ) -> tuple[ForwardPass, Array, list[Score]]:
         """Run the network on a part of a batch, or several together; return ∂L/∂logits and the score of each, too."""
         images, labels = samples
-        share, size = (1.0, len(labels)) if part is None else (part.count / part.size, part.size)
         forward = engine.forward(self.network, images)
-        if not self.together:
-            dlogits, score = score_of(self.config.loss, forward.logits, labels, share, size)
-            return forward, dlogits, [score]
-        scored = [
-            score_of(self.config.loss, forward.logits[each], labels[each], (each.stop - each.start) / size, size)
-            for each in self.workspace.part_rows
-        ]
-        return forward, np.concatenate([dlogits for dlogits, _ in scored]), [score for _, score in scored]
+        return forward, *scores_of(self.config.loss, part, forward.logits, labels)
 
     def _in_place(self, array: Array) -> Array:
         """Return what the loader gives where a graph finds it."""

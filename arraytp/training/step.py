@@ -72,7 +72,17 @@ def samples_of(part: Part | None, parts: Sequence[Part | None], images: Array, l
     return images[own], labels[own]
 
 
-def score_of(settings: Loss, logits: Array, labels: Array, share: float, size: int) -> tuple[Array, Score]:
+def scores_of(settings: Loss, part: Part | None, logits: Array, labels: Array) -> tuple[Array, list[Score]]:
+    """Return ∂L/∂logits and the score of the samples of a part, or of each part computed together."""
+    share, size = (1.0, len(labels)) if part is None else (part.count / part.size, part.size)
+    if part is None or not part.together:
+        dlogits, score = _score(settings, logits, labels, share, size)
+        return dlogits, [score]
+    scored = [_score(settings, logits[each], labels[each], (each.stop - each.start) / size, size) for each in part.rows]
+    return np.concatenate([dlogits for dlogits, _ in scored]), [score for _, score in scored]
+
+
+def _score(settings: Loss, logits: Array, labels: Array, share: float, size: int) -> tuple[Array, Score]:
     """Return ∂L/∂logits and the score of samples that are a share of a batch of `size`."""
     if not len(labels):
         return logits, Score(logits.sum(), np.zeros(3), size)
