@@ -86,6 +86,11 @@ class Network:
         """Return weight and bias of every block, one block after the other."""
         return [array for pair in zip(self.weights, self.biases, strict=True) for array in pair]
 
+    def named(self, group: str) -> dict[str, Array]:
+        """Return the parameters by the names that files have for them: <group>/<n>/<weight or bias>."""
+        names = (f"{group}/{n}/{part}" for n in range(len(self)) for part in ("weight", "bias"))
+        return dict(zip(names, self.parameters(), strict=True))
+
     def rest(self, n: int) -> "Network":
         """Return the network from block n on, with the same parameters."""
         return Network(self.blocks[n:], self.weights[n:], self.biases[n:])

@@ -148,10 +148,7 @@ def _get_json(file: h5py.File, name: str) -> Any:
 
 def _arrays(experiment: Experiment) -> dict[str, Array]:
     """Return every array of the state by its name in the file."""
-    network = experiment.network
-    named: dict[str, Array] = {}
-    for n, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
-        named[f"network/{n}/weight"], named[f"network/{n}/bias"] = weight, bias
+    named = experiment.network.named("network")
     for name, array in experiment.rule_state.named().items():
         named[f"rule/{name}"] = array
     for p, moments in enumerate(experiment.optimizer_state.moments):

@@ -115,11 +115,7 @@ def _put_weights(sink: Sink, group: str, experiment: Experiment) -> None:
 
 def _weights(experiment: Experiment) -> dict[str, Array]:
     """Return θ and the rule's feedback weights by their names within a group of weights."""
-    named: dict[str, Array] = {}
-    network = experiment.network
-    for n, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
-        named[f"forward/{n}/weight"], named[f"forward/{n}/bias"] = weight, bias
-    return named | experiment.rule_state.parameters()
+    return experiment.network.named("forward") | experiment.rule_state.parameters()
 
 
 def _put_activations(sink: Sink, step: Step) -> None:
