@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from arraytp.backend import Array, first_line
 from arraytp.fast.parallel import Workspace
+from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
 
 R = TypeVar("R")
 Launches = list[Callable[[], object]]
@@ -132,3 +133,10 @@ class Graphs:
                 self.refused.setdefault(part, first_line(error))
         known.launches = None if part in self.refused else launches
         return known.launches
+
+
+def arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
+    """Return the arrays that are read where one solves by factors, but those of the network."""
+    if isinstance(factors, PseudoInverse):
+        return arrays_of(factors.gram)
+    return [factors.triangle] if isinstance(factors, Cholesky) else [factors.matrix, factors.lu, factors.pivots]

@@ -1,7 +1,7 @@
 """Angle and relative distance between two updates (docs/math/notation.md); which arrays of a run are finite."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -40,6 +40,14 @@ class FeedbackComparison(NamedTuple):
     distance: float
     ratio: float
     optimum_distance: float | None = None
+
+    @classmethod
+    def of(cls, block: int, loss: Array | None, omega: Array, theta: Array | None) -> Self:
+        """Compare a feedback weight ω, and the loss that it was trained to, with the θ that it pairs with, if any."""
+        known = math.nan if loss is None else float(loss)
+        if theta is None:
+            return cls(block, known, math.nan, math.nan, math.nan)
+        return cls(block, known, angle_degrees(omega, theta), relative_distance(omega, theta), norm_ratio(omega, theta))
 
     @property
     def numbers(self) -> tuple[float, ...]:

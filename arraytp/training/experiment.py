@@ -24,16 +24,15 @@ from arraytp.backend import Array, array_module
 from arraytp.config import Config
 from arraytp.data.loader import Loader
 from arraytp.fast.factors import begin
-from arraytp.fast.graphs import Graphs
+from arraytp.fast.graphs import Graphs, arrays_of
 from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
-from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
 from arraytp.ranks import ALONE, Part, Ranks, parts_of
 from arraytp.rules import bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
-from arraytp.training.compare import Comparison, FeedbackComparison, angle_degrees, norm_ratio, relative_distance
+from arraytp.training.compare import Comparison, FeedbackComparison, angle_degrees, relative_distance
 from arraytp.training.plan import Plan
 from arraytp.training.step import (
     Score,
@@ -261,7 +260,7 @@ class Experiment:
         """Return the arrays of a rule's factors of weights, which the batch then has; a device is read for them."""
         compute = self.rule.inverses or self.rule.factors
         made = {} if compute is None else compute(self.config.rule, batch)
-        return [array for factors in made.values() for array in _arrays_of(factors)]
+        return [array for factors in made.values() for array in arrays_of(factors)]
 
     def _descend(self, batch: Batch) -> Iterator[Update]:
         # By all threads, before the parts of a batch ask for them side by side.
@@ -324,7 +323,7 @@ class Experiment:
         """
         pairs, optimum = self.feedback_pairs(), self.rule.optimum
         found = [
-            FeedbackComparison(n, math.nan if loss is None else float(loss), *_aligned(omega, theta))
+            FeedbackComparison.of(n, loss, omega, theta)
             for (n, omega, theta), loss in zip(pairs, losses or [None] * len(pairs), strict=True)
         ]
         if optimum is None or step is None:
@@ -400,17 +399,3 @@ class Experiment:
             step.score.totals[...] = totals
             self.stop_agreed = bool(stopping[0] > 0)
         return step.score
-
-
-def _arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
-    """Return the arrays that are read where one solves by factors, but those of the network."""
-    if isinstance(factors, PseudoInverse):
-        return _arrays_of(factors.gram)
-    return [factors.triangle] if isinstance(factors, Cholesky) else [factors.matrix, factors.lu, factors.pivots]
-
-
-def _aligned(omega: Array, theta: Array | None) -> tuple[float, float, float]:
-    """Return angle in degrees, relative distance and ratio of norms of a feedback weight to a forward weight."""
-    if theta is None:
-        return math.nan, math.nan, math.nan
-    return angle_degrees(omega, theta), relative_distance(omega, theta), norm_ratio(omega, theta)
