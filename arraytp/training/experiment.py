@@ -142,11 +142,7 @@ class Experiment:
         return self._forward(images, labels, size, begin(self.workspace, self.network))
 
     def _forward(
-        self,
-        images: Array,
-        labels: Array,
-        size: int | None = None,
-        begun: dict[object, Callable[[], Any]] | None = None,
+        self, images: Array, labels: Array, size: int | None, begun: dict[object, Callable[[], Any]] | None = None
     ) -> Step:
         if self.plan.backend.on_host:
             check_labels(labels, len(self.plan.dataset.classes))
