@@ -228,7 +228,7 @@ class RankSums:
         host = flat if ranks.sums_on_device and not exact else self._engine.backend.to_host(flat)
         ranks.sum(host, in_order=exact)
         if host is not flat:
-            flat[...] = self._engine.backend.asarray(host)
+            flat.set(host)
 
 
 def _add_up(total: "Array", terms: "Sequence[Array | None]", stretch: int, part: slice) -> None:
