@@ -140,6 +140,7 @@ def test_a_kernel_that_does_not_compile_is_one_line():
         ({}, "tf32: true: is for products of backend cupy in float32, not numpy in float32"),
         ({"backend": "cupy", "dtype": "float64"}, "not cupy in float64; leave it out, or use --backend cupy"),
         ({"backend": "cupy", "rule": {"name": "gait-prop", "inverse": "pseudo"}}, "rule gait-prop inverts weights"),
+        ({"backend": "cupy", "rule": {"name": "ridge-tp"}}, "rule ridge-tp inverts weights"),
     ],
 )
 def test_tf32_is_for_what_has_it_and_can_do_with_it(changed, said):

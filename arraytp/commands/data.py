@@ -66,7 +66,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 @click.argument("source", metavar="SOURCE", type=click.Choice(_SOURCES))
 @click.argument("src", type=_FOLDER)
 @click.argument("dst", type=_FOLDER)
-@click.option("--name", callback=_parse_name, help="The data set's name.  [default: SOURCE]")
+@click.option("--name", callback=_parse_name, help="The data set's name.  [default: SOURCE; of a folder, its own]")
 @click.option(
     "--limit",
     "limits",

@@ -135,9 +135,10 @@ def _check_tf32(config: Config) -> None:
             f"tf32: true: is for products of backend cupy in float32, not {config.backend} in {config.dtype}; "
             "leave it out, or use --backend cupy --dtype float32"
         )
-    if RULES[config.rule.name].inverts:
+    rule = RULES[config.rule.name]
+    if rule.inverts or rule.factors is not None:
         raise UserError(
-            f"tf32: true: rule {config.rule.name} inverts weights by WWᵀ − I, for which 11 bits are too few; "
+            f"tf32: true: rule {config.rule.name} inverts weights by their products, for which 11 bits are too few; "
             "leave it out"
         )
 
