@@ -7,7 +7,6 @@ summed over ranks.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from arraytp.errors import UserError, UserErrors
@@ -196,7 +195,8 @@ class RankSums:
                 continue
             # In the buffer's dtype already here: with fewer parts per rank, sums are rounded to it more often.
             cast = [each.reshape(-1).astype(total.dtype, copy=False) for each in of_parts]
-            terms = [None if part.empty else each for part, each in zip(cycle(self._parts), cast)]
+            parts = [*self._parts] * (len(cast) // len(self._parts))
+            terms = [None if part.empty else each for part, each in zip(parts, cast, strict=True)]
             self._engine.in_slices(like.size, partial(_add_up, total, terms, stretch))
             self._summed.append(total.reshape(like.shape))
         if self._at_once and (self._end - self._begun) * self._flat.itemsize >= MESSAGE:

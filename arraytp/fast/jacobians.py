@@ -55,8 +55,8 @@ def _jacobian_sums(workspace: Workspace, batch: Batch) -> Sums:
 
 def gauss_newton(workspace: Workspace, batch: Batch, damping: float) -> Mapping[int, Array]:
     """Return J_bᵀ (J_b J_bᵀ + γI)⁻¹ e_b of every hidden s^n: `Batch.gauss_newton`."""
-    own, walk, samples = workspace.of((OWNER, batch.results)), _walk(batch), len(batch.logits)
-    changes = {at.n: own.array(("change", at.n), (samples, at.s[0].size), at.s.dtype) for at, *_ in walk}
+    own, walk, count = workspace.of((OWNER, batch.results)), _walk(batch), len(batch.logits)
+    changes = {at.n: own.array(("change", at.n), (count, at.s[0].size), at.s.dtype) for at, *_ in walk}
 
     def solve(part: slice) -> None:
         scratch = workspace.scratch
@@ -65,7 +65,7 @@ def gauss_newton(workspace: Workspace, batch: Batch, damping: float) -> Mapping[
             by_sample[...] = j.transpose(1, 0, 2)
             changes[n][samples] = damped_gauss_newton(by_sample, batch.dlogits[samples], damping)
 
-    lanes = even_slices(samples, LANES if workspace.backend.on_host else 1)
+    lanes = even_slices(count, LANES if workspace.backend.on_host else 1)
     workspace.run([partial(solve, part) for part in lanes])
     return {n: changes[n] for n in sorted(changes)}
 
