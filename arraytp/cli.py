@@ -176,11 +176,11 @@ def _complain(message: str | Sequence[str], status: int) -> int:
 
 def _tell(lines: Sequence[str], status: int) -> int:
     """Print why the process ends, if it is this one of several to say so, and return the exit status."""
-    met = status > _SIGNALLED
-    # The first one at once: others may have to be waited for.
-    if speaks() or failed_alone(met):
+    if speaks():
         click.echo("\n".join(lines), err=True)
-    if failed_alone(met):
+    if failed_alone(met=status > _SIGNALLED):
+        if not speaks():
+            click.echo("\n".join(lines), err=True)
         end_all(status)
     return status
 
