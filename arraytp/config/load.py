@@ -39,14 +39,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
 
 
 def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> Config:
-    """Read a config file that has no variants, or one variant of a file that has some.
+    """Read a config file that has no variants, or one variant of a file that has some; overrides are for that one.
 
     Raises
     ------
     UserError
         As `load_config`; also if `variant` is not in the file, or the file has variants and none is chosen.
     """
-    variants = load_config(path, overrides).variants
+    variants = resolve(read_document(path), Path(path).stem, overrides, variant).variants
     if variant is None and "" not in variants:
         raise UserError(f"{path}: has the variants {', '.join(variants)}; choose one")
     if (variant or "") not in variants:

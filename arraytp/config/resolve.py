@@ -61,14 +61,19 @@ class _Finding:
     names_variant: bool
 
 
-def resolve(document: Document, name: str, overrides: Sequence[str]) -> ConfigFile:
-    """Lay every variant and `--set` upon the file and check the results."""
+def resolve(document: Document, name: str, overrides: Sequence[str], chosen: str | None = None) -> ConfigFile:
+    """Lay every variant and `--set` upon the file and check the results.
+
+    With a `chosen` variant, what a `--set` says of all variants is said of that one only, whose rule may have keys that
+    no other's has.
+    """
     base, variants = _split(document)
     sets = [_parse_override(text, list(variants)) for text in overrides]
     configs: dict[str, Config] = {}
     findings: dict[_Finding, list[str]] = {}
     for variant, own in (variants or {"": {}}).items():
-        applying = [entry for entry in sets if entry.variant in (None, variant)]
+        general = chosen in (None, variant)
+        applying = [entry for entry in sets if entry.variant == variant or (entry.variant is None and general)]
         outcome = _check(_laid(overlay({"name": name, **base}, own), applying))
         if isinstance(outcome, Config):
             configs[variant] = outcome

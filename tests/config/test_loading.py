@@ -186,6 +186,15 @@ def test_merging_nothing_changes_nothing(tree):
     assert merge(tree, {}) == overlay(tree, {}) == tree
 
 
+def test_set_is_for_the_chosen_variant_which_may_have_keys_that_no_other_has(write):
+    path = write(BASE + "variants: {gp: {rule: {name: gait-prop}}, fa: {rule: {name: fa}}}\n")
+    assert load_one(path, ["rule.eta=1e-4"], "gp").rule.eta == 1e-4
+    with pytest.raises(UserError, match=r"--set rule.eta=1e-4: rule.eta is not a known key.*\(in variant fa\)"):
+        load_config(path, ["rule.eta=1e-4"])
+    with pytest.raises(UserError, match=r"--set rule.nu=1: rule.nu is not a known key.*\(in variant gp\)"):
+        load_one(path, ["rule.nu=1"], "gp")
+
+
 def test_the_editor_schema_knows_every_section_and_variants():
     properties = config_schema()["properties"]
     assert {"data", "network", "rule", "optimizer", "train", "variants"} <= set(properties)
