@@ -224,7 +224,7 @@ class Rule(Generic[O]):
         What a rule factorises of the weights without putting it in their place.
     by_samples : bool
         Whether a sample's numbers do not depend on others, and what is yielded is summed over samples by `At.backward`
-        alone. Exact mode then computes parts of a batch at once.
+        alone. Exact mode then computes parts of a batch at once, unless the rule trains feedback.
     checks : tuple of Check
         What the audit is to check besides.
     """

@@ -62,6 +62,9 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
 
 
 def _goes_together(planned: Plan) -> bool:
-    """Tell whether parts of a batch can be computed at once: by dense blocks and a rule that says so."""
-    dense = all(block.window is None for block in planned.blocks)
-    return dense and RULES[planned.config.rule.name].by_samples and "gnt" not in planned.config.compare.against
+    """Tell whether parts of a batch can be computed at once: by dense blocks and a rule that says so.
+
+    A rule that trains feedback scales the gradients of each part itself.
+    """
+    dense, rule = all(block.window is None for block in planned.blocks), RULES[planned.config.rule.name]
+    return dense and rule.by_samples and rule.feedback is None and "gnt" not in planned.config.compare.against

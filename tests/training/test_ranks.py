@@ -200,6 +200,17 @@ def test_parts_that_are_computed_at_once_have_the_bits_of_each_alone(dataset, mo
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.parametrize("rule", ["weight-mirror", "alignment sa", "alignment ia"])
+def test_exact_ranks_have_the_same_bits_on_dense_blocks_where_fa_trains_its_feedback(dataset, rule):
+    """Its gradients are scaled part by part, so parts are not computed at once."""
+    exact = dense(dataset, rule, batch=45)
+    wanted = numbers_of(exact, ALONE, False, first=0)
+    for size in (2, 8):
+        for found in on_ranks(size, lambda ranks: numbers_of(exact, ranks, False, first=0)):
+            for mine, theirs in zip(found, wanted, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("rule", "forms"), [("gait-prop difference", "first_rows"), ("gait-prop pseudo", "transposed_inverse")]
 )
