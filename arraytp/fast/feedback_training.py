@@ -157,6 +157,8 @@ class Slice:
         shared, block, index = self._shared, self._shared.at.block, None
         # With a pool z itself is not given away: it takes the memory of the next a.
         z = self._array("F" if block.pool is None else "a", "z", block.pre_shape)
+        # It may take the memory of the stack.
+        self._stack = None
         shared.products.add_affine(self._rows_of(epsilon), shared.theta, shared.z[self.part], z, self.scratch)
         s = z
         if block.pool is not None:

@@ -7,7 +7,7 @@ import pytest
 from feedback_blocks import at_block, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import ACTIVATIONS, NAMED, batch, chains, close, fitting_blocks, named_blocks, placed, random_network, rng
+from samples import ACTIVATIONS, NAMED, batch, chains, close, named_blocks, placed, random_network, rng
 from training import fast, pass_of, plain
 
 from arraytp.backend import NUMPY
@@ -15,8 +15,9 @@ from arraytp.fast import feedback_training, products
 from arraytp.model.architectures import plan_network
 from arraytp.model.feedback import feedback_forward
 from arraytp.model.passes import NoiseAndProducts
+from arraytp.model.shapes import plan_blocks
 from arraytp.ops.noise import EPSILON, ETA, gaussian
-from arraytp.options import Dense, NetworkOptions
+from arraytp.options import Conv, Dense, NetworkOptions
 from arraytp.rules import RULES
 from arraytp.rules.protocol import State
 
@@ -24,6 +25,9 @@ ROUNDING = 1e-12
 SIGMA, KEY = 0.3, {"seed": 7, "number": 3}
 UNPOOL = ("overwrite", "accumulate")
 DENSE = [Dense(units=11, activation="elu"), Dense(units=8, activation="tanh"), Dense(units=4)]
+# Its second convolution goes by lanes.
+NARROW = [*[Conv(channels=2, kernel=3, padding=1, activation="elu")] * 2, Dense(units=4)]
+ORDERS = {"lenet": named_blocks("lenet"), "dense": plan_blocks(DENSE, (10,)), "narrow": plan_blocks(NARROW, (7, 5, 2))}
 ON_HOST = SimpleNamespace(put=np.array, get=np.asarray, backend=NUMPY)
 
 
@@ -193,12 +197,25 @@ def unused_result(at, omega, bias, epsilon, eta):
     return at.square(r)
 
 
-@pytest.mark.parametrize("iterate", [shared_factors, held_results, unused_result])
+def forward_between(at, omega, bias, epsilon, eta):
+    """An iteration with a forward pass between two products with the same d."""
+    first = at.a(*at.F(epsilon))
+    at.add(epsilon, first)
+    second = at.a(*at.F(epsilon + at.s))
+    at.subtract(at.s, first)
+    r = at.transposed(omega, second)
+    at.add(r, first)
+    at.add(r, second)
+    at.add_bias(r)
+    return at.square(r)
+
+
+@pytest.mark.parametrize("iterate", [shared_factors, held_results, unused_result, forward_between])
 @pytest.mark.parametrize("count", [1, 5])
-@pytest.mark.parametrize("name", ["lenet", "dense"])
+@pytest.mark.parametrize("name", ORDERS)
 def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place, name, count, iterate):
     """Results of two calls stay apart, and an x that comes again gives the rows of that x."""
-    blocks = named_blocks("lenet") if name == "lenet" else fitting_blocks(DENSE, (10,))
+    blocks = ORDERS[name]
     network, (x, _) = random_network(blocks), batch(blocks, count)
     needed = NoiseAndProducts(SIGMA, 1, products=4, output_noise=False)
     sums = {}
