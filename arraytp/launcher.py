@@ -115,10 +115,8 @@ def _known_world() -> Ranks:
 def threads_of(ranks: Ranks) -> int | None:
     """Return how many threads a rank should use: its share of the cores that it and others of its host may use.
 
-    None for one process, and where OMP_NUM_THREADS says it. Ranks of other runs take their share, too.
+    None for one process. Ranks of other runs take their share, too.
     """
     everyone = _known_world()
     sharing = everyone.sharing if isinstance(everyone, Mpi) else ranks.size
-    if sharing == 1 or os.environ.get("OMP_NUM_THREADS"):
-        return None
-    return max(1, len(os.sched_getaffinity(0)) // sharing)
+    return None if sharing == 1 else max(1, len(os.sched_getaffinity(0)) // sharing)

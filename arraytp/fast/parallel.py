@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -168,7 +168,10 @@ class Workspace:
         self._numbers.clear()
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks and wait for them; those of a task one after another."""
+        """Run all tasks and wait for them; those of a task one after another.
+
+        After an error no task is begun, and it is raised when none runs any more.
+        """
         if not self.backend.on_host or self.busy:
             for task in tasks:
                 task()
@@ -180,8 +183,9 @@ class Workspace:
             try:
                 self._work(queue, lock)
             finally:
-                for future in futures:
-                    future.result()
+                wait(futures)
+            for future in futures:
+                future.result()
 
     def _work(self, queue: Iterator[Task], lock: threading.Lock) -> None:
         """Run tasks from the queue until it is empty."""
@@ -193,6 +197,11 @@ class Workspace:
                 if task is None:
                     return
                 task()
+        except BaseException:
+            with lock:
+                for _ in queue:
+                    pass
+            raise
         finally:
             self._thread.busy = False
 
@@ -230,10 +239,15 @@ def tiles(count: int) -> list[slice]:
     return even_slices(count, min(TILES, count // TILE_WIDTH))
 
 
+def asked_threads() -> int | None:
+    """Return the number in `OMP_NUM_THREADS`, of a list the first; None unless it is positive."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) or None if first.isascii() and first.isdecimal() else None
+
+
 def default_threads() -> int:
-    """Return `OMP_NUM_THREADS` if it is a positive number, else the number of cores this process may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+    """Return what `OMP_NUM_THREADS` asks for, else the number of cores that this process may use."""
+    return asked_threads() or len(os.sched_getaffinity(0))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from arraytp.config import Config
 from arraytp.data.division import TRAIN, VALIDATION, divide
 from arraytp.fast.device import fast_engine
 from arraytp.fast.graphs import Graphs
+from arraytp.fast.parallel import asked_threads
 from arraytp.launcher import threads_of
 from arraytp.model.initialise import make_network
 from arraytp.model.passes import Engine
@@ -31,7 +32,7 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
     config, backend = planned.config, planned.backend
     backend.use_tf32(config.tf32)
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
-    rule, engine = RULES[config.rule.name], fast_engine(backend, threads_of(ranks))
+    rule, engine = RULES[config.rule.name], fast_engine(backend, asked_threads() or threads_of(ranks))
     engine.deal_among(ranks)
     graphs = Graphs(engine, config.cuda_graphs and not plain and has_kernels(network.weights[0]))
     first: Engine = Plain(backend) if plain else engine

@@ -1,6 +1,7 @@
 """Tasks and slices."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -80,6 +81,23 @@ def test_an_error_in_a_task_reaches_the_caller_and_the_workspace_goes_on(threads
     assert done == [1] * 4
 
 
+def test_an_error_ends_what_is_not_begun_and_waits_for_what_is():
+    """Else a thread would go on computing in the buffers of the step after, with BLAS's threads given back."""
+    workspace, begun, done = Workspace(threads=2), threading.Event(), []
+
+    def task():
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(10)
+            raise FloatingPointError("bad task")
+        begun.set()
+        time.sleep(0.05)
+        done.append("helper")
+
+    with pytest.raises(FloatingPointError, match="bad task"):
+        workspace.run([task, task, *[lambda: done.append("late")] * 4])
+    assert done == ["helper"]
+
+
 def test_no_tasks_are_no_error():
     Workspace(threads=2).run([])
 
@@ -92,7 +110,7 @@ def test_a_device_runs_tasks_in_order_on_one_thread():
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"), [("3", 3), ("1", 1), ("0", None), ("", None), ("many", None), ("2,1", None)]
+    ("value", "wanted"), [("3", 3), ("1", 1), ("0", None), ("", None), ("many", None), ("²", None), ("2,1", 2)]
 )
 def test_the_number_of_threads_is_that_of_openmp_or_the_cores(monkeypatch, value, wanted):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
