@@ -121,7 +121,8 @@ def check_converges(at: At, c: Array, momentum: float, lr: float) -> None:
     """
     xp = array_module(c)
     worst, bound = float(lr * c.max()), 2 * (1 + momentum)
-    if worst <= bound:
+    # NaN comes from the forward pass; the loss is NaN, too, and the loop names where it began.
+    if not worst > bound:
         return
     place = [int(i) for i in xp.unravel_index(int(c.argmax()), c.shape)]
     where = f"output {place[-1]}" if c.ndim == 2 else f"tap ({place[0]}, {place[1]}), output {place[-1]}"

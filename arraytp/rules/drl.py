@@ -156,6 +156,9 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
 def least(A: Array, J: Array) -> Array:
     """Return Q* = A⁻¹ J in float64, by the pseudo-inverse."""
     xp = array_module(A)
+    if xp is np and not np.isfinite(A).all():
+        # NumPy's SVD would raise an error that does not say where this began; the loss is NaN, too.
+        return np.full(J.shape, np.nan)
     u, singular, vt = xp.linalg.svd(A.astype(xp.float64), full_matrices=False)
     # What A, computed in its dtype, has in directions that no sample's J reaches is rounding.
     cutoff = len(A) * float(np.finfo(A.dtype).eps) * singular.max()

@@ -246,6 +246,18 @@ def test_drls_optimum_is_where_the_expected_gradient_is_zero():
         np.testing.assert_allclose(A @ q, J, rtol=1e-8, atol=1e-10 * np.abs(J).max())
 
 
+@pytest.mark.parametrize(("rule", "expected"), [("ldrl", True), ("drl", True), ("drl", "optimum")])
+def test_a_closed_form_of_what_is_not_finite_has_a_loss_that_is_not_finite_and_no_error_of_its_own(rule, expected):
+    """The loop says where it began; NumPy's SVD and a bound on the rate would not."""
+    blocks = named_blocks("lenet")
+    network, (x, _) = random_network(blocks), batch(blocks, 4)
+    network.weights[0][...] = np.nan
+    state = state_of(network, SGD(lr=0.1), direct=rule == "drl")
+    with np.errstate(invalid="ignore"):
+        losses = train(rule, options(rule, SGD(lr=0.1), expected=expected), state, pass_of(network, x))
+    assert np.isnan(losses[-2])
+
+
 def test_closed_forms_run_on_a_device_without_reading_back(device):
     """As on the host; what is read back would raise on the strict double."""
     blocks = named_blocks("lenet")
