@@ -20,6 +20,7 @@ import numpy as np
 from scipy.sparse.linalg import eigsh
 
 from arraytp.backend import Array
+from arraytp.errors import NonFiniteError
 from arraytp.model.passes import At
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import is_tall
@@ -45,11 +46,14 @@ def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool
     with Progress(label, config.train.epochs, per_epoch, steps=total, quiet=quiet) as progress:
         for number, (epoch, images, labels) in enumerate(itertools.islice(_batches(experiment), total)):
             step = experiment.forward(images, labels)
+            loss = float(step.score.totals[0]) / step.score.images
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"{folder}: not finite at step {number}; a smaller optimizer.lr may help")
             experiment.train_feedback(step)
             updates = experiment.updates(step)
             if number % config.compare.every == 0:
                 angles = [each.angle_deg for each in experiment.compare(step, updates)]
-                _measure(experiment, step, table, number, angles)
+                _measure(experiment, step, table, (number, loss), angles)
             experiment.apply(step, updates, epoch)
             progress.step(len(labels))
     return {"update_angle_deg": angles}
@@ -63,8 +67,8 @@ def _batches(experiment: Experiment) -> Iterator[tuple[int, Array, Array]]:
                 yield epoch, images, labels
 
 
-def _measure(experiment: Experiment, step: Step, table: CsvTable, number: int, angles: list[float]) -> None:
-    loss = float(step.score.totals[0]) / step.score.images
+def _measure(experiment: Experiment, step: Step, table: CsvTable, at: tuple[int, float], angles: list[float]) -> None:
+    number, loss = at
     for n, (angle, own) in enumerate(zip(angles, own_angles(experiment, step), strict=True)):
         measured = drift(experiment.network.weights[n]) if n > 0 or experiment.network.blocks[n].is_square else NONE
         table.append(number, n, loss, angle, own, *measured)
@@ -99,5 +103,8 @@ def drift(weight: Array) -> tuple[float, float]:
     error = w.T @ w if is_tall(w) else w @ w.T
     order = len(error)
     error.reshape(-1)[:: order + 1] -= 1
-    largest = eigsh(error, k=1, v0=np.ones(order, w.dtype), tol=1e-3, return_eigenvectors=False)
-    return float(np.linalg.norm(error) / order**0.5), float(abs(largest[0]))
+    largest = np.abs(error).max()
+    # Of 0, of NaN and of order 1 it is that, and ARPACK would refuse them.
+    if order > 1 and np.isfinite(largest) and largest:
+        largest = abs(eigsh(error, k=1, v0=np.ones(order, w.dtype), tol=1e-3, return_eigenvectors=False)[0])
+    return float(np.linalg.norm(error) / order**0.5), float(largest)

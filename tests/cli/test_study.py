@@ -120,6 +120,37 @@ def test_diverging_feedback_is_named(arraytp, study):
     assert "rule.feedback.optimizer.lr" in outcome.err
 
 
+DRIFT = """\
+data: {dataset: toy}
+network: {blocks: [{type: dense, units: 8, activation: leaky-relu}, {type: dense, units: 3}], init: orthogonal}
+rule: {name: gait-prop, form: difference, inverse: pseudo}
+optimizer: {name: sgd, lr: 0.05}
+train: {epochs: 2, steps: 4, batch_size: 16}
+compare: {every: 2}
+study: {kind: drift, seeds: 1}
+"""
+
+
+def test_a_study_of_drift_measures_angles_beside_drift(arraytp, place):
+    """Of an orthogonal W the inverse turns nothing; after two updates both have grown."""
+    (place / "drift.yml").write_text(DRIFT)
+    outcome = arraytp("run", "drift.yml", "--quiet")
+    assert outcome.status == 0, outcome.err
+    found = rows(place / "results/drift/seed-0/drift.csv")
+    assert [(row["step"], row["block"]) for row in found] == [("0", "0"), ("0", "1"), ("2", "0"), ("2", "1")]
+    first, last = ([float(row[key]) for key in ("own_deg", "drift_rms", "drift_largest")] for row in found[1::2])
+    assert max(first) < 1e-3 < min(last)
+    assert found[0]["own_deg"] == found[0]["drift_rms"] == "nan"
+
+
+def test_a_study_of_drift_that_diverges_says_where(arraytp, place):
+    (place / "drift.yml").write_text(DRIFT)
+    outcome = arraytp("run", "drift.yml", "--quiet", "--set", "optimizer.lr=1e30")
+    assert outcome.status == 1
+    said = "arraytp: error: results/drift/seed-0: not finite at step 1; a smaller optimizer.lr may help\n"
+    assert outcome.err == said
+
+
 def test_a_network_without_feedback_is_refused(arraytp, place):
     alone = "network={blocks: [{type: dense, units: 3}]}"
     (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: ldrl}\n")
