@@ -73,7 +73,7 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
                 f"train.exact: {ranks.size} ranks share a run, but not evenly the {PARTS} parts that a batch is cut "
                 "into; start 1, 2, 4 or 8, or use --ranks-per-run"
             )
-        study, batch = plan.config.study, min(plan.config.train.batch_size, plan.dataset.counts["train"])
+        study, batch = plan.config.study, min(plan.config.train.batch_size, plan.train_images)
         what = f"train.batch_size: a batch has {batch} images" if study is None else f"study.seeds: {study.seeds} seeds"
         if ranks.size > (batch if study is None else study.seeds):
             raise UserError(

@@ -252,7 +252,7 @@ class Run:
         """Between two batches: stop if that is asked for, or write a checkpoint if one is due."""
         if self._stopping(stop):
             self._stop(stop, progress)
-        if time.monotonic() - self._saved > 60 * self.experiment.config.train.checkpoint_minutes:
+        if self._writes and time.monotonic() - self._saved > 60 * self.experiment.config.train.checkpoint_minutes:
             self._read_scores(progress)
             self._save()
 
@@ -350,7 +350,8 @@ class Run:
         self._read_scores(progress)
         self._save()
         position = self.position
-        where = f"epoch {position.epoch + 1}, step {position.step}"
+        # After the last epoch the test split is scored.
+        where = f"epoch {min(position.epoch + 1, self._length()[1])}, step {position.step}"
         number = max(self.experiment.ranks.gather(stop.signal))
         raise Interrupted(f"{self.label}: stopped in {where}; {self.folder / 'checkpoint.h5'} is written", number)
 

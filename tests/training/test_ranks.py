@@ -507,6 +507,7 @@ def test_ranks_that_were_given_different_things_are_refused(dataset, monkeypatch
     ("settings", "message"),
     [
         ({"train": {"epochs": 1, "batch_size": 2}}, "a batch has 2 images, fewer than the 3 ranks"),
+        ({"train": {"epochs": 1, "batch_size": 8, "validation": 88}}, "a batch has 2 images, fewer than the 3 ranks"),
         ({"train": {"epochs": 1, "batch_size": 9, "exact": True}}, "^train.exact: 3 ranks .*; start 1, 2, 4 or 8"),
         ({"study": {"seeds": 2}}, "study.seeds: 2 seeds, fewer than the 3 ranks"),
     ],

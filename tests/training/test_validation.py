@@ -80,7 +80,8 @@ def test_a_run_stopped_anywhere_leaves_the_same_numbers(make_config, start, stop
     # 3 validations of 1 batch, 2 epochs of 3 steps, 2 batches of test images.
     assert stop.looks == 3 + 6 + 2
     for after in range(stop.looks):
-        with pytest.raises(Interrupted):
+        # Before the first epoch, in the first, in the second, and while the test split is scored.
+        with pytest.raises(Interrupted, match=rf"stopped in epoch {1 if after < 5 else 2}, step"):
             start(config, f"stopped-{after}").train(stop_after(after))
         resumed = start(config, f"stopped-{after}", resume=True)
         resumed.train(stop_after())
