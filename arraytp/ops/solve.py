@@ -28,6 +28,7 @@ from arraytp.backend import (
     factorise,
     matrix_product,
 )
+from arraytp.errors import NonFiniteError
 from arraytp.ops import kernels
 from arraytp.ops.blas import blas
 from arraytp.ops.excess import is_tall
@@ -169,7 +170,8 @@ def transposed_rows(inverse: PseudoInverse, rows: slice) -> Array:
 def damped_gauss_newton(jacobian: Array, e: Array, damping: float) -> Array:
     """Return Jᵀ (J Jᵀ + γI)⁻¹ e of every sample, of shape (B, D): the damped Gauss-Newton change for an error e.
 
-    The C×C matrices are solved with in float64, whatever the dtype.
+    J Jᵀ is computed in J's dtype, so a γ far below its rounding, ε tr(J Jᵀ)/C, changes nothing; the C×C systems are
+    solved in float64.
 
     Parameters
     ----------
@@ -178,10 +180,20 @@ def damped_gauss_newton(jacobian: Array, e: Array, damping: float) -> Array:
     e : array of shape (B, C)
     damping : float
         γ > 0.
+
+    Raises
+    ------
+    NonFiniteError
+        If a system is singular. On a device that is not looked at.
     """
     gram = batched_product(jacobian, jacobian.transpose(0, 2, 1)).astype(np.float64)
     gram.reshape(len(e), -1)[:, :: e.shape[1] + 1] += damping
-    v = batched_solve(gram, e.astype(np.float64)).astype(jacobian.dtype)
+    try:
+        v = batched_solve(gram, e.astype(np.float64)).astype(jacobian.dtype)
+    except np.linalg.LinAlgError:
+        raise NonFiniteError(
+            f"J Jᵀ + γI of Gauss-Newton targets has no inverse with γ = damping = {damping:g}; use a larger one"
+        ) from None
     return batched_product(v[:, None], jacobian)[:, 0]
 
 

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from samples import close, rng, well_conditioned
 
 from arraytp.backend import NUMPY
+from arraytp.errors import NonFiniteError
 from arraytp.ops.excess import excess_rows
 from arraytp.ops.solve import (
     NEAR_ORTHOGONAL,
     PseudoInverse,
     cholesky,
     condition,
+    damped_gauss_newton,
     factor,
     factor_gram,
     gram_solve,
@@ -163,3 +165,9 @@ def test_the_pseudo_inverse_is_that_of_the_singular_values(place, shape, ridge, 
     close(solved, z @ np.linalg.inv(gram + ridge * np.eye(order)), 1e-12)
     if not ridge:
         close(wanted, np.linalg.pinv(w), 1e-12)
+
+
+def test_a_damping_that_leaves_a_system_singular_is_named():
+    same = np.ones((1, 3, 4), np.float32)
+    with pytest.raises(NonFiniteError, match=r"has no inverse with γ = damping = 1e-20; use a larger one"):
+        damped_gauss_newton(same, np.ones((1, 3), np.float32), 1e-20)
