@@ -1,8 +1,8 @@
 """Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), and W⁺ of any, by threads.
 
 `arraytp.model.plain.block_inverse` is the plain form. `arraytp.fast.factors` factorises W once per step and block.
-Where fewer rows are to be carried through W⁻¹ than it has rows of interest, they are solved for; else those rows of W⁻¹
-are formed and multiplied. W⁺ goes in the same ways.
+If the batch has fewer rows than the part of W⁻¹ that is needed, each row is solved for; else that part of W⁻¹ is formed
+and multiplied with. For W⁺ the same choice is made.
 """
 
 from collections.abc import Callable
@@ -174,9 +174,9 @@ def _dz(workspace: Workspace, at: At, ds: Array, scale: float | Array | None) ->
 
 
 def first_rows(workspace: Workspace, factors: Factors, count: int, dealt: bool = False) -> Array:
-    """Return the first `count` rows of W⁻¹, of shape (count, n): what `count` units of the output say of the input.
+    """Return the first `count` rows of W⁻¹, of shape (count, n): those of the first `count` units of the output.
 
-    `dealt` if all ranks form them: whether a rank does may depend on how many samples it has.
+    `dealt` lets the ranks divide the work, which is right only where every rank calls this.
     """
     rows = workspace.of(OWNER).array("rows", (count, len(factors.matrix)), factors.matrix.dtype)
 

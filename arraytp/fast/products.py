@@ -155,7 +155,7 @@ class Split:
         return add_row_patches(patches.reshape(samples, window.height, window.out_width, -1), window, out)
 
     def fold(self, weight: Array) -> Array:
-        """Return it over (j, c) and (i from last to first, o)."""
+        """Return a view of `weight` with the axes of Rᵀ V: (j, c) and (i from last to first, o)."""
         return weight[::-1].transpose(1, 2, 0, 3)
 
 

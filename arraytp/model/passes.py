@@ -116,7 +116,7 @@ class Batch:
         return parts_of_batch([replace(each, **changes) for each in self.every])
 
     def sums(self, name: str, size: int, dtype: Any) -> RankSums:
-        """Return room for sums over the samples of all ranks, of so many elements, in `array` of that name."""
+        """Return a buffer for `size` sums over the samples of all ranks; the same memory for the same name."""
         flat = self.engine.array((self.results, name, "sums"), (-(-size // PARTS) * PARTS,), dtype)
         return RankSums([each.part for each in self.every if each.part is not None], flat, self.engine)
 
@@ -169,38 +169,36 @@ class Batch:
     @property
     def gram_errors(self) -> "GramErrors":
         """E = WWᵀ − I (or WᵀW − I) of the blocks, computed once for all that need it: inverses and the regulariser."""
-        errors: GramErrors = self.once("gram errors", lambda lead: lead.engine.gram_errors(lead.network))
+        errors: GramErrors = self.once(("gram errors",), lambda lead: lead.engine.gram_errors(lead.network))
         return errors
 
-    @property
+    @cached_property
     def jacobian_sums(self) -> "Mapping[int, tuple[Array, Array]]":
         """Σ_b J_b J_bᵀ, of shape (C, C), and Σ_b J_b, of shape (C, D), of every hidden s^n; computed once.
 
         J_b of shape (C, D) is the Jacobian of the logits of sample b in its s^n.
         """
-        if "jacobians" not in self._sums:
-            own = side_by_side(self.engine, [partial(each.engine.jacobian_sums, each) for each in self.every])
-            self._sums["jacobians"] = self._summed_pairs(own, "jacobians")
-        return self._sums["jacobians"]
+        own = side_by_side(self.engine, [partial(each.engine.jacobian_sums, each) for each in self.every])
+        return self._summed_pairs(own, "jacobians")
 
     @cached_property
-    def _sums(self) -> "dict[str, Mapping[int, tuple[Array, Array]]]":
-        """Sums over samples that were asked for, by name."""
+    def _overlaps(self) -> "dict[Unpool, Mapping[int, tuple[Array, Array]]]":
+        """N and M of all blocks, as far as they were asked for, by how values are put back."""
         return {}
 
     def jacobian_overlap(self, n: int, unpool: Unpool) -> tuple[Array, Array]:
         """Return N and M of block n; on several ranks those of all blocks are summed at once."""
         if self.part is None:
             return self.engine.jacobian_overlap(self.at(n), unpool)
-        if unpool not in self._sums:
+        if unpool not in self._overlaps:
             blocks = range(1, len(self.network))
 
             def overlaps(part: Batch) -> Mapping[int, tuple[Array, Array]]:
                 return {m: part.engine.jacobian_overlap(part.at(m), unpool) for m in blocks}
 
             own = side_by_side(self.engine, [partial(overlaps, each) for each in self.every])
-            self._sums[unpool] = self._summed_pairs(own, unpool)
-        return self._sums[unpool][n]
+            self._overlaps[unpool] = self._summed_pairs(own, unpool)
+        return self._overlaps[unpool][n]
 
     def _summed_pairs(
         self, own: "Sequence[Mapping[int, tuple[Array, Array]]]", name: str
@@ -250,7 +248,7 @@ class Batch:
         )
         return inverses
 
-    def once(self, name: object, compute: "Callable[[Batch], Any]") -> Any:
+    def once(self, name: tuple[Any, ...], compute: "Callable[[Batch], Any]") -> Any:
         """Return what the first part computes for all, which may ask for it side by side."""
         lead = self.every[0]
         with lead.lock:
@@ -259,14 +257,14 @@ class Batch:
             return lead._kept[name]
 
     @cached_property
-    def _kept(self) -> dict[object, Any]:
+    def _kept(self) -> dict[tuple[Any, ...], Any]:
         """What was computed once, by name."""
         return {}
 
     def afresh(self) -> "Batch":
         """Return the batch as if nothing had been computed once but factors of weights."""
         other = self.replaced(begun={})
-        other._kept.update({name: held for name, held in self._kept.items() if name[0] == "inverses"})  # type: ignore[index]
+        other._kept.update({name: held for name, held in self._kept.items() if name[0] == "inverses"})
         return other
 
 
@@ -506,7 +504,7 @@ has no noise of the output.
 
 @dataclass(frozen=True)
 class Sums:
-    """What an iteration comes to: 2/B times the sums of weight and bias (None without one), 1/B times that returned.
+    """The result of an iteration: sums for weight and bias (None without one) times 2/B, of what it returned times 1/B.
 
     The arrays are valid until the next iteration.
     """

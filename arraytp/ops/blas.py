@@ -25,7 +25,7 @@ def blas(name: str, *arguments: str | int | float | np.ndarray) -> None:
         Without the letter of the type, which is that of the arrays.
     arguments : letters, int, float and arrays of two axes, of one dtype
         In the routine's order, without leading dimensions and INFO. The routine is column-major: a row-major array is
-        its transpose to it, and the lower triangle, "L", is what row-major eyes see above the diagonal.
+        passed as its transpose, so "L" (lower) names the upper triangle here.
 
     Raises
     ------

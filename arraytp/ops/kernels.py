@@ -313,7 +313,7 @@ def _gather(
     values: tuple[str, str, str],
     out: Array,
 ) -> Array:
-    """Write to every position what the values v and u of the windows whose maximum it is come to."""
+    """Write `result` at every position; v and u are of the windows whose maximum lies there: sum, or the last one."""
     (t, s, index), (value, other, result) = arrays, values
     if pool is None:
         index, body = s, f"{_PLACE} const I at = i; const T v = {value}, u = {other}; out = {result};"

@@ -66,9 +66,9 @@ def counter_key(seed: int, *key: int) -> int:
 def counter_normal(out: Array, sigma: float, key: int, start: int = 0, number: Any = 0) -> Array:
     """Fill an array with numbers from N(0, σ²) that depend on their place, key and number alone: no state, no order.
 
-    Philox 4×32-10 (Salmon et al. 2011) makes four random words of each counter. The counter's lower half counts on from
-    0, its upper half is the number. Each word is a uniform number
-    in float32, two words are one of 53 bits in float64. Box and Muller's transform makes two normal numbers of two:
+    Philox 4×32-10 (Salmon et al. 2011) makes four random words of each counter. The counter's lower half counts from 0,
+    its upper half is `number`. In float32 each word gives one uniform number, in float64 two words give one of 53 bits.
+    The Box–Muller transform turns two uniform numbers into two normal ones:
 
         √(−2 ln u) cos 2πv,  √(−2 ln u) sin 2πv
 

@@ -9,7 +9,7 @@ HOST_ELEMENTS = 1 << 16
 
 
 def row_norms(rows: Array) -> tuple[Array, Array]:
-    """Return ‖row‖₂ of every row, and which rows are 0.
+    """Return ‖row‖₂ of every row, and which rows are 0: those whose entries are all below the dtype's `tiny`, too.
 
     Parameters
     ----------

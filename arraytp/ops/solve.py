@@ -51,7 +51,7 @@ class Cholesky:
     matrix : array of shape (n, n), or (K, O) with min(K, O) = n
         W.
     triangle : array of shape (n, n)
-        As LAPACK's potrf gives it, above the diagonal to row-major eyes; the rest is not read.
+        As LAPACK's potrf returns it: the upper triangle in row-major order; the rest is not read.
     """
 
     matrix: Array

@@ -1,6 +1,6 @@
 """Alignment losses: FA with a B^n that descends a local regulariser, a sum of named primitives.
 
-    decay  ½‖B‖²                           amp   −tr(xᵀ B y) / rows
+    decay  ½‖B‖²                           amp   −tr(x B yᵀ) / rows
     self   −tr(Bᵀ W)                       null  ½‖y Bᵀ‖² / rows
 
     wm (weight mirror)            R = α amp + β decay
@@ -85,7 +85,7 @@ def self_(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
 
 
 def amp(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
-    """−tr(xᵀ B y) / rows: −xᵀy / rows."""
+    """−tr(x B yᵀ) / rows: −xᵀy / rows."""
     assert y is not None
     xy, _ = at.outer(at.s, y, "amp")
     xy *= xy.dtype.type(-1 / rows(at))

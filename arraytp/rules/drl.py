@@ -21,7 +21,7 @@ over batch and units, without the difference. DDTP-RHL (`hidden`) has one fixed 
 Q^n, between output and feedback: φ(ŷ) = tanh(ŷ R) takes the place of ŷ in losses and targets. R is held as weight 0.
 
 Schedules: s-DDTP has `pretrain_epochs` of feedback training alone, one feedback update a batch, and `extra_epochs` of
-feedback training alone after every epoch; p-DDTP has neither, but K feedback updates a batch.
+feedback training alone after every epoch but the last; p-DDTP has neither, but K feedback updates a batch.
 """
 
 import math

@@ -270,11 +270,22 @@ def check_targets(rule: str, blocks: Sequence[Block], reduction: str) -> None:
     """
     if reduction != "mean":
         raise UserError(f"loss.reduction: {reduction}: rule {rule} is defined for the mean loss; use reduction: mean")
+    refuse_auxiliary(f"rule {rule}", blocks)
+
+
+def refuse_auxiliary(what: str, blocks: Sequence[Block], instead: str = "use network.square: false") -> None:
+    """Refuse auxiliary units in the name of `what`.
+
+    Raises
+    ------
+    UserError
+        Names the first block that has some.
+    """
     for n, block in enumerate(blocks):
         if block.auxiliary:
             raise UserError(
-                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, which rule {rule} "
-                "does not support; use network.square: false"
+                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, which {what} does not "
+                f"support; {instead}"
             )
 
 

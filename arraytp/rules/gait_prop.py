@@ -45,6 +45,7 @@ from arraytp.ops.activations import LEAKY_RELU
 from arraytp.ops.norms import row_norms
 from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import Positive
+from arraytp.rules.feedback import refuse_auxiliary
 from arraytp.rules.protocol import Rule, State, Target, Update
 
 
@@ -96,12 +97,8 @@ def check_pseudo(options: Options, blocks: tuple[Block, ...]) -> None:
             "rule.form: literal inverts f, W and every pool, which rule.inverse: pseudo does not; use form: "
             "difference, or inverse: exact"
         )
-    for n, block in enumerate(blocks):
-        if block.auxiliary:
-            raise UserError(
-                f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, which rule "
-                f"{options.name} with inverse: pseudo does not support; use network.square: false, or inverse: exact"
-            )
+    what, instead = f"rule {options.name} with inverse: pseudo", "use network.square: false, or inverse: exact"
+    refuse_auxiliary(what, blocks, instead)
 
 
 def inverses(options: Options, batch: Batch) -> Mapping[int, Factors | PseudoInverse]:

@@ -22,7 +22,7 @@ from arraytp.model.passes import Batch
 from arraytp.options import Positive
 from arraytp.rules import dtp
 from arraytp.rules.drl import MOST_CLASSES
-from arraytp.rules.feedback import check_targets
+from arraytp.rules.feedback import check_targets, refuse_auxiliary
 from arraytp.rules.protocol import Rule, State, Target
 
 
@@ -60,12 +60,7 @@ def check_jacobians(what: str, blocks: Sequence[Block]) -> None:
     classes = blocks[-1].next_shape[0]
     if classes > MOST_CLASSES:
         raise UserError(f"{what}: takes a backward pass per class, and there are {classes}; at most {MOST_CLASSES}")
-    for n, block in enumerate(blocks):
-        if block.auxiliary:
-            raise UserError(
-                f"{what}: is not defined for auxiliary units, and network block {n} ({block.label}) has "
-                f"{block.auxiliary}; use network.square: false"
-            )
+    refuse_auxiliary(what, blocks)
 
 
 def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:

@@ -146,7 +146,7 @@ Observe = Callable[[int, int, Mapping[str, Array]], None]
 """Is told of every iteration of feedback training: block n, number k, and its arrays, valid during the call only.
 
 `epsilon` and `eta` are the noises, where there are any; `gradient` and `gradient_bias` those of ω and, where it is
-trained, of its bias; `loss` is of shape ().
+trained, of its bias; `loss` is of shape (). A closed form tells once per block, k = 0, what `closed_form` returns.
 """
 
 
@@ -165,7 +165,7 @@ class Feedback(Generic[O]):
     noises : options → int
         How many noises a step of the optimiser takes the mean gradient of.
     epochs : options → (int, int)
-        How many epochs of feedback training alone come first, and after each epoch.
+        How many epochs of feedback training alone come first, and after each epoch but the last.
     closed_form : (options, state, at, Descent) → map of str to array, optional
         Do all iterations on a block at once, in place, from the expectation over the noise; return what there is to
         observe, `loss` among it.
@@ -221,7 +221,7 @@ class Rule(Generic[O]):
     inverses : (options, batch) → map of n to Factors or PseudoInverse, optional
         What the rule puts in place of the transposed weights of every block but the first; raises IllConditionedError.
     factors : as `inverses`, optional
-        What a rule factorises of the weights without putting it in their place.
+        As `inverses`, for a rule that solves with the factors itself instead of passing them to `At.backward`.
     by_samples : bool
         Whether a sample's numbers do not depend on others, and what is yielded is summed over samples by `At.backward`
         alone. Exact mode then computes parts of a batch at once, unless the rule trains feedback.

@@ -82,7 +82,10 @@ def factors(options: Options, batch: Batch) -> Mapping[int, PseudoInverse]:
 
 
 def change_of_z(options: Options, at: At, delta: Array) -> Array:
-    """Return d = f⁻¹(s + δ) − f⁻¹(s), or D⁻¹ δ, of s^{n+1}'s shape; what is clipped changes by less."""
+    """Return d = f⁻¹(t) − f⁻¹(s) with s and t = s + δ clipped (`clipped`), or D⁻¹ δ with D at the clipped s.
+
+    It is of s^{n+1}'s shape.
+    """
     f, s_next, delta = at.block.activation, at.s_next, delta.reshape(at.s_next.shape)
     d = at.batch.array("d", s_next.shape)
 

@@ -41,9 +41,9 @@ class Position:
     """Where a run stands, and what it has to remember of the epoch it is in.
 
     `epoch` counts finished epochs, `batch` the batches trained in the running one (all of them means that only the
-    evaluation is due), `step` those of the whole run. `passes` are finished passes over the data, by which their order
-    goes: epochs, and those of feedback training alone, of which `feedback_epochs` and `feedback_batch` are before the
-    running epoch.
+    evaluation is due), `step` those of the whole run. `passes` counts finished passes over the data, which key its
+    order: epochs of training and of feedback training alone. `feedback_epochs` and `feedback_batch` are how far the
+    latter, which come before the running epoch, have got.
 
     `seconds` is the wall time of the run so far, `train_seconds` that of the training steps alone, of `train_images`.
     `totals` are of the running epoch, `recent` since the last row of steps.csv.

@@ -55,7 +55,7 @@ class Step:
 
 
 def check_labels(labels: Array, classes: int) -> None:
-    """Refuse labels that NumPy would take for places from the end, or fail at somewhere inside."""
+    """Raise ValueError for labels outside 0 … classes − 1; with −1 NumPy would index from the end."""
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if bad.size:
         raise ValueError(f"label {labels[bad[0]]} of sample {bad[0]}: expected one of 0 to {classes - 1}")
