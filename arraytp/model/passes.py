@@ -172,33 +172,36 @@ class Batch:
         errors: GramErrors = self.once(("gram errors",), lambda lead: lead.engine.gram_errors(lead.network))
         return errors
 
-    @cached_property
+    @property
     def jacobian_sums(self) -> "Mapping[int, tuple[Array, Array]]":
         """Σ_b J_b J_bᵀ, of shape (C, C), and Σ_b J_b, of shape (C, D), of every hidden s^n; computed once.
 
         J_b of shape (C, D) is the Jacobian of the logits of sample b in its s^n.
         """
-        own = side_by_side(self.engine, [partial(each.engine.jacobian_sums, each) for each in self.every])
-        return self._summed_pairs(own, "jacobians")
+        # Not a cached_property: up to Python 3.11 one holds a lock of all batches while it sums over ranks.
+        if "jacobians" not in self._sums:
+            own = side_by_side(self.engine, [partial(each.engine.jacobian_sums, each) for each in self.every])
+            self._sums["jacobians"] = self._summed_pairs(own, "jacobians")
+        return self._sums["jacobians"]
 
     @cached_property
-    def _overlaps(self) -> "dict[Unpool, Mapping[int, tuple[Array, Array]]]":
-        """N and M of all blocks, as far as they were asked for, by how values are put back."""
+    def _sums(self) -> "dict[str, Mapping[int, tuple[Array, Array]]]":
+        """Sums over samples that were asked for, by name."""
         return {}
 
     def jacobian_overlap(self, n: int, unpool: Unpool) -> tuple[Array, Array]:
         """Return N and M of block n; on several ranks those of all blocks are summed at once."""
         if self.part is None:
             return self.engine.jacobian_overlap(self.at(n), unpool)
-        if unpool not in self._overlaps:
+        if unpool not in self._sums:
             blocks = range(1, len(self.network))
 
             def overlaps(part: Batch) -> Mapping[int, tuple[Array, Array]]:
                 return {m: part.engine.jacobian_overlap(part.at(m), unpool) for m in blocks}
 
             own = side_by_side(self.engine, [partial(overlaps, each) for each in self.every])
-            self._overlaps[unpool] = self._summed_pairs(own, unpool)
-        return self._overlaps[unpool][n]
+            self._sums[unpool] = self._summed_pairs(own, unpool)
+        return self._sums[unpool][n]
 
     def _summed_pairs(
         self, own: "Sequence[Mapping[int, tuple[Array, Array]]]", name: str
