@@ -16,7 +16,7 @@ from arraytp.model.passes import At, ForwardPass, Gradients, Iterate, NoiseAndPr
 from arraytp.ops import kernels
 from arraytp.ops.activations import LINEAR
 from arraytp.ops.conv import as_matrix
-from arraytp.ops.noise import EPSILON, ETA, gaussian
+from arraytp.ops.noise import gaussian
 from arraytp.ops.solve import LU, Cholesky, PseudoInverse
 from arraytp.options import Unpool
 
@@ -164,15 +164,12 @@ class Iterations:
         """Return the k-th noise; it stays until that of k + 2 is drawn."""
         if self._drawn is None or self._drawn[0] != k:
             batch = self._at.batch
-            kinds = {"epsilon": (EPSILON, self.s)} | (
-                {"eta": (ETA, self.s_next)} if self._training.output_noise else {}
-            )
             drawn = {
                 name: self._engine.noise(
                     self._array(("noise", kind, k % 2), like.shape[1:]), self._training.sigma, batch.first,
                     batch.seed, batch.number, self._at.n, k, kind,
                 )
-                for name, (kind, like) in kinds.items()
+                for name, (kind, like) in self._training.kinds(self.s, self.s_next).items()
             }  # fmt: skip
             self._drawn = k, drawn
         return self._drawn[1]

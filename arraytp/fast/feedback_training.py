@@ -23,7 +23,7 @@ from arraytp.fast.passes import pool
 from arraytp.fast.products import Patches, Products, iteration_slice, matmul, split_products
 from arraytp.model.passes import At, Iterate, NoiseAndProducts, Sums
 from arraytp.ops.conv import as_matrix
-from arraytp.ops.noise import EPSILON, ETA, chunks, gaussian
+from arraytp.ops.noise import chunks, gaussian
 from arraytp.options import Unpool
 
 OWNER = "feedback training"
@@ -93,8 +93,7 @@ class Iterations:
         # Every other iteration's noise shares a buffer.
         self._drawn = {other: noises for other, noises in self._drawn.items() if other % 2 != k % 2}
         at, tasks, self._drawn[k] = self.at, list[Task](), {}
-        kinds = {"epsilon": (EPSILON, self.s)} | ({"eta": (ETA, at.output)} if self.training.output_noise else {})
-        for name, (kind, like) in kinds.items():
+        for name, (kind, like) in self.training.kinds(self.s, at.output).items():
             out = self._drawn[k][name] = self.own.array(("noise", kind, k % 2), like.shape, like.dtype)
             key = at.batch.first, at.batch.seed, at.batch.number, at.n, k, kind
             tasks += _drawing(self.workspace, out, self.training.sigma, *key)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from arraytp.backend import Array, Backend
 from arraytp.model.blocks import Block, Network, Shape
 from arraytp.ops.activations import LINEAR, Activation
+from arraytp.ops.noise import EPSILON, ETA
 from arraytp.ops.solve import Factors, PseudoInverse
 from arraytp.options import Unpool
 from arraytp.ranks import PARTS, Part, RankSums
@@ -447,6 +448,10 @@ class NoiseAndProducts:
     noises: int
     products: int
     output_noise: bool
+
+    def kinds(self, s: Array, s_next: Array) -> Mapping[str, tuple[int, Array]]:
+        """Return, by the name of each noise, the kind that it is keyed by, and the array that it is as large as."""
+        return {"epsilon": (EPSILON, s)} | ({"eta": (ETA, s_next)} if self.output_noise else {})
 
 
 class Samples(Protocol):

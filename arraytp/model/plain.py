@@ -25,7 +25,7 @@ from arraytp.model.passes import (
 from arraytp.ops.conv import as_matrix, conv_backward_input, conv_backward_weight, conv_forward
 from arraytp.ops.dense import dense_backward_input, dense_backward_weight, dense_forward
 from arraytp.ops.excess import is_tall
-from arraytp.ops.noise import EPSILON, ETA, gaussian
+from arraytp.ops.noise import gaussian
 from arraytp.ops.patches import col2im, coverage, im2col
 from arraytp.ops.pool import max_pool_backward, max_pool_forward
 from arraytp.ops.solve import (
@@ -300,12 +300,9 @@ class PlainIterations:
     def noise(self, k: int) -> dict[str, Array]:
         """Draw the k-th noise."""
         key, xp = (self._at.batch.seed, self._at.batch.number, self._at.n, k), self._at.batch.engine.backend.xp
-        kinds = {"epsilon": (EPSILON, self.s)}
-        if self._training.output_noise:
-            kinds["eta"] = ETA, self.s_next
         return {
             name: gaussian(xp.empty(like.shape, like.dtype), self._training.sigma, self._at.batch.first, *key, kind)
-            for name, (kind, like) in kinds.items()
+            for name, (kind, like) in self._training.kinds(self.s, self.s_next).items()
         }
 
     def sums(self, iterate: Iterate, k: int, omega: Array, bias: Array | None = None) -> Sums:

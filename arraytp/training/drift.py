@@ -40,10 +40,9 @@ def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool
     config = planned.config
     experiment, table = build_planned(planned, plain), CsvTable(folder / "drift.csv", DRIFT_COLUMNS)
     table.restart([])
-    per_epoch = experiment.train_loader.steps_per_epoch
-    total = min(config.train.steps or config.train.epochs * per_epoch, config.train.epochs * per_epoch)
+    per_epoch, (total, epochs) = experiment.train_loader.steps_per_epoch, experiment.length
     angles: list[float] = []
-    with Progress(label, config.train.epochs, per_epoch, steps=total, quiet=quiet) as progress:
+    with Progress(label, epochs, per_epoch, steps=total, quiet=quiet) as progress:
         for number, (epoch, images, labels) in enumerate(itertools.islice(_batches(experiment), total)):
             step = experiment.forward(images, labels)
             loss = float(step.score.totals[0]) / step.score.images

@@ -109,6 +109,14 @@ class Experiment:
         """The settings of this run."""
         return self.plan.config
 
+    @property
+    def length(self) -> tuple[int, int]:
+        """The steps of a whole training, and the epochs that they begin."""
+        train, per_epoch = self.config.train, self.train_loader.steps_per_epoch
+        whole = train.epochs * per_epoch
+        steps = whole if train.steps is None else min(train.steps, whole)
+        return steps, -(-steps // per_epoch)
+
     def step(self, images: Array, labels: Array, epoch: int = 0, size: int | None = None) -> Score:
         """Train on one batch.
 

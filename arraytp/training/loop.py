@@ -157,7 +157,7 @@ class Run:
         finite, and the last good checkpoint stays.
         """
         position, per_epoch = self.position, self.experiment.train_loader.steps_per_epoch
-        steps, epochs = self._length()
+        steps, epochs = self.experiment.length
         self._clock = self._saved = time.monotonic()
         # What a step computes outside of its tasks, too.
         bits = one_blas_thread() if self.experiment.exact else nullcontext()
@@ -190,13 +190,6 @@ class Run:
                 self._test(stop, progress)
         if self._writes:
             self._write_summary()
-
-    def _length(self) -> tuple[int, int]:
-        """Return the steps of the whole run, and the epochs that they begin."""
-        train, per_epoch = self.experiment.config.train, self.experiment.train_loader.steps_per_epoch
-        whole = train.epochs * per_epoch
-        steps = whole if train.steps is None else min(train.steps, whole)
-        return steps, -(-steps // per_epoch)
 
     def _feedback_epochs(self, stop: StopRequest, progress: Progress) -> None:
         """Do the epochs of feedback training alone that are due before the next epoch."""
@@ -351,7 +344,7 @@ class Run:
         self._save()
         position = self.position
         # After the last epoch the test split is scored.
-        where = f"epoch {min(position.epoch + 1, self._length()[1])}, step {position.step}"
+        where = f"epoch {min(position.epoch + 1, self.experiment.length[1])}, step {position.step}"
         number = max(self.experiment.ranks.gather(stop.signal))
         raise Interrupted(f"{self.label}: stopped in {where}; {self.folder / 'checkpoint.h5'} is written", number)
 
