@@ -139,7 +139,6 @@ MUTATIONS = [
         "training/loop.py",
         "training/test_loop.py training/test_resume.py",
         ("islice(sized, steps - position.step)", "islice(sized, steps)"),
-        ("-(-steps // per_epoch)", "steps // per_epoch"),
         ("self.metrics.rows[: self.position.epoch + 1]", "self.metrics.rows"),
         ("self.position.step > train.steps", "self.position.step < train.steps"),
     ),
@@ -667,6 +666,7 @@ MUTATIONS = [
         "training/test_feedback_epochs.py training/test_loop.py",
         ("self.feedback_step += 1", "pass"),
         ("number = self.feedback_step", "number = 0"),
+        ("-(-steps // per_epoch)", "steps // per_epoch"),
     ),
     *_in(
         "training/trace.py",
