@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arraytp.report.reading import Result, numbered_blocks
+from arraytp.report.seeds import deviation
 
 SHOWN_AS_ZERO = 0.05
 
@@ -58,7 +59,7 @@ def _summary(angles: NDArray[np.float64]) -> BlockAngle:
 def _over_seeds(angles: Sequence[BlockAngle]) -> BlockAngle:
     means = np.array([angle.mean for angle in angles])
     counts = sum(angle.measured for angle in angles), sum(angle.undefined for angle in angles)
-    return BlockAngle(float(means.mean()), float(means.std(ddof=1)), *counts)
+    return BlockAngle(float(means.mean()), float(deviation(means)), *counts)
 
 
 def block_series(

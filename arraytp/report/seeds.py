@@ -69,7 +69,12 @@ def over_seeds(values: Sequence[Floats]) -> tuple[Floats, Floats]:
     stacked = np.stack([each[:length] for each in values])
     # A diverged run's losses may be too large for their squares.
     with np.errstate(over="ignore", invalid="ignore"):
-        return stacked.mean(axis=0), stacked.std(axis=0, ddof=1)
+        return stacked.mean(axis=0), deviation(stacked)
+
+
+def deviation(values: Floats) -> Floats:
+    """Return the standard deviation over the first axis, that of the runs; one run has none, NaN."""
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
 
 
 def each_seed(result: Result, number: Callable[[Result], float]) -> Floats:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from arraytp.errors import UserError
 from arraytp.report.figures import new_figure, save_figure, write_bytes
 from arraytp.report.reading import Columns, read_csv
+from arraytp.report.seeds import deviation, over_seeds
 from arraytp.report.style import RC, shades
 from arraytp.training.tables import DRIFT_COLUMNS, FEEDBACK_COLUMNS
 
@@ -148,13 +149,12 @@ def update_figure(studies: Sequence[StudyResult]) -> Any:
     )
     axes = figure.subplots()
     blocks = studies[0].blocks
-    width = 0.8 / len(blocks)
+    width, spreads = 0.8 / len(blocks), [over_seeds(study.updates) for study in studies]
     for n, (label, colour) in enumerate(zip(blocks, shades(len(blocks)), strict=True)):
         places = np.arange(len(studies)) + width * (n + 0.5 - len(blocks) / 2)
-        angles = [study.updates[:, n] for study in studies]
-        means = [float(each.mean()) for each in angles]
+        means, deviations = ([float(each[n]) for each in of] for of in zip(*spreads, strict=True))
         axes.bar(places, means, 0.92 * width, color=colour, label=label)
-        axes.errorbar(places, means, [float(each.std()) for each in angles], fmt="none", ecolor="#444444", capsize=2)
+        axes.errorbar(places, means, deviations, fmt="none", ecolor="#444444", capsize=2)
     axes.set_xticks(range(len(studies)), [study.label.replace("-", "\n") for study in studies])
     axes.set(ylabel="angle (°)", ylim=(0, None))
     axes.grid(visible=False, axis="x")
@@ -202,12 +202,13 @@ def drift_figure(studies: Sequence[StudyResult]) -> Any:
 
 
 def _band(axes: Axes, iterations: Floats, values: Floats, colour: str, label: str) -> None:
-    mean, deviation = values.mean(axis=0), values.std(axis=0)
+    mean, spread = over_seeds(values)
     axes.plot(iterations, mean, color=colour, label=label)
-    axes.fill_between(iterations, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(iterations, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
 
 
 def _mean(values: Floats, digits: int = 1) -> str:
     if not np.isfinite(values).all():
         return "—"
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+    spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from arraytp.report.angles import BP, GNT, BlockAngle, Reference, block_angles, common_blocks, references
 from arraytp.report.reading import Result
-from arraytp.report.seeds import averaged, each_seed
+from arraytp.report.seeds import averaged, deviation, each_seed
 
 _LONGEST_LABEL = 28
 _NARROWEST = 60
@@ -114,7 +114,7 @@ def _spread(result: Result, number: Callable[[Result], float], form: str) -> str
     """Return a number of a run, or mean ± standard deviation over seeds."""
     values = each_seed(result, number)
     mean = _number(float(values.mean()), form)
-    return f"{mean} ± {values.std(ddof=1):{form}}" if len(values) > 1 and mean != _NOT_MEASURED else mean
+    return f"{mean} ± {deviation(values):{form}}" if len(values) > 1 and mean != _NOT_MEASURED else mean
 
 
 def _angle(angle: BlockAngle | None, spread: bool) -> str:
@@ -122,8 +122,8 @@ def _angle(angle: BlockAngle | None, spread: bool) -> str:
         return _NOT_MEASURED
     if angle.undefined == angle.measured or math.isnan(angle.mean):
         return "undef."
-    deviation = f" ± {angle.deviation:.1f}" if spread else ""
-    return f"{angle.mean:.1f}{deviation}{'*' if angle.undefined else ''}"
+    shown = f" ± {angle.deviation:.1f}" if spread and not math.isnan(angle.deviation) else ""
+    return f"{angle.mean:.1f}{shown}{'*' if angle.undefined else ''}"
 
 
 def _number(value: float, form: str) -> str:
@@ -173,8 +173,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
     never = [result.label for result, angle in angles if 0 < angle.undefined == angle.measured]
     if never:
         notes.append(f"undef.: at every step an update was zero or not finite ({', '.join(_unique(never))}).")
-    if any(result.seeds for result in results):
-        counts = [f"{len(result.seeds)} ({result.label})" for result in results if result.seeds]
+    if counts := [f"{len(result.seeds)} ({result.label})" for result in results if len(result.seeds) > 1]:
         notes.append(f"±: standard deviation over seeds (n − 1), seeds: {', '.join(counts)}.")
     unfinished = [label for result in results if not result.finished for label in result.missing or [result.label]]
     if unfinished:

@@ -72,6 +72,16 @@ def test_table_and_figures_tell_of_all_variants(arraytp, study):
         assert (study / "figures" / name).stat().st_size > 5000
 
 
+def test_deviations_over_seeds_are_with_n_less_1_and_one_seed_has_none(arraytp, study, place):
+    (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: ldrl}\n")
+    command = ("run", "study.yml", "--quiet", "--set", "study.rounds=0")
+    assert arraytp(*command).status == 0
+    a, b = (float(rows(study / f"seed-{n}" / "angles.csv")[0]["angle_deg"]) for n in (0, 1))
+    assert f"| study | 2 | {(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f} |" in (study / "study.md").read_text()
+    assert arraytp(*command, "--fresh", "--set", "study.seeds=1").status == 0
+    assert f"| study | 1 | {a:.1f} |" in (study / "study.md").read_text()
+
+
 def test_resume_draws_what_a_kill_left_undrawn(arraytp, study):
     assert arraytp("run", "study.yml", "--quiet").status == 0
     (study / "drl" / "study.md").unlink()

@@ -45,6 +45,15 @@ def test_a_seed_that_has_not_finished_is_named_and_left_out(three_seeds: Path) -
     assert "Not finished: fa/seed-1." in text
 
 
+def test_one_finished_seed_has_no_deviation(three_seeds: Path) -> None:
+    for n in (0, 1):
+        (three_seeds / f"fa/seed-{n}/summary.json").unlink()
+    text = comparison_table(read_results([three_seeds]), width=200)
+    assert "Not finished: fa/seed-0, fa/seed-1." in text
+    assert "64.00" in text
+    assert "±" not in text
+
+
 def test_the_csv_of_a_comparison_keeps_every_run(three_seeds: Path) -> None:
     labels = [line.split(",")[0] for line in csv_table(read_results([three_seeds])).splitlines()]
     assert labels == ["run", "bp/seed-3", "fa/seed-0", "fa/seed-1", "fa/seed-2"]
