@@ -120,7 +120,8 @@ def _independence(setting: Setting, state: State) -> Iterator[Check]:
         b = host(array).ravel()
         for weight in setting.network.weights:
             w = host(weight).ravel()
-            if w.size == b.size:
+            # Two numbers have a cosine of 1, whatever they are.
+            if w.size == b.size > 1:
                 largest = worst(largest, abs(float(b @ w)) / float(np.linalg.norm(b) * np.linalg.norm(w)))
                 smallest = min(smallest, b.size)
     if math.isfinite(smallest):

@@ -68,7 +68,8 @@ class Job:
         """Whether the folder has the results of all epochs and steps, or of all seeds, of this config."""
         study = self.plan.config.study
         seeds = range(study.seeds if study is not None else 0)
-        names = ("config.yml", "summary.json", *(f"seed-{n}/summary.json" for n in seeds))
+        tables = () if self.study else ("metrics.csv",)
+        names = ("config.yml", "summary.json", *tables, *(f"seed-{n}/summary.json" for n in seeds))
         written = all((self.folder / name).exists() for name in names)
         return written and read_owner(self.folder)[0] == self.plan.config
 
@@ -213,7 +214,7 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
             raise UserError(
                 f"{job.folder.parent}: holds results of a run without --seeds; --out selects another folder"
             )
-        if not (fresh or job.of_seeds or job.study) and any(job.folder.glob("seed-*/config.yml")):
+        if not (job.of_seeds or job.study) and any(job.folder.glob("seed-*/config.yml")):
             raise UserError(f"{job.folder}: holds results of a run with --seeds; --out selects another folder")
         if fresh or not any((job.folder / name).exists() for name in OWN_FILES):
             continue

@@ -8,8 +8,8 @@ from arraytp.config.document import parse_text
 from arraytp.config.resolve import resolve
 from arraytp.config.schema import Config
 
-FREE_ON_RESUME = ("train.epochs", "train.steps", "train.checkpoint_minutes")
-"""A run may be prolonged, and save more often or less."""
+FREE_ON_RESUME = ("train.epochs", "train.steps", "train.checkpoint_minutes", "cuda_graphs", "device")
+"""A run may be prolonged, save more often or less, and go on where or how no number depends on it."""
 
 
 def first_difference(stored: Config, asked: Config, free: tuple[str, ...] = FREE_ON_RESUME) -> str:

@@ -191,6 +191,7 @@ class _Places:
         layers = (given, own, document.places, opened)
         # List indices as text, as `--set` has them.
         self._layers = [({tuple(map(str, path)): layer[path] for path in layer}, layer is own) for layer in layers]
+        self._given = self._layers[0][0]
         self._variant = variant
         self._source = document.source
 
@@ -202,6 +203,9 @@ class _Places:
                 if place in layer:
                     key = dotted(("variants", self._variant, *path) if is_own else path)
                     return _Finding(f"{layer[place]}: {key} {problem.text}", is_own)
+                if layer is self._given and place[:-1] in layer:
+                    # The map around it is a --set's, whatever stands in the file.
+                    break
         return _Finding(f"{self._source}: {dotted(path)} {problem.text}", False)
 
 

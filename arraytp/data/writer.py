@@ -206,6 +206,8 @@ def writing(
     shard_images = shard_images or max(1, SHARD_BYTES // int(np.prod(description.shape)))
     versions = {"arraytp": __version__, "hdf5": h5py.version.hdf5_version, "zlib": zlib.ZLIB_RUNTIME_VERSION}
     identity = [asdict(description), compression, shard_images, versions]
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; a data set needs a folder")
     rooms = _two_rooms(folder, shard_images, description.shape)
     made = not folder.exists()
     try:

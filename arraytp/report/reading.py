@@ -136,9 +136,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def read_result(folder: Path | str, label: str | None = None) -> Result:
     """Read one result folder; the run may be unfinished. The label is the folder's name when left out.
 
-    The folder holds config.yml; every other file may be missing. While there is no summary.json, a last CSV line
-    without its line end is one that is being written, and is left out. UserError if this is no result folder, or that
-    of a study, or if a file is damaged; it names the file and the line.
+    The folder holds config.yml and, of a run that has ended, metrics.csv; other files may be missing. While there is no
+    summary.json, a last CSV line without its line end is one that is being written, and is left out. UserError if this
+    is no result folder, or that of a study, or if a file is damaged; it names the file and the line.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -181,7 +181,12 @@ def _check_ends(result: Result) -> None:
     """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
     written = {name for name in ("metrics", "steps", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
-    if "metrics" in written and isinstance(summary.get("epochs"), int):
+    if isinstance(summary.get("epochs"), int):
+        if "metrics" not in written:
+            raise UserError(
+                f"{result.path / 'metrics.csv'}: is missing, but summary.json says that the run has "
+                f"{summary['epochs']} epochs; `arraytp run --resume` writes it again from a checkpoint"
+            )
         last = int(epochs[-1]) if epochs.size else None
         if last != summary["epochs"]:
             raise UserError(

@@ -63,7 +63,7 @@ def _mean_columns(tables: Sequence[Columns]) -> Columns:
     return {name: over_seeds([table[name] for table in tables])[0] for name in tables[0]}
 
 
-def over_seeds(values: Sequence[Floats]) -> tuple[Floats, Floats]:
+def over_seeds(values: Sequence[Floats] | Floats) -> tuple[Floats, Floats]:
     """Return mean and standard deviation over runs, as far as all of them go; undefined where one is."""
     length = min(map(len, values))
     stacked = np.stack([each[:length] for each in values])

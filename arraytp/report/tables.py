@@ -164,7 +164,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
     if any(angle.measured for _, angle in angles):
         notes.append("angle°: mean angle in degrees between the weight update and BP's on the same batch and weights.")
     else:
-        notes.append("Angles to BP were not measured.")
+        notes.append("There are no angles to BP.")
     if GNT in references(results):
         notes.append("GNT°: the same to the update by Gauss-Newton targets.")
     partly = [result.label for result, angle in angles if 0 < angle.undefined < angle.measured]

@@ -273,8 +273,8 @@ def check_targets(rule: str, blocks: Sequence[Block], reduction: str) -> None:
     refuse_auxiliary(f"rule {rule}", blocks)
 
 
-def refuse_auxiliary(what: str, blocks: Sequence[Block], instead: str = "use network.square: false") -> None:
-    """Refuse auxiliary units in the name of `what`.
+def refuse_auxiliary(what: str, blocks: Sequence[Block], instead: str = "") -> None:
+    """Refuse auxiliary units in the name of `what`; `instead` goes on with what else would be right.
 
     Raises
     ------
@@ -285,7 +285,7 @@ def refuse_auxiliary(what: str, blocks: Sequence[Block], instead: str = "use net
         if block.auxiliary:
             raise UserError(
                 f"network block {n} ({block.label}): has {block.auxiliary} auxiliary units, which {what} does not "
-                f"support; {instead}"
+                f"support; leave out network.square and the block's auxiliary{instead}"
             )
 
 

@@ -97,8 +97,7 @@ def check_pseudo(options: Options, blocks: tuple[Block, ...]) -> None:
             "rule.form: literal inverts f, W and every pool, which rule.inverse: pseudo does not; use form: "
             "difference, or inverse: exact"
         )
-    what, instead = f"rule {options.name} with inverse: pseudo", "use network.square: false, or inverse: exact"
-    refuse_auxiliary(what, blocks, instead)
+    refuse_auxiliary(f"rule {options.name} with inverse: pseudo", blocks, ", or use inverse: exact")
 
 
 def inverses(options: Options, batch: Batch) -> Mapping[int, Factors | PseudoInverse]:

@@ -16,6 +16,7 @@ from arraytp.fast.orthogonality import regularised
 from arraytp.launcher import local_rank
 from arraytp.model.architectures import plan_network
 from arraytp.model.blocks import Block, show_shape
+from arraytp.options import Cosine
 from arraytp.rules import RULES, gnt
 
 TEST_SPLITS = ("test", "val")
@@ -97,7 +98,10 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"optimizer.orthogonality_every: {config.optimizer.orthogonality_every}, but optimizer.orthogonality is 0; "
             "give λ there, or leave this out"
         )
-    notes = tuple(RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction))
+    notes = (
+        *RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction),
+        *_schedule_notes(config),
+    )
     if "gnt" in config.compare.against:
         gnt.check_jacobians("compare.against: gnt", blocks)
     if "bp" not in config.compare.against:
@@ -108,6 +112,17 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     return Plan(
         config, backend or get_backend(config.backend, config.device, local_rank()), dataset, blocks, test_split, notes
     )
+
+
+def _schedule_notes(config: Config) -> list[str]:
+    """Return a line if a rate rises to the lowest one of a cosine schedule."""
+    rates = config.optimizer.lr if isinstance(config.optimizer.lr, tuple) else (config.optimizer.lr,)
+    if isinstance(config.schedule, Cosine) and min(rates) < config.schedule.eta_min:
+        return [
+            f"schedule.eta_min: {config.schedule.eta_min:g} is above optimizer.lr {min(rates):g}, so that the rate "
+            "rises; set it to at most that"
+        ]
+    return []
 
 
 def _check_numbers(value: Any, key: str, dtype: str) -> None:

@@ -3,7 +3,7 @@
 Everything is written as it comes, so that memory holds one step's buffers and no more.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from arraytp.model.plain import block_forward, pad_auxiliary
 from arraytp.ops.noise import EPSILON, ETA
 from arraytp.rules.protocol import Updates
 from arraytp.signals import StopRequest
+from arraytp.training import checkpoint
 from arraytp.training.compare import angle_degrees, relative_distance
 from arraytp.training.experiment import Experiment
 from arraytp.training.step import Step
@@ -181,23 +182,35 @@ def _is_trace(path: Path) -> bool:
 
 
 def read_weights(path: Path, experiment: Experiment) -> None:
-    """Put the weights under `weights` of a trace, or of a file laid out like one, into an experiment.
+    """Put the weights of a checkpoint, or those under `weights` of a trace or a file laid out like one, in place.
 
     UserError names the array and what is needed if the file cannot be read, an array is missing, of another shape or
     dtype, or there are more blocks.
     """
     named = _weights(experiment)
-    _refuse_more_blocks(path, experiment)
-    arrays = {name: _read(path, f"weights/{name}", array.shape, str(array.dtype)) for name, array in named.items()}
+    groups = _weight_groups(path)
+    _refuse_more_blocks(path, groups.values(), experiment)
+    arrays = {}
+    for name, array in named.items():
+        kind, _, rest = name.partition("/")
+        arrays[name] = _read(path, f"{groups[kind]}/{rest}", array.shape, str(array.dtype))
     for name, array in named.items():
         array[...] = experiment.plan.backend.asarray(arrays[name])
 
 
-def _refuse_more_blocks(path: Path, experiment: Experiment) -> None:
+def _weight_groups(path: Path) -> dict[str, str]:
+    """Return where a file has θ and the rule's feedback weights."""
+    with _readable(path) as file:
+        if file.attrs.get("format") == np.bytes_(checkpoint.FORMAT):
+            return {"forward": "network", "feedback": "rule/feedback"}
+    return {"forward": "weights/forward", "feedback": "weights/feedback"}
+
+
+def _refuse_more_blocks(path: Path, groups: Iterable[str], experiment: Experiment) -> None:
     """Refuse weights of a longer network, whose first blocks alone would be another network."""
     blocks = experiment.network.blocks
     with _readable(path) as file:
-        for group in ("weights/forward", "weights/feedback"):
+        for group in groups:
             for n in sorted(file.get(group, {}), key=lambda name: (len(name), name)):
                 if n.isdecimal() and int(n) >= len(blocks):
                     raise UserError(

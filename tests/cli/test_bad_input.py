@@ -162,7 +162,7 @@ SETTINGS = {
     ),
     "auxiliary units without a use": (
         "rule={name: dtp}",
-        ["block 1 (dense1): has 2 auxiliary units", "network.square: false"],
+        ["block 1 (dense1): has 2 auxiliary units", "leave out network.square and the block's auxiliary"],
     ),
     "more memory than there is": (
         blocks("{type: dense, units: 99999999999}, {type: dense, units: 3}"),

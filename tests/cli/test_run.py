@@ -271,6 +271,17 @@ def test_a_run_of_no_epochs_can_be_prolonged(arraytp, place, numbers):
     assert numbers(place / "results/toy") == numbers(place / "whole")
 
 
+def test_resume_writes_the_metrics_of_a_finished_run_again(arraytp, place):
+    """From the rows in its checkpoint."""
+    assert arraytp("run", "toy.yml", "--quiet").status == 0
+    metrics = place / "results/toy/metrics.csv"
+    before = metrics.read_text()
+    metrics.unlink()
+    assert arraytp("report", "results/toy").status == 2
+    assert arraytp("run", "toy.yml", "--quiet", "--resume").status == 0
+    assert metrics.read_text() == before
+
+
 def test_resume_draws_what_a_kill_left_undrawn(arraytp, place):
     arraytp("run", "toy.yml", "--quiet", figures=True)
     figures = place / "results/toy/figures"

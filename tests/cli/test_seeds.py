@@ -49,7 +49,8 @@ def test_runs_with_and_without_seeds_do_not_mix(arraytp, refused):
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
     assert "without --seeds" in refused("run", "toy.yml", "--seeds", "2")
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "2", "--out", "other")
-    assert "with --seeds" in refused("run", "toy.yml", "--out", "other")
+    for more in ((), ("--fresh",)):
+        assert "with --seeds" in refused("run", "toy.yml", "--out", "other", *more)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1,1", "", "1,,2", "1.5", "10000000"])

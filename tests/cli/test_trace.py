@@ -103,6 +103,21 @@ def test_a_trace_from_a_trace_is_the_same_file(arraytp, place, settings):
     assert not np.array_equal(arrays("c.h5")[1]["@seed"], arrays("a.h5")[1]["@seed"])
 
 
+@pytest.mark.parametrize("settings", [(), LDRL], ids=["fa", "ldrl"])
+def test_a_trace_starts_from_the_weights_of_a_checkpoint(arraytp, refused, settings):
+    assert arraytp("run", "toy.yml", "--quiet", *settings).status == 0
+    trained = "results/toy/checkpoint.h5"
+    assert arraytp("trace", "toy.yml", "--out", "t.h5", "--weights", trained, *settings).status == 0
+    found, _ = arrays("t.h5")
+    with h5py.File(trained) as file:
+        for n in (0, 1, 2):
+            np.testing.assert_array_equal(found[f"weights/forward/{n}/weight"], file[f"network/{n}/weight"])
+        np.testing.assert_array_equal(found["weights/feedback/1/weight"], file["rule/feedback/1/weight"])
+    shorter = "network={blocks: [{type: dense, units: 3}]}"
+    said = refused("trace", "toy.yml", "--out", "u.h5", "--weights", trained, "--set", shorter)
+    assert "has network/1, but this config's network has the 1 blocks 0 to 0" in said
+
+
 @pytest.mark.parametrize("rule", ["dtp", "ldrl", "ldrl-parallel", "drl"])
 def test_noise_can_be_left_out_and_drawn_again_from_its_keys(arraytp, place, rule):
     settings = ("--set", f"rule.name={rule}", "--set", "rule.feedback={iterations: 2, sigma: 0.3}", "--set", "seed=5")

@@ -371,6 +371,13 @@ def test_an_object_that_yaml_cannot_hold_is_refused():
         parse_config({"seed": object()})
 
 
+def test_a_key_that_is_missing_in_a_set_is_not_looked_for_in_the_file_that_it_replaces(tmp_path):
+    path = tmp_path / "set.yml"
+    path.write_text(GOOD.replace("name: lenet", "blocks: [{type: dense, units: 3}]"))
+    with pytest.raises(UserError, match=r"^--set network=.*: network.blocks.0.type is missing"):
+        load_config(path, ["network={blocks: [{units: 10}]}"])
+
+
 def test_one_config_is_not_picked_from_several(tmp_path):
     path = tmp_path / "two.yml"
     path.write_text(GOOD + "variants: {a: , b: }\n")

@@ -164,6 +164,15 @@ def test_a_finished_data_set_is_not_overwritten(tiny):
     assert (tiny.folder / "dataset.json").read_bytes() == before
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "d").write_text("")
+    with (
+        pytest.raises(UserError, match=r"d: is a file; .* needs a folder"),
+        writing(tmp_path / "d", DESCRIPTION),
+    ):
+        pass
+
+
 def test_two_packs_into_one_folder_are_refused(tmp_path):
     with writing(tmp_path, DESCRIPTION) as writer:
         writer.add("train", IMAGES, LABELS)

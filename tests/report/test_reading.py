@@ -138,6 +138,14 @@ def test_an_empty_csv_of_a_finished_run_is_damage(make_result: Make) -> None:
         read_result(folder)
 
 
+def test_a_finished_run_without_metrics_is_damage(make_result: Make) -> None:
+    folder = make_result()
+    (folder / "metrics.csv").unlink()
+    (folder / "summary.json").write_text('{"epochs": 2}')
+    with pytest.raises(UserError, match=r"metrics\.csv: is missing, but summary\.json says that the run has 2 epochs"):
+        read_result(folder)
+
+
 def test_bytes_that_are_no_text_are_reported_with_their_line(make_result: Make) -> None:
     folder = make_result()
     content = (folder / "metrics.csv").read_bytes()

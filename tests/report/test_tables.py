@@ -76,7 +76,7 @@ def test_four_blocks_fit_in_one_table_of_a_hundred_columns(make_result: Make) ->
 def test_nothing_measured_is_said_not_shown_as_zero(make_result: Make) -> None:
     folder = make_result(epochs=0, angles={})
     text = comparison_table(read_results([folder]))
-    assert "Angles to BP were not measured." in text
+    assert "There are no angles to BP." in text
     assert text.splitlines()[3].split() == ["fa", "fa", "0", DASH, "10.00", "10.00", "50.00", "12,346"]
     (folder / "metrics.csv").unlink()
     (folder / "summary.json").unlink()

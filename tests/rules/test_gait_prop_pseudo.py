@@ -182,7 +182,7 @@ REFUSED = [
      "rule.form: literal inverts f, W and every pool.*use form: difference, or inverse: exact"),
     ({"network": {"blocks": [{"type": "dense", "units": 10, "auxiliary": 0}], "square": True}}, None),
     ({"network": {"blocks": [{"type": "dense", "units": 20}, {"type": "dense", "units": 10}], "square": True}},
-     r"network block 1 \(dense2\): has 10 auxiliary units.*use network.square: false, or inverse: exact"),
+     r"network block 1 \(dense2\): has 10 auxiliary units.*leave out network.square and .*, or use inverse: exact"),
     ({"rule": {"name": "gait-prop", "form": "difference"}, "network": {"name": "lenet"}}, "max-pooling has no inverse"),
     ({"optimizer": {"name": "sgd", "lr": 0.1, "orthogonality": 1.0}},
      "optimizer.orthogonality: 1, but no weight matrix of this network is square.*orthogonality_on: all-but-first"),

@@ -117,7 +117,7 @@ REFUSED = [
     ({"loss": {"reduction": "sum"}}, "loss.reduction: sum: rule gnt is defined for the mean loss"),
     ({"network": SQUARE}, r"network block 1 \(dense2\): has 2 auxiliary units, which rule gnt does not support"),
     ({"network": SQUARE, "rule": {"name": "bp"}},
-     r"network block 1 \(dense2\): has 2 auxiliary units, which compare.against: gnt does not support; use network"),
+     r"network block 1 \(dense2\): has 2 auxiliary units, which compare.against: gnt does not support; leave out"),
     ({"compare": {"against": ["gnt"]}}, r"compare.against: \['gnt'\]: must contain bp"),
     ({"compare": {"against": ["bp", "dtp"]}}, r"compare.against.1 must be one of bp or gnt"),
 ]  # fmt: skip

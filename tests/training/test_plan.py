@@ -60,3 +60,10 @@ def test_what_a_rule_has_to_say_about_a_config_is_in_the_plan():
     (note,) = plan(small(rule={"name": "gait-prop"}, network=square)).notes
     assert "literal in float32" in note
     assert plan(small(network=square)).notes == ()
+
+
+@pytest.mark.parametrize(("lr", "lowest", "rises"), [(0.1, 0.1, False), (0.1, 0.2, True), ([0.3, 0.1], 0.2, True)])
+def test_a_cosine_schedule_whose_lowest_rate_is_above_a_rate_is_noted(lr, lowest, rises):
+    config = small(optimizer={"name": "sgd", "lr": lr}, schedule={"name": "cosine", "eta_min": lowest})
+    said = (f"schedule.eta_min: {lowest:g} is above optimizer.lr 0.1, so that the rate rises; set it to at most that",)
+    assert plan(config).notes == (said if rises else ())
