@@ -13,8 +13,8 @@ import click
 from rich.console import Console
 
 from arraytp.audit import Check, audit
-from arraytp.commands.shared_options import check_json, overriding_but_dtype, settings, write_json
-from arraytp.config import Config, load_config, load_one
+from arraytp.commands.shared_options import VARIANT, check_json, overriding_but_dtype, settings, write_json
+from arraytp.config import Config, load_config
 from arraytp.errors import UserError
 from arraytp.report.tables import aligned
 from arraytp.training.plan import Plan, plan_variant
@@ -28,7 +28,7 @@ Line = tuple[str, Check]
 @click.option(
     "--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Also write the table to this file."
 )
-@click.option("--variant", metavar="NAME", help="Audit only this variant.")
+@VARIANT
 @overriding_but_dtype
 def command(
     config: Path, json_path: Path | None, variant: str | None, backend: str | None, overrides: tuple[str, ...]
@@ -58,7 +58,7 @@ def command(
 
 def _plans(path: Path, overrides: list[str], variant: str | None) -> dict[str, Plan]:
     """Check every variant that is to be audited before any is."""
-    configs = {variant: load_one(path, overrides, variant)} if variant else load_config(path, overrides).variants
+    configs = load_config(path, overrides, variant).variants
     return {name or config.name: plan_variant(path, name, config) for name, config in configs.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from arraytp.backend import Array
-from arraytp.commands.shared_options import check_json, overriding, settings, write_json
+from arraytp.commands.shared_options import VARIANT, check_json, overriding, settings, write_json
 from arraytp.commands.together import all_ranks, check_ranks, failing_together
 from arraytp.config import load_config
 from arraytp.data.loader import Batches
@@ -34,9 +34,16 @@ PEAK_SIZE, PEAK_ROUNDS = 2048, 5
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Steps to time.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers to this file.")
+@VARIANT
 @overriding
 def command(
-    config: Path, steps: int, json_path: Path | None, backend: str | None, dtype: str | None, overrides: tuple[str, ...]
+    config: Path,
+    steps: int,
+    json_path: Path | None,
+    variant: str | None,
+    backend: str | None,
+    dtype: str | None,
+    overrides: tuple[str, ...],
 ) -> None:
     """Time training steps of CONFIG, every variant in turn.
 
@@ -46,9 +53,9 @@ def command(
     if json_path is not None:
         check_json(json_path, "milliseconds")
     ranks, figures = all_ranks(), {}
-    variants = load_config(config, settings(overrides, backend, dtype)).variants
+    configs = load_config(config, settings(overrides, backend, dtype), variant).variants
     plans = agreed(
-        ranks, lambda: {name or variant.name: plan_variant(config, name, variant) for name, variant in variants.items()}
+        ranks, lambda: {name or each.name: plan_variant(config, name, each) for name, each in configs.items()}
     )
     check_ranks(ranks, ranks, list(plans.values()))
     for name, planned in plans.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from arraytp.commands.holding import Holds
-from arraytp.commands.shared_options import check_folder, overriding, settings
+from arraytp.commands.shared_options import VARIANT, check_folder, overriding, settings
 from arraytp.commands.together import all_ranks, check_ranks, failing_together, grouped
 from arraytp.config import dump_config, load_config
 from arraytp.config.document import encodable
@@ -95,6 +95,7 @@ def _checked_seeds(
 
 @click.command(short_help="Train the given configs and write result folders.")
 @click.argument("configs", nargs=-1, metavar="CONFIG...", type=click.Path(path_type=Path))
+@VARIANT
 @overriding
 @click.option("--out", metavar="DIR", callback=check_folder, help="Result folder; default results/<config name>.")
 @click.option("--resume", is_flag=True, help="Continue stopped runs and skip finished ones.")
@@ -107,6 +108,7 @@ def _checked_seeds(
 @click.option("--plain", is_flag=True, help="Compute with the readable primitives, whole batches at a time.")
 def command(
     configs: tuple[Path, ...],
+    variant: str | None,
     backend: str | None,
     dtype: str | None,
     overrides: tuple[str, ...],
@@ -138,7 +140,7 @@ def command(
     overridden = settings(overrides, backend, dtype)
     everyone = all_ranks()
     batches = agreed(
-        everyone, lambda: [_jobs(path, overridden, out, len(configs) > 1, plain, seeds) for path in configs]
+        everyone, lambda: [_jobs(path, overridden, variant, out, len(configs) > 1, plain, seeds) for path in configs]
     )
     jobs = [job for batch in batches for job in batch]
     _refuse_one_place_twice(jobs)
@@ -170,13 +172,14 @@ def _hold(jobs: Sequence[Job], asked: Asked, held: Holds) -> None:
 def _jobs(
     path: Path,
     overrides: list[str],
+    only: str | None,
     out: Path | None,
     several: bool,
     plain: bool,
     seeds: int | tuple[int, ...] | None,
 ) -> list[Job]:
-    """Check every variant of a config before any of them starts; of several configs, each has a folder in `--out`."""
-    file = load_config(path, overrides)
+    """Check the variants of a file, or `only` one, before any starts; of several configs each has a folder in `out`."""
+    file = load_config(path, overrides, only)
     folder = Path("results", file.name) if out is None else out / file.name if several else out
     jobs = []
     for variant, config in file.variants.items():

@@ -15,6 +15,7 @@ from arraytp.files import check_output, json_safe, write_file
 Function = Callable[..., Any]
 BACKEND = click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config.")
 DTYPE = click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config.")
+VARIANT = click.option("--variant", metavar="NAME", help="Take only this variant of the config.")
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable.")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from arraytp.commands.shared_options import overriding, settings
+from arraytp.commands.shared_options import VARIANT, overriding, settings
 from arraytp.config import load_one
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.signals import StopRequest
@@ -18,7 +18,7 @@ from arraytp.training.trace import check_replaceable, read_batch, read_weights, 
 @click.command(short_help="Write every number of one training step to a file.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", required=True, metavar="FILE.h5", type=click.Path(path_type=Path), help="File to write.")
-@click.option("--variant", metavar="NAME", help="Variant of the config.")
+@VARIANT
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="Start from the weights of a trace.")
 @click.option("--batch", metavar="FILE", type=click.Path(path_type=Path), help="Use the batch of a trace.")
 @click.option("--no-noise", is_flag=True, help="Do not write noise, only its keys, from which it can be drawn again.")

@@ -1,7 +1,7 @@
 """From a file to checked configs and back to text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from arraytp.config.schema import Config
 from arraytp.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
+def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> ConfigFile:
     """Read a config file.
 
     Parameters
@@ -24,18 +24,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigFile:
         YAML 1.2.
     overrides : sequence of str
         "key.path=value" each, as `--set` takes them; applied in order, after the variants' own overrides.
+    variant : str, optional
+        The only variant to return; overrides are for it.
 
     Returns
     -------
     ConfigFile
-        Every variant, checked, defaults filled in.
+        Every variant, or the one that was asked for, checked, defaults filled in.
 
     Raises
     ------
     UserError
         If the file cannot be read or a setting is wrong; one line per problem, at most ten, with its place in the file.
+        Also if the variant is not in the file.
     """
-    return resolve(read_document(path), Path(path).stem, overrides)
+    file = resolve(read_document(path), Path(path).stem, overrides, variant)
+    if variant is None:
+        return file
+    if variant not in file.variants:
+        known = f"its variants are {', '.join(file.variants)}" if "" not in file.variants else "it has no variants"
+        raise UserError(f"{path}: has no variant {variant!r}; {known}")
+    return replace(file, variants={variant: file.variants[variant]})
 
 
 def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> Config:
@@ -44,14 +53,11 @@ def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | Non
     Raises
     ------
     UserError
-        As `load_config`; also if `variant` is not in the file, or the file has variants and none is chosen.
+        As `load_config`; also if the file has variants and none is chosen.
     """
-    variants = resolve(read_document(path), Path(path).stem, overrides, variant).variants
+    variants = load_config(path, overrides, variant).variants
     if variant is None and "" not in variants:
         raise UserError(f"{path}: has the variants {', '.join(variants)}; choose one")
-    if (variant or "") not in variants:
-        known = f"its variants are {', '.join(variants)}" if "" not in variants else "it has no variants"
-        raise UserError(f"{path}: has no variant {variant!r}; {known}")
     return variants[variant or ""]
 
 

@@ -384,7 +384,10 @@ class Run:
 
     def _fail(self, when: str, culprit: str | None = None) -> None:
         """Raise NonFiniteError that says when and in which block the numbers left the finite ones."""
-        remedy = f"a smaller {'rule.feedback.' if culprit else ''}optimizer.lr may help"
+        keys = ["rule.feedback.optimizer.lr", "rule.feedback.sigma"] if culprit else ["optimizer.lr"]
+        if culprit is None and self.experiment.rule.feedback is not None:
+            keys.append("rule.feedback.optimizer.lr")
+        remedy = f"a smaller {' or '.join(keys)} may help"
         if not self.position.step and culprit is None:
             remedy = "see data.normalize and network.init"
         where = self._saved_where()

@@ -291,6 +291,19 @@ def test_resume_draws_what_a_kill_left_undrawn(arraytp, place):
     assert {path.name for path in figures.iterdir()} == FIGURES
 
 
+def test_one_variant_may_be_run_alone_and_the_others_later(arraytp, place, refused):
+    only = ("run", "variants.yml", "--quiet", "--variant", "dfa")
+    assert arraytp(*only).status == 0
+    summary = place / "results/variants/dfa/summary.json"
+    before = summary.read_bytes()
+    assert [path.name for path in (place / "results/variants").iterdir()] == ["dfa"]
+    assert "has no variant 'x'; its variants are " in refused("run", "variants.yml", "--variant", "x")
+    assert "has no variant 'dfa'; it has no variants" in refused("run", "toy.yml", "--variant", "dfa")
+    assert arraytp("run", "variants.yml", "--quiet", "--resume").status == 0
+    assert summary.read_bytes() == before
+    assert (place / "results/variants/bp/summary.json").exists()
+
+
 def test_resume_runs_the_variants_that_are_missing(arraytp, place):
     arraytp("run", "variants.yml", "--quiet", "--set", "variants.bp.train.epochs=2")
     summary = place / "results/variants/bp/summary.json"
