@@ -49,6 +49,7 @@ NOT_OF_A_STEP = {
         "check_feedback",
         "check_targets",
         "check_training",
+        "refuse_auxiliary",
         "check_expected",
         "feedback_products",
         "only_block",
@@ -57,10 +58,11 @@ NOT_OF_A_STEP = {
     "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts", "Rule.propose"},
 }
 # The trace asks for no target after the last block's. A device has one kernel for the iterations, and its own loss;
-# Adam's numbers lie in its memory.
+# Adam's numbers lie in its memory. These numbers are finite.
 UNASKED = {
     ("feedback.py", "step_feedback", "sizes = [_adam_rates(descent, n, k, parameters[0])]"),
     ("gait_prop.py", "targets", "return"),
+    ("drl.py", "least", "return np.full(J.shape, np.nan)"),
     ("collapse.py", "sgd_iterations", "v = velocity[0] if velocity else None"),
     (
         "collapse.py",
