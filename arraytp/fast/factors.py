@@ -16,7 +16,7 @@ from arraytp.fast.orthogonality import GramErrors
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
 from arraytp.model.inverse import GRAM, check_condition
-from arraytp.model.passes import Batch
+from arraytp.model.passes import Batch, Begun
 from arraytp.model.passes import GramErrors as AnyGramErrors
 from arraytp.ops.conv import as_matrix
 from arraytp.ops.excess import excess_norm
@@ -45,7 +45,7 @@ def pseudo_inverses(workspace: Workspace, batch: Batch, ridge: float) -> Mapping
     return Factorising(workspace, batch.network, batch.gram_errors, ridge).pseudo_inverses()
 
 
-def begin(workspace: Workspace, network: Network) -> dict[object, Callable[[], Any]]:
+def begin(workspace: Workspace, network: Network) -> Begun:
     """Launch what the step before asked for, on a device: `Batch.begun` of the next.
 
     The host reads the numbers by which it chooses and refuses while the device computes what was launched meanwhile.
@@ -60,7 +60,7 @@ def begin(workspace: Workspace, network: Network) -> dict[object, Callable[[], A
 
     computed, norms = workspace.captured("E", network.weights, measure)
     errors = GramErrors(workspace, network, computed)
-    begun: dict[object, Callable[[], Any]] = {"gram errors": lambda: errors}
+    begun: Begun = {("gram errors",): lambda: errors}
     for ridge, near in asked.items():
         factorising = Factorising(workspace, network, errors, ridge, (near, norms))
         begun["inverses", ridge] = factorising.finished if ridge is None else factorising.pseudo_inverses

@@ -25,6 +25,8 @@ Gradients = tuple[Array, Array, Array | None]
 """dW and db of a block, and the gradient of its input, None for block 0 or where nothing carries it back."""
 Through = Array | Factors | PseudoInverse
 """What carries a gradient back: an array of weight_shape for its transpose, or factors for W⁻¹ or W⁺."""
+Begun = dict[tuple[Any, ...], Callable[[], Any]]
+"""By the name that `Batch.once` keeps it by: what returns what was begun before the pass."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Batch:
     results: str = "rule"
     part: Part | None = None
     parts: "Sequence[Batch]" = field(default=(), repr=False, compare=False)
-    begun: dict[object, Callable[[], Any]] = field(default_factory=dict, repr=False, compare=False)
+    begun: Begun = field(default_factory=dict, repr=False, compare=False)
     lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ from arraytp.fast.graphs import Graphs, arrays_of
 from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_at
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network
-from arraytp.model.passes import Batch, Engine, ForwardPass, parts_of_batch, side_by_side
+from arraytp.model.passes import Batch, Begun, Engine, ForwardPass, parts_of_batch, side_by_side
 from arraytp.ranks import ALONE, Part, Ranks, parts_of
 from arraytp.rules import bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
@@ -149,9 +149,7 @@ class Experiment:
         """Run the network on a batch, or on this rank's part of one of `size` images; raises as `step`."""
         return self._forward(images, labels, size, begin(self.workspace, self.network))
 
-    def _forward(
-        self, images: Array, labels: Array, size: int | None, begun: dict[object, Callable[[], Any]] | None = None
-    ) -> Step:
+    def _forward(self, images: Array, labels: Array, size: int | None, begun: Begun | None = None) -> Step:
         if self.plan.backend.on_host:
             check_labels(labels, len(self.plan.dataset.classes))
         parts, images, labels = self._parts(len(labels), size), self._in_place(images), self._in_place(labels)
