@@ -19,7 +19,12 @@ from arraytp.training.trace import check_replaceable, read_batch, read_weights, 
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", required=True, metavar="FILE.h5", type=click.Path(path_type=Path), help="File to write.")
 @VARIANT
-@click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="Start from the weights of a trace.")
+@click.option(
+    "--weights",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Start from the weights of a trace or a checkpoint.",
+)
 @click.option("--batch", metavar="FILE", type=click.Path(path_type=Path), help="Use the batch of a trace.")
 @click.option("--no-noise", is_flag=True, help="Do not write noise, only its keys, from which it can be drawn again.")
 @overriding

@@ -191,6 +191,13 @@ def test_an_input_that_is_not_finite_is_one_line(refused):
     assert error == "toy: not finite on the first batch: input; see data.normalize and network.init"
 
 
+def test_blocks_of_one_unit_have_no_cosine_to_judge(arraytp):
+    """B and W of one number each lie at 0° or 180°, from whatever streams they are."""
+    units = ", ".join(f"{{type: dense, units: {count}}}" for count in (1, 1, 3))
+    outcome = arraytp("audit", "toy.yml", "--set", f"network={{blocks: [{units}]}}", "--set", "rule={name: fa}")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
 def test_a_huge_learning_rate_is_no_error_of_the_math(arraytp):
     outcome = arraytp("audit", "toy.yml", "--set", "optimizer.lr=1e30")
     assert (outcome.status, outcome.err) == (0, "")

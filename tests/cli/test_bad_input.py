@@ -537,6 +537,13 @@ def test_a_run_that_diverges_says_when_and_where(arraytp, place, settings):
     assert arraytp(*words, "--resume") == outcome
 
 
+def test_where_feedback_is_trained_its_rate_is_named_too(arraytp):
+    rule = "rule={name: weight-mirror, feedback: {optimizer: {name: sgd, lr: 1e30}}}"
+    outcome = arraytp("run", "toy.yml", "--quiet", "--set", rule)
+    assert outcome.status == 1
+    assert outcome.err.endswith("; a smaller optimizer.lr or rule.feedback.optimizer.lr may help\n")
+
+
 def test_a_closed_form_that_diverges_names_run_step_block_and_checkpoint(arraytp):
     """The rule knows block and numbers, the loop the rest."""
     feedback = "{iterations: 5, sigma: 0.1, optimizer: {name: sgd, lr: 1e9}}"

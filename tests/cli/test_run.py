@@ -304,6 +304,13 @@ def test_one_variant_may_be_run_alone_and_the_others_later(arraytp, place, refus
     assert (place / "results/variants/bp/summary.json").exists()
 
 
+def test_resume_takes_other_settings_that_no_number_depends_on(arraytp, place):
+    assert arraytp("run", "toy.yml", "--quiet").status == 0
+    other = ("--set", "cuda_graphs=false", "--set", "device=1", "--set", "train.epochs=2")
+    assert arraytp("run", "toy.yml", "--quiet", "--resume", *other).status == 0
+    assert json.loads((place / "results/toy/summary.json").read_text())["epochs"] == 2
+
+
 def test_resume_runs_the_variants_that_are_missing(arraytp, place):
     arraytp("run", "variants.yml", "--quiet", "--set", "variants.bp.train.epochs=2")
     summary = place / "results/variants/bp/summary.json"
