@@ -30,9 +30,8 @@ def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Sha
     """
     blocks: list[Block] = []
     shape = input_shape
-    for n, layer in enumerate(layers):
-        count = 1 + sum(block.kind == layer.type for block in blocks)
-        label = f"{layer.type}{count}"
+    labels = block_labels([layer.type for layer in layers])
+    for n, (layer, label) in enumerate(zip(layers, labels, strict=True)):
         try:
             block = _conv(layer, label, shape) if isinstance(layer, options.Conv) else _dense(layer, label, shape)
             if math.prod(block.weight_shape) > LARGEST_WEIGHT:
@@ -42,6 +41,11 @@ def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Sha
         blocks.append(block)
         shape = block.next_shape
     return tuple(blocks)
+
+
+def block_labels(kinds: Sequence[str]) -> list[str]:
+    """Return "conv1", "conv2", "dense1", …: kind and count."""
+    return [f"{kind}{kinds[: n + 1].count(kind)}" for n, kind in enumerate(kinds)]
 
 
 def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:

@@ -93,7 +93,7 @@ def has_angles(result: Result, reference: Reference = BP) -> bool:
 def common_blocks(results: Sequence[Result]) -> list[str]:
     """Return block labels for a comparison: the runs' own where these agree, `block n` for every place where not."""
     count = max((len(result.blocks) for result in results), default=0)
-    named = [result.blocks for result in results if result.blocks_are_named]
+    named = [labels for result in results if (labels := result.blocks) != numbered_blocks(len(labels))]
     longest = max(named, key=len, default=[])
     agree = len(longest) == count and all(labels == longest[: len(labels)] for labels in named)
     return longest if agree else numbered_blocks(count)

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from arraytp.config.document import encodable, read_document
 from arraytp.disk import real
 from arraytp.errors import UserError
+from arraytp.model.architectures import NAMED
+from arraytp.model.shapes import block_labels
 from arraytp.training import tables
 
 Columns = dict[str, NDArray[np.float64]]
@@ -77,16 +79,29 @@ class Result:
 
     @property
     def blocks(self) -> list[str]:
-        """Short labels of the blocks from the input's on; `block n` where the run has not written any."""
+        """Short labels of the blocks from the input's on; of a run that has written none, those that were measured.
+
+        These are called as the config's network does, or `block n` where it does not have as many.
+        """
         if self.summary and self.blocks_are_named:
             return list(self.summary["blocks"])
         numbers = self.angles["block"]
-        return numbered_blocks(int(numbers.max()) + 1 if numbers.size else 0)
+        count = int(numbers.max()) + 1 if numbers.size else 0
+        labels = _planned_labels(self.config.get("network"))
+        return labels if len(labels) == count else numbered_blocks(count)
 
 
 def numbered_blocks(count: int) -> list[str]:
     """Return labels of blocks that have none, counted from 0 as in every file."""
     return [f"block {n}" for n in range(count)]
+
+
+def _planned_labels(network: Any) -> list[str]:
+    """Return the labels of a config's network, none of one that this version does not know."""
+    name, blocks = (network.get("name"), network.get("blocks")) if isinstance(network, dict) else (None, None)
+    if isinstance(blocks, list):
+        return block_labels([block["type"] for block in blocks if isinstance(block, dict) and "type" in block])
+    return block_labels([layer.type for layer in NAMED[name](1)]) if isinstance(name, str) and name in NAMED else []
 
 
 def read_results(folders: Sequence[Path | str]) -> list[Result]:

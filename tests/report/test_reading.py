@@ -49,6 +49,30 @@ def test_an_unfinished_run_has_numbered_blocks_and_no_summary(make_result: Make)
     assert result.blocks == ["block 0", "block 1", "block 2", "block 3"]
 
 
+@pytest.mark.parametrize(
+    ("network", "blocks"),
+    [
+        ("name: lenet", ["conv1", "conv2", "dense1", "dense2"]),
+        (
+            "blocks: [{type: dense}, {type: conv}, {type: dense}, {type: conv}]",
+            ["dense1", "conv1", "dense2", "conv2"],
+        ),
+        # Not of four blocks, of another version, damaged.
+        ("name: vgg", None),
+        ("blocks: [3, {type: conv}, {type: conv}, {}]", None),
+        ("name: resnet", None),
+        ("name: [lenet]", None),
+    ],
+)
+def test_blocks_of_an_unfinished_run_are_called_as_its_network_says(
+    make_result: Make, network: str, blocks: list[str] | None
+) -> None:
+    folder = make_result(finished=False)
+    with (folder / "config.yml").open("a") as config:
+        config.write(f"network: {{{network}}}\n")
+    assert read_result(folder).blocks == (blocks or ["block 0", "block 1", "block 2", "block 3"])
+
+
 def test_a_run_that_has_only_begun_has_no_rows(make_result: Make) -> None:
     folder = make_result(finished=False)
     (folder / "metrics.csv").unlink()
