@@ -27,12 +27,21 @@ def averaged(results: Sequence[Result]) -> list[Result]:
 
     Means are over the finished runs where there are any.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[Path, str], list[Result]] = {}
     for result in results:
-        place, config = real(result.path), repr({**result.config, "seed": None})
-        beside = place.parent if SEED.fullmatch(place.name) else place
-        groups.setdefault((str(beside), config), []).append(result)
+        groups.setdefault((_beside(result), _settings(result)), []).append(result)
     return [_mean(runs) if len(runs) > 1 else runs[0] for runs in groups.values()]
+
+
+def _beside(result: Result) -> Path:
+    """Return the folder that holds a run's seeds; of a run that is alone its own."""
+    place = real(result.path)
+    return place.parent if SEED.fullmatch(place.name) else place
+
+
+def _settings(result: Result) -> str:
+    """Return what runs of several seeds have in common."""
+    return repr({**result.config, "seed": None})
 
 
 def _mean(runs: Sequence[Result]) -> Result:
@@ -82,17 +91,19 @@ def each_seed(result: Result, number: Callable[[Result], float]) -> Floats:
     return np.array([number(run) for run in result.seeds or (result,)])
 
 
-def seeds_table(results: Sequence[Result], home: Path) -> str:
+def seeds_table(results: Sequence[Result], latest: Sequence[Result], home: Path) -> str:
     """Return seeds.csv, a row for every run in a folder [<variant>/]seed-<n> of `home`.
 
-    Cells of a run that has not finished are empty.
+    Cells of a run that has not finished are empty. Runs beside those that were run last are left out if they have other
+    settings.
     """
+    settings = {_beside(result): _settings(result) for result in latest}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SEED_COLUMNS)
     for result in results:
         match = SEED.fullmatch(real(result.path).name)
-        if match:
+        if match and settings.get(_beside(result), _settings(result)) == _settings(result):
             variant = real(result.path).parent.relative_to(real(home)).as_posix().removeprefix(".")
             writer.writerow([variant, int(match[1]), *(_final_and_best(result) if result.finished else [""] * 4)])
     return file.getvalue()

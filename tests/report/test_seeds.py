@@ -85,10 +85,21 @@ def test_losses_of_diverged_runs_warn_of_nothing() -> None:
 
 def test_seeds_csv_has_a_row_a_run(three_seeds: Path) -> None:
     (three_seeds / "fa/seed-1/summary.json").unlink()
-    assert seeds_table(read_results([three_seeds]), three_seeds).splitlines() == [
+    results = read_results([three_seeds])
+    assert seeds_table(results, results, three_seeds).splitlines() == [
         "variant,seed,final_test_top1,final_test_top5,best_test_top1,best_test_top5",
         "bp,3,60.25,90.0,60.25,90.0",
         "fa,0,60.0,90.0,60.125,90.0",
         "fa,1,,,,",
         "fa,2,64.0,92.0,64.0,92.0",
     ]
+
+
+def test_seeds_csv_leaves_out_other_settings_beside_the_latest_runs(three_seeds: Path) -> None:
+    """Of a variant that was not run lately nothing is left out."""
+    for name in ("fa/seed-1", "bp/seed-3"):
+        config = three_seeds / name / "config.yml"
+        config.write_text(config.read_text().replace("every: 10", "every: 5"))
+    latest = read_results([three_seeds / "fa/seed-0"])
+    rows = seeds_table(read_results([three_seeds]), latest, three_seeds).splitlines()[1:]
+    assert [row.split(",")[:2] for row in rows] == [["bp", "3"], ["fa", "0"], ["fa", "2"]]
