@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arraytp.backend import Array, array_module
+from arraytp.training.compare import relative_distance
 
 Floats = NDArray[np.float64]
 
@@ -72,6 +73,11 @@ def apart(actual: Array, expected: Array) -> float:
     with np.errstate(all="ignore"):
         difference, scale = float(np.max(np.abs(a - b))), float(np.max(np.abs(b)))
     return difference if scale == 0 else difference / scale
+
+
+def distance(actual: Array, expected: Array) -> float:
+    """Return `relative_distance`; where all of `expected` is 0, as gradients are with one class, `apart`."""
+    return relative_distance(actual, expected) if host(expected).any() else apart(actual, expected)
 
 
 def worst(*errors: float) -> float:

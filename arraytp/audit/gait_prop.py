@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from arraytp.audit import reference
-from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host
+from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, distance, host
 from arraytp.audit.drift import FAR, drifted
 from arraytp.audit.gradients import updates_apart
 from arraytp.audit.inverses import INVERSE
@@ -16,7 +16,6 @@ from arraytp.model.passes import Batch
 from arraytp.model.plain import Plain
 from arraytp.rules import gait_prop
 from arraytp.rules.protocol import State, Updates
-from arraytp.training.compare import relative_distance
 
 # A nudge of this size, relative to the activations, hardly crosses a kink; smaller ones are tried if it does.
 ETAS = (1e-7, 1e-8, 1e-9)
@@ -33,7 +32,9 @@ def nudges(setting: Setting) -> Iterator[Check]:
     d = host(delta).reshape(len(delta), -1)
     norm = np.sqrt((d**2).sum(axis=1)) ** (2 if options.norm == "l2_squared" else 1)
     scale = options.eta * (np.prod(at.block.out_shape) ** 0.5 if options.scale_by_sqrt_dim else 1.0)
-    expected = scale / norm if options.normalise else np.full(len(d), options.gamma)
+    # Where a = t, the sample's γ is 1.
+    expected = np.ones(len(d))
+    expected[norm > 0] = scale / norm[norm > 0] if options.normalise else options.gamma
     yield checked(f"{at.block.label}: γ of every sample", "γ = η √dim / ‖a − t‖", gait_prop.perturbation,
                   apart(gamma, expected), ROUNDING)  # fmt: skip
     if at.block.activation.curved:
@@ -70,7 +71,7 @@ def forms(setting: Setting) -> Iterator[Check]:
         literal = setting.propose(each, literal_options)
         for block, (weight, _), (expected_weight, _) in zip(network.blocks, literal, difference, strict=True):
             what = f"{block.label}: literal form at η = {eta:g}, W drifted{on}"
-            yield checked(what, "Algorithm 1", gait_prop.literal, relative_distance(weight, expected_weight), FORMS)
+            yield checked(what, "Algorithm 1", gait_prop.literal, distance(weight, expected_weight), FORMS)
     yield from _own_scale(setting, batch, difference)
 
 

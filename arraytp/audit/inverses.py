@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from arraytp.audit import reference
-from arraytp.audit.check import Check, apart, checked, host, worst
+from arraytp.audit.check import Check, apart, checked, distance, host, worst
 from arraytp.audit.drift import DRIFT, FAR, drifted, ways
 from arraytp.audit.gradients import exact
 from arraytp.audit.setting import Setting
@@ -16,7 +16,7 @@ from arraytp.model.passes import At, Batch
 from arraytp.ops import solve
 from arraytp.ops.conv import as_matrix
 from arraytp.rules import gait_prop
-from arraytp.training.compare import angle_degrees, relative_distance
+from arraytp.training.compare import angle_degrees
 
 WAY = (0.0, 0.5, 1.0)
 INVERSE = 1e-10
@@ -114,9 +114,9 @@ def to_orthogonal(setting: Setting) -> Iterator[Check]:
         options = replace(setting.options, form="difference", rescale_updates=True)
     for share, network in zip(WAY, ways(setting, drifted(setting), WAY), strict=True):
         batch = setting.pass_over(network)
-        pairs = list(zip(setting.propose(batch, options), exact(batch), strict=True))
-        error = worst(*(relative_distance(a[0], b[0]) for a, b in pairs))
-        angle = worst(*(angle_degrees(a[0], b[0]) for a, b in pairs))
+        pairs = [(a, b) for (a, _), (b, _) in zip(setting.propose(batch, options), exact(batch), strict=True)]
+        error = worst(*(distance(a, b) for a, b in pairs))
+        angle = worst(*(angle_degrees(a, b) for a, b in pairs if host(b).any()))
         yield checked(f"W drifted by {DRIFT:.0%}, {share:.0%} of the way to its polar factor: {angle:.3g}° to BP",
                       "W⁻¹ = Wᵀ", function, error, ORTHOGONAL if share == 1 and is_bp else None)  # fmt: skip
 

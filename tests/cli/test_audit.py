@@ -86,6 +86,17 @@ def test_every_rule_passes_and_names_functions_that_exist(arraytp, rule):
     assert re.fullmatch(rf"toy: {record['passed']} passed, 0 failed, \d+ for information; \d+ s", lines[-2])
 
 
+@pytest.mark.parametrize("rule", ["bp", "fa", "gait-prop", "ldrl expected", "drl optimum", "gnt"])
+def test_every_rule_passes_where_one_class_makes_every_gradient_zero(arraytp, place, pack, rule):
+    pack(place / "one", classes=1)
+    (place / "one.yml").write_text((place / "toy.yml").read_text().replace("units: 3", "units: 1"))
+    options = [
+        option.replace("units: 3", "units: 1") for option in RULES.get(rule, ("--set", f"rule={{name: {rule}}}"))
+    ]
+    outcome = arraytp("audit", "one.yml", "--set", "data.dataset=one", *options)
+    assert (outcome.status, outcome.err) == (0, ""), outcome.out
+
+
 def test_every_variant_is_audited_unless_one_is_chosen(arraytp):
     outcome = arraytp("audit", "variants.yml", "--json", "a.json")
     assert outcome.status == 0
