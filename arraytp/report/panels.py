@@ -172,7 +172,7 @@ def finish_epochs(axes: Axes, results: Sequence[Result], ylabel: str, drawn: boo
     last = max(max(result.metrics["epoch"], default=0.0) for result in results)
     margin = max(0.03 * last, 0.1 if last else 0.6)
     axes.set(xlabel="epoch", ylabel=ylabel, xlim=(-margin, last + margin))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
 
 
 def _to(reference: Reference) -> str:

@@ -1,6 +1,7 @@
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -189,3 +190,15 @@ def test_unusual_runs_are_drawn_without_warnings(make_result: Make, tmp_path: Pa
     write_figures(results[0], tmp_path / "figures")
     width, height = png_size(write_comparison(results, tmp_path / "out")[0])
     assert 1000 <= height <= 1.2 * width
+
+
+@pytest.mark.parametrize("epochs", [7, 40, 90, 200, 1000])
+def test_numbers_along_the_epochs_stand_apart(make_result: Make, epochs: int) -> None:
+    """In the narrowest panels, too."""
+    figure = comparison([read_result(make_result(epochs=epochs))])
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        shown = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        low, high = axes.get_window_extent().intervalx
+        inside = [extent for extent in shown if low <= (extent.x0 + extent.x1) / 2 <= high]
+        assert all(before.x1 + 5 < after.x0 for before, after in pairwise(inside))
