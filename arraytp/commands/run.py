@@ -387,12 +387,11 @@ def _report(batches: list[list[Job]]) -> None:
             continue
         if jobs[0].study:
             click.echo(write_study(folders, home))
-            continue
-        results = read_results(folders)
-        if len(jobs) > 1 or jobs[0].of_seeds:
+        elif len(jobs) > 1 or jobs[0].of_seeds:
+            results = read_results(folders)
             write_comparison(results, home)
-        if jobs[0].of_seeds:
-            write_file(home / "seeds.csv", seeds_table(read_results([home]), results, home).encode())
+            if jobs[0].of_seeds:
+                write_file(home / "seeds.csv", seeds_table(read_results([home]), results, home).encode())
     trained = [
         job.folder for batch in batches for job in batch if not job.study and (job.folder / "config.yml").exists()
     ]
