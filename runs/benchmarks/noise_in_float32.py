@@ -44,14 +44,12 @@ def main() -> None:
         gradients = []
         for _ in range(given.noises):
             epsilon = (sigma * generator.standard_normal(steps[0].batch.at(n).s.shape)).astype(np.float32)
-            gradients.append(
-                [
-                    drl.iterate(options, each.rule_state, step.batch.at(n), epsilon.astype(each.config.dtype), sigma)[
-                        0
-                    ].astype(np.float64)
-                    for each, step in zip((short, long), steps, strict=True)
-                ]
-            )
+            pair = []
+            for each, step in zip((short, long), steps, strict=True):
+                noise = epsilon.astype(each.config.dtype)
+                gradient, _ = drl.iterate(options, each.rule_state, step.batch.at(n), noise, sigma)
+                pair.append(gradient.astype(np.float64))
+            gradients.append(pair)
         in_short, in_long = np.swapaxes(gradients, 0, 1)
         size = np.sqrt((in_long**2).sum(axis=(1, 2)).mean())
         rounding = np.sqrt(((in_short - in_long) ** 2).sum(axis=(1, 2)).mean()) / size
