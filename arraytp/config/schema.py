@@ -86,13 +86,17 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, how many images at a time, and how many are held out; without `validation` the test split evaluates."""
+    """How long, how many images at a time, and how many are held out; without `validation` the test split evaluates.
+
+    With `score_train` each epoch ends with a score of all training images, instead of a mean over the epoch's batches.
+    """
 
     epochs: Annotated[Border, Field(examples=[10])]
     batch_size: Annotated[Size, Field(examples=[128])]
     steps: Size | None = None
     eval_batch_size: Size = 256
     validation: Border = 0
+    score_train: bool = False
     checkpoint_minutes: Positive = 2.0
     exact: bool = False
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -152,6 +153,15 @@ class Loader:
     def steps_per_epoch(self) -> int:
         """The number of batches of an epoch."""
         return -(-self.count // self.batch_size)
+
+    def in_order(self, batch_size: int) -> "Loader":
+        """Return a loader of the same images in the files' order, neither flipped nor cropped, in the same memory."""
+        loader = copy(self)
+        loader.batch_size, loader._shuffle = batch_size, False
+        loader._flip, loader._padding, loader._augments = 0.0, 0, False
+        # Buffers are as large as a batch, and those of a loader that crops have room for borders.
+        loader._spare_memory, loader._spare_buffers = [], []
+        return loader
 
     def sizes(self, start: int = 0) -> list[int]:
         """Return the number of images of every batch of an epoch, from batch `start` on, summed over all readers."""

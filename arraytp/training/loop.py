@@ -77,6 +77,9 @@ class Run:
         validated = experiment.validation_loader is not None
         # What every epoch is evaluated on, and `best` chosen by.
         self._split = "validation" if validated else "test"
+        train = experiment.config.train
+        # What `train.score_train` scores after every epoch.
+        self._trained = experiment.train_loader.in_order(train.eval_batch_size) if train.score_train else None
         knows = experiment.rule.optimum is not None
         columns = (
             tables.METRICS_COLUMNS + tables.VALIDATION_COLUMNS * validated,
@@ -305,11 +308,12 @@ class Run:
     def _evaluate(self, epoch: int, stop: StopRequest, progress: Progress) -> None:
         """Evaluate the network and add the row of an epoch; a stop in between leaves both to the resumed run."""
         position, config = self.position, self.experiment.config
+        trained = self._scored(self._trained, stop, progress) if self._trained is not None else position.totals
         totals = self._scored(self.experiment.validation_loader, stop, progress)
         self._tick()
         over = max(epoch - 1, 0), max(position.step - 1, 0)
         lr = at_block(learning_rates(config.schedule, config.optimizer.lr, *over), 0)
-        row = (epoch, round(position.seconds, 3), lr, *position.totals.means())
+        row = (epoch, round(position.seconds, 3), lr, *trained.means())
         self.metrics.append(*row, *([math.nan] * 3 if self._split != "test" else ()), *totals.means())
         progress.epoch(dict(zip(tables.METRICS_COLUMNS, (*row, *totals.means()), strict=True)))
 
@@ -326,7 +330,7 @@ class Run:
         progress.say(f"{self.label}  test loss {means[0]:.3f}  top-1 {means[1]:.1f} %")
 
     def _scored(self, loader: Loader | None, stop: StopRequest, progress: Progress) -> Totals:
-        """Score the split of a loader, or the test split."""
+        """Score the images of a loader, or the test split."""
         totals, self._step, self.evaluating = Totals(), None, True
         to_host = self.experiment.plan.backend.to_host
         for score in self.experiment.evaluate(loader, lambda: stop.requested):
