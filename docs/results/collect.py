@@ -20,8 +20,9 @@ from ruamel.yaml import YAML
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
-# What is kept of a result folder; BP has no angles, an unfinished run no summary.
-FILES = ("config.yml", "metrics.csv", "angles.csv", "summary.json")
+# What is kept of a result folder; BP has no angles, an unfinished run no summary. after.csv is of runs without
+# train.score_train where epoch and loss, top-1, top-5 of all training images after it were measured beside the run.
+FILES = ("config.yml", "metrics.csv", "after.csv", "angles.csv", "summary.json")
 
 
 @dataclass(frozen=True)
