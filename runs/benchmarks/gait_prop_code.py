@@ -5,7 +5,8 @@ of 1,000 goes along it, and the next image is any of those in the window (tf.dat
 
     python runs/benchmarks/gait_prop_code.py CONFIG [--own-feedback] [--window 1000] [options of arraytp run]
 
-`--own-feedback` leaves FA's matrices as arraytp draws them; `--window 0` shuffles all images, as arraytp does.
+`--own-feedback` leaves FA's matrices as arraytp draws them; `--window 0` shuffles all images, as arraytp does. A data
+set that is streamed (`data.in_memory_mb`) keeps arraytp's order.
 """
 
 import argparse
