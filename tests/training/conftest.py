@@ -1,5 +1,6 @@
 """A toy experiment: 45 training and 20 test images of 8×8 pixels, three classes, a small network."""
 
+import csv
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -93,3 +94,24 @@ def start(tmp_path):
 def stop_after():
     """Make a request to stop at the nth look, or never."""
     return Stop
+
+
+def _read_rows(table: Path) -> list[dict[str, float]]:
+    with table.open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="session")
+def read_rows():
+    """Read a table's rows as numbers."""
+    return _read_rows
+
+
+@pytest.fixture(scope="session")
+def untimed():
+    """Write a table's rows without their seconds, to compare two runs; NaN equals NaN."""
+
+    def write(table: Path) -> str:
+        return repr([{key: value for key, value in row.items() if key != "seconds"} for row in _read_rows(table)])
+
+    return write

@@ -1,7 +1,5 @@
 """feedback.csv: every B of a forward weight's shape against that weight, by formulas of its own."""
 
-import csv
-
 import numpy as np
 import pytest
 
@@ -19,13 +17,8 @@ RULES = {
 TRAIN = {"epochs": 2, "batch_size": 16, "eval_batch_size": 12}
 
 
-def rows(folder):
-    with (folder / "feedback.csv").open() as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
 @pytest.mark.parametrize("rule", RULES)
-def test_every_comparison_has_angle_distance_and_ratio_of_b_and_w(make_config, start, stop_after, rule):
+def test_every_comparison_has_angle_distance_and_ratio_of_b_and_w(make_config, start, stop_after, rule, read_rows):
     run, measured = start(make_config(rule=RULES[rule], train=TRAIN)), []
     compare = run.experiment.compare
 
@@ -36,7 +29,7 @@ def test_every_comparison_has_angle_distance_and_ratio_of_b_and_w(make_config, s
 
     run.experiment.compare = remembered
     run.train(stop_after())
-    table = rows(run.folder)
+    table = read_rows(run.folder / "feedback.csv")
     # Steps 0 and 3 of 6, blocks 1 and 2.
     assert [(row["step"], row["epoch"], row["block"]) for row in table] == [
         (step, epoch, n) for step, epoch in ((0, 1), (3, 2)) for n in (1, 2)
@@ -53,7 +46,7 @@ def test_every_comparison_has_angle_distance_and_ratio_of_b_and_w(make_config, s
 
 
 @pytest.mark.parametrize("options", [{}, {"expected": "optimum"}, {"hidden": 5}], ids=str)
-def test_drls_table_has_the_distance_of_q_to_its_optimum(make_config, start, stop_after, options):
+def test_drls_table_has_the_distance_of_q_to_its_optimum(make_config, start, stop_after, options, read_rows):
     """The output is linear: its Jacobian is Wᵀ for every sample, and A⁻¹ J is the pseudo-inverse of W."""
     run, measured = start(make_config(rule={"name": "drl", **options}, train=TRAIN)), []
     compare = run.experiment.compare
@@ -64,7 +57,7 @@ def test_drls_table_has_the_distance_of_q_to_its_optimum(make_config, start, sto
 
     run.experiment.compare = remembered
     run.train(stop_after())
-    table = rows(run.folder)
+    table = read_rows(run.folder / "feedback.csv")
     assert tuple(table[0]) == (*FEEDBACK_COLUMNS, *OPTIMUM_COLUMNS)
     for first, last, (Q, W) in zip(table[::2], table[1::2], measured, strict=True):
         if "hidden" in options:
@@ -83,7 +76,7 @@ def test_a_rule_without_such_weights_has_no_table(make_config, start, stop_after
     assert not (run.folder / "feedback.csv").exists()
 
 
-def test_a_table_of_an_earlier_version_is_read_and_gone_on_with(make_config, start, stop_after):
+def test_a_table_of_an_earlier_version_is_read_and_gone_on_with(make_config, start, stop_after, read_rows):
     """It has no column `ratio`."""
     config = make_config(rule=RULES["fa"], train=TRAIN)
     run = start(config)
@@ -95,7 +88,7 @@ def test_a_table_of_an_earlier_version_is_read_and_gone_on_with(make_config, sta
     assert np.isnan(result.feedback["ratio"]).all()
     assert np.isfinite(result.feedback["distance"]).all()
     run.feedback.restart(path.read_text().splitlines()[1:])
-    assert np.isnan([row["ratio"] for row in rows(run.folder)]).all()
+    assert np.isnan([row["ratio"] for row in read_rows(run.folder / "feedback.csv")]).all()
 
 
 def test_the_angles_are_drawn(make_config, start, stop_after, tmp_path):

@@ -18,15 +18,6 @@ def train(epochs, validation=9, **more):
     return {"epochs": epochs, "batch_size": 16, "eval_batch_size": 12, "validation": validation, **more}
 
 
-def rows(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def numbers(folder):
-    return repr([{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)])
-
-
 def test_images_held_out_are_never_trained_on(make_config):
     made = build(make_config(train=train(1)))
     trained = np.concatenate([images.copy() for images, _ in made.train_loader.batches(0)])
@@ -48,10 +39,10 @@ def test_without_it_nothing_is_held_out(make_config):
     assert made.train_loader.count == 45
 
 
-def test_rows_are_of_validation_and_the_last_one_has_the_test_split(make_config, start, stop_after):
+def test_rows_are_of_validation_and_the_last_one_has_the_test_split(make_config, start, stop_after, read_rows):
     run = start(make_config(train=train(2)))
     run.train(stop_after())
-    table = rows(run.folder)
+    table = read_rows(run.folder / "metrics.csv")
     assert list(table[0])[-3:] == ["validation_loss", "validation_top1", "validation_top5"]
     assert [math.isnan(row["test_top1"]) for row in table] == [True, True, False]
     for loader, split in ((run.experiment.validation_loader, "validation"), (None, "test")):
@@ -73,7 +64,7 @@ def test_the_test_split_is_scored_once(make_config, start, stop_after, monkeypat
     assert scored == [0]
 
 
-def test_a_run_stopped_anywhere_leaves_the_same_numbers(make_config, start, stop_after):
+def test_a_run_stopped_anywhere_leaves_the_same_numbers(make_config, start, stop_after, untimed):
     config = make_config(train=train(2))
     whole, stop = start(config, "whole"), stop_after()
     whole.train(stop)
@@ -85,26 +76,26 @@ def test_a_run_stopped_anywhere_leaves_the_same_numbers(make_config, start, stop
             start(config, f"stopped-{after}").train(stop_after(after))
         resumed = start(config, f"stopped-{after}", resume=True)
         resumed.train(stop_after())
-        assert numbers(resumed.folder) == numbers(whole.folder), after
+        assert untimed(resumed.folder / "metrics.csv") == untimed(whole.folder / "metrics.csv"), after
 
 
-def test_a_prolonged_run_is_as_if_it_had_been_asked_for_at_first(make_config, start, stop_after):
+def test_a_prolonged_run_is_as_if_it_had_been_asked_for_at_first(make_config, start, stop_after, untimed):
     """It forgets the score of the test split between."""
     whole = start(make_config(train=train(3)), "whole")
     whole.train(stop_after())
     start(make_config(train=train(1)), "grown").train(stop_after())
     grown = start(make_config(train=train(3)), "grown", resume=True)
     grown.train(stop_after())
-    assert numbers(grown.folder) == numbers(whole.folder)
+    assert untimed(grown.folder / "metrics.csv") == untimed(whole.folder / "metrics.csv")
 
 
-def test_a_finished_run_that_is_resumed_scores_the_test_split_again_alike(make_config, start, stop_after):
+def test_a_finished_run_that_is_resumed_scores_the_test_split_again_alike(make_config, start, stop_after, untimed):
     config = make_config(train=train(1))
     run = start(config)
     run.train(stop_after())
-    before = numbers(run.folder)
+    before = untimed(run.folder / "metrics.csv")
     start(config, resume=True).train(stop_after())
-    assert numbers(run.folder) == before
+    assert untimed(run.folder / "metrics.csv") == before
 
 
 def test_another_number_is_another_run(make_config, start, stop_after):
@@ -121,7 +112,7 @@ def test_one_image_at_least_is_left_to_train_on(make_config, count):
         build(make_config(train=train(1, count)))
 
 
-def test_reports_choose_the_best_on_validation_and_say_so(make_config, tmp_path, stop_after):
+def test_reports_choose_the_best_on_validation_and_say_so(make_config, tmp_path, stop_after, read_rows):
     for name, validation in (("held", 9), ("test", 0)):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
@@ -136,7 +127,7 @@ def test_reports_choose_the_best_on_validation_and_say_so(make_config, tmp_path,
     assert "Of images held out for validation instead of test: the best of held." in markdown
     with (tmp_path / "comparison.csv").open() as file:
         held, tested = csv.DictReader(file)
-    table = rows(tmp_path / "runs" / "held")
+    table = read_rows(tmp_path / "runs" / "held" / "metrics.csv")
     assert float(held["best_validation_top1"]) == max(row["validation_top1"] for row in table)
     assert float(held["final_test_top1"]) == table[-1]["test_top1"]
     assert (held["best_test_top1"], tested["best_validation_top1"]) == ("", "")
