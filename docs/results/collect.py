@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 # What is kept of a result folder; BP has no angles, an unfinished run no summary. after.csv is of runs without
-# train.score_train where epoch and loss, top-1, top-5 of all training images after it were measured beside the run.
+# train.score_train where the loss and accuracy of all training images after some epochs were measured beside the run.
 FILES = ("config.yml", "metrics.csv", "after.csv", "angles.csv", "summary.json")
 
 
@@ -33,10 +33,15 @@ class Kept:
 
     @property
     def last(self) -> dict[str, float]:
-        """The last row of metrics.csv, and the best test accuracy of all rows."""
-        rows = list(csv.DictReader(io.StringIO(self.files["metrics.csv"])))
-        best = max(float(row["test_top1"]) for row in rows)
-        return {name: float(cell) for name, cell in rows[-1].items()} | {"best_test_top1": best}
+        """The last row of metrics.csv, with after.csv's training numbers of that epoch, and the best test accuracy."""
+        rows = self._rows("metrics.csv")
+        best = max(row["test_top1"] for row in rows)
+        after = {row["epoch"]: row for row in self._rows("after.csv")}
+        return rows[-1] | after.get(rows[-1]["epoch"], {}) | {"best_test_top1": best}
+
+    def _rows(self, file: str) -> list[dict[str, float]]:
+        rows = csv.DictReader(io.StringIO(self.files.get(file, "")))
+        return [{name: float(cell) for name, cell in row.items()} for row in rows]
 
 
 def keep(name: str, folders: list[Path]) -> None:

@@ -87,7 +87,7 @@ def tar_rows(path, size):
     rows, classes = Counter(), set()
     with tarfile.open(path) as tar:
         for member in tar:
-            if not member.name.endswith((".jpg", ".JPEG")):
+            if not member.name.endswith((".jpg", ".JPEG", ".png")):
                 continue
             split, name, _ = member.name.split("/")
             image = Image.open(io.BytesIO(tar.extractfile(member).read()))
@@ -104,6 +104,7 @@ def tar_rows(path, size):
 @pytest.mark.parametrize(
     ("archive", "source", "options", "size", "counts"),
     [
+        ("cifar10-png.tar.xz", "folder", [], None, {"train": 50000, "test": 10000}),
         ("cifar10-jpeg.tar.xz", "folder", [], None, {"train": 50000, "test": 10000}),
         ("tiny-imagenet-100.tar.xz", "folder", [], None, {"train": 20000, "val": 5000}),
         ("tiny-imagenet-100.tar.xz", "folder", ["--size=32"], (32, 32), {"train": 20000, "val": 5000}),

@@ -56,6 +56,15 @@ def test_a_row_with_kept_runs_is_their_mean(collect, tmp_path, monkeypatch):
         assert (made["ours"], made["ours_sd"], made["seeds"], made["hours"]) == ("85.50", "0.71", "2", "1.5")
 
 
+def test_training_numbers_are_those_measured_after_the_last_epoch_where_there_are_any(collect):
+    metrics = "epoch,seconds,train_top1,test_top1\n1,1,40,42\n2,2,50,41\n"
+    after = "epoch,train_top1\n1,45\n"
+    assert collect.Kept({"metrics.csv": metrics}).last["train_top1"] == 50
+    assert collect.Kept({"metrics.csv": metrics, "after.csv": after}).last["train_top1"] == 50
+    last = collect.Kept({"metrics.csv": metrics, "after.csv": after + "2,48\n"}).last
+    assert last == {"epoch": 2, "seconds": 2, "train_top1": 48, "test_top1": 41, "best_test_top1": 42}
+
+
 def test_a_number_of_several_seeds_is_held_to_two_deviations_and_one_of_one_seed_to_a_point(collect):
     assert collect.verdict(86.34, 0.35, 85.7, 5) == "reproduced"
     assert collect.verdict(86.34, 0.35, 85.5, 5) == "not reproduced"
