@@ -27,6 +27,7 @@ from arraytp.disk import refuse_special
 from arraytp.errors import UserError
 
 MAX_DEPTH = 4
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # The largest official file of those that are read whole has 155 MB, and images of 2**26 pixels seldom more than 64.
 MAX_FILE_BYTES = 2**28
 # Images hardly compress; small ones, padded by tar, shrink to a twentieth.
@@ -64,7 +65,7 @@ class Files:
 
 @contextmanager
 def open_files(src: Path, scratch: Path) -> Iterator[Files]:
-    """Open a folder, to a depth of four, or a tar archive: plain, gzip, xz or bzip2.
+    """Open a folder, to a depth of four but for image files, or a tar archive: plain, gzip, xz or bzip2.
 
     A compressed archive is unpacked in `scratch`, or the nearest of its parents that exists. UserError if `src` is
     neither, is damaged or truncated, or holds what is not a plain file within it.
@@ -145,8 +146,11 @@ def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
             for entry in entries:
                 name = folder + entry.name
                 if entry.is_dir():
-                    if depth > 1:
+                    # A link may lead back to where it is.
+                    if depth > 1 or not entry.is_symlink():
                         yield from _walk(root, f"{name}/", depth - 1)
+                elif depth < 1 and not name.lower().endswith(IMAGE_SUFFIXES):
+                    continue
                 # To open a pipe would be to wait for its other end. A link to nothing is told of when it is read.
                 elif entry.is_file() or not os.path.exists(entry.path):
                     yield name

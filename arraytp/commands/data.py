@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from arraytp.commands.shared_options import check_folder
 from arraytp.data.dataset import Dataset, embedded_names, find_dataset, open_dataset
 from arraytp.data.writer import SKIPPED_NAME
 from arraytp.data_prep import cifar, folder, idx, imagenet, imagenet32
@@ -38,7 +39,7 @@ def _parse_limits(_context: click.Context, _parameter: click.Parameter, values: 
     limits: dict[str, int] = {}
     for value in values:
         split, _, count = value.partition("=")
-        if not split or not count.isdecimal() or int(count) < 1:
+        if not split or not re.fullmatch("0*[1-9][0-9]{0,17}", count):
             raise click.BadParameter(f"{value!r} is not like train=10000 or test=2000")
         if split in limits:
             raise click.BadParameter(f"{value!r} after {split}={limits[split]}: one limit for each split")
@@ -64,8 +65,8 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 
 @command.command()
 @click.argument("source", metavar="SOURCE", type=click.Choice(_SOURCES))
-@click.argument("src", type=_FOLDER)
-@click.argument("dst", type=_FOLDER)
+@click.argument("src", metavar="SRC", type=click.Path(), callback=check_folder)
+@click.argument("dst", metavar="DST", type=click.Path(), callback=check_folder)
 @click.option("--name", callback=_parse_name, help="The data set's name.  [default: SOURCE; of a folder, its own]")
 @click.option(
     "--limit",
@@ -176,7 +177,7 @@ def _pack(source: str, src: Path, dst: Path, devkit: Path | None, options: PackO
 
 @command.command()
 @click.argument("name", metavar="NAME", type=click.Choice(list(SOURCES)))
-@click.argument("dst", type=_FOLDER)
+@click.argument("dst", metavar="DST", type=click.Path(), callback=check_folder)
 def fetch(name: str, dst: Path) -> None:
     """Fetch the official files of a data set into the folder DST, except those that are there already.
 

@@ -9,6 +9,7 @@ import click
 from arraytp.commands.shared_options import check_folder, check_folders
 from arraytp.disk import real
 from arraytp.errors import UserError
+from arraytp.files import check_output
 from arraytp.report.figures import write_comparison, write_figures
 from arraytp.report.reading import common_parent, read_results
 from arraytp.report.tables import comparison_table
@@ -31,10 +32,13 @@ from arraytp.report.tables import comparison_table
 def command(folders: tuple[Path, ...], out: Path | None, html: Path | None) -> None:
     """Print a table and write figures that compare result folders.
 
-    DIR is a result folder, or a folder that contains result folders, such as that of a run with variants. Figures of
-    each run go to RUN/figures. With more than one run, or with --out, comparison.png, comparison.md and comparison.csv
-    go beside the folders of the runs.
+    DIR is a result folder, or a folder that contains result folders, such as that of a run with variants. Studies in it
+    are left out: they have tables and figures of their own. Figures of each run go to RUN/figures. With more than one
+    run, or with --out, comparison.png, comparison.md and comparison.csv go beside the folders of the runs.
     """
+    if html is not None:
+        ours = "a page of this command; only such are overwritten"
+        check_output("--html", html, "report.html", lambda: _is_page(html), ours)
     results = read_results(folders)
     click.echo(comparison_table(results), nl=False)
     parent = out or common_parent([real(result.path) for result in results])
@@ -47,6 +51,14 @@ def command(folders: tuple[Path, ...], out: Path | None, html: Path | None) -> N
     if out or len(results) > 1:
         picture, markdown, table = write_comparison(results, parent)
         click.echo(f"comparison: {picture}, {markdown.name}, {table.name}", err=True)
+
+
+def _is_page(path: Path) -> bool:
+    """Tell whether a file is a page that this command wrote."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"<title>arraytp report</title>" in file.read(4096)
 
 
 def _page() -> ModuleType:

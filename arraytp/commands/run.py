@@ -1,11 +1,13 @@
 """`arraytp run`: configs in, result folders, tables and figures out."""
 
+import errno
 import os
 import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +25,9 @@ from arraytp.launcher import launched
 from arraytp.mpi_ranks import Mpi
 from arraytp.ranks import Ranks, agreed
 from arraytp.report import read_results, write_comparison, write_figures, write_study
-from arraytp.report.figures import LAST_FIGURE
+from arraytp.report.figures import LAST_FIGURE, RUN_FIGURES
 from arraytp.report.seeds import seeds_table
-from arraytp.report.studies import LAST_STUDY_FIGURE
+from arraytp.report.studies import LAST_STUDY_FIGURE, STUDY_FIGURES
 from arraytp.report.tables import comparison_table
 from arraytp.signals import StopRequest
 from arraytp.training.build import build_planned
@@ -35,7 +37,11 @@ from arraytp.training.plan import Plan, plan_variant
 from arraytp.training.study import run_study
 
 MOST_SEEDS = 1000
+LARGEST_SEED = 2**63 - 1
+# Python reads no number of more than some thousand digits.
+_MOST_DIGITS = 4000
 OWN_FILES = ("config.yml", "metrics.csv", "steps.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
+OWN_FIGURES = (*RUN_FIGURES, *STUDY_FIGURES)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ def _checked_seeds(
     numbers = [word.strip() for word in value.removesuffix(",").split(",")]
     if not all(word.isascii() and word.isdecimal() for word in numbers):
         raise UserError(f"--seeds {value}: must be a number of seeds, or seeds such as 0,1,2")
+    if any(len(word) > _MOST_DIGITS or int(word) > LARGEST_SEED for word in numbers):
+        raise UserError(f"--seeds {value}: a seed is at most {LARGEST_SEED}")
     seeds = tuple(int(word) for word in numbers)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {value}: names a seed twice")
@@ -193,6 +201,8 @@ def _jobs(
             continue
         if config.study is not None:
             raise UserError(f"--seeds: {path} is a study, which has seeds of its own; set study.seeds")
+        if isinstance(seeds, int) and config.seed + seeds - 1 > LARGEST_SEED:
+            raise UserError(f"--seeds {seeds}: from seed {config.seed} on goes beyond the largest seed, {LARGEST_SEED}")
         for seed in range(config.seed, config.seed + seeds) if isinstance(seeds, int) else seeds:
             seeded = replace(planned, config=replace(config, seed=seed))
             jobs.append(Job(seeded, f"{label} seed {seed}", place / f"seed-{seed}", plain, folder, of_seeds=True))
@@ -230,7 +240,7 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
 
 
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:
-    """Do all jobs and return the exit status; of several seeds or groups, a run that fails does not keep the others."""
+    """Do all jobs and return the exit status; of several, a run that fails does not keep the others."""
     if ranks is everyone:
         return _run_some(jobs, jobs, stop, asked, held, ranks)
     assert isinstance(everyone, Mpi)
@@ -242,7 +252,7 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
     stop.elsewhere = turns.heard
     try:
         mine = (jobs[number] for number in turns.below(len(jobs)))
-        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, go_on=True)
+        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks)
     except Interrupted as error:
         interrupted = error
         turns.end(error.signal_number)
@@ -261,7 +271,6 @@ def _run_some(
     asked: Asked,
     held: Holds,
     ranks: Ranks,
-    go_on: bool = False,
 ) -> int:
     status = 0
     for job in mine:
@@ -269,11 +278,11 @@ def _run_some(
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
                 _do(job, jobs, stop, asked, held, ranks)
         except (UserError, NonFiniteError, RunError) as error:
-            if not (job.of_seeds or go_on):
+            if len(jobs) == 1:
                 raise
             if ranks.rank == 0:
                 click.echo(f"arraytp: error: {one_line(str(error))}", err=True)
-            status = 1
+            status = max(status, 2 if isinstance(error, UserError) else 1)
     return status
 
 
@@ -308,7 +317,9 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
                 key, size = "train.eval_batch_size", train.eval_batch_size
             raise UserError(f"{job.label}: {job.plan.backend.memory_words(error, size, key)}") from error
         except OSError as error:
-            raise UserError(f"{job.folder}: cannot be written: {error.strerror or error}") from error
+            hint = "; make room, and --resume goes on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            place = error.filename or job.folder
+            raise UserError(f"{place}: cannot be written: {error.strerror or error}{hint}") from error
 
 
 def _claim(jobs: Sequence[Job], asked: Asked, held: Holds) -> None:
@@ -323,8 +334,9 @@ def _clear(jobs: Sequence[Job]) -> None:
     """Remove the former results of all runs at once, so that none of them passes for a finished one after a stop."""
     for job in jobs:
         for folder in (job.folder, *job.folder.glob("seed-*")):
-            for name in OWN_FILES:
-                (folder / name).unlink(missing_ok=True)
+            for name in (*OWN_FILES, *(f"figures/{name}" for name in OWN_FIGURES)):
+                with suppress(NotADirectoryError):
+                    (folder / name).unlink(missing_ok=True)
 
 
 def _train(job: Job, run: Run | None, stop: StopRequest, asked: Asked, ranks: Ranks) -> None:
@@ -381,8 +393,9 @@ def _write_config(job: Job) -> None:
 def _report(batches: list[list[Job]]) -> None:
     """Print one table of all results, and one a study; draw a comparison where a config has variants."""
     for jobs in batches:
-        # A run that could not begin has left none.
-        folders, home = [job.folder for job in jobs if (job.folder / "config.yml").exists()], jobs[0].home
+        # A run that could not begin has left none, and a study that failed has no summary to draw.
+        needed, home = "summary.json" if jobs[0].study else "config.yml", jobs[0].home
+        folders = [job.folder for job in jobs if (job.folder / needed).exists()]
         if not folders:
             continue
         if jobs[0].study:

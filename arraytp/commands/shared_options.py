@@ -41,7 +41,7 @@ def check_folder(_context: click.Context, parameter: click.Parameter, value: str
     """Return the folder that an option or argument names, as click's callback; UserError for a blank name."""
     if value is None:
         return None
-    name = "DIR" if isinstance(parameter, click.Argument) else parameter.opts[0]
+    name = (parameter.metavar or "DIR").rstrip(".") if isinstance(parameter, click.Argument) else parameter.opts[0]
     if not value.strip():
         raise UserError(f"{name} is empty; give a folder{'' if parameter.required else ', or leave it out'}")
     return Path(value)

@@ -10,6 +10,8 @@ from arraytp.config.schema import Config
 
 FREE_ON_RESUME = ("train.epochs", "train.steps", "train.checkpoint_minutes", "cuda_graphs", "device")
 """A run may be prolonged, save more often or less, and go on where or how no number depends on it."""
+FREE_IN_A_STUDY = tuple(key for key in FREE_ON_RESUME if key not in ("train.epochs", "train.steps"))
+"""A study's seeds that are done are not prolonged, so that all have the same length."""
 
 
 def first_difference(stored: Config, asked: Config, free: tuple[str, ...] = FREE_ON_RESUME) -> str:

@@ -53,7 +53,7 @@ def _assigned(tree: Tree, path: KeyPath, depth: int, value: Tree) -> Tree:
 
 def _index(entries: Sequence[Tree], path: KeyPath, depth: int) -> int:
     step = str(path[depth])
-    if step.isdecimal() and int(step) < len(entries):
+    if step.isdecimal() and len(step) < 10 and int(step) < len(entries):
         return int(step)
     held = f"has the entries 0 to {len(entries) - 1}" if entries else "is an empty list"
     raise UserError(f"{dotted(path[:depth])} {held}; {step} is none of them")

@@ -19,7 +19,7 @@ from arraytp.rules import RULES
 
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 # What `arraytp run` writes beside the variants' folders.
-_TAKEN_NAMES = ("comparison.png", "comparison.md", "comparison.csv", "study.md", "figures")
+_TAKEN_NAMES = ("comparison.png", "comparison.md", "comparison.csv", "seeds.csv", "study.md", "figures")
 _MOST_PROBLEMS = 10
 _NOT_IN_VARIANTS = {
     "name": "has no place in a variant: its name is the key above it",

@@ -179,6 +179,8 @@ def find_dataset(name_or_path: str | Path) -> Dataset:
 def _folder(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in embedded_names():
         return _EMBEDDED / name_or_path
+    if not str(name_or_path).strip():
+        raise UserError(f"data set {str(name_or_path)!r}: the name is empty; give a folder")
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder

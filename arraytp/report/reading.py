@@ -1,6 +1,7 @@
 """Read result folders: every number as it was written, damage reported with file and line."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ Columns = dict[str, NDArray[np.float64]]
 
 # A walk over so many takes a second.
 _MOST_ENTRIES = 100_000
+_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Result:
         """
         if self.summary and self.blocks_are_named:
             return list(self.summary["blocks"])
-        numbers = self.angles["block"]
+        numbers = np.concatenate([self.angles["block"], self.feedback["block"]])
         count = int(numbers.max()) + 1 if numbers.size else 0
         labels = _planned_labels(self.config.get("network"))
         return labels if len(labels) == count else numbered_blocks(count)
@@ -108,8 +110,8 @@ def read_results(folders: Sequence[Path | str]) -> list[Result]:
     """Read the result folders among `folders` and those at any depth inside the others, such as a run's variants.
 
     Labels are the paths from the folders' common parent on. Inside a folder BP comes first, since the other rules are
-    measured against it, then the names' order. UserError as `read_result`; also for a folder that neither is one nor
-    holds one.
+    measured against it, then the names' order; studies beside runs are left out. UserError as `read_result`; also for a
+    folder that neither is one nor holds one.
     """
     paths = {real(path): path for folder in folders for path in _expand(Path(folder))}
     parent = common_parent(list(paths))
@@ -127,7 +129,16 @@ def _expand(folder: Path) -> list[Path]:
     inside = list(_holding_results(folder))
     if not inside:
         raise UserError(f"{folder} is not a result folder: neither it nor a folder in it holds a config.yml")
+    inside = [path for path in inside if not _is_study(path)] or inside
     return sorted(inside, key=lambda path: [(name != "bp", _natural(name)) for name in path.relative_to(folder).parts])
+
+
+def _is_study(folder: Path) -> bool:
+    try:
+        tree = read_document(folder / "config.yml").tree
+    except UserError:
+        return False
+    return isinstance(tree, dict) and "study" in tree
 
 
 def _holding_results(folder: Path) -> Iterator[Path]:
@@ -183,13 +194,25 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         feedback=read_csv(path / "feedback.csv", tables.FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,
     )
-    highest = max(result.angles["block"], default=-1)
-    if highest >= len(result.blocks):
-        raise UserError(
-            f"{path / 'angles.csv'}: block {highest:.0f}, but summary.json names {len(result.blocks)} blocks"
-        )
+    for name, table in (("angles.csv", result.angles), ("feedback.csv", result.feedback)):
+        _check_angles(path / name, table)
+        highest = max(table["block"], default=-1)
+        if result.blocks_are_named and highest >= len(result.blocks):
+            raise UserError(f"{path / name}: block {highest:g}, but summary.json names {len(result.blocks)} blocks")
     _check_ends(result)
     return result
+
+
+def _check_angles(path: Path, table: Columns) -> None:
+    """Refuse numbers that are no block's or no angle's."""
+    for line, block in enumerate(table["block"], start=2):
+        if block >= _MOST_BLOCKS:
+            raise UserError(f"{path}, line {line}: block is {block:g}, and no network has as many")
+    for name in ("angle_deg", "gnt_angle_deg"):
+        for line, angle in enumerate(table.get(name, ()), start=2):
+            # Rounding may leave a little.
+            if not (math.isnan(angle) or -0.001 <= angle <= 180.001):
+                raise UserError(f"{path}, line {line}: {name} is {angle:g}, not from 0 to 180 (undefined is nan)")
 
 
 def _check_ends(result: Result) -> None:

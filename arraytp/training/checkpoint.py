@@ -24,7 +24,7 @@ import numpy as np
 
 from arraytp.backend import Array
 from arraytp.config import Config, dump_config, load_one
-from arraytp.config.difference import FREE_ON_RESUME, config_of, first_difference
+from arraytp.config.difference import FREE_IN_A_STUDY, FREE_ON_RESUME, config_of, first_difference
 from arraytp.disk import refuse_special, telling_damage
 from arraytp.errors import UserError
 from arraytp.files import write_file
@@ -99,7 +99,8 @@ def read_owner(folder: Path) -> tuple[Config, str]:
     try:
         return load_one(folder / "config.yml"), ""
     except UserError as error:
-        raise UserError(f"{error}; --fresh starts over, --out selects another folder") from error
+        first = str(error).splitlines()[0]
+        raise UserError(f"{first}; --fresh starts over, --out selects another folder") from error
 
 
 def check_owner(folder: Path, plan: Plan) -> None:
@@ -108,7 +109,8 @@ def check_owner(folder: Path, plan: Plan) -> None:
     UserError names the first key that differs and both values.
     """
     stored, digest = read_owner(folder)
-    difference = first_difference(stored, plan.config, (*FREE_ON_RESUME, *(["data.dataset"] if digest else [])))
+    free = FREE_ON_RESUME if plan.config.study is None else FREE_IN_A_STUDY
+    difference = first_difference(stored, plan.config, (*free, *(["data.dataset"] if digest else [])))
     if not difference and digest not in ("", plan.dataset.digest):
         difference = (
             f"data.dataset {stored.data.dataset} held other images or labels there than {plan.config.data.dataset} here"

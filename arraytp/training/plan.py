@@ -84,6 +84,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
         ("loss", config.loss),
         ("optimizer", config.optimizer),
         ("schedule", config.schedule),
+        ("compare", config.compare),
     ):
         if not isinstance(section, str):
             _check_numbers(asdict(section), key, config.dtype)

@@ -3,6 +3,7 @@
 Everything goes to standard error, so that standard output holds results only.
 """
 
+import io
 import math
 import sys
 import time
@@ -109,7 +110,7 @@ class Progress:
         )
         self._clock = clock
         self._quiet = quiet
-        self._console = Console(file=cast(TextIO, _Reader(stream or sys.stderr)), highlight=False)
+        self._console = Console(file=cast(TextIO, _Reader(stream or sys.stderr or io.StringIO())), highlight=False)
         terminal = self._console.is_interactive and self._console.file.isatty()
         # rich draws in a notebook by this package; without it, a note would stand in place of the line.
         notebook = self._console.is_jupyter and find_spec("ipywidgets") is not None

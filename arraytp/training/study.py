@@ -23,7 +23,7 @@ import numpy as np
 from arraytp import __version__
 from arraytp.backend import Array
 from arraytp.config import Config, dump_config
-from arraytp.config.difference import config_of, first_difference
+from arraytp.config.difference import FREE_IN_A_STUDY, config_of, first_difference
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
 from arraytp.optim import at_block
@@ -173,7 +173,7 @@ def _read_seed(path: Path, config: Config, blocks: int) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
     stored = seed.pop("config", None)
-    difference = first_difference(config_of(str(stored), f"{path}: its config"), config) if stored is not None else ""
-    if difference:
+    there = config_of(str(stored), f"{path}: its config") if stored is not None else config
+    if difference := first_difference(there, config, FREE_IN_A_STUDY):
         raise UserError(f"{path}: is of another config ({difference}); --fresh starts over")
     return seed

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from arraytp.backend import Backend
+from arraytp.cli import main
 from arraytp.training.experiment import Experiment
 from arraytp.training.loop import Run
 
@@ -723,3 +724,52 @@ def test_every_command_names_file_and_variant_that_do_not_fit(refused, command):
     name, *rest = command
     said = refused(name, "variants.yml", *rest, "--set", "train.validation=45")
     assert said.startswith("variants.yml (variant bp): train.validation: 45")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pack", "folder", "", "d"],
+        ["pack", "folder", "toy", ""],
+        ["fetch", "mnist", " "],
+        ["check", ""],
+        ["info", ""],
+    ],
+)
+def test_an_empty_name_is_not_the_working_directory(refused, words):
+    """As from a variable of the shell that is not set."""
+    assert "empty" in refused("data", *words)
+
+
+def test_numbers_longer_than_python_reads_are_refused(refused):
+    digits = "1" * 5000
+    assert "not like train=10000" in refused("data", "pack", "folder", "toy", "d", "--limit", f"train={digits}")
+    assert "has the entries 0 to 2" in refused("run", "toy.yml", "--set", f"network.blocks.{digits}.units=3")
+
+
+def test_a_damping_that_is_infinite_in_the_runs_dtype_is_refused(refused):
+    said = refused("run", "toy.yml", "--set", "compare.damping=1e300", "--set", "compare.against=[bp, gnt]")
+    assert "compare.damping: 1e+300 is infinite in float32" in said
+
+
+def test_a_config_of_a_result_folder_with_several_mistakes_is_told_of_in_a_line(arraytp, refused, place):
+    assert arraytp("run", "toy.yml", "--quiet").status == 0
+    (place / "results/toy/checkpoint.h5").unlink()
+    (place / "results/toy/config.yml").write_text("foo: 1\n")
+    said = refused("run", "toy.yml", "--resume")
+    assert "foo is not a known key" in said
+    assert said.endswith("; --fresh starts over, --out selects another folder")
+    assert "\\n" not in said
+
+
+def test_a_file_that_cannot_be_written_is_named(arraytp, place):
+    (place / "results/toy/metrics.csv").mkdir(parents=True)
+    outcome = arraytp("run", "toy.yml", "--quiet", "--fresh")
+    assert outcome.status == 2
+    assert outcome.err == "arraytp: error: results/toy/metrics.csv: cannot be written: Is a directory\n"
+
+
+def test_a_run_without_standard_error_shows_nothing(arraytp, place, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["run", "toy.yml"]) == 0
+    assert (place / "results/toy/summary.json").exists()

@@ -226,6 +226,32 @@ def test_quiet_leaves_only_the_table(arraytp):
     ]
 
 
+def test_a_variant_that_fails_does_not_keep_the_others(arraytp, place):
+    path = place / "variants.yml"
+    text = path.read_text().replace("variants: {bp: {rule: {name: bp}}", "variants: {bp: {optimizer: {lr: 1e30}}")
+    path.write_text(text)
+    for more in ((), ("--resume",)):
+        outcome = arraytp("run", "variants.yml", "--quiet", *more)
+        assert outcome.status == 1
+        (line,) = outcome.err.splitlines()
+        assert line.startswith("arraytp: error: bp: not finite at step")
+        assert (place / "results/variants/dfa/summary.json").exists()
+        assert "dfa" in outcome.out
+
+
+def test_fresh_removes_figures_that_the_new_run_does_not_draw(arraytp, place):
+    assert arraytp("run", "toy.yml", "--quiet", figures=True).status == 0
+    figures = place / "results/toy/figures"
+    (figures / "mine.png").write_text("not ours")
+    assert {"feedback_angles.png", "angles_over_time.png"} <= {path.name for path in figures.iterdir()}
+    assert arraytp("run", "toy.yml", "--quiet", "--fresh", "--set", "rule.name=bp", figures=True).status == 0
+    assert sorted(path.name for path in figures.iterdir()) == [
+        "angles_per_block.png",
+        "learning_curves.png",
+        "mine.png",
+    ]
+
+
 def test_fresh_replaces_results_of_any_config(arraytp, place, numbers):
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=2")
     (place / "results/toy/config.yml").write_text("no: [config")

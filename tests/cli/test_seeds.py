@@ -53,9 +53,18 @@ def test_runs_with_and_without_seeds_do_not_mix(arraytp, refused):
         assert "with --seeds" in refused("run", "toy.yml", "--out", "other", *more)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "x", "1,1", "", "1,,2", "1.5", "10000000"])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "x", "1,1", "", "1,,2", "1.5", "10000000", "1,9223372036854775808", "9" * 99]
+)
 def test_what_are_no_seeds_is_refused(refused, value):
     assert refused("run", "toy.yml", "--seeds", value).startswith(f"--seeds {value}")
+
+
+def test_seeds_end_with_the_largest(refused):
+    largest = 2**63 - 1
+    said = refused("run", "toy.yml", "--seeds", "2", "--set", f"seed={largest}")
+    assert said == f"--seeds 2: from seed {largest} on goes beyond the largest seed, {largest}"
+    assert "a seed is at most" in refused("run", "toy.yml", "--seeds", "9" * 5000)
 
 
 def test_a_study_has_seeds_of_its_own(refused, place):

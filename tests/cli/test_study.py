@@ -153,6 +153,17 @@ def test_a_study_of_drift_measures_angles_beside_drift(arraytp, place):
     assert found[0]["own_deg"] == found[0]["drift_rms"] == "nan"
 
 
+@pytest.mark.parametrize("change", ["train.epochs=3", "train.steps=6"])
+def test_the_seeds_of_a_study_of_drift_are_not_prolonged(arraytp, refused, place, change):
+    """Those that are done would keep their length, and those that are missing get another."""
+    (place / "drift.yml").write_text(DRIFT)
+    assert arraytp("run", "drift.yml", "--quiet").status == 0
+    said = refused("run", "drift.yml", "--quiet", "--resume", "--set", change)
+    assert f"{change.partition('=')[0]} is " in said
+    (place / "results/drift/seed-0/summary.json").unlink()
+    assert "holds a run of another config" in refused("run", "drift.yml", "--quiet", "--resume", "--set", change)
+
+
 def test_a_study_of_drift_that_diverges_says_where(arraytp, place):
     (place / "drift.yml").write_text(DRIFT)
     outcome = arraytp("run", "drift.yml", "--quiet", "--set", "optimizer.lr=1e30")
@@ -175,6 +186,10 @@ def test_report_leaves_studies_alone(arraytp, study):
     assert outcome.status == 2
     assert "holds a study, not a training run; its table is study.md" in outcome.err
     assert not (study / "comparison.png").exists()
+    assert arraytp("run", "toy.yml", "--quiet").status == 0
+    outcome = arraytp("report", "results", "--out", "all")
+    assert outcome.status == 0, outcome.err
+    assert "toy" in outcome.out
 
 
 def test_a_batch_larger_than_the_train_split_is_refused_before_anything_is_written(arraytp, study):

@@ -269,6 +269,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
     [
         (["a/x.png"], "'a/x.png' is not split/class/image"),
         (["train/a/b/x.png"], "'train/a/b/x.png' is not split/class/image"),
+        (["train/a/y.png", "train/a/b/c/d/e/x.png"], "'train/a/b/c/d/e/x.png' is not split/class/image"),
         (["Train/a/x.png"], "'Train/a/x.png' is not split/class/image, the split in small letters"),
         (["test/a/x.png"], "no image train/class/…, found splits: test"),
         ([], "found splits: none"),
@@ -287,6 +288,13 @@ def link(name, target):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = tarfile.SYMTYPE, target
     return member
+
+
+def test_a_folder_that_links_to_itself_and_deep_files_that_are_no_images_are_no_matter(tmp_path):
+    src = write_tree(tmp_path / "s", {"train/a/x.png": encoded(COLOUR), "notes/1/2/3/4/5/list.txt": b"none"})
+    (tmp_path / "s/notes/again").symlink_to(tmp_path / "s/notes")
+    pack(src, tmp_path / "d", PackOptions())
+    assert open_dataset(tmp_path / "d").counts == {"train": 1}
 
 
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "train/../../x.png"])

@@ -68,6 +68,24 @@ def test_the_page_shows_sorted_rows_curves_and_settings(page):
         assert [entry for entry in window.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.parametrize("name", ["notes.yml", ".", "", "nowhere/page.html"])
+def test_only_a_page_of_ours_is_overwritten(make_result, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.yml").write_text("mine")
+    assert main(["report", str(make_result()), "--html", name]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("arraytp: error: --html ")
+    assert len(said.err.splitlines()) == 1
+    assert (tmp_path / "notes.yml").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_page_of_ours_is_replaced(make_result, tmp_path):
+    folder = make_result()
+    for _ in range(2):
+        assert main(["report", str(folder), "--html", str(tmp_path / "page.html")]) == 0
+
+
 def test_without_bokeh_the_extra_is_named(make_result, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "arraytp.report.page", None)
     assert main(["report", str(make_result()), "--html", str(tmp_path / "page.html")]) == 2

@@ -109,6 +109,7 @@ def test_the_line_being_written_is_left_out_while_the_run_has_not_finished(make_
         ("angles.csv", "\n0,1,1,", "\n0,1,0,", "angles.csv, line 3: step 0, block 0 occurs twice"),
         ("angles.csv", "\n0,1,1,", "\n0,1,0.5,", "angles.csv, line 3: block is 0.5, not a whole number"),
         ("angles.csv", "\n10,1,3,", "\n10,1,4,", "angles.csv: block 4, but summary.json names 4 blocks"),
+        ("angles.csv", "\n10,1,3,", "\n10,1,1e30,", "angles.csv, line 9: block is 1e+30, and no network has as many"),
         ("summary.json", '"rule"', "rule", "summary.json, line 1: not JSON"),
         ("summary.json", "{", "[{", "summary.json, line 1: not JSON"),
         ("summary.json", '["conv1"', '[1, "conv1"', "summary.json: blocks is [1, 'conv1'"),
@@ -128,6 +129,17 @@ def test_damage_is_reported_with_file_and_line(make_result: Make, file: str, old
     assert message in str(caught.value)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("angle", ["inf", "-inf", "1e300", "-400", "181"])
+def test_what_is_no_angle_is_reported_with_its_line(make_result: Make, angle: str) -> None:
+    path = make_result() / "angles.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    cells = lines[3].split(",")
+    lines[3] = ",".join([*cells[:3], angle, *cells[4:]])
+    path.write_text("".join(lines))
+    with pytest.raises(UserError, match=r"angles.csv, line 4: angle_deg is .*, not from 0 to 180"):
+        read_result(path.parent)
 
 
 @pytest.mark.parametrize(
