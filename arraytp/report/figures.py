@@ -179,5 +179,7 @@ def write_bytes(content: bytes, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder with --out") from error
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; `arraytp report --out` draws elsewhere"
+        ) from error
     return path

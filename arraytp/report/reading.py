@@ -194,8 +194,11 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         feedback=read_csv(path / "feedback.csv", tables.FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,
     )
+    for name, table in (("metrics.csv", result.metrics), ("steps.csv", result.steps)):
+        _check_range(path / name, table, [column for column in table if column[-4:] in ("top1", "top5")], 100)
     for name, table in (("angles.csv", result.angles), ("feedback.csv", result.feedback)):
-        _check_angles(path / name, table)
+        _check_range(path / name, table, [column for column in table if column.endswith("angle_deg")], 180)
+        _check_blocks(path / name, table)
         highest = max(table["block"], default=-1)
         if result.blocks_are_named and highest >= len(result.blocks):
             raise UserError(f"{path / name}: block {highest:g}, but summary.json names {len(result.blocks)} blocks")
@@ -203,16 +206,19 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
     return result
 
 
-def _check_angles(path: Path, table: Columns) -> None:
-    """Refuse numbers that are no block's or no angle's."""
+def _check_blocks(path: Path, table: Columns) -> None:
     for line, block in enumerate(table["block"], start=2):
         if block >= _MOST_BLOCKS:
             raise UserError(f"{path}, line {line}: block is {block:g}, and no network has as many")
-    for name in ("angle_deg", "gnt_angle_deg"):
-        for line, angle in enumerate(table.get(name, ()), start=2):
+
+
+def _check_range(path: Path, table: Columns, names: Sequence[str], most: float) -> None:
+    """Refuse what is no percentage, or no angle."""
+    for name in names:
+        for line, value in enumerate(table[name], start=2):
             # Rounding may leave a little.
-            if not (math.isnan(angle) or -0.001 <= angle <= 180.001):
-                raise UserError(f"{path}, line {line}: {name} is {angle:g}, not from 0 to 180 (undefined is nan)")
+            if not (math.isnan(value) or -0.001 <= value <= most + 0.001):
+                raise UserError(f"{path}, line {line}: {name} is {value:g}, not from 0 to {most:g} (undefined is nan)")
 
 
 def _check_ends(result: Result) -> None:

@@ -40,7 +40,8 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         (folder / "config.yml").write_text(config, encoding="utf-8")
         rows: list[list[object]] = [[0, 0.5, 0.1, "nan", "nan", "nan", 2.3, 10.0, 50.0]]
         rows += [
-            [e, 1.5 * e, 0.1, 2 / e, 40.0 + e, 80.0 + e, 2.2 / e, 60.0 + e / 8, 90.0] for e in range(1, epochs + 1)
+            [e, 1.5 * e, 0.1, 2 / e, min(40.0 + e, 99.0), min(80.0 + e, 99.0), 2.2 / e, min(60.0 + e / 8, 99.0), 90.0]
+            for e in range(1, epochs + 1)
         ]
         _csv(folder / "metrics.csv", METRICS, rows)
         first = [10.0 * (len(blocks) - 1 - n) for n in range(len(blocks))]
@@ -48,7 +49,7 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         triples = [[s, 1, n, angle, 0.5] for s, given in taken.items() for n, angle in enumerate(given)]
         _csv(folder / "angles.csv", ANGLES, triples)
         # Accuracy 20 % after ten steps and 10 % more after each ten.
-        taken_steps = [[s, 1, 2.0, s + 10.0, 90.0] for s in range(10, (steps or 0) + 1, 10)]
+        taken_steps = [[s, 1, 2.0, min(s + 10.0, 99.0), 90.0] for s in range(10, (steps or 0) + 1, 10)]
         _csv(folder / "steps.csv", "step,epoch,train_loss,train_top1,train_top5", taken_steps)
         if finished:
             summary = {"name": "demo", "rule": rule, "images_per_second": 12345.6, "peak_memory_mb": 321.0}

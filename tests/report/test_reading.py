@@ -106,6 +106,8 @@ def test_the_line_being_written_is_left_out_while_the_run_has_not_finished(make_
         ("metrics.csv", "\n2,3.0", "\nnan,3.0", "metrics.csv, line 4: epoch is nan, not a whole number from 0 on"),
         ("metrics.csv", "\n1,1.5", "\n3,1.5", "metrics.csv, line 4: epoch 2 comes after epoch 3"),
         ("metrics.csv", "\n1,1.5", "\n\n1,1.5", "metrics.csv, line 3: 1 values"),
+        ("metrics.csv", "60.25,90.0\n", "60.25,inf\n", "metrics.csv, line 4: test_top5 is inf, not from 0 to 100"),
+        ("metrics.csv", "60.25,90.0\n", "-5,90.0\n", "metrics.csv, line 4: test_top1 is -5, not from 0 to 100"),
         ("angles.csv", "\n0,1,1,", "\n0,1,0,", "angles.csv, line 3: step 0, block 0 occurs twice"),
         ("angles.csv", "\n0,1,1,", "\n0,1,0.5,", "angles.csv, line 3: block is 0.5, not a whole number"),
         ("angles.csv", "\n10,1,3,", "\n10,1,4,", "angles.csv: block 4, but summary.json names 4 blocks"),
