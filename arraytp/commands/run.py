@@ -131,7 +131,8 @@ def command(
     """Train the given CONFIG files and write result folders.
 
     A config with variants writes one folder per variant into the result folder. --seeds 5 (starting from the config's
-    seed) or --seeds 0,1,2 writes one folder seed-<n> per seed. If a run fails, a line names it; the others continue.
+    seed) or --seeds 0,1,2 writes one folder seed-<n> per seed. If one of several runs fails, a line names it, the
+    others continue, and the exit status is 1.
 
     Under mpiexec or srun, all ranks share a run. With --ranks-per-run, groups of P ranks take the next run that is
     left.
@@ -282,7 +283,7 @@ def _run_some(
                 raise
             if ranks.rank == 0:
                 click.echo(f"arraytp: error: {one_line(str(error))}", err=True)
-            status = max(status, 2 if isinstance(error, UserError) else 1)
+            status = 1
     return status
 
 
