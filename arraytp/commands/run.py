@@ -243,7 +243,7 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:
     """Do all jobs and return the exit status; of several, a run that fails does not keep the others."""
     if ranks is everyone:
-        return _run_some(jobs, jobs, stop, asked, held, ranks)
+        return _run_some(jobs, jobs, stop, asked, held, ranks, go_on=len(jobs) > 1)
     assert isinstance(everyone, Mpi)
     # Each group holds the folder of its own run.
     held.close()
@@ -253,7 +253,7 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
     stop.elsewhere = turns.heard
     try:
         mine = (jobs[number] for number in turns.below(len(jobs)))
-        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks)
+        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, go_on=True)
     except Interrupted as error:
         interrupted = error
         turns.end(error.signal_number)
@@ -272,6 +272,7 @@ def _run_some(
     asked: Asked,
     held: Holds,
     ranks: Ranks,
+    go_on: bool,
 ) -> int:
     status = 0
     for job in mine:
@@ -279,7 +280,7 @@ def _run_some(
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
                 _do(job, jobs, stop, asked, held, ranks)
         except (UserError, NonFiniteError, RunError) as error:
-            if len(jobs) == 1:
+            if not go_on:
                 raise
             if ranks.rank == 0:
                 click.echo(f"arraytp: error: {one_line(str(error))}", err=True)

@@ -155,6 +155,24 @@ def test_a_rank_that_fails_alone_ends_its_run_and_no_other(place, ranks, groups,
     assert run(ranks, *words, "--resume")[0] == 0
 
 
+def test_the_only_run_of_two_groups_may_fail(place):
+    """The group that has nothing to do does not wait for the other."""
+    words = ["run", "toy.yml", "--quiet", "--ranks-per-run", "1", "--set", "optimizer.lr=1e30"]
+    status, _, (line,) = run(2, *words)
+    assert status == 1
+    assert line.startswith("arraytp: error: toy: not finite at step")
+
+
+def test_variants_go_on_on_all_ranks_when_one_fails(place):
+    path = place / "variants.yml"
+    path.write_text(path.read_text().replace("{bp: {rule: {name: bp}}", "{bp: {optimizer: {lr: 1e30}}"))
+    status, out, (line,) = run(2, "run", "variants.yml", "--quiet", "--out", "some")
+    assert status == 1
+    assert line.startswith("arraytp: error: bp: not finite at step")
+    assert (place / "some/dfa/summary.json").exists()
+    assert "dfa" in out
+
+
 def test_a_process_that_has_heard_of_a_failure_ends_in_silence():
     """It has nothing left to receive; the cancelling of nothing is an error to MPI."""
     code = (
