@@ -236,6 +236,10 @@ VARIANTS = {
     "a variant in a folder": (variants("  a/b:\n"), "bad.yml:6: variants.a/b is not a variant name: use letters"),
     "a variant of 300 letters": (variants(f"  {'v' * 300}:\n"), "is too long: a variant name has at most 200 letters"),
     "a variant like a study's table": (variants("  study.md:\n"), "bad.yml:6: variants.study.md is not a variant name"),
+    "a variant like the seeds' table": (
+        variants("  seeds.csv:\n"),
+        "bad.yml:6: variants.seeds.csv is not a variant name",
+    ),
     "a variant without a name": (variants("  '':\n"), "bad.yml:6: variants. is not a variant name"),
     "a variant that is a number": (variants("  a: 3\n"), "bad.yml:6: variants.a must be a map of overrides, got 3"),
     "a variant that renames": (variants("  a:\n    name: b\n"), "bad.yml:7: variants.a.name has no place in a variant"),
