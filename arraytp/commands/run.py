@@ -18,6 +18,7 @@ from arraytp.commands.shared_options import VARIANT, check_folder, overriding, s
 from arraytp.commands.together import all_ranks, check_ranks, failing_together, grouped
 from arraytp.config import dump_config, load_config
 from arraytp.config.document import encodable
+from arraytp.config.problems import LARGEST_INTEGER
 from arraytp.device_ranks import connected
 from arraytp.errors import Interrupted, NonFiniteError, RunError, UserError, one_line
 from arraytp.files import write_file
@@ -37,9 +38,6 @@ from arraytp.training.plan import Plan, plan_variant
 from arraytp.training.study import run_study
 
 MOST_SEEDS = 1000
-LARGEST_SEED = 2**63 - 1
-# Python reads no number of more than some thousand digits.
-_MOST_DIGITS = 4000
 OWN_FILES = ("config.yml", "metrics.csv", "steps.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
 OWN_FIGURES = (*RUN_FIGURES, *STUDY_FIGURES)
 
@@ -89,8 +87,8 @@ def _checked_seeds(
     numbers = [word.strip() for word in value.removesuffix(",").split(",")]
     if not all(word.isascii() and word.isdecimal() for word in numbers):
         raise UserError(f"--seeds {value}: must be a number of seeds, or seeds such as 0,1,2")
-    if any(len(word) > _MOST_DIGITS or int(word) > LARGEST_SEED for word in numbers):
-        raise UserError(f"--seeds {value}: a seed is at most {LARGEST_SEED}")
+    if any(len(word) > len(str(LARGEST_INTEGER)) or int(word) > LARGEST_INTEGER for word in numbers):
+        raise UserError(f"--seeds {value}: a seed is at most {LARGEST_INTEGER}")
     seeds = tuple(int(word) for word in numbers)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {value}: names a seed twice")
@@ -131,8 +129,8 @@ def command(
     """Train the given CONFIG files and write result folders.
 
     A config with variants writes one folder per variant into the result folder. --seeds 5 (starting from the config's
-    seed) or --seeds 0,1,2 writes one folder seed-<n> per seed. If one of several runs fails, a line names it, the
-    others continue, and the exit status is 1.
+    seed) or --seeds 0,1,2 writes one folder seed-<n> per seed. If one of several runs fails, a line names it; the
+    others continue.
 
     Under mpiexec or srun, all ranks share a run. With --ranks-per-run, groups of P ranks take the next run that is
     left.
@@ -202,8 +200,10 @@ def _jobs(
             continue
         if config.study is not None:
             raise UserError(f"--seeds: {path} is a study, which has seeds of its own; set study.seeds")
-        if isinstance(seeds, int) and config.seed + seeds - 1 > LARGEST_SEED:
-            raise UserError(f"--seeds {seeds}: from seed {config.seed} on goes beyond the largest seed, {LARGEST_SEED}")
+        if isinstance(seeds, int) and config.seed + seeds - 1 > LARGEST_INTEGER:
+            raise UserError(
+                f"--seeds {seeds}: from seed {config.seed} on goes beyond the largest seed, {LARGEST_INTEGER}"
+            )
         for seed in range(config.seed, config.seed + seeds) if isinstance(seeds, int) else seeds:
             seeded = replace(planned, config=replace(config, seed=seed))
             jobs.append(Job(seeded, f"{label} seed {seed}", place / f"seed-{seed}", plain, folder, of_seeds=True))
@@ -243,7 +243,7 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:
     """Do all jobs and return the exit status; of several, a run that fails does not keep the others."""
     if ranks is everyone:
-        return _run_some(jobs, jobs, stop, asked, held, ranks, go_on=len(jobs) > 1)
+        return _run_some(jobs, jobs, stop, asked, held, ranks)
     assert isinstance(everyone, Mpi)
     # Each group holds the folder of its own run.
     held.close()
@@ -253,7 +253,7 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
     stop.elsewhere = turns.heard
     try:
         mine = (jobs[number] for number in turns.below(len(jobs)))
-        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, go_on=True)
+        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, grouped=True)
     except Interrupted as error:
         interrupted = error
         turns.end(error.signal_number)
@@ -272,7 +272,7 @@ def _run_some(
     asked: Asked,
     held: Holds,
     ranks: Ranks,
-    go_on: bool,
+    grouped: bool = False,
 ) -> int:
     status = 0
     for job in mine:
@@ -280,11 +280,12 @@ def _run_some(
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
                 _do(job, jobs, stop, asked, held, ranks)
         except (UserError, NonFiniteError, RunError) as error:
-            if not go_on:
+            shared = grouped or job.of_seeds
+            if not (shared or len(jobs) > 1):
                 raise
             if ranks.rank == 0:
                 click.echo(f"arraytp: error: {one_line(str(error))}", err=True)
-            status = 1
+            status = max(status, 2 if isinstance(error, UserError) and not shared else 1)
     return status
 
 

@@ -25,7 +25,7 @@ from arraytp.config.describe import (
 from arraytp.config.document import KeyPath, Tree, encodable
 from arraytp.config.schema import Config
 
-_LARGEST_INTEGER = 2**63 - 1
+LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def plain_problems(tree: Tree, path: KeyPath = ()) -> Iterator[Problem]:
 def _scalar_fault(value: Tree) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be a finite number, got {value}"
-    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-        return f"is too large: whole numbers go up to {_LARGEST_INTEGER}"
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        return f"is too large: whole numbers go up to {LARGEST_INTEGER}"
     if isinstance(value, str) and not value.isprintable() and not encodable(value):
         return "holds characters that cannot be written as UTF-8"
     if value is None or isinstance(value, bool | int | float | str):
@@ -164,12 +164,7 @@ def _nearest(value: Tree, names: list[str]) -> str:
 def _hint(spot: _Spot) -> str:
     """Say what was probably meant by a refused value."""
     value, accepted = spot.node, allowed(spot.annotation)
-    if (
-        isinstance(value, float)
-        and value.is_integer()
-        and 0 <= value <= _LARGEST_INTEGER
-        and "whole number" in accepted
-    ):
+    if isinstance(value, float) and value.is_integer() and 0 <= value <= LARGEST_INTEGER and "whole number" in accepted:
         return f"; write {int(value)}"
     if not isinstance(value, str):
         return ""

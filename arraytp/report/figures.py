@@ -24,7 +24,7 @@ from arraytp.report.tables import csv_table, markdown_table
 # Accuracies of more are clearer by epochs.
 _FEW_EPOCHS = 5
 RUN_FIGURES = ("learning_curves.png", "angles_over_time.png", "feedback_angles.png", "angles_per_block.png")
-LAST_FIGURE = "angles_per_block.png"
+LAST_FIGURE = RUN_FIGURES[-1]
 """Written last: where it is, all of a run's figures are."""
 _TITLE_WIDTH = 76
 

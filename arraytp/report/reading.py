@@ -23,6 +23,7 @@ Columns = dict[str, NDArray[np.float64]]
 
 # A walk over so many takes a second.
 _MOST_ENTRIES = 100_000
+# Labels are made for so many, and for no number that damage has left.
 _MOST_BLOCKS = 10_000
 
 

@@ -20,7 +20,7 @@ from arraytp.training.tables import DRIFT_COLUMNS, FEEDBACK_COLUMNS
 
 Floats = NDArray[np.float64]
 STUDY_FIGURES = ("alignment.png", "drift.png", "updates.png")
-LAST_STUDY_FIGURE = "updates.png"
+LAST_STUDY_FIGURE = STUDY_FIGURES[-1]
 """Written last: where it is, all of a study's files are."""
 
 

@@ -243,6 +243,5 @@ def test_a_file_in_the_place_of_a_seeds_folder_is_named(arraytp, study):
     (study / "drl").mkdir(parents=True)
     (study / "drl" / "seed-0").write_text("")
     outcome = arraytp("run", "study.yml", "--quiet")
-    assert outcome.status == 1
+    assert outcome.status == 2
     assert "drl/seed-0: is a file" in outcome.err
-    assert arraytp("run", "study.yml", "--quiet", "--resume", "--variant", "drl").status == 2
