@@ -6,7 +6,7 @@ begin with block 1.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -241,11 +241,13 @@ def check_training(training: FeedbackTraining, blocks: Sequence[Block]) -> None:
     UserError
         Names key and blocks.
     """
-    if training.optimizer.orthogonality:
-        raise UserError(
-            f"rule.feedback.optimizer.orthogonality: {training.optimizer.orthogonality:g}: the regulariser is for θ, "
-            "optimizer.orthogonality; leave it out here"
-        )
+    for field in fields(training.optimizer):
+        value = getattr(training.optimizer, field.name)
+        if field.name.startswith("orthogonality") and value != field.default:
+            raise UserError(
+                f"rule.feedback.optimizer.{field.name}: {value}: the regulariser is for θ, optimizer.{field.name}; "
+                "leave it out here"
+            )
     labels = [block.label for block in blocks[1:]]
     for key, values in (
         ("iterations", training.iterations),

@@ -146,6 +146,18 @@ SETTINGS = {
         "rule={name: drl, feedback: {iterations: [1]}}",
         ["rule.feedback.iterations: 1 values [1]", "a list of 2, one per block with feedback: dense1, dense2"],
     ),
+    "a regulariser of feedback weights": (
+        "rule={name: ldrl, feedback: {optimizer: {name: sgd, lr: 0.1, orthogonality: 1.0}}}",
+        ["rule.feedback.optimizer.orthogonality: 1.0: the regulariser is for θ, optimizer.orthogonality"],
+    ),
+    "its period": (
+        "rule={name: drl, feedback: {optimizer: {name: adam, lr: 0.1, orthogonality_every: 4}}}",
+        ["rule.feedback.optimizer.orthogonality_every: 4: the regulariser is for θ", "leave it out here"],
+    ),
+    "its matrices": (
+        "rule={name: ldrl, feedback: {optimizer: {name: sgd, lr: 0.1, orthogonality_on: all-but-first}}}",
+        ["rule.feedback.optimizer.orthogonality_on: all-but-first: the regulariser is for θ"],
+    ),
     "no noise": (
         "rule={name: ldrl, feedback: {sigma: 0}}",
         ["rule.feedback.sigma must be a number above 0, or a list, each entry a number above 0, got 0"],
