@@ -20,9 +20,10 @@ from ruamel.yaml import YAML
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
-# What is kept of a result folder; BP has no angles, an unfinished run no summary. after.csv is of runs without
-# train.score_train where the loss and accuracy of all training images after some epochs were measured beside the run.
-FILES = ("config.yml", "metrics.csv", "after.csv", "angles.csv", "summary.json")
+# What is kept of a result folder; BP has no angles and no feedback, an unfinished run no summary.
+# after.csv is of runs without train.score_train where the loss and accuracy of all training images after some epochs
+# were measured beside the run.
+FILES = ("config.yml", "metrics.csv", "after.csv", "angles.csv", "feedback.csv", "summary.json")
 
 
 @dataclass(frozen=True)
