@@ -1,16 +1,21 @@
 """The processes that a launcher (mpiexec, srun) has started. Without one nothing of MPI is imported."""
 
+import fcntl
 import functools
 import importlib
 import os
 import signal
+import stat
 import sys
+import termios
 import time
 import warnings
-from typing import Any
+from array import array
+from contextlib import suppress
+from typing import Any, TextIO
 
 from arraytp.errors import UserError
-from arraytp.mpi_ranks import PATIENCE, Mpi
+from arraytp.mpi_ranks import PATIENCE, PAUSE, Mpi
 from arraytp.ranks import ALONE, Ranks
 
 # By launcher: the variables that hold the number of processes, and which one this is.
@@ -97,14 +102,28 @@ def speaks() -> bool:
 
 def end_all(status: int) -> None:
     """End the other processes, which would wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        # A launcher that is told to end everything does not pass on what it has not read before.
+        _await_reader(stream)
     ranks = _known_world()
     if isinstance(ranks, Mpi):
         ranks.abort(status)
     # A launcher ends those that wait for MPI to start only after a signal. If they fail, too, they are done by then.
     time.sleep(PATIENCE)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _await_reader(stream: TextIO) -> None:
+    """Wait, some seconds at most, until what this stream has written to a pipe is read."""
+    unread, deadline = array("i", [0]), time.monotonic() + PATIENCE
+    # A stream of tests or notebooks has no file.
+    with suppress(OSError):
+        while stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode) and time.monotonic() < deadline:
+            fcntl.ioctl(stream.fileno(), termios.FIONREAD, unread)
+            if not unread[0]:
+                break
+            time.sleep(PAUSE)
 
 
 def _known_world() -> Ranks:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from arraytp.backend import Array
 
 # Seconds in which ranks that end by the same error come to know of each other, and between two looks.
-PATIENCE, _PAUSE = 5.0, 0.02
+PATIENCE, PAUSE = 5.0, 0.02
 # Seconds in which a rank that hears of a failure ends what it waits for, if the one that failed has.
 _GRACE = 0.5
 # How much of what ranks do together is remembered; a rank that sends to all goes on before they receive.
@@ -142,7 +142,7 @@ class Mpi:
         while not request.Test():
             if time.monotonic() > deadline:
                 return False
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
         return True
 
     def split(self, size: int) -> "Mpi":
@@ -203,7 +203,7 @@ class Turns:
             if self._sending is None and (number := stopped()):
                 self.end(number)
             # MPI's own waiting would take a core from those that still compute.
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
         self._tell(0)
         self._mpi.Request.Waitall([*self._receiving, *(self._sending or [])])
         self._window.Free()
