@@ -173,6 +173,7 @@ class Run:
                 steps=steps,
                 steps_done=position.epoch * per_epoch + position.batch,
                 test_top1=self._last_top1(),
+                feedback_epochs=self._feedback_alone()[1],
                 split=self._split,
                 quiet=self.quiet,
             ) as progress,
@@ -194,11 +195,15 @@ class Run:
         if self._writes:
             self._write_summary()
 
+    def _feedback_alone(self) -> tuple[int, int]:
+        """Return for how many epochs feedback is trained alone before the first epoch, and before each other one."""
+        trained = self.experiment.rule.feedback
+        return (0, 0) if trained is None else trained.epochs(self.experiment.config.rule)
+
     def _feedback_epochs(self, stop: StopRequest, progress: Progress) -> None:
         """Do the epochs of feedback training alone that are due before the next epoch."""
         position, experiment = self.position, self.experiment
-        trained = experiment.rule.feedback
-        first, between = (0, 0) if trained is None else trained.epochs(experiment.config.rule)
+        first, between = self._feedback_alone()
         due = between if position.epoch else first
         while position.feedback_epochs < due:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:

@@ -31,8 +31,10 @@ class Meter:
 
     `epochs`, `steps_per_epoch` and `total_steps` are of the whole run; the last epoch may have fewer steps than the
     others. `epoch` counts finished epochs, `step` the steps of the running one. Images, steps, tests and the seconds
-    they took are of this process only. `loss` and `top1`, in percent, are means over the `measured_images` of the
-    running epoch; `test_top1` is of the last finished one, on `split`. All are NaN while there is none.
+    they took are of this process only. Feedback is trained alone for `feedback_epochs` between two epochs;
+    `feedback_due` are its steps before the running one. `loss` and `top1`, in percent, are means over the
+    `measured_images` of the running epoch; `test_top1` is of the last finished one, on `split`. All are NaN while
+    there is none.
     """
 
     name: str
@@ -46,6 +48,10 @@ class Meter:
     seconds: float = 0.0
     tests: int = 0
     test_seconds: float = 0.0
+    feedback_epochs: int = 0
+    feedback_due: int = 0
+    feedback_steps: int = 0
+    feedback_seconds: float = 0.0
     loss: float = math.nan
     top1: float = math.nan
     measured_images: int = 0
@@ -71,22 +77,40 @@ class Meter:
         """Return how many steps the running epoch has."""
         return min(self.steps_per_epoch, self.total_steps - self.epoch * self.steps_per_epoch)
 
+    def steps_left(self) -> int:
+        """Return the steps to the end of the run."""
+        return max(self.total_steps - self.steps_done(), 0)
+
+    def feedback_steps_left(self) -> int:
+        """Return the steps of feedback training alone to the end of the run."""
+        return self.feedback_due + self.feedback_epochs * self.steps_per_epoch * max(self.epochs - self.epoch - 1, 0)
+
+    def per_step(self) -> tuple[float, float]:
+        """Return the seconds of a step and of one of feedback alone, which is taken for as long until there is one.
+
+        Both are NaN before the first step.
+        """
+        step = self.seconds / self.steps if self.steps else math.nan
+        return step, self.feedback_seconds / self.feedback_steps if self.feedback_steps else step
+
+    def training_left(self) -> float:
+        """Return the time to the end of the run, evaluations left out; NaN before the first step."""
+        step, feedback = self.per_step()
+        return self.steps_left() * step + self.feedback_steps_left() * feedback
+
     def seconds_left(self) -> float:
         """Return the time to the end of the run, evaluations included; NaN before the first step."""
-        if not self.steps:
-            return math.nan
-        epochs_left = max(self.epochs - self.epoch, 0)
-        steps_left = max(self.total_steps - self.steps_done(), 0)
         per_test = self.test_seconds / self.tests if self.tests else 0.0
-        return steps_left * self.seconds / self.steps + epochs_left * per_test
+        return self.training_left() + max(self.epochs - self.epoch, 0) * per_test
 
 
 class Progress:
     """The display of one training run; use it as a context manager.
 
     The epochs and steps are of the whole run; `steps_done` of them, by an earlier process too, are done, and
-    `test_top1` is that of its last finished epoch. `split` names what epochs are tested on. The display writes to
-    `stream`, standard error when left out, and `clock` returns seconds from an arbitrary origin.
+    `test_top1` is that of its last finished epoch. Feedback is trained alone for `feedback_epochs` between two epochs.
+    `split` names what epochs are tested on. The display writes to `stream`, standard error when left out, and `clock`
+    returns seconds from an arbitrary origin.
     """
 
     def __init__(
@@ -98,6 +122,7 @@ class Progress:
         steps: int | None = None,
         steps_done: int = 0,
         test_top1: float = math.nan,
+        feedback_epochs: int = 0,
         split: str = "test",
         quiet: bool = False,
         stream: TextIO | None = None,
@@ -108,6 +133,7 @@ class Progress:
         self.meter = Meter(
             name, epochs, steps_per_epoch, total, epoch=epoch, step=step, test_top1=test_top1, split=split
         )
+        self.meter.feedback_epochs = feedback_epochs
         self._clock = clock
         self._quiet = quiet
         self._console = Console(file=cast(TextIO, _Reader(stream or sys.stderr or io.StringIO())), highlight=False)
@@ -164,16 +190,22 @@ class Progress:
         meter.epoch, meter.step = int(row["epoch"]), 0
         meter.loss, meter.top1, meter.test_top1 = row["train_loss"], row["train_top1"], row["test_top1"]
         meter.measured_images = 0
+        if 0 < meter.epoch < meter.epochs:
+            meter.feedback_due = meter.feedback_epochs * meter.steps_per_epoch
         self._show(_finished(meter, row))
         self._last = self._shown = self._clock()
 
     def feedback(self, epoch: int, epochs: int, step: int) -> None:
-        """Show where an epoch of feedback training alone stands; its time does not count as training."""
-        self._last = now = self._clock()
+        """Count a step of feedback training alone; its time does not count as training."""
+        meter, now = self.meter, self._clock()
+        meter.feedback_steps += 1
+        meter.feedback_seconds += now - self._last
+        meter.feedback_due = (epochs - epoch + 1) * meter.steps_per_epoch - step
+        self._last = now
         if now - self._shown >= self._wait:
             self._shown = now
-            steps = self.meter.steps_per_epoch
-            self._show([f"{self.meter.name}  feedback alone, epoch {epoch}/{epochs}", f"step {step}/{steps}"])
+            where = [f"{meter.name}  feedback alone, epoch {epoch}/{epochs}", f"step {step}/{meter.steps_per_epoch}"]
+            self._show(where + _time(meter))
 
     def say(self, message: str) -> None:
         """Write one line, above the live line where there is one."""
@@ -251,9 +283,11 @@ def _finished(meter: Meter, row: Mapping[str, float]) -> list[str]:
 
 def forecast(meter: Meter) -> str:
     """Say what the run will cost, by the steps so far."""
-    left = max(meter.total_steps - meter.steps_done(), 0)
-    seconds = meter.seconds / meter.steps
-    return f"{meter.name}  {left:,} more steps × {seconds:.3g} s: about {duration(left * seconds)} without evaluation"
+    step, feedback = meter.per_step()
+    what = f"{meter.steps_left():,} more steps × {step:.3g} s"
+    if left := meter.feedback_steps_left():
+        what += f" and {left:,} of feedback alone × {feedback:.3g} s"
+    return f"{meter.name}  {what}: about {duration(meter.training_left())} without evaluation"
 
 
 def _number(template: str, value: float) -> list[str]:
@@ -266,7 +300,7 @@ def _loss(name: str, value: float) -> list[str]:
 
 def _time(meter: Meter) -> list[str]:
     if meter.epoch >= meter.epochs:
-        return [f"took {duration(meter.seconds + meter.test_seconds)}"]
+        return [f"took {duration(meter.seconds + meter.feedback_seconds + meter.test_seconds)}"]
     seconds = meter.seconds_left()
     return [] if math.isnan(seconds) else [f"ETA {duration(seconds)}"]
 

@@ -127,6 +127,48 @@ def test_evaluation_counts_in_the_time_left_and_not_in_the_speed(clock: Clock) -
     assert progress.meter.seconds_left() == 2 * (2 + 7)
 
 
+def test_feedback_that_is_trained_alone_counts_in_the_time_left_and_not_in_the_speed(clock: Clock) -> None:
+    """12 s a step of feedback alone, 1 s a step of training, and 2 steps of each in an epoch."""
+    stream = io.StringIO()
+    progress = Progress("drl", 3, 2, feedback_epochs=1, stream=stream, clock=clock)
+    left = []
+
+    def feedback(step: int) -> None:
+        clock.now += 12
+        progress.feedback(1, 1, step)
+        left.append(progress.meter.seconds_left())
+
+    with progress:
+        feedback(1)
+        feedback(2)
+        for epoch in range(3):
+            if epoch:
+                feedback(1)
+                feedback(2)
+            for _ in range(2):
+                clock.now += 1
+                progress.step(10)
+                left.append(progress.meter.seconds_left())
+            progress.epoch(ROW1 | {"epoch": epoch + 1})
+    assert [*map(math.isnan, left[:2])] == [True, True]
+    assert left[2:] == [53, 52, 40, 28, 27, 26, 14, 2, 1, 0]
+    assert progress.meter.images_per_second() == 10.0
+    assert stream.getvalue().splitlines()[-1].endswith("took 1:18")
+    assert "drl  feedback alone, epoch 1/1  step 2/2  ETA 0:02" in stream.getvalue()
+
+
+def test_until_it_is_timed_a_step_of_feedback_alone_is_taken_for_one_of_training(clock: Clock) -> None:
+    """As where a run goes on in the middle of an epoch."""
+    stream = io.StringIO()
+    progress = Progress("drl", 2, 20, feedback_epochs=1, steps_done=9, stream=stream, clock=clock)
+    with progress:
+        clock.now += 40
+        progress.step(80, steps=10)
+    forecast, line = stream.getvalue().splitlines()
+    assert forecast == "drl  21 more steps × 4 s and 20 of feedback alone × 4 s: about 2:44 without evaluation"
+    assert line.endswith("ETA 2:44")
+
+
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 10), st.floats(0, 100)), min_size=1, max_size=20))
 def test_the_running_loss_is_the_mean_over_the_epochs_images(intervals: list[tuple[int, float, float]]) -> None:
     progress = Progress("fa", 1, 1000, stream=io.StringIO(), quiet=True)
