@@ -520,7 +520,9 @@ MUTATIONS = [
         ("pseudo_inverses(options.ridge)", "pseudo_inverses()"),
         ('if options.activation == "inverse":', 'if options.activation != "inverse":'),
         ("delta[part] / f.derivative(s)", "delta[part] * f.derivative(s)"),
-        ("low + number(options.clip)", "low"),
+        ("low + options.clip", "low"),
+        ("s.astype(np.float64), delta", "s, delta"),
+        ("s_inside == s", "s_inside != s"),
         ("if block.activation.inverse is None:", "if False:"),
     ),
     *_in(

@@ -7,6 +7,11 @@ rules that came later are the plain engine's when their traces were first recomp
 Tolerances: BLAS libraries differ in the order of their sums, 1e-16 (float64) or 6e-8 (float32) per step relative to the
 numbers; ten steps of momentum may multiply that by a hundred or so. The literal form of GAIT-prop divides differences
 by its γ of 0.01 to 0.2 per block. Noise in float32 has other numbers than in float64, and with it every later loss.
+
+"ridge-tp steep" has its first seven losses in float32 alone: from its fifth step on tanh is saturated, where f⁻¹ of s
+multiplies the rounding of s itself by up to 1,000: with another BLAS the same code's losses were up to 1.1e-5 away by
+the tenth. The last test takes each of its ten steps by itself. "ridge-tp" is pinned to the tenth, by the plain engine
+of 4e8cdbb, which "steep" was pinned by.
 """
 
 import json
@@ -79,7 +84,8 @@ CASES = {
     "drl": ("drl", {"feedback": ADAPTIVE, "eta": 2.0}, STEEP, False),
     "drl control": ("drl", {"feedback": ADAPTIVE, "eta": 2.0, "loss": "reconstruction"}, STEEP, False),
     "drl rhl": ("drl", {"feedback": ADAPTIVE, "eta": 2.0, "hidden": 9}, STEEP, False),
-    "ridge-tp": ("ridge-tp", {"ridge": 0.5}, STEEP, False),
+    "ridge-tp": ("ridge-tp", {"ridge": 0.5}, SGD(lr=0.03, momentum=0.9, weight_decay=1e-3), False),
+    "ridge-tp steep": ("ridge-tp", {"ridge": 0.5}, STEEP, False),
     "gnt": ("gnt", {"damping": 0.5, "divide_by_beta": True}, STEEP, False),
 }  # fmt: skip
 PINNED = json.loads(Path(__file__).with_name("pinned_losses.json").read_text(encoding="utf-8"))
@@ -97,27 +103,31 @@ def runner_of(case, dtype, place, engine=None):
 
 
 def losses(runner, dtype, place):
-    """Ten steps on five batches of noise whose classes differ in brightness."""
+    return [float(runner.step(*batch)) for batch in batches(dtype, place)]
+
+
+def batches(dtype, place):
+    """Yield the batches of ten steps: five of noise whose classes differ in brightness, twice."""
     generator = np.random.default_rng(11)
     labels = generator.integers(0, 5, (5, 16))
     images = generator.standard_normal((5, 16, 9, 8, 2)) + 0.4 * labels[:, :, None, None, None]
-    return [
-        float(runner.step(place.put(images[step % 5].astype(dtype)), place.put(labels[step % 5]))) for step in range(10)
-    ]
+    for step in range(10):
+        yield place.put(images[step % 5].astype(dtype)), place.put(labels[step % 5])
 
 
 def test_every_rule_is_pinned():
     assert {rule for rule, *_ in CASES.values()} == set(RULES)
     assert PINNED.keys() == CASES.keys()
-    assert all(len(values) == 10 for case in PINNED.values() for values in case.values())
+    lengths = {(case, dtype): len(values) for case, pins in PINNED.items() for dtype, values in pins.items()}
+    assert {key: length for key, length in lengths.items() if length != 10} == {("ridge-tp steep", "float32"): 7}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("case", CASES)
 def test_ten_losses_are_those_pinned(place, noise_of_the_host, case, dtype):
-    tolerance = TOLERANCE[dtype] * LOSSY.get(case, 1)
-    result = losses(runner_of(case, dtype, place), dtype, place)
-    np.testing.assert_allclose(result, PINNED[case][dtype], rtol=tolerance)
+    tolerance, pinned = TOLERANCE[dtype] * LOSSY.get(case, 1), PINNED[case][dtype]
+    result = losses(runner_of(case, dtype, place), dtype, place)[: len(pinned)]
+    np.testing.assert_allclose(result, pinned, rtol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,3 +135,21 @@ def test_ten_losses_of_the_plain_engine_are_those_pinned(place, noise_of_the_hos
     runner = runner_of(case, "float64", place, plain(place.backend))
     tolerance = TOLERANCE["float64"] * LOSSY.get(case, 1)
     np.testing.assert_allclose(losses(runner, "float64", place), PINNED[case]["float64"], rtol=tolerance)
+
+
+def test_steps_of_steep_ridge_tp_in_float32_are_those_in_float64(place):
+    """Each of the ten from the same weights, as rounding adds up over them: what its last losses cannot tell.
+
+    Tolerance: rounding of an s at 1e-3 from its limit, where ridge TP clips it, is 3e-5 of its d.
+    """
+    exact, rounded = runner_of("ridge-tp steep", "float64", place), runner_of("ridge-tp steep", "float32", place)
+    for images, labels in batches("float32", place):
+        for own, other in zip(exact.network.parameters(), rounded.network.parameters(), strict=True):
+            other[...] = own.astype("float32")
+            own[...] = other.astype("float64")
+        _, updates = rounded.propose(images, labels)
+        _, wanted = exact.propose(images.astype("float64"), labels)
+        for (dw, _), (exact_dw, _) in zip(updates, wanted, strict=True):
+            difference = np.linalg.norm(place.get(dw) - place.get(exact_dw))
+            assert difference <= 3e-5 * np.linalg.norm(place.get(exact_dw))
+        exact.step(images.astype("float64"), labels)

@@ -17,7 +17,7 @@ from arraytp.ops.patches import im2col
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
 from arraytp.rules import bp
 from arraytp.rules.protocol import State
-from arraytp.rules.ridge_tp import RULE, Options
+from arraytp.rules.ridge_tp import RULE, Options, change_of_z
 from arraytp.training.build import build
 from arraytp.training.compare import angle_degrees
 
@@ -135,6 +135,30 @@ def test_a_saturated_unit_is_clipped(place, activation, name, bias):
     for beta in (1e-3, 50.0):
         one = pass_of(there, place.put(x), place.put(rng(8).standard_normal((4, 3)) / 4), fast(place.backend))
         assert all(np.isfinite(place.get(d)).all() for d in deltas_of(Options(activation=activation, beta=beta), one))
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e-9])
+@pytest.mark.parametrize("how", ["inverse", "linearised"])
+@pytest.mark.parametrize("name", ["tanh", "elu"])
+def test_in_float32_limits_are_not_rounded(place, name, how, clip):
+    """d of saturated units against the formula in float64, from the same s and δ: f⁻¹ is 1/clip as steep at a limit."""
+    layers = [Dense(units=7, activation="elu"), Dense(units=6, activation=name), Dense(units=3)]
+    network = random_network(fitting_blocks(layers, (5,)), dtype="float32")
+    network.biases[1][...] = [-60, -6, 0, 3, 6, 60]
+    x, _ = batch(network.blocks, 4, dtype="float32")
+    at = pass_of(placed(network, place.put), place.put(x), engine=fast(place.backend)).at(1)
+    delta = (0.3 * rng(8).standard_normal((4, 6))).astype("float32")
+    d = place.get(change_of_z(Options(activation=how, clip=clip), at, place.put(delta)))
+    low, high = at.block.activation.range
+    s, t = (
+        np.clip(v, low + clip, high - clip)
+        for v in (place.get(at.s_next).astype(float), place.get(at.s_next) + delta.astype(float))
+    )
+    inverse = {"tanh": np.arctanh, "elu": lambda s: np.where(s < 0, np.log1p(np.minimum(s, 0)), s)}[name]
+    derivative = 1 - s**2 if name == "tanh" else np.minimum(s, 0) + 1
+    assert (t == low + clip).any()
+    assert (s == low + clip).any()
+    np.testing.assert_allclose(d, inverse(t) - inverse(s) if how == "inverse" else delta / derivative, rtol=2e-6)
 
 
 REFUSED = [
