@@ -195,6 +195,7 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
         feedback=read_csv(path / "feedback.csv", tables.FEEDBACK_COLUMNS, ("step", "block"), unfinished),
         summary=summary,
     )
+    _check_epochs(path / "metrics.csv", result.metrics["epoch"])
     for name, table in (("metrics.csv", result.metrics), ("steps.csv", result.steps)):
         _check_range(path / name, table, [column for column in table if column[-4:] in ("top1", "top5")], 100)
     for name, table in (("angles.csv", result.angles), ("feedback.csv", result.feedback)):
@@ -205,6 +206,13 @@ def read_result(folder: Path | str, label: str | None = None) -> Result:
             raise UserError(f"{path / name}: block {highest:g}, but summary.json names {len(result.blocks)} blocks")
     _check_ends(result)
     return result
+
+
+def _check_epochs(path: Path, epochs: NDArray[np.float64]) -> None:
+    """Refuse a table that lacks an epoch before its last."""
+    for due, epoch in enumerate(epochs):
+        if epoch != due:
+            raise UserError(f"{path}, line {due + 2}: epoch is {epoch:g}, but {due} is due; rows are missing")
 
 
 def _check_blocks(path: Path, table: Columns) -> None:

@@ -105,6 +105,7 @@ def test_the_line_being_written_is_left_out_while_the_run_has_not_finished(make_
         ("metrics.csv", "\n2,3.0", "\n-2,3.0", "metrics.csv, line 4: epoch is -2, not a whole number from 0 on"),
         ("metrics.csv", "\n2,3.0", "\nnan,3.0", "metrics.csv, line 4: epoch is nan, not a whole number from 0 on"),
         ("metrics.csv", "\n1,1.5", "\n3,1.5", "metrics.csv, line 4: epoch 2 comes after epoch 3"),
+        ("metrics.csv", "\n2,3.0", "\n3,3.0", "metrics.csv, line 4: epoch is 3, but 2 is due; rows are missing"),
         ("metrics.csv", "\n1,1.5", "\n\n1,1.5", "metrics.csv, line 3: 1 values"),
         ("metrics.csv", "60.25,90.0\n", "60.25,inf\n", "metrics.csv, line 4: test_top5 is inf, not from 0 to 100"),
         ("metrics.csv", "60.25,90.0\n", "-5,90.0\n", "metrics.csv, line 4: test_top1 is -5, not from 0 to 100"),
