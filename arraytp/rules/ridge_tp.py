@@ -113,7 +113,7 @@ def clipped(options: Options, at: At, s: Array, delta: Array) -> tuple[Array, Ar
     if low == -math.inf and high == math.inf:
         return s, delta
     xp = array_module(s)
-    s, delta = s.astype(np.float64), delta.astype(np.float64)
+    s, delta = s.astype(np.float64, copy=False), delta.astype(np.float64, copy=False)
     t = s + delta
     s_inside, t_inside = (xp.clip(value, low + options.clip, high - options.clip) for value in (s, t))
     # Where nothing is clipped δ keeps its digits.

@@ -521,7 +521,7 @@ MUTATIONS = [
         ('if options.activation == "inverse":', 'if options.activation != "inverse":'),
         ("delta[part] / f.derivative(s)", "delta[part] * f.derivative(s)"),
         ("low + options.clip", "low"),
-        ("s.astype(np.float64), delta", "s, delta"),
+        ("s.astype(np.float64, copy=False), delta", "s, delta"),
         ("s_inside == s", "s_inside != s"),
         ("if block.activation.inverse is None:", "if False:"),
     ),
