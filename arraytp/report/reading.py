@@ -234,7 +234,7 @@ def _check_ends(result: Result) -> None:
     """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
     written = {name for name in ("metrics", "steps", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
-    if isinstance(summary.get("epochs"), int):
+    if result.summary is not None:
         if "metrics" not in written:
             raise UserError(
                 f"{result.path / 'metrics.csv'}: is missing, but summary.json says that the run has "
@@ -304,6 +304,9 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: nested too deeply; the file is damaged") from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: holds a {type(summary).__name__}, not an object with the run's summary")
+    epochs = summary.get("epochs")
+    if type(epochs) is not int:
+        raise UserError(f"{path}: epochs is {epochs!r}, not a whole number; a finished run's summary has its epochs")
     blocks = summary.get("blocks", [])
     if not isinstance(blocks, list) or not all(isinstance(label, str) for label in blocks):
         raise UserError(f"{path}: blocks is {blocks!r}, not a list of labels")

@@ -52,9 +52,15 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         taken_steps = [[s, 1, 2.0, min(s + 10.0, 99.0), 90.0] for s in range(10, (steps or 0) + 1, 10)]
         _csv(folder / "steps.csv", "step,epoch,train_loss,train_top1,train_top5", taken_steps)
         if finished:
-            summary = {"name": "demo", "rule": rule, "images_per_second": 12345.6, "peak_memory_mb": 321.0}
+            summary = {
+                "name": "demo",
+                "rule": rule,
+                "epochs": epochs,
+                "images_per_second": 12345.6,
+                "peak_memory_mb": 321.0,
+            }
             summary |= {"blocks": list(blocks)} if named else {}
-            summary |= {"epochs": epochs, "steps": steps} if steps else {}
+            summary |= {"steps": steps} if steps else {}
             (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return folder
 

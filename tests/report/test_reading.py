@@ -116,6 +116,7 @@ def test_the_line_being_written_is_left_out_while_the_run_has_not_finished(make_
         ("summary.json", '"rule"', "rule", "summary.json, line 1: not JSON"),
         ("summary.json", "{", "[{", "summary.json, line 1: not JSON"),
         ("summary.json", '["conv1"', '[1, "conv1"', "summary.json: blocks is [1, 'conv1'"),
+        ("summary.json", '"epochs"', '"epoch"', "summary.json: epochs is None, not a whole number"),
         ("summary.json", "12345.6", '"fast"', "summary.json: images_per_second is 'fast', not a number"),
         ("config.yml", "name: demo", "name: [demo", "config.yml:2: not valid YAML"),
         ("config.yml", "rule:", "rules:", "config.yml: rule.name is missing"),
