@@ -28,6 +28,8 @@ PATCH_BYTES, SPLIT_BYTES, GROUP_BYTES = 2 << 20, 4 << 20, 2 << 20
 ITERATION_BYTES = 8 << 20
 DEVICE_BYTES = 1 << 29
 GEMM_ROWS = 512
+# How many numbers of a product are compared before they are taken for those of its rows alone.
+COMPARED = 1 << 10
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
@@ -208,15 +210,18 @@ def rows_times(rows: Sequence[slice], a: Array, b: Array, out: Array) -> None:
 def rows_are_as_alone(lengths: tuple[int, ...], layouts: tuple[Layout, ...], dtype: np.dtype) -> bool:
     """Tell whether a product of so many rows has the bits of products of some of them, tried on random numbers.
 
-    In which order BLAS adds depends on shapes and strides, of a, b and the result, not on numbers.
+    In which order BLAS adds depends on shapes and strides, of a, b and the result, not on numbers. But two orders may
+    round a number alike, so that a small product is tried until `COMPARED` numbers are.
     """
-    generator = np.random.default_rng(0)
-    a, b, together, alone = (_laid_out(generator, *layout, dtype) for layout in (*layouts, layouts[-1]))
-    np.matmul(a, b, out=together)
-    ends = np.cumsum(lengths)
-    for length, end in zip(lengths, ends, strict=True):
-        np.matmul(a[end - length : end], b, out=alone[end - length : end])
-    return np.array_equal(together, alone)
+    generator, ends = np.random.default_rng(0), np.cumsum(lengths)
+    for _ in range(max(1, COMPARED // math.prod(layouts[-1][0]))):
+        a, b, together, alone = (_laid_out(generator, *layout, dtype) for layout in (*layouts, layouts[-1]))
+        np.matmul(a, b, out=together)
+        for length, end in zip(lengths, ends, strict=True):
+            np.matmul(a[end - length : end], b, out=alone[end - length : end])
+        if not np.array_equal(together, alone):
+            return False
+    return True
 
 
 def _laid_out(

@@ -250,7 +250,8 @@ MUTATIONS = [
     *_in(
         "fast/products.py",
         "training/test_ranks.py",
-        ("return np.array_equal(together, alone)", "return True"),
+        ("if not np.array_equal(together, alone):", "if False:"),
+        ("max(1, COMPARED // math.prod(layouts[-1][0]))", "1"),
         ("np.add(terms[::2], terms[1::2], out=terms[::2])", "terms[::2] += terms[::-2]"),
     ),
     *_in("commands/together.py", "training/test_ranks.py", ("        ranks.gather(None)\n", "")),

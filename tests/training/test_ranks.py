@@ -200,6 +200,22 @@ def test_parts_that_are_computed_at_once_have_the_bits_of_each_alone(dataset, mo
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.parametrize(("rule", "batch"), [("bp", 9), ("fa", 12)])
+@pytest.mark.parametrize("units", [(3,), (10, 2), (3, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_parts_of_narrow_blocks_have_the_same_bits(dataset, units, rule, batch, dtype):
+    """Their products have so few numbers that one of random ones may agree by chance."""
+    blocks = [{"type": "dense", "units": count, "activation": "leaky-relu"} for count in units]
+    train = {"epochs": 1, "batch_size": batch, "eval_batch_size": 28, "exact": True}
+    exact = planned(
+        dataset, rule, network={"blocks": [*blocks, {"type": "dense", "units": 6}]}, train=train, dtype=dtype
+    )
+    wanted = numbers_of(exact, ALONE, False, first=90 // batch - 2)
+    for found in on_ranks(4, lambda ranks: numbers_of(exact, ranks, False, first=90 // batch - 2)):
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
 @pytest.mark.parametrize("rule", ["weight-mirror", "alignment sa", "alignment ia"])
 def test_exact_ranks_have_the_same_bits_on_dense_blocks_where_fa_trains_its_feedback(dataset, rule):
     """Its gradients are scaled part by part, so parts are not computed at once."""
