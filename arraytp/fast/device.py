@@ -180,6 +180,9 @@ class Iterations:
         self._weight = self._own.array("weight", omega.shape, omega.dtype)
         self._given, self._rows, self._bias, self._products = 0, None, None, 0
         returned = iterate(self, omega, bias, noises["epsilon"], noises.get("eta", noises["epsilon"]))
+        if bias is not None and self._bias is None:
+            self._bias = self._own.array("bias", bias.shape, bias.dtype)
+            self._bias.fill(0)
         return Sums(self._weight, self._bias, returned / omega.dtype.type(len(self._at.batch)))
 
     def F(self, epsilon: Array) -> tuple[Array, Array | None]:

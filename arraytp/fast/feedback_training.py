@@ -113,6 +113,8 @@ class Iterations:
         length = self.length if self.by_lanes else samples
         products = (LaneSums if self.by_lanes else Gathered)(self, omega, len(parts))
         biases = None if bias is None else self.own.array("biases", (samples, len(bias)), omega.dtype)
+        if biases is not None:
+            biases.fill(0)
         returned = self.own.array("returned", (len(parts),), omega.dtype)
 
         def lane(number: int) -> None:
@@ -197,7 +199,7 @@ class Slice:
     def add_bias(self, r: Array) -> None:
         """Add r, summed over positions, to the samples' parts of the bias."""
         if self._biases is not None:
-            r.reshape(len(r), -1, self._biases.shape[-1]).sum(axis=1, out=self._biases)
+            self._biases += r.reshape(len(r), -1, self._biases.shape[-1]).sum(axis=1)
 
     def square(self, r: Array) -> Array:
         """Return ‖r‖²."""

@@ -308,6 +308,8 @@ class PlainIterations:
     def sums(self, iterate: Iterate, k: int, omega: Array, bias: Array | None = None) -> Sums:
         """Run an iteration."""
         self._weight = self._bias = omega.dtype.type(0)
+        if bias is not None:
+            self._bias = self._at.batch.engine.backend.xp.zeros_like(bias)
         noises, batch = self.noise(k), len(self._at.batch)
         returned = iterate(self, omega, bias, noises["epsilon"], noises.get("eta", noises["epsilon"]))
         two_over_b = omega.dtype.type(2 / batch)

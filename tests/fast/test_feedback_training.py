@@ -210,7 +210,23 @@ def forward_between(at, omega, bias, epsilon, eta):
     return at.square(r)
 
 
-@pytest.mark.parametrize("iterate", [shared_factors, held_results, unused_result, forward_between])
+def two_biases(at, omega, bias, epsilon, eta):
+    """An iteration that adds to G's bias twice."""
+    at.add_bias(epsilon)
+    return forward_between(at, omega, bias, epsilon, eta)
+
+
+def no_bias(at, omega, bias, epsilon, eta):
+    """An iteration that adds nothing to G's bias, after one that does: its sum is 0, not the other's."""
+    first = at.a(*at.F(epsilon))
+    r = at.transposed(omega, first)
+    for x in (epsilon, at.s, r):
+        at.add(x, first)
+    at.subtract(r + at.s, first)
+    return at.square(r)
+
+
+@pytest.mark.parametrize("iterate", [shared_factors, held_results, unused_result, forward_between, two_biases, no_bias])
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", ORDERS)
 def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place, name, count, iterate):
@@ -225,7 +241,9 @@ def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place
         batch_ = pass_of(placed(network, put), put(x), engine=engine, **KEY)
         for n in range(1, len(blocks)):
             omega, bias = (put(part) for part in omega_of(blocks[n]))
-            result = batch_.at(n).iterations("overwrite", needed).sums(iterate, 0, omega, bias)
+            iterations = batch_.at(n).iterations("overwrite", needed)
+            iterations.sums(unused_result, 0, omega, bias)
+            result = iterations.sums(iterate, 0, omega, bias)
             get = np.asarray if on_place else place.get
             sums.setdefault(n, []).append(
                 (get(result.weight).copy(), get(result.bias).copy(), np.array(float(result.returned)))
