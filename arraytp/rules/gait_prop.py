@@ -168,16 +168,18 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
 def perturbation(options: Options, delta: Array, block: Block, half: bool = False) -> tuple[Array, Array]:
     """Return γ of every sample (Eq. 5) and which samples have a = t (their γ is 1), both (B,).
 
-    `delta` is t − a of what the block hands on, of either sign, twice as large if only `half` of it counts; auxiliary
-    units count in dim.
+    Those so near to t that γ by ‖·‖² would not be finite count as a = t. `delta` is t − a of what the block hands on,
+    of either sign, twice as large if only `half` of it counts; auxiliary units count in dim.
     """
     xp, number = array_module(delta), delta.dtype.type
     norm, on_target = row_norms(delta.reshape(len(delta), -1))
     if half:
         norm = norm * number(0.5)
-    if options.norm == "l2_squared":
-        norm = norm * norm
     scale = options.eta * (float(np.prod(block.out_shape)) ** 0.5 if options.scale_by_sqrt_dim else 1.0)
+    if options.normalise and options.norm == "l2_squared":
+        norm = norm * norm
+        on_target = on_target | (norm <= number(2 * scale / np.finfo(delta.dtype).max))
+        norm = xp.where(on_target, number(1), norm)
     gamma = number(scale) / norm if options.normalise else xp.full(len(delta), options.gamma, dtype=delta.dtype)
     return xp.where(on_target, number(1), gamma), on_target
 

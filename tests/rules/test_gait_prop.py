@@ -238,6 +238,33 @@ def test_a_sample_without_error_changes_nothing(place, name, options):
     assert not any(place.get(array).any() for pair in nothing for array in pair)
 
 
+@pytest.mark.parametrize(("dtype", "small"), [("float32", 1e-24), ("float64", 1e-170)])
+@pytest.mark.parametrize("norm", ["l2", "l2_squared"])
+def test_a_square_that_vanishes_makes_no_gamma_infinite(norm, dtype, small):
+    """Beside it a sample with an error of 1; γ = 1 means a = t."""
+    blocks = square_blocks("dense")
+    delta = np.ones((2, *blocks[0].out_shape), dtype)
+    delta[0] = small
+    units = delta[0].size
+    with np.errstate(all="raise", under="ignore"):
+        gamma, on_target = gait_prop.perturbation(Options(norm=norm, eta=0.01), delta, blocks[0])
+    of_one = {"l2": 0.01 / np.sqrt(units), "l2_squared": 0.01 / units}[norm]
+    scale = np.sqrt(units) if Options().scale_by_sqrt_dim else 1.0
+    np.testing.assert_allclose(gamma[1], scale * of_one, rtol=1e-6)
+    assert list(on_target) == [norm == "l2_squared", False]
+    np.testing.assert_allclose(gamma[0], 1.0 if norm == "l2_squared" else scale * of_one / small, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l2_squared"])
+def test_errors_too_small_to_be_squared_give_finite_updates(place, norm):
+    network = placed(skewed(square_blocks("dense")), lambda array: place.put(array.astype("float32")))
+    x, _ = batch(network.blocks, 2)
+    dlogits = np.full((2, 4), 1e-26, "float32")
+    options = Options(form="difference", rescale_updates=False, norm=norm)
+    found = updates_of(gait_prop, options, network, place.put(x.astype("float32")), place.put(dlogits), place.backend)
+    assert all(np.isfinite(place.get(array)).all() for pair in found for array in pair)
+
+
 def test_units_across_the_kink_are_counted_and_cost_the_literal_form_its_equality():
     network, x, dlogits, _ = hand_sized()
     # z¹ = (0.0001, …) of a leaky output: a target 0.2 lower, nudged by γ = 0.1, is on the other side.
