@@ -91,7 +91,10 @@ def _differences(experiment: Experiment) -> dict[int, Floats]:
 
 
 def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
-    """Check DFA: its definition, and BP's update of the last hidden block with B the transpose of the output weight."""
+    """Check DFA: its definition, and BP's update of the last hidden block with B the transpose of a linear output's W.
+
+    By an output that bends, e would reach that block multiplied by the derivative, which no B can do.
+    """
     if setting.rule.updates is not dfa.updates:
         return
     network, state = setting.on_host(), setting.state()
@@ -103,7 +106,7 @@ def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
         dweight, dbias, _ = reference.block_backward(block, ds, zs[n], indices[n], taken, network.weights[n])
         error = worst(apart(updates[n][0], dweight), apart(updates[n][1], dbias))
         yield checked(f"{block.label}: update with B by definition", "ds = e B", dfa.updates, error, PASS)
-    if len(network) < 2:
+    if len(network) < 2 or network.blocks[-1].activation.derivative is not None:
         return
     last = len(network) - 1
     units = network.blocks[last].next_shape[-1]

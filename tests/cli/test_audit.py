@@ -26,6 +26,8 @@ RULES = {
     "bp": ("--set", "rule={name: bp}"),
     "fa": ("--set", "data.flip=0.5", "--set", "data.crop_padding=1"),
     "dfa": ("--set", "rule={name: dfa}"),
+    "dfa bent": ("--set", "rule={name: dfa}", "--set", "loss={name: mse}", "--set", "network={blocks: [{type: dense, "
+                 "units: 6, activation: tanh}, {type: dense, units: 3, activation: tanh}]}"),
     "sign-symmetry": ("--set", "rule={name: sign-symmetry}"),
     "sign-symmetry batch": ("--set", "rule={name: sign-symmetry, magnitude: batch}"),
     "sign-symmetry fixed": ("--set", "rule={name: sign-symmetry, magnitude: fixed}"),
@@ -54,7 +56,7 @@ RULES = {
         "schedule={name: step, epochs: [2, 5], warmup_steps: 10}",
     ),
     "drl optimum": ("--set", "rule={name: drl, expected: optimum}"),
-}
+}  # fmt: skip
 
 
 def stands_for(name):
