@@ -39,6 +39,7 @@ RULES = {
     "gait-prop": (*SQUARE, "--set", "optimizer={name: adam, lr: 0.01, orthogonality: 2.0}"),
     "tp": ("--set", "rule={name: tp}"),
     "dtp": ("--set", "rule={name: dtp}"),
+    "dtp near": ("--set", "rule={name: dtp, beta: 1e-9}"),
     "ldrl": (*LDRL, "--set", "rule.unpool=accumulate"),
     "ldrl symmetric": ("--set", "rule={name: ldrl, feedback_init: symmetric}"),
     "ldrl-parallel": ("--set", "rule={name: ldrl-parallel}"),
