@@ -44,7 +44,9 @@ def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tupl
             rows_of.setdefault(split, {}).setdefault(place, []).append(row)
             continue
         parts = PurePosixPath(name).parts
-        if len(parts) != 3 or not _SPLIT.fullmatch(parts[0]) or not parts[1].isprintable():
+        if len(parts) == 3 and not parts[1].isprintable():
+            raise UserError(f"{files.root}: the class {parts[1]!r} has a character that cannot be printed; rename it")
+        if len(parts) != 3 or not _SPLIT.fullmatch(parts[0]):
             raise UserError(
                 f"{files.root}: {name!r} is not split/class/image, the split in small letters, such as train/cat/1.jpg"
             )

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -16,11 +17,12 @@ from arraytp.commands.shared_options import VARIANT, check_json, overriding, set
 from arraytp.commands.together import all_ranks, check_ranks, failing_together
 from arraytp.config import load_config
 from arraytp.data.loader import Batches
-from arraytp.errors import UserError
+from arraytp.errors import NonFiniteError, UserError
 from arraytp.model.blocks import block_flops
 from arraytp.ranks import ALONE, Ranks, agreed
 from arraytp.rules.feedback import only_block
 from arraytp.training.build import build_planned
+from arraytp.training.compare import finite_blocks, is_finite
 from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan, plan_variant
 from arraytp.training.step import Step
@@ -59,7 +61,9 @@ def command(
     )
     check_ranks(ranks, ranks, list(plans.values()))
     for name, planned in plans.items():
-        with failing_together(ranks, name, limited=not planned.backend.on_host):
+        with failing_together(ranks, name, limited=not planned.backend.on_host), warnings.catch_warnings():
+            # What is not finite is named by `measure`.
+            warnings.simplefilter("ignore", RuntimeWarning)
             try:
                 figures[name] = measure(planned, steps, ranks)
             except MemoryError as error:
@@ -84,6 +88,9 @@ def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
         with closing(experiment.train_loader.batches(epoch)) as batches:
             last = _time_epoch(experiment, batches, seconds, steps + WARM_UP, sums)
         epoch += 1
+    if not all(finite_blocks(experiment.network)) or not all(is_finite(each.logits) for each in last.batch.every):
+        done = len(seconds["load"])
+        raise NonFiniteError(f"{config.name}: not finite after {done} steps; a smaller optimizer.lr may help")
     medians = {part: statistics.median(values[WARM_UP:] or values) for part, values in seconds.items()}
     step = sum(medians.values())
     batch = min(config.train.batch_size, experiment.train_loader.count)

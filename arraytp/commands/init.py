@@ -13,6 +13,8 @@ STARTER = Path(__file__).with_name("starter.yml")
 @click.argument("file", type=click.Path(path_type=Path))
 def command(file: Path) -> None:
     """Write a commented config to FILE, which must not exist yet: BP, FA and L-DRL on the embedded images."""
+    if not file.name:
+        raise UserError(f"{str(file)!r} is not a file's name; give one, such as config.yml")
     try:
         with file.open("x", encoding="utf-8") as new:
             new.write(STARTER.read_text(encoding="utf-8"))

@@ -15,7 +15,17 @@ from arraytp.files import check_output, json_safe, write_file
 Function = Callable[..., Any]
 BACKEND = click.option("--backend", type=click.Choice(["numpy", "cupy"]), help="Array module; overrides the config.")
 DTYPE = click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Number format; overrides the config.")
-VARIANT = click.option("--variant", metavar="NAME", help="Take only this variant of the config.")
+
+
+def _one_variant(_context: click.Context, _parameter: click.Parameter, names: tuple[str, ...]) -> str | None:
+    """Return the variant that is named, if one is; UserError for two, of which click would take the last."""
+    if len(names) > 1:
+        raise UserError(f"--variant: given {len(names)} times ({', '.join(names)}); give one, or none to take all")
+    return names[0] if names else None
+
+
+VARIANT = click.option("--variant", metavar="NAME", multiple=True, callback=_one_variant, help="Take only this variant "
+                       "of the config.")  # fmt: skip
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override any key; repeatable.")
 
 

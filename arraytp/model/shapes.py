@@ -53,8 +53,11 @@ def _conv(layer: options.Conv, label: str, shape: Shape) -> Block:
         raise ValueError("a conv block needs an image (height, width, channels), so it cannot follow a dense block")
     _check_auxiliary(layer.auxiliary, layer.channels, "channels")
     height, width, channels = shape
-    if layer.padding != "same" and layer.padding > max(height, width, layer.kernel):
-        raise ValueError(f"padding {layer.padding} is wider than the image and than the kernel {layer.kernel}")
+    widest = max(height, width, layer.kernel)
+    if layer.padding != "same" and layer.padding > widest:
+        raise ValueError(
+            f"padding {layer.padding} is wider than the image and than the kernel {layer.kernel}; at most {widest}"
+        )
     window = make_window(height, width, layer.kernel, layer.stride, layer.padding)
     pre_shape = (window.out_height, window.out_width, layer.channels)
     pool = None

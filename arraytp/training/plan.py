@@ -8,6 +8,7 @@ import numpy as np
 
 from arraytp.backend import Backend, get_backend
 from arraytp.config import Config, Normalize
+from arraytp.config.problems import LARGEST_INTEGER
 from arraytp.data.dataset import Dataset, open_dataset
 from arraytp.data.division import Division
 from arraytp.data.loader import Loader
@@ -174,6 +175,11 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
     """Refuse a study of nothing, or on a batch larger than the train split."""
     if config.study is None:
         return
+    if config.seed + config.study.seeds - 1 > LARGEST_INTEGER:
+        raise UserError(
+            f"study.seeds: {config.study.seeds}: from seed {config.seed} on goes beyond the largest seed, "
+            f"{LARGEST_INTEGER}"
+        )
     if config.train.exact:
         raise UserError("train.exact: true: a study takes its batch as a whole; leave it out")
     if config.study.kind == "drift":

@@ -106,7 +106,12 @@ SETTINGS = {
     ),
     "a border wider than the image": (
         "network.blocks.0.padding=1000000000",
-        ["block 0 (conv1)", "input 8x8x1", "padding 1000000000 is wider than the image"],
+        [
+            "block 0 (conv1)",
+            "input 8x8x1",
+            "padding 1000000000 is wider than the image and than the kernel",
+            "at most 8",
+        ],
     ),
     "a crop border that fits no memory": (
         "data.crop_padding=4611686018427387904",
@@ -210,6 +215,10 @@ ARGUMENTS = {
     "an unknown dtype": (["toy.yml", "--dtype", "float16"], ["'float16' is not one of 'float32', 'float64'"]),
     "no CuPy": (["toy.yml", "--backend", "cupy"], ["backend cupy: ", "use --backend numpy"]),
     "an option without its value": (["toy.yml", "--set"], ["'--set' requires an argument"]),
+    "two variants": (
+        ["toy.yml", "--variant", "bp", "--variant", "fa"],
+        ["--variant: given 2 times (bp, fa); give one, or none to take all"],
+    ),
     "a folder of 300 letters": (["toy.yml", "--out", "o" * 300], ["File name too long"]),
     "a file for a folder": (["toy.yml", "--out", "toy.yml"], ["toy.yml: is a file; --out needs a folder"]),
     "a folder below a file": (["toy.yml", "--out", "toy.yml/x"], ["toy.yml/x: cannot be written: Not a directory"]),
@@ -548,6 +557,15 @@ def test_a_run_that_diverges_says_when_and_where(arraytp, place, settings):
     assert not (place / "results/toy/checkpoint.h5").exists()
     assert not list(place.rglob("*.partial"))
     assert arraytp(*words, "--resume") == outcome
+
+
+def test_what_diverges_is_not_timed(arraytp, place):
+    outcome = arraytp(
+        "bench", "toy.yml", "--steps", 2, "--json", "b.json", "--set", UNBOUNDED, "--set", "optimizer.lr=1e30"
+    )
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err == "arraytp: error: toy: not finite after 4 steps; a smaller optimizer.lr may help\n"
+    assert not (place / "b.json").exists()
 
 
 def test_where_feedback_is_trained_its_rate_is_named_too(arraytp):

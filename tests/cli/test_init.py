@@ -23,6 +23,11 @@ def test_a_file_that_is_there_is_left_as_it_is(tmp_path, capsys):
     assert "exists already; give another name" in capsys.readouterr().err
 
 
+def test_an_empty_name_is_refused(capsys):
+    assert main(["init", ""]) == 2
+    assert "'.' is not a file's name; give one, such as config.yml" in capsys.readouterr().err
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     assert main(["init", str(tmp_path / "nowhere" / "my.yml")]) == 2
     assert "nowhere/my.yml: cannot be written: No such file" in capsys.readouterr().err

@@ -120,6 +120,13 @@ def test_a_rule_without_trained_feedback_is_refused(arraytp, study, place):
     )
 
 
+def test_seeds_beyond_the_largest_are_refused_before_the_first(arraytp, study, place):
+    outcome = arraytp("run", "study.yml", "--set", f"seed={2**63 - 1}", "--set", "study.seeds=2")
+    assert outcome.status == 2
+    assert "study.seeds: 2: from seed 9223372036854775807 on goes beyond the largest seed" in outcome.err
+    assert not (place / "results").exists()
+
+
 def test_diverging_feedback_is_named(arraytp, study):
     outcome = arraytp(
         "run", "study.yml", "--quiet", "--set", "variants.ldrl.rule.feedback.optimizer.lr=1e6",

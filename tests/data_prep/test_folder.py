@@ -271,6 +271,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
         (["train/a/b/x.png"], "'train/a/b/x.png' is not split/class/image"),
         (["train/a/y.png", "train/a/b/c/d/e/x.png"], "'train/a/b/c/d/e/x.png' is not split/class/image"),
         (["Train/a/x.png"], "'Train/a/x.png' is not split/class/image, the split in small letters"),
+        (["train/a\nb/x.png"], r"the class 'a\\nb' has a character that cannot be printed; rename it"),
         (["test/a/x.png"], "no image train/class/…, found splits: test"),
         ([], "found splits: none"),
         (["train/a/x.png", "val/b/x.png"], "class 'b' of split 'val' has no train image"),
