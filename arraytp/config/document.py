@@ -155,6 +155,9 @@ class _Reader:
             return str(node.value)
         if kind not in {"null", "bool", "int", "float"}:
             raise UserError(f"{self._at(node)}: the tag {_shown_tag(node)} has no meaning in a config")
+        if "_" in node.value:
+            # A number to the parser, but text in YAML 1.2.
+            return str(node.value)
         try:
             return self._scalars.construct_object(node)
         except (ValueError, KeyError):

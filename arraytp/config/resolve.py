@@ -175,18 +175,32 @@ def _with_own_feedback(tree: Mapping[str, Tree]) -> Mapping[str, Tree]:
     return {**tree, "rule": {**rule, "feedback": feedback}}
 
 
+def _has_scalar(tree: Tree, path: KeyPath) -> bool:
+    """Tell whether a number, a text or a truth value is at a path."""
+    for step in path:
+        if not isinstance(tree, Mapping):
+            return False
+        tree = tree.get(step)
+    return isinstance(tree, str | int | float)
+
+
 class _Places:
     """Where each setting of one variant comes from."""
 
     def __init__(self, document: Document, variant: str, sets: Sequence[_Override]) -> None:
         start = ("variants", variant)
         own = {path[2:]: place for path, place in document.places.items() if path[:2] == start and len(path) > 2}
+        variants = document.tree.get("variants") or {}
+        trees = document.tree, variants.get(variant)
         given: dict[KeyPath, str] = {}
         opened: dict[KeyPath, str] = {}
         for entry in sets:
             source = entry.document.source
             given.update({(*entry.path, *path): source for path in ((), *entry.document.places)})
-            opened.update({entry.path[:depth]: source for depth in range(1, len(entry.path))})
+            for depth in range(1, len(entry.path)):
+                # A number or text on its way it has replaced by a map.
+                replaced = any(_has_scalar(tree, entry.path[:depth]) for tree in trees)
+                (given if replaced else opened)[entry.path[:depth]] = source
         # At one depth the first layer that knows a path wins; what a --set opened on its way is last.
         layers = (given, own, document.places, opened)
         # List indices as text, as `--set` has them.

@@ -275,6 +275,7 @@ SETS = {
     "no key": ("=3", "--set =3: expected key.path=value"),
     "an empty step": ("a..b=3", "--set a..b=3: expected key.path=value"),
     "a bad value": ("optimizer.lr=-1", f"--set optimizer.lr=-1: {RATE} -1"),
+    "a number with underscores": ("optimizer.lr=1_000", "--set optimizer.lr=1_000: optimizer.lr must be"),
     "no value": ("optimizer.lr=", "--set optimizer.lr=: optimizer.lr is empty; it must be a number above 0"),
     "a misspelt section": (
         "optimzer.lr=1",
@@ -282,7 +283,7 @@ SETS = {
     ),
     "another optimizer without a rate": ("optimizer.name=sgd", "--set optimizer.name=sgd: optimizer.lr is missing"),
     "broken YAML": ("optimizer.lr=[1", "--set optimizer.lr=[1: not valid YAML: expected ',' or ']'"),
-    "a key below a number": ("seed.x=1", "seed must be a whole number of at least 0, got {x: 1}"),
+    "a key below a number": ("seed.x=1", "--set seed.x=1: seed must be a whole number of at least 0, got {x: 1}"),
     "a list index too high": (
         "data.normalize.mean.3=1",
         "data.normalize.mean has the entries 0 to 0; 3 is none of them",
