@@ -25,10 +25,18 @@ def make_network(
     dtype : {"float32", "float64"}
         Numbers are drawn in float64 and rounded.
     backend : Backend
+
+    Raises
+    ------
+    MemoryError
+        If a weight does not fit; names the block.
     """
     network = Network(blocks)
     for n, block in enumerate(blocks):
-        weight = initial_weight(init, block.weight_shape, seed, "init", n)
+        try:
+            weight = initial_weight(init, block.weight_shape, seed, "init", n)
+        except MemoryError as error:
+            raise MemoryError(f"network block {n} ({block.label}): {error}") from None
         bias = initial_bias(init, block.weight_shape, seed, "init", n)
         network.weights.append(backend.asarray(weight.astype(dtype)))
         network.biases.append(backend.asarray(bias.astype(dtype)))

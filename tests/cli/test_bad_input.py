@@ -184,7 +184,7 @@ SETTINGS = {
     ),
     "more memory than there is": (
         blocks("{type: dense, units: 99999999999}, {type: dense, units: 3}"),
-        ["not enough memory"],
+        ["not enough memory: network block 0 (dense1): ", "99999999999"],
     ),
 }
 
