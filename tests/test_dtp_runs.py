@@ -11,10 +11,11 @@ from arraytp.data.writer import Description, writing
 from arraytp.training.plan import plan
 
 FOLDER = Path(__file__).parents[1] / "runs" / "dtp"
-# The figures' configs are studies, the comparison on the embedded images is of no row of a table.
+# The figures' configs are studies; the comparisons on the embedded images and the stand-in are of no row of a table.
 EMBEDDED = FOLDER / "fashion-mnist-10k.yml"
 CLOSED = FOLDER / "closed-form.yml"
-OWN = (EMBEDDED, CLOSED)
+STAND_IN = FOLDER / "tiny-imagenet-vgg.yml"
+OWN = (EMBEDDED, CLOSED, STAND_IN)
 RUNS = sorted(path for path in FOLDER.glob("*.yml") if not path.stem.startswith("figure") and path not in OWN)
 SHAPES = {"mnist": ((28, 28, 1), 10), "fashion": ((28, 28, 1), 10), "cifar10": ((32, 32, 3), 10),
           "imagenet32": ((32, 32, 3), 1000)}  # fmt: skip
@@ -55,6 +56,18 @@ def test_there_is_a_config_for_every_row_and_the_readme_has_them_all():
     assert {path.stem for path in RUNS} == rows
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{path.name}` |" in page for path in FOLDER.glob("*.yml"))
+
+
+@pytest.mark.parametrize("rule", ["bp", "ldrl"])
+def test_the_stand_in_for_imagenet_has_the_values_of_vgg_on_cifar10(rule):
+    config, other = load_one(STAND_IN, (), rule), load_one(FOLDER / f"cifar10-vgg-{rule}.yml")
+    assert config.optimizer == other.optimizer
+    assert config.network == other.network
+    assert replace(config.data, dataset=other.data.dataset) == other.data
+    assert config.rule == (replace(other.rule, expected=True) if rule == "ldrl" else other.rule)
+    assert replace(config.schedule, t_max=85) == other.schedule
+    assert replace(config.train, epochs=90) == other.train
+    assert (config.train.epochs, config.schedule.t_max) == (10, 9)
 
 
 @pytest.mark.parametrize(
