@@ -34,7 +34,7 @@ from arraytp.signals import StopRequest
 from arraytp.training.build import build_planned
 from arraytp.training.checkpoint import check_owner, read_owner
 from arraytp.training.loop import Run
-from arraytp.training.plan import Plan, plan_variant
+from arraytp.training.plan import Plan, check_seeds, plan_variant
 from arraytp.training.study import run_study
 
 MOST_SEEDS = 1000
@@ -200,10 +200,8 @@ def _jobs(
             continue
         if config.study is not None:
             raise UserError(f"--seeds: {path} is a study, which has seeds of its own; set study.seeds")
-        if isinstance(seeds, int) and config.seed + seeds - 1 > LARGEST_INTEGER:
-            raise UserError(
-                f"--seeds {seeds}: from seed {config.seed} on goes beyond the largest seed, {LARGEST_INTEGER}"
-            )
+        if isinstance(seeds, int):
+            check_seeds(f"--seeds {seeds}", config.seed, seeds)
         for seed in range(config.seed, config.seed + seeds) if isinstance(seeds, int) else seeds:
             seeded = replace(planned, config=replace(config, seed=seed))
             jobs.append(Job(seeded, f"{label} seed {seed}", place / f"seed-{seed}", plain, folder, of_seeds=True))

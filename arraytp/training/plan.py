@@ -171,15 +171,17 @@ def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:
             )
 
 
+def check_seeds(given: str, first: int, count: int) -> None:
+    """Refuse seeds, so many from the first on, beyond the largest; `given` is how messages call what asks for them."""
+    if first + count - 1 > LARGEST_INTEGER:
+        raise UserError(f"{given}: from seed {first} on goes beyond the largest seed, {LARGEST_INTEGER}")
+
+
 def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None:
     """Refuse a study of nothing, or on a batch larger than the train split."""
     if config.study is None:
         return
-    if config.seed + config.study.seeds - 1 > LARGEST_INTEGER:
-        raise UserError(
-            f"study.seeds: {config.study.seeds}: from seed {config.seed} on goes beyond the largest seed, "
-            f"{LARGEST_INTEGER}"
-        )
+    check_seeds(f"study.seeds: {config.study.seeds}", config.seed, config.study.seeds)
     if config.train.exact:
         raise UserError("train.exact: true: a study takes its batch as a whole; leave it out")
     if config.study.kind == "drift":
