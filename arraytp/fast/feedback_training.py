@@ -113,8 +113,6 @@ class Iterations:
         length = self.length if self.by_lanes else samples
         products = (LaneSums if self.by_lanes else Gathered)(self, omega, len(parts))
         biases = None if bias is None else self.own.array("biases", (samples, len(bias)), omega.dtype)
-        if biases is not None:
-            biases.fill(0)
         returned = self.own.array("returned", (len(parts),), omega.dtype)
 
         def lane(number: int) -> None:
@@ -122,6 +120,8 @@ class Iterations:
             for part in slices(parts[number].stop, length, parts[number].start):
                 done = Slice(self, number, part, products, None if biases is None else biases[part])
                 returned[number] += iterate(done, matrix, bias, epsilon[part], eta[part])
+                if biases is not None and not done.has_bias:
+                    biases[part] = 0
                 if done.taken != self.training.products:
                     raise ValueError(
                         f"iterate added {done.taken} products x ⋆ d where NoiseAndProducts.products announced "
@@ -145,8 +145,8 @@ class Slice:
         self._biases, self.scratch = biases, shared.workspace.scratch
         self.s, self.s_next, self.a_next = shared.s[part], at.output[part], shared.a[part]
         self.index = None if at.index is None else at.index[part]
-        # How many products were taken.
-        self.taken = 0
+        # How many products were taken, and whether anything was added to the bias.
+        self.taken, self.has_bias = 0, False
         # How many results each primitive has given: they stay apart, so that a rule may hold as many as it likes.
         self._given = {"F": 0, "a": 0, "transposed": 0}
         # The x whose rows were made last, and for which product; the d whose stack was.
@@ -198,8 +198,14 @@ class Slice:
 
     def add_bias(self, r: Array) -> None:
         """Add r, summed over positions, to the samples' parts of the bias."""
-        if self._biases is not None:
-            self._biases += r.reshape(len(r), -1, self._biases.shape[-1]).sum(axis=1)
+        if self._biases is None:
+            return
+        parts = r.reshape(len(r), -1, self._biases.shape[-1])
+        if self.has_bias:
+            self._biases += parts.sum(axis=1)
+        else:
+            parts.sum(axis=1, out=self._biases)
+        self.has_bias = True
 
     def square(self, r: Array) -> Array:
         """Return ‖r‖²."""
