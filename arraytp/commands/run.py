@@ -416,9 +416,14 @@ def _report(batches: list[list[Job]]) -> None:
 
 
 def _command_to_resume() -> str:
-    """Return the command line that this process was started with, --resume instead of --fresh, and its launcher."""
-    words = [word for word in sys.argv[2:] if not re.fullmatch(r"--(fresh|resume)", word)]
+    """Return the command line that this process was started with, --resume instead of --fresh, and its launcher.
+
+    That may be of a script that lets a rule do what other code does: `arraytp run` would go on without it.
+    """
+    script, *words = sys.argv
+    program = ["arraytp", words.pop(0)] if words[:1] == ["run"] else ["python", script]
+    words = [word for word in words if not re.fullmatch(r"--(fresh|resume)", word)]
     processes, _ = launched()
     by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(processes)
     launcher = [] if processes == 1 else ["srun"] if by_srun else ["mpiexec", "-n", str(processes)]
-    return shlex.join([*launcher, "arraytp", "run", "--resume", *words])
+    return shlex.join([*launcher, *program, "--resume", *words])

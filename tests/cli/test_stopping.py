@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from arraytp.cli import main
 from arraytp.signals import StopRequest
 from arraytp.training.loop import Run
 
@@ -80,6 +81,15 @@ def test_a_signal_saves_and_says_how_to_go_on(arraytp, place, numbers, number, s
     assert epochs_trained(folder) == count
     arraytp("run", "toy.yml", "--quiet", "--out", "whole", *LONG, *epochs(count))
     assert numbers(folder) == numbers(place / "whole")
+
+
+def test_a_script_that_calls_run_is_what_goes_on(place, stop_variant, monkeypatch, capsys):
+    """`arraytp run` would go on without what the script changes (runs/benchmarks/drl_code.py)."""
+    stop_variant("toy")
+    monkeypatch.setattr("sys.argv", ["scripts/own rule.py", "toy.yml", "--fresh", "--quiet"])
+    assert main(["run", "toy.yml", "--fresh", "--quiet"]) == 143
+    line = capsys.readouterr().err
+    assert line.endswith("; go on with: python 'scripts/own rule.py' --resume toy.yml --quiet\n")
 
 
 @pytest.mark.parametrize(
