@@ -141,6 +141,8 @@ def fit(image: Image.Image, size: tuple[int, int], resize: Resize) -> Images:
     box = None
     if resize == "shorter-crop":
         scale = min(image.width / width, image.height / height)
-        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-        box = (left, top, left + scale * width, top + scale * height)
+        # Rounding must not lead out of the image: Pillow refuses that.
+        kept_width, kept_height = min(scale * width, image.width), min(scale * height, image.height)
+        left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
+        box = (left, top, left + kept_width, top + kept_height)
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))

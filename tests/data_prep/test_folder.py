@@ -208,6 +208,14 @@ def test_images_of_any_size_fit(size):
     assert (fit(Image.new("RGB", size[::-1], (1, 2, 3)), (4, 6), "shorter-crop") == (1, 2, 3)).all()
 
 
+@pytest.mark.parametrize("size", [7, 224])
+def test_the_shorter_side_of_any_length_is_kept_whole(size):
+    """The scale times the size can be more than the side it comes from, by rounding."""
+    for side in range(1, 400):
+        for shape in ((side, side + 11), (side + 11, side)):
+            assert (fit(Image.new("RGB", shape, (1, 2, 3)), (size, size), "shorter-crop") == (1, 2, 3)).all()
+
+
 def test_a_png_named_jpeg_is_decoded_by_its_content(tmp_path):
     src = write_tree(tmp_path / "s", {"train/a/x.JPEG": encoded(COLOUR), "train/b/y.jpg": encoded(GREY)})
     pack(src, tmp_path / "d", PackOptions())
