@@ -11,7 +11,18 @@ import numpy as np
 
 from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
 from arraytp.data.order import Rows
-from arraytp.data.shards import Images, Labels, Room, Shard, check_size, damage, open_shard, read_rows, rows_per_range
+from arraytp.data.shards import (
+    Images,
+    Labels,
+    Room,
+    Shard,
+    check_labels,
+    check_size,
+    damage,
+    open_shard,
+    read_rows,
+    rows_per_range,
+)
 from arraytp.errors import UserError
 
 _EMBEDDED = Path(__file__).parent / "embedded"
@@ -114,8 +125,14 @@ class Dataset:
         return self.read(split, 0, self._entries(split)[-1][1])
 
     def labels(self, split: str) -> Labels:
-        """Return the labels of a split, (N,) int64, as they stand in the files; reading a row's image verifies it."""
-        return np.concatenate([self._open(entry).labels for entry, _ in self._entries(split)])
+        """Return the labels of a split, (N,) int64, as they stand in the files; reading a row's image verifies it.
+
+        UserError as `read` for a label out of range: whoever counts them needs no more room than there are classes.
+        """
+        shards = [self._open(entry) for entry, _ in self._entries(split)]
+        for shard in shards:
+            check_labels(shard, 0, shard.count)
+        return np.concatenate([shard.labels for shard in shards])
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
         """Return the row ranges (start, stop) that are cheap to read: whole checksum ranges, 256 rows or 8 MiB.

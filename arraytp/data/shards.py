@@ -241,6 +241,12 @@ def _verify(shard: Shard, first: int, last: int, images: Images) -> None:
         raise UserError(
             f"{shard.path}: rows {first} to {last - 1} do not match their checksum; pack the data set again"
         )
+    check_labels(shard, first, last)
+
+
+def check_labels(shard: Shard, first: int, last: int) -> None:
+    """Raise UserError for a label out of range in rows first … last − 1; it names the row."""
+    labels = shard.labels[first:last]
     wrong = np.flatnonzero((labels < 0) | (labels >= shard.classes))
     if len(wrong):
         row = int(wrong[0])

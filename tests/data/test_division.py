@@ -1,5 +1,8 @@
 """Images held out for validation: which, how many of each class, and that both parts are read as they stand."""
 
+import shutil
+
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from arraytp.data.dataset import open_dataset
 from arraytp.data.division import divide, held_out
 from arraytp.data.loader import Loader
 from arraytp.data.writer import Description, writing
+from arraytp.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,12 @@ def test_large_images_are_read_only_near_those_that_are_wanted(tmp_path):
         patch.setattr(type(dataset), "read", lambda *call: read.append(call[3] - call[2]) or original(*call))
         division.load("validation")
     assert sum(read) < 12
+
+
+@pytest.mark.parametrize("label", [3, -1, 2**40, 2**62])
+def test_a_damaged_label_is_told_as_where_it_is_read(folder, tmp_path, label):
+    shutil.copytree(folder, tmp_path / "data")
+    with h5py.File(tmp_path / "data" / "train-00002.h5", "r+") as file:
+        file["labels"][4] = label
+    with pytest.raises(UserError, match=rf"train-00002\.h5: row 4 has label {label}, expected 0 to 2"):
+        divide(open_dataset(tmp_path / "data"), 5)
