@@ -145,17 +145,28 @@ def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 name = folder + entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     # A link may lead back to where it is.
                     if depth > 1 or not entry.is_symlink():
                         yield from _walk(root, f"{name}/", depth - 1)
                 elif depth < 1 and not name.lower().endswith(IMAGE_SUFFIXES):
                     continue
-                # To open a pipe would be to wait for its other end. A link to nothing is told of when it is read.
-                elif entry.is_file() or not os.path.exists(entry.path):
+                # To open a pipe would be to wait for its other end. A link to nothing, or to itself, is told of when it
+                # is read.
+                elif (entry.is_symlink() and not os.path.exists(entry.path)) or entry.is_file():
                     yield name
     except OSError as error:
         raise UserError(f"{root / folder}: cannot be read: {error.strerror}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        # A link that leads to itself spoils no more than its own name.
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _existing(folder: Path) -> Path:

@@ -81,11 +81,12 @@ def test_all_images_arrive_with_their_labels_from_a_folder_or_an_archive(tmp_pat
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
-def test_a_pipe_is_no_file_and_a_link_to_nothing_is_skipped(tmp_path, pixels):
+@pytest.mark.parametrize("target", ["nowhere", "link.png"])
+def test_a_pipe_is_no_file_and_a_link_to_nothing_or_itself_is_skipped(tmp_path, pixels, target):
     """To open the one would be to wait for ever."""
     src = write_tree(tmp_path / "s", contents_of(pixels))
     os.mkfifo(src / "train/dog/pipe.png")
-    (src / "train/dog/link.png").symlink_to("nowhere")
+    (src / "train/dog/link.png").symlink_to(target)
     assert pack(src, tmp_path / "d", PackOptions(max_skipped=1)) == 1
     assert open_dataset(tmp_path / "d").counts == {"train": 40, "test": 6}
     assert "train/dog/link.png" in (tmp_path / "d/skipped.csv").read_text()
