@@ -27,7 +27,7 @@ from arraytp.disk import refuse_special
 from arraytp.errors import UserError
 
 MAX_DEPTH = 4
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # The largest official file of those that are read whole has 155 MB, and images of 2**26 pixels seldom more than 64.
 MAX_FILE_BYTES = 2**28
 # Images hardly compress; small ones, padded by tar, shrink to a twentieth.
@@ -49,7 +49,8 @@ _Member = tuple[str, int, int]
 class Files:
     """Files by name: `names` are relative to `root`, with `/`, in the order of their text.
 
-    `read` takes a row of `names` and returns the file's content; it raises OSError. `state` changes when a file does.
+    `read` takes a row of `names` and returns the file's content; it raises OSError. `state` changes when an image file
+    or the archive does; other files may grow meanwhile, such as a log, or what is packed into a folder of the source.
     """
 
     root: Path
@@ -72,7 +73,7 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
     """
     if src.is_dir():
         names = sorted(_walk(src, "", MAX_DEPTH))
-        state = fingerprint(f"{name} {file_state(src / name)}" for name in names)
+        state = fingerprint(f"{name} {file_state(src / name)}" for name in names if is_image(name))
         yield Files(src, names, lambda row: _read_whole(src / names[row]), state)
         return
     refuse_special(src)
@@ -117,6 +118,11 @@ def _check_length(size: int) -> None:
         raise OSError(errno.EFBIG, f"{size:,} bytes are more than {MAX_FILE_BYTES:,}")
 
 
+def is_image(name: str) -> bool:
+    """Tell by its ending whether a file is to be an image."""
+    return name.lower().endswith(_IMAGE_SUFFIXES)
+
+
 def file_state(path: Path) -> str:
     """Return size and time of the last change of a file, or that it cannot be looked at."""
     try:
@@ -149,7 +155,7 @@ def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
                     # A link may lead back to where it is.
                     if depth > 1 or not entry.is_symlink():
                         yield from _walk(root, f"{name}/", depth - 1)
-                elif depth < 1 and not name.lower().endswith(IMAGE_SUFFIXES):
+                elif depth < 1 and not is_image(name):
                     continue
                 # To open a pipe would be to wait for its other end. A link to nothing, or to itself, is told of when it
                 # is read.

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from arraytp.data_prep.files import IMAGE_SUFFIXES, Files, open_files
+from arraytp.data_prep.files import Files, is_image, open_files
 from arraytp.data_prep.images import Plan, pack_images
 from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
@@ -18,9 +18,7 @@ _SPLIT = re.compile("[a-z][a-z0-9_]*")
 def image_rows(files: Files) -> Iterable[tuple[int, str]]:
     """Yield row and name of every image file; hidden files, and those in hidden folders, are no images."""
     for row, name in enumerate(files.names):
-        if name.lower().endswith(IMAGE_SUFFIXES) and not any(
-            part.startswith(".") for part in PurePosixPath(name).parts
-        ):
+        if is_image(name) and not any(part.startswith(".") for part in PurePosixPath(name).parts):
             yield row, name
 
 

@@ -115,7 +115,12 @@ def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, A
 
 def _state(plan: Plan, chosen: Mapping[str, tuple[Rows, Labels]], options: PackOptions) -> str:
     """Tell apart what the packing would take: files, their order and labels, and when it would give up."""
-    orders = (f"{split} {rows.tobytes().hex()} {labels.tobytes().hex()}" for split, (rows, labels) in chosen.items())
+    # By name: a file that is no image may come before them and move their rows.
+    orders = (
+        f"{split} {label} {plan.files.names[row]}"
+        for split, (rows, labels) in chosen.items()
+        for row, label in zip(rows, labels, strict=True)
+    )
     return fingerprint([plan.files.state, str(options.max_skipped), *orders])
 
 

@@ -169,3 +169,25 @@ def test_a_source_that_changed_since_is_packed_from_the_start(tmp_path, source, 
     monkeypatch.setattr(writer, "write_shard", lambda *a, **k: (written.append(a), write_shard(*a, **k))[1])
     assert pack(source, tmp_path / "9") == 0
     assert len(written) == len([name for name in content(tmp_path / "9") if name.endswith(".h5")])
+
+
+def test_a_pack_into_its_own_source_goes_on_whatever_else_grows_there(tmp_path, capsys, monkeypatch):
+    image_files(tmp_path)
+    arguments = ["data", "pack", "folder", str(tmp_path), *SOURCES["folder"][1]]
+    written, write_shard = [], writer.write_shard
+
+    def full(path, *rest, **options):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path.name)
+        return write_shard(path, *rest, **options)
+
+    monkeypatch.setattr(writer, "write_shard", full)
+    assert pack(arguments, tmp_path / "d") == 2
+    assert "run the same pack again" in capsys.readouterr().err
+    (tmp_path / "pack.log").write_text("no room")
+    monkeypatch.setattr(
+        writer, "write_shard", lambda path, *a, **k: (written.append(path.name), write_shard(path, *a, **k))[1]
+    )
+    assert pack(arguments, tmp_path / "d") == 0
+    assert len(written) == len(set(written)) == len(list((tmp_path / "d").glob("*.h5")))
