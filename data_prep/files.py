@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
 
-from arraytp.disk import refuse_special
+from arraytp.disk import real, refuse_special
 from arraytp.errors import UserError
 
 MAX_DEPTH = 4
@@ -65,10 +65,10 @@ class Files:
 
 
 @contextmanager
-def open_files(src: Path, scratch: Path) -> Iterator[Files]:
+def open_files(src: Path, dst: Path) -> Iterator[Files]:
     """Open a folder, to a depth of four but for image files, or a tar archive: plain, gzip, xz or bzip2.
 
-    A compressed archive is unpacked in `scratch`, or the nearest of its parents that exists. UserError if `src` is
+    A compressed archive is unpacked beside `dst`, or the nearest of its parents that exists. UserError if `src` is
     neither, is damaged or truncated, or holds what is not a plain file within it.
     """
     if src.is_dir():
@@ -88,7 +88,7 @@ def open_files(src: Path, scratch: Path) -> Iterator[Files]:
         if unpack is None:
             yield _only(src, file)
             return
-        with tempfile.TemporaryFile(dir=_existing(scratch)) as plain:
+        with _unnamed_file(src, _existing(real(dst).parent)) as plain:
             _unpack(src, unpack(file), plain)
             yield _only(src, plain)
 
@@ -176,7 +176,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _unnamed_file(src: Path, folder: Path) -> IO[bytes]:
+    # Not in the data set's own folder: some network file systems keep a name for it, which a pack takes for another's.
+    try:
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError as error:
+        raise UserError(f"{src}: cannot be unpacked in {folder}: {error.strerror}; choose another DST") from error
 
 
 def _unpack(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:

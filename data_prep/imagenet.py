@@ -118,40 +118,40 @@ def read_solution(document: Document) -> dict[int, str]:
     return documents
 
 
-def read_val_labels(src: Path, devkit: Path | None, scratch: Path) -> tuple[str, dict[int, str]]:
+def read_val_labels(src: Path, devkit: Path | None, dst: Path) -> tuple[str, dict[int, str]]:
     """Return where the labels of flat validation images are from, and number → wnid: Kaggle's, or the devkit's."""
     # Kaggle's file lies beside ILSVRC/, whichever of the two folders was named.
     places = [] if devkit else [src / SOLUTION, *(parent / SOLUTION for parent in real(src).parents[:3])]
     solution = next((place for place in places if place.is_file()), None)
     if solution is not None:
         return str(solution), read_solution(Document(str(solution), read_small(solution, _MOST_BYTES)))
-    document, class_map = find_devkit(src, devkit, scratch)
+    document, class_map = find_devkit(src, devkit, dst)
     return document.where, dict(enumerate(read_truth(document, read_class_map(class_map)), 1))
 
 
-def _devkit_documents(src: Path, devkit: Path | None, scratch: Path) -> dict[str, Document]:
+def _devkit_documents(src: Path, devkit: Path | None, dst: Path) -> dict[str, Document]:
     roots = [devkit] if devkit else [src, src / DEVKIT, src / "devkit", src / f"{DEVKIT}.tar.gz"]
     documents: dict[str, Document] = {}
     for root in roots:
-        documents = _documents(root, scratch) | documents
+        documents = _documents(root, dst) | documents
     return documents
 
 
-def find_class_map(src: Path, devkit: Path | None, scratch: Path) -> Document | None:
+def find_class_map(src: Path, devkit: Path | None, dst: Path) -> Document | None:
     """Return the devkit's class map, from `devkit` or from the official places in `src`, if there is one.
 
     UserError if it cannot be read, or is not in the `devkit` that was named.
     """
-    documents = _devkit_documents(src, devkit, scratch)
+    documents = _devkit_documents(src, devkit, dst)
     class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
     if devkit and class_map is None:
         raise UserError(f"{devkit}: no {' or '.join(CLASS_MAPS)}")
     return class_map
 
 
-def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document, Document]:
+def find_devkit(src: Path, devkit: Path | None, dst: Path) -> tuple[Document, Document]:
     """Return the ground truth and the class map, from `devkit` or the official places in `src`; UserError without."""
-    documents = _devkit_documents(src, devkit, scratch)
+    documents = _devkit_documents(src, devkit, dst)
     truth = documents.get(TRUTH)
     class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
     other = next((documents[name] for name in documents if _OTHER_YEAR.fullmatch(name)), None)
@@ -166,11 +166,11 @@ def find_devkit(src: Path, devkit: Path | None, scratch: Path) -> tuple[Document
     return truth, class_map
 
 
-def _documents(root: Path, scratch: Path) -> dict[str, Document]:
+def _documents(root: Path, dst: Path) -> dict[str, Document]:
     """Read the devkit's files that a folder, its `data/` or an archive has, by their names."""
     needed = (TRUTH, *CLASS_MAPS)
     if root.is_file():
-        with open_files(root, scratch) as files:
+        with open_files(root, dst) as files:
             rows = {PurePosixPath(name).name: row for row, name in enumerate(files.names)}
             return {
                 name: Document(f"{root}: {files.names[row]}", files.read(row))
@@ -190,20 +190,20 @@ def _documents(root: Path, scratch: Path) -> dict[str, Document]:
 
 
 @contextmanager
-def open_tree(src: Path, scratch: Path) -> Iterator[Files]:
+def open_tree(src: Path, dst: Path) -> Iterator[Files]:
     """Open train/ and val/: a folder or an archive of both, or a folder with the official archives; as `open_files`."""
     if (src / KAGGLE).is_dir():
         src = src / KAGGLE
     archives = {split: src / name for split, name in ARCHIVES.items() if (src / name).is_file()}
     if (src / "train").exists() or "train" not in archives:
-        with open_files(src, scratch) as files:
+        with open_files(src, dst) as files:
             yield files
     else:
         with open_archives(src, archives) as files:
             yield files
 
 
-def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -> Plan:
+def plan_imagenet(files: Files, src: Path, devkit: Path | None, dst: Path) -> Plan:
     """Plan train/<wnid>/ and val/<wnid>/ or flat val/; labels are the wnids in alphabetical order.
 
     Images may also lie flat in train/ and val/ with their wnids at the ends of their names. A flat test/, which has no
@@ -226,7 +226,7 @@ def plan_imagenet(files: Files, src: Path, devkit: Path | None, scratch: Path) -
         return plan
     if "val" in plan.splits:
         raise UserError(f"{files.root}: val/ holds images both flat and in class folders")
-    where, truth = read_val_labels(src, devkit, scratch)
+    where, truth = read_val_labels(src, devkit, dst)
     labels = {wnid: label for label, wnid in enumerate(plan.classes)}
     rows = sorted(flat, key=flat.__getitem__)
     for row in rows:

@@ -65,9 +65,9 @@ def _in_order(file: BinaryIO, order: Labels) -> Iterator[tuple[Images, Labels]]:
         yield np.frombuffer(content, np.uint8).reshape(-1, *SHAPE), rows
 
 
-def _classes(src: Path, devkit: Path | None, scratch: Path) -> list[str]:
+def _classes(src: Path, devkit: Path | None, dst: Path) -> list[str]:
     """Return the classes in the order of the files' numbers: wnids where a devkit says them, else the numbers."""
-    class_map = find_class_map(src, devkit, scratch)
+    class_map = find_class_map(src, devkit, dst)
     if class_map is None:
         return [str(number) for number in range(1, CLASSES + 1)]
     wnids = read_class_map(class_map)

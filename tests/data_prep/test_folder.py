@@ -1,9 +1,11 @@
 """Trees of image files: what is decoded, how it is resized, and what is refused."""
 
 import csv
+import errno
 import io
 import os
 import tarfile
+import tempfile
 
 import numpy as np
 import pytest
@@ -337,6 +339,30 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path, pixels, mode)
         with pytest.raises(UserError, match=r"s\.tar: .*(truncated|damaged|not a tar)"):
             pack(tmp_path / "s.tar", tmp_path / "d", PackOptions())
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_an_archive_is_unpacked_beside_the_data_set(tmp_path, pixels, monkeypatch, made):
+    """Within it, what a network file system keeps in place of a removed file would be foreign to the pack."""
+    src = write_tar(tmp_path / "s.tar", contents_of(pixels), "w:gz")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "d").symlink_to("e/d")
+    if made:
+        (tmp_path / "e/d").mkdir()
+    folders, original = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: folders.append(dir) or original(dir=dir))
+    with open_files(src, tmp_path / "d"):
+        assert folders == [(tmp_path / "e").resolve()]
+
+
+def test_a_place_where_an_archive_cannot_be_unpacked_is_named(tmp_path, pixels, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{dir}/tmpabc")
+
+    src = write_tar(tmp_path / "s.tar", contents_of(pixels), "w:gz")
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=rf"s\.tar: cannot be unpacked in {tmp_path}: Permission denied; choose"):
+        pack(src, tmp_path / "d", PackOptions())
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path):
