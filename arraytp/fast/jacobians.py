@@ -13,13 +13,14 @@ from functools import partial
 from arraytp.backend import Array, array_module, matrix_product
 from arraytp.fast.parallel import LANES, Buffers, Workspace, even_slices, slices
 from arraytp.fast.passes import pool_adjoint
-from arraytp.fast.products import DEVICE_BYTES, Products, iteration_slice, split_products
+from arraytp.fast.products import Products, split_products
 from arraytp.model.passes import At, Batch
 from arraytp.ops.solve import damped_gauss_newton
 
 OWNER = "jacobians"
-# What the gradients of a dense block's samples, of all classes, may take.
-DENSE_BYTES = 2 << 20
+# What the patches of a convolution's samples, or the gradients of a dense block's, of all classes, may take.
+PATCH_BYTES, DENSE_BYTES = 16 << 20, 2 << 20
+DEVICE_BYTES = 1 << 29
 Sums = Mapping[int, tuple[Array, Array]]
 """By n = 1 … N−1: Σ_b J_b J_bᵀ of shape (C, C), and Σ_b J_b of shape (C, D)."""
 Walk = list[tuple[At, Products, Array]]
@@ -98,12 +99,12 @@ def _down(walk: Walk, ds: Array, part: slice, scratch: Buffers) -> Iterator[tupl
 
 def _length(products: Products, ds: Array, on_host: bool) -> int:
     """Return how many samples go through a block together, with all classes."""
-    classes, samples = len(ds), ds.shape[1]
-    if products.block.window is not None:
-        return max(1, iteration_slice(products, samples * classes, ds.itemsize, on_host) // classes)
-    width = max(math.prod(products.block.in_shape), math.prod(products.block.out_shape))
-    limit, sample_bytes = DENSE_BYTES if on_host else DEVICE_BYTES, classes * width * int(ds.itemsize)
-    return max(1, limit // sample_bytes)
+    block = products.block
+    if block.window is not None:
+        limit, numbers = PATCH_BYTES, products.sample_rows * products.row_width
+    else:
+        limit, numbers = DENSE_BYTES, max(math.prod(block.in_shape), math.prod(block.out_shape))
+    return max(1, (limit if on_host else DEVICE_BYTES) // (len(ds) * numbers * int(ds.itemsize)))
 
 
 def _unit_gradients(part: slice, batch: Batch, scratch: Buffers) -> Array:

@@ -30,6 +30,8 @@ from arraytp.ops.patches import Window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
 
 OWNER = "passes"
+# How many multiplications of a product are worth waking threads for: fewer take less time than that.
+SHARED = 1 << 20
 
 
 def forward(workspace: Workspace, network: Network, x: Array, name: str = "forward") -> ForwardPass:
@@ -263,6 +265,8 @@ def product(workspace: Workspace, a: Array, b: Array, out: Array) -> Array:
 
 def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
     """Cut the longer side of the result: each task then copies the smaller factor whole, and of the larger its part."""
+    if a.size * b.shape[1] < SHARED:
+        return [partial(matmul, a, b, out)]
     if len(a) > b.shape[1]:
         return [partial(matmul, a[part], b, out[part]) for part in tiles(len(a))]
     return [partial(matmul, a, b[:, part], out[:, part]) for part in tiles(b.shape[1])]

@@ -26,7 +26,6 @@ OWNER = "products"
 PATCH_BYTES, SPLIT_BYTES, GROUP_BYTES = 2 << 20, 4 << 20, 2 << 20
 # An iteration of feedback training, whose slices go through four products.
 ITERATION_BYTES = 8 << 20
-DEVICE_BYTES = 1 << 29
 GEMM_ROWS = 512
 # How many numbers of a product are compared before they are taken for those of its rows alone.
 COMPARED = 1 << 10
@@ -187,12 +186,11 @@ def pass_slices(products: Products, batch: int, itemsize: int, lanes: int) -> tu
     return min(group, most), min(length, most)
 
 
-def iteration_slice(products: Products, batch: int, itemsize: int, on_host: bool = True) -> int:
+def iteration_slice(products: Products, batch: int, itemsize: int) -> int:
     """Return how many samples go through an iteration of feedback training together."""
     if products.block.window is None:
         return batch
-    limit = ITERATION_BYTES if on_host else DEVICE_BYTES
-    return max(1, min(batch, limit // (products.sample_rows * products.row_width * itemsize)))
+    return max(1, min(batch, ITERATION_BYTES // (products.sample_rows * products.row_width * itemsize)))
 
 
 def rows_times(rows: Sequence[slice], a: Array, b: Array, out: Array) -> None:

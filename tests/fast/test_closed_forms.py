@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from samples import ACTIVATIONS, NAMED, batch, chains, close, placed, random_network
 from training import fast, pass_of, plain
 
-from arraytp.fast import jacobians, overlaps, products
+from arraytp.fast import jacobians, overlaps
 from arraytp.model.architectures import plan_network
 from arraytp.options import NetworkOptions
 
@@ -44,17 +44,16 @@ def test_sums_with_every_activation_equal_the_plain_ones(place, activation):
 @pytest.mark.parametrize("count", [1, 9])
 def test_slices_of_one_sample_add_up(place, monkeypatch, count):
     """Several slices a lane: the second must not take the place of the first."""
-    monkeypatch.setattr(products, "ITERATION_BYTES", 1)
-    for module in (products, jacobians):
-        monkeypatch.setattr(module, "DEVICE_BYTES", 1)
-    monkeypatch.setattr(jacobians, "DENSE_BYTES", 1)
+    for name in ("PATCH_BYTES", "DENSE_BYTES", "DEVICE_BYTES"):
+        monkeypatch.setattr(jacobians, name, 1)
     monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
     check(place, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), count)
 
 
 def test_slices_of_one_sample_behind_a_dense_block_s_of_several_add_up(place, monkeypatch):
-    monkeypatch.setattr(products, "ITERATION_BYTES", 1)
-    monkeypatch.setattr(products, "DEVICE_BYTES", 1)
+    monkeypatch.setattr(jacobians, "PATCH_BYTES", 1)
+    # On a device there is one limit: a sample of the convolution is larger, ten of a dense block are not.
+    monkeypatch.setattr(jacobians, "DEVICE_BYTES", 1 << 16)
     check(place, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), 13)
 
 

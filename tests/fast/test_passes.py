@@ -190,8 +190,10 @@ def test_results_with_different_names_do_not_overwrite_each_other():
     np.testing.assert_array_equal(first.logits, kept)
 
 
-def test_the_product_is_the_matrix_product(place):
-    a, b = rng(1).standard_normal((5, 7)), rng(2).standard_normal((7, 1030))
-    out = place.backend.xp.empty((5, 1030))
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(5, 7, 1030), (37, 41, 1030), (1030, 41, 37)])
+def test_the_product_is_the_matrix_product(place, rows, inner, columns):
+    """A small one in one piece, larger ones cut by columns or by rows."""
+    a, b = rng(1).standard_normal((rows, inner)), rng(2).standard_normal((inner, columns))
+    out = place.backend.xp.empty((rows, columns))
     passes.product(Workspace(place.backend, 2), place.put(a), place.put(b), out)
     close(place.get(out), a @ b, ROUNDING)

@@ -8,7 +8,7 @@ from samples import NAMED, batch, fitting_blocks, named_blocks, random_network
 from training import trainer
 
 from arraytp.backend import NUMPY
-from arraytp.fast import engine, inverse, overlaps, products
+from arraytp.fast import engine, inverse, jacobians, overlaps, products
 from arraytp.model.architectures import square
 from arraytp.model.initialise import make_network
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
@@ -108,6 +108,7 @@ def test_no_array_of_a_batch_is_allocated_in_the_steady_state(case, monkeypatch)
     """Slices of one sample each, so that what is allocated per slice is told apart from what is per batch."""
     for name in ("GROUP_BYTES", "PATCH_BYTES", "SPLIT_BYTES", "GEMM_ROWS", "ITERATION_BYTES"):
         monkeypatch.setattr(products, name, 1)
+    monkeypatch.setattr(jacobians, "PATCH_BYTES", 1)
     monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
     for module in (engine, inverse):
         monkeypatch.setattr(module, "SLICES", 128)
