@@ -102,7 +102,9 @@ def _lines(series: Sequence[tuple[Series, Look, str]], x: str, y: str, width: in
 
 def _table(rows: Sequence[dict[str, Any]]) -> Any:
     """Return a table that a click on a column's name sorts; columns without any value are left out."""
-    names = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)] if rows else []
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    rows = [{key: row.get(key, "") for key in keys} for row in rows]
+    names = [name for name in keys if any(row[name] not in (None, "") for row in rows)]
     columns = []
     for name in names:
         numbers = all(row[name] is None or isinstance(row[name], int | float) for row in rows)

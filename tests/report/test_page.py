@@ -1,5 +1,6 @@
 """`arraytp report --html`: one page that needs no network, opened in headless Chromium."""
 
+import json
 import re
 
 import pytest
@@ -19,6 +20,18 @@ def page(make_result, tmp_path, monkeypatch):
     results = make_result("results/fa").parent
     assert main(["report", str(results), "--html", str(tmp_path / "page.html")]) == 0
     return tmp_path / "page.html"
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_runs_of_different_packages_are_in_one_table(make_result, tmp_path, monkeypatch, names):
+    """An unfinished run says no versions, and one on the host none of CuPy."""
+    monkeypatch.setattr("arraytp.commands.report.write_figures", lambda *_: None)
+    monkeypatch.setattr("arraytp.commands.report.write_comparison", lambda *_: [tmp_path] * 3)
+    summary = make_result(f"results/{names[0]}") / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"versions": {"numpy": "2.9.9", "cupy": "15.8"}}))
+    make_result(f"results/{names[1]}", finished=False)
+    assert main(["report", str(tmp_path / "results"), "--html", str(tmp_path / "page.html")]) == 0
+    assert "15.8" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_page_loads_nothing(page):
