@@ -44,8 +44,9 @@ class BlockAngle:
 def block_angles(result: Result, reference: Reference = BP) -> list[BlockAngle]:
     """Return the summary of every block, from the input's on; of several seeds, of their means."""
     if result.seeds:
-        each = [block_angles(run, reference) for run in result.seeds]
-        return [_over_seeds(angles) for angles in zip(*each, strict=True)]
+        # One that was stopped early may have measured no block yet, or not all.
+        each = [angles for run in result.seeds if (angles := block_angles(run, reference))]
+        return [_over_seeds(angles) for angles in zip(*each, strict=False)]
     block, angle = result.angles["block"], result.angles[reference.column]
     return [_summary(angle[block == n]) for n in range(len(result.blocks))]
 
@@ -91,9 +92,14 @@ def has_angles(result: Result, reference: Reference = BP) -> bool:
 
 
 def common_blocks(results: Sequence[Result]) -> list[str]:
-    """Return block labels for a comparison: the runs' own where these agree, `block n` for every place where not."""
-    count = max((len(result.blocks) for result in results), default=0)
-    named = [labels for result in results if (labels := result.blocks) != numbered_blocks(len(labels))]
+    """Return `common_labels` of runs."""
+    return common_labels([result.blocks for result in results])
+
+
+def common_labels(networks: Sequence[list[str]]) -> list[str]:
+    """Return block labels for a comparison: the networks' own where they agree, `block n` for every place where not."""
+    count = max(map(len, networks), default=0)
+    named = [labels for labels in networks if labels != numbered_blocks(len(labels))]
     longest = max(named, key=len, default=[])
     agree = len(longest) == count and all(labels == longest[: len(labels)] for labels in named)
     return longest if agree else numbered_blocks(count)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from arraytp.report import panels
 from arraytp.report.angles import GNT, common_blocks, has_angles, references
 from arraytp.report.reading import Result, read_result
 from arraytp.report.seeds import averaged
-from arraytp.report.style import RC, Look, legend_columns, looks, rule_colour, wrapped
+from arraytp.report.style import RC, Look, legend_columns, literal, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
 
 # Accuracies of more are clearer by epochs.
@@ -63,7 +64,7 @@ def write_comparison(results: Sequence[Result], out: Path | str) -> list[Path]:
 
 def learning_curves(result: Result) -> Figure:
     """Draw loss and accuracy over the epochs, training dashed, test solid."""
-    figure = new_figure(9.6, 3.9, f"{result.label}: loss and accuracy")
+    figure = new_figure(9.6, 3.9, f"{literal(result.label)}: loss and accuracy")
     left, right = figure.subplots(1, 2)
     colour = rule_colour(result)
     curves = (("train", Look(colour, (0, (4, 1.5)))), (result.split, Look(colour)))
@@ -83,7 +84,7 @@ def learning_curves(result: Result) -> Figure:
 
 def angles_per_block(result: Result) -> Figure:
     """Draw the mean angle to BP's update of every block."""
-    figure = new_figure(7.2, 4.2, f"{result.label}: angle to BP's update per block, mean ± s.d.")
+    figure = new_figure(7.2, 4.2, f"{literal(result.label)}: angle to BP's update per block, mean ± s.d.")
     axes = figure.subplots()
     panels.angle_bars(axes, [result], [Look(rule_colour(result))], result.blocks)
     axes.set_xlabel("block, from the input's to the output's")
@@ -102,7 +103,7 @@ def feedback_angles(result: Result) -> Figure:
 
 
 def _over_time(result: Result, what: str, drawing: Sequence[Callable[[Axes, Result], None]]) -> Figure:
-    figure = new_figure(2.2 + 5 * len(drawing), 4.2, f"{result.label}: {what} during training")
+    figure = new_figure(2.2 + 5 * len(drawing), 4.2, f"{literal(result.label)}: {what} during training")
     named: dict[str, Any] = {}
     for axes, draw in zip(figure.subplots(1, len(drawing), squeeze=False)[0], drawing, strict=True):
         draw(axes, result)
@@ -119,7 +120,7 @@ def comparison(results: Sequence[Result]) -> Figure:
     too, one more has that angle over the steps. Runs of several seeds are one line with a band of mean ± standard
     deviation.
     """
-    results = averaged(results)
+    results = [replace(result, label=literal(result.label)) for result in averaged(results)]
     given, blocks = looks(results), common_blocks(results)
     labels = [wrapped(result.label) for result in results]
     columns = legend_columns(labels, width=110)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from arraytp.disk import real
 from arraytp.errors import UserError
+from arraytp.report.angles import common_labels
 from arraytp.report.figures import new_figure, save_figure, write_bytes
 from arraytp.report.reading import Columns, read_csv
 from arraytp.report.seeds import deviation, over_seeds
-from arraytp.report.style import RC, shades
+from arraytp.report.style import RC, literal, shades
 from arraytp.training.tables import DRIFT_COLUMNS, FEEDBACK_COLUMNS
 
 Floats = NDArray[np.float64]
@@ -50,7 +52,7 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
 
     UserError if a folder's files are missing or damaged, or the new ones cannot be written.
     """
-    studies = [read_study(folder) for folder in folders]
+    studies = _alike([read_study(folder) for folder in folders])
     table = study_table(studies)
     write_bytes(f"{table}\n".encode(), out / "study.md")
     with matplotlib.rc_context(RC):
@@ -61,6 +63,15 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
             save_figure(drift_figure(drifts), out / "figures" / "drift.png")
         save_figure(update_figure(studies), out / "figures" / LAST_STUDY_FIGURE)
     return table
+
+
+def _alike(studies: Sequence[StudyResult]) -> list[StudyResult]:
+    """Let all have updates of as many blocks, NaN where a network has fewer."""
+    count = max(len(study.blocks) for study in studies)
+    return [
+        replace(study, updates=np.pad(study.updates, ((0, 0), (0, count - len(study.blocks))), constant_values=np.nan))
+        for study in studies
+    ]
 
 
 def read_study(folder: Path) -> StudyResult:
@@ -75,7 +86,7 @@ def read_study(folder: Path) -> StudyResult:
         for name in ("angle_deg", "drift_rms" if drift else "distance")
     )
     return StudyResult(
-        label=folder.name,
+        label=real(folder).name,
         blocks=summary["blocks"],
         updates=updates,
         iterations=tables[0]["step"][:: len(blocks)],
@@ -124,14 +135,17 @@ def _read_tables(paths: list[Path], columns: Sequence[str]) -> list[Columns]:
 
 def study_table(studies: Sequence[StudyResult]) -> str:
     """Return a Markdown table: a row a study, mean ± standard deviation over the seeds."""
-    blocks = studies[0].blocks
+    blocks = common_labels([study.blocks for study in studies])
+    kinds = {study.drift for study in studies}
     last = ["ω to θ, last block (°)", "distance"]
-    if all(study.drift for study in studies):
+    if kinds == {True}:
         last = ["last block (°)", "its drift"]
+    elif True in kinds:
+        last = ["last block, ω to θ or of drift (°)", "distance or drift"]
     head = ["study", "seeds", *(f"update {label} (°)" for label in blocks), *last, "s"]
     rows = [
         [
-            study.label,
+            study.label.replace("|", "\\|"),
             str(len(study.updates)),
             *(_mean(study.updates[:, n]) for n in range(len(blocks))),
             _mean(study.angle[:, -1, -1]),
@@ -149,14 +163,14 @@ def update_figure(studies: Sequence[StudyResult]) -> Any:
         max(6.0, 1.5 * len(studies) + 2.5), 4.2, "Angle between the rule's update and BP's, mean ± s.d."
     )
     axes = figure.subplots()
-    blocks = studies[0].blocks
+    blocks = common_labels([study.blocks for study in studies])
     width, spreads = 0.8 / len(blocks), [over_seeds(study.updates) for study in studies]
     for n, (label, colour) in enumerate(zip(blocks, shades(len(blocks)), strict=True)):
         places = np.arange(len(studies)) + width * (n + 0.5 - len(blocks) / 2)
         means, deviations = ([float(each[n]) for each in of] for of in zip(*spreads, strict=True))
         axes.bar(places, means, 0.92 * width, color=colour, label=label)
         axes.errorbar(places, means, deviations, fmt="none", ecolor="#444444", capsize=2)
-    axes.set_xticks(range(len(studies)), [study.label.replace("-", "\n") for study in studies])
+    axes.set_xticks(range(len(studies)), [literal(study.label).replace("-", "\n") for study in studies])
     axes.set(ylabel="angle (°)", ylim=(0, None))
     axes.grid(visible=False, axis="x")
     figure.legend(loc="outside right center", title="block")
@@ -174,7 +188,7 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
         if np.isfinite(study.angle[:, :, position]).all() and np.ptp(study.angle[:, :, position], axis=1).max() > 0
     ]
     for (study, position), colour in zip(lines, shades(len(lines)), strict=True):
-        label = f"{study.label}, {study.blocks[study.feedback_blocks[position]]}"
+        label = f"{literal(study.label)}, {study.blocks[study.feedback_blocks[position]]}"
         _band(left, study.iterations, study.angle[:, :, position], colour, label)
         _band(right, study.iterations, study.distance[:, :, position], colour, label)
     left.set(xlabel="iterations of feedback training", ylabel="angle (°)", ylim=(0, None))
@@ -195,7 +209,7 @@ def drift_figure(studies: Sequence[StudyResult]) -> Any:
         angle, drift = study.angle.mean(axis=0), study.distance.mean(axis=0)
         for n, (label, colour) in enumerate(zip(study.blocks, shades(len(study.blocks)), strict=True)):
             axes.plot(drift[:, max(n, 1)], angle[:, n], color=colour, marker="o", markersize=3, label=label)
-        axes.set(title=study.label, xlabel="drift ‖WWᵀ − I‖/√K")
+        axes.set(title=literal(study.label), xlabel="drift ‖WWᵀ − I‖/√K")
         axes.tick_params(axis="x", labelrotation=30)
     panels[0].set_ylabel("angle (°)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", title="block")

@@ -84,6 +84,11 @@ def wrapped(label: str, width: int = 46) -> str:
     return textwrap.fill(label, width)
 
 
+def literal(label: str) -> str:
+    """Return a label in which dollars are drawn, and not taken for mathematics."""
+    return label.replace("$", r"\$")
+
+
 def legend_columns(labels: Sequence[str], width: int) -> int:
     """Return how many legend columns fit into `width` characters, evened out over the rows."""
     longest = max((len(line) for label in labels for line in label.splitlines()), default=1)

@@ -202,3 +202,11 @@ def test_numbers_along_the_epochs_stand_apart(make_result: Make, epochs: int) ->
         low, high = axes.get_window_extent().intervalx
         inside = [extent for extent in shown if low <= (extent.x0 + extent.x1) / 2 <= high]
         assert all(before.x1 + 5 < after.x0 for before, after in pairwise(inside))
+
+
+def test_dollars_in_a_name_are_drawn(make_result: Make, tmp_path: Path) -> None:
+    """Between two of them Matplotlib reads mathematics, and refuses a lone underscore."""
+    folder = make_result("results/a$_$b")
+    write_figures(folder)
+    write_comparison([read_result(folder), read_result(make_result("results/bp", "bp"))], tmp_path)
+    assert (tmp_path / "comparison.png").exists()

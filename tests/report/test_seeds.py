@@ -103,3 +103,12 @@ def test_seeds_csv_leaves_out_other_settings_beside_the_latest_runs(three_seeds:
     latest = read_results([three_seeds / "fa/seed-0"])
     rows = seeds_table(read_results([three_seeds]), latest, three_seeds).splitlines()[1:]
     assert [row.split(",")[:2] for row in rows] == [["bp", "3"], ["fa", "0"], ["fa", "2"]]
+
+
+def test_seeds_that_are_not_equally_far_have_the_angles_that_there_are(make_result: Make, tmp_path: Path) -> None:
+    make_result("results/bp", "bp")
+    make_result("results/fa/seed-0", finished=False, angles={0: [35.0, 20, 10, 0]})
+    make_result("results/fa/seed-1", finished=False, angles={})
+    text = comparison_table(read_results([tmp_path / "results"]), width=200)
+    (row,) = [line for line in text.splitlines() if line.startswith("fa ")]
+    assert "35.0" in row
