@@ -83,7 +83,7 @@ def _checked_pixels(image: Image.Image) -> int:
 def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
     """Decode an image file: an opaque RGB image, turned upright as its EXIF orientation says, or not.
 
-    BrokenImageError if it is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels.
+    BrokenImageError if it is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels; MemoryError.
     """
     with _breakage():
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
@@ -96,12 +96,15 @@ def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
 def _breakage() -> Iterator[None]:
     try:
         yield
-    except BrokenImageError:
+    # Nothing is wrong with an image for which there is no memory.
+    except (BrokenImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise BrokenImageError("not a JPEG, PNG or WebP image") from None
     # A damaged file makes Pillow raise OSError, SyntaxError, ValueError, struct.error and more.
     except Exception as error:
+        if str(error).startswith("out of memory"):
+            raise MemoryError from error
         raise BrokenImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
@@ -110,6 +113,8 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
     # An image whose EXIF cannot be read is still an image.
     except Exception:
         return image

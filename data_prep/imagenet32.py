@@ -14,7 +14,7 @@ from arraytp.data_prep.batches import read_batch
 from arraytp.data_prep.files import file_state, fingerprint
 from arraytp.data_prep.imagenet import find_class_map, read_class_map
 from arraytp.data_prep.options import PackOptions, check_limits, chosen_rows
-from arraytp.errors import UserError
+from arraytp.errors import UnreadableError, UserError
 
 SHAPE = (32, 32, 3)
 CLASSES = 1000
@@ -28,7 +28,7 @@ def _read(path: Path) -> tuple[Images, Labels]:
         with path.open("rb") as file:
             return read_batch(file, path, "labels", CLASSES, 1)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _find(src: Path) -> dict[str, list[Path]]:

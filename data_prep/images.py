@@ -1,5 +1,6 @@
 """Decode image files on all cores and pack them; what differs between sources is the plan alone."""
 
+import errno
 import os
 import warnings
 from collections import deque
@@ -18,11 +19,22 @@ from arraytp.data.writer import DatasetWriter, Description, writing
 from arraytp.data_prep.decode import BrokenImageError, decode, fit, room_for
 from arraytp.data_prep.files import Files, fingerprint
 from arraytp.data_prep.options import Exif, PackOptions, check_limits, chosen_rows
-from arraytp.errors import UserError
+from arraytp.errors import UnreadableError, UserError
 
 BLOCK_BYTES = 2**23
 _BLOCKS_AHEAD = 2
 _TASK_IMAGES = 16
+# What is wrong with one file alone; all else, such as a server that is gone, passes.
+_OWN_ERRORS = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+)
 
 Rows = npt.NDArray[np.int64]
 Broken = list[tuple[int, str]]
@@ -58,13 +70,11 @@ class _Decoder:
         broken = []
         for position, row in enumerate(rows):
             try:
-                content = self.files.read(int(row))
+                content = _read(self.files, int(row))
                 with room_for(content):
                     image = decode(content, self.options.exif or "apply")
                     self._check_size(int(row), (image.height, image.width))
                     out[position] = fit(image, self.size, self.options.resize)
-            except OSError as error:
-                broken.append((position, f"cannot be read: {error.strerror or error}"))
             except BrokenImageError as error:
                 broken.append((position, str(error)))
         return broken
@@ -77,13 +87,26 @@ class _Decoder:
             )
 
 
+def _read(files: Files, row: int) -> bytes:
+    """Read an image file; BrokenImageError if this one cannot be read, UnreadableError if the system has failed."""
+    try:
+        return files.read(row)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+        if error.errno in _OWN_ERRORS:
+            raise BrokenImageError(reason) from error
+        raise UnreadableError(
+            f"{files.root}: {files.names[row]!r} {reason}; the same pack goes on where it stopped"
+        ) from error
+
+
 def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, Any], workers: int | None = None) -> int:
     """Decode the images of a plan, on all cores or by so many `workers`, and write the data set.
 
     `options.name` must be given; EXIF is applied unless `options.exif` says otherwise. `source` is what `dataset.json`
     says of where the images are from; the packing's own settings are added. Returns the number of broken files, which
     are listed in `skipped.csv`. UserError if too many are broken, images differ in size and none is given, or `dst` is
-    not free.
+    not free. UnreadableError or MemoryError for the system's failures, after which the same call goes on.
     """
     check_limits(options, plan.splits)
     chosen = {}
@@ -128,8 +151,8 @@ def _first_size(plan: Plan, exif: Exif) -> tuple[int, int]:
     for rows, _ in plan.splits.values():
         for row in rows:
             try:
-                image = decode(plan.files.read(int(row)), exif)
-            except (OSError, BrokenImageError):
+                image = decode(_read(plan.files, int(row)), exif)
+            except BrokenImageError:
                 continue
             return image.height, image.width
     raise UserError(f"{plan.files.root}: none of its image files can be decoded")

@@ -26,7 +26,7 @@ from arraytp.data.manifest import FILE_NAME, Manifest, ShardEntry, SplitEntry, m
 from arraytp.data.shards import Images, Labels, Room, damage, write_shard
 from arraytp.data.statistics import PixelSums, mean_and_std, pixel_sums
 from arraytp.disk import HeldError, open_locked
-from arraytp.errors import UserError
+from arraytp.errors import UnreadableError, UserError
 from arraytp.files import write_file
 
 SHARD_BYTES = 2**26
@@ -196,8 +196,9 @@ def writing(
     """Write a data set: `with writing(...) as writer: writer.add(...)`; the block's end writes `dataset.json`.
 
     The block begins each split at row `writer.taken(split)`: a call that was killed or interrupted, or that found no
-    room on the disk, leaves its finished shards without `dataset.json`, and the next call for the same data set goes on
-    after them and ends with the same bytes. An exception for another reason removes what was written.
+    room on the disk, no memory or no server, leaves its finished shards without `dataset.json`, and the next call for
+    the same data set goes on after them and ends with the same bytes. An exception for another reason removes what was
+    written.
 
     `folder` is new, empty, or left by a call that did not finish; what is left of another data set is replaced. A shard
     has `shard_images` images, by default as many as 64 MiB hold. UserError if the folder holds something else, is being
@@ -254,7 +255,7 @@ def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
             writer.finish()
         finally:
             writer.close()
-    except OSError:
+    except (OSError, UnreadableError, MemoryError):
         raise
     except Exception:
         _remove_own_files(writer.folder)

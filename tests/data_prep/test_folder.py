@@ -9,7 +9,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
@@ -242,6 +242,16 @@ def test_a_broken_file_is_told_with_the_reason(bad):
     content, reason = BAD[bad]
     with pytest.raises(BrokenImageError, match=reason):
         decode(content)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory when reading image file")])
+def test_an_image_is_not_broken_because_memory_is_full(monkeypatch, error):
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", refuse)
+    with pytest.raises(MemoryError):
+        decode(encoded(COLOUR))
 
 
 def test_broken_files_are_listed_and_the_others_packed(tmp_path, capsys):

@@ -15,6 +15,7 @@ from PIL import Image
 from arraytp.cli import main
 from arraytp.data import writer
 from arraytp.data.dataset import open_dataset
+from arraytp.data_prep import decode, files, imagenet32
 from arraytp.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -169,6 +170,75 @@ def test_a_source_that_changed_since_is_packed_from_the_start(tmp_path, source, 
     monkeypatch.setattr(writer, "write_shard", lambda *a, **k: (written.append(a), write_shard(*a, **k))[1])
     assert pack(source, tmp_path / "9") == 0
     assert len(written) == len([name for name in content(tmp_path / "9") if name.endswith(".h5")])
+
+
+def refuse_to_read(bad, number, monkeypatch):
+    """Let the system fail when a file is read."""
+    read = files._read_whole
+
+    def refuse(path):
+        if path == bad:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(files, "_read_whole", refuse)
+
+
+def run_out_of_memory(path, monkeypatch):
+    """Let there be no memory when an image is decoded."""
+    pixels, upright = Image.open(path).tobytes(), decode._upright
+
+    def refuse(image):
+        if image.tobytes() == pixels:
+            raise MemoryError
+        return upright(image)
+
+    monkeypatch.setattr(decode, "_upright", refuse)
+
+
+SYSTEM_ERRORS = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT)
+
+
+@pytest.mark.parametrize("number", [*SYSTEM_ERRORS, None], ids=[*map(errno.errorcode.get, SYSTEM_ERRORS), "memory"])
+def test_an_image_that_the_system_does_not_give_is_not_broken_and_the_next_pack_goes_on(
+    tmp_path, capsys, monkeypatch, number
+):
+    src = tmp_path / "s"
+    image_files(src)
+    arguments = ["data", "pack", "folder", str(src), *SOURCES["folder"][1]]
+    assert pack(arguments, tmp_path / "whole") == 0
+    capsys.readouterr()
+    bad = src / "test/b/03.png"
+    with monkeypatch.context() as patch:
+        if number is None:
+            run_out_of_memory(bad, patch)
+        else:
+            refuse_to_read(bad, number, patch)
+        assert pack(arguments, tmp_path / "d") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("not enough memory" if number is None else f"cannot be read: {os.strerror(number)}; the same") in error
+    assert set(content(tmp_path / "d")) == {".arraytp-pack", "train-00000.h5", "train-00001.h5", "train-00002.h5"}
+    kept_file = (tmp_path / "d/train-00002.h5").stat()
+    assert pack(arguments, tmp_path / "d") == 0
+    assert (tmp_path / "d/train-00002.h5").stat().st_ino == kept_file.st_ino
+    assert content(tmp_path / "d") == content(tmp_path / "whole")
+
+
+def test_a_batch_that_the_system_does_not_give_keeps_the_shards_before_it(tmp_path, monkeypatch):
+    (tmp_path / "s").mkdir()
+    imagenet32_files(tmp_path / "s")
+    arguments = ["data", "pack", "imagenet32", str(tmp_path / "s"), *SOURCES["imagenet32"][1]]
+    read_batch = imagenet32.read_batch
+
+    def refuse(file, path, *rest):
+        if path.name == "val_data":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_batch(file, path, *rest)
+
+    monkeypatch.setattr(imagenet32, "read_batch", refuse)
+    assert pack(arguments, tmp_path / "d") == 2
+    assert "train-00002.h5" in content(tmp_path / "d")
 
 
 def test_a_pack_into_its_own_source_goes_on_whatever_else_grows_there(tmp_path, capsys, monkeypatch):
