@@ -70,14 +70,21 @@ class _Decoder:
         broken = []
         for position, row in enumerate(rows):
             try:
-                content = _read(self.files, int(row))
-                with room_for(content):
-                    image = decode(content, self.options.exif or "apply")
-                    self._check_size(int(row), (image.height, image.width))
-                    out[position] = fit(image, self.size, self.options.resize)
+                self._into_one(int(row), out[position])
             except BrokenImageError as error:
                 broken.append((position, str(error)))
         return broken
+
+    def _into_one(self, row: int, out: Images) -> None:
+        content = _read(self.files, row)
+        with room_for(content):
+            self._fit_into(row, content, out)
+
+    def _fit_into(self, row: int, content: bytes, out: Images) -> None:
+        # A function of its own: when it ends, before the room is given back, its images are gone.
+        image = decode(content, self.options.exif or "apply")
+        self._check_size(row, (image.height, image.width))
+        out[...] = fit(image, self.size, self.options.resize)
 
     def _check_size(self, row: int, size: tuple[int, int]) -> None:
         if self.options.size is None and size != self.size:

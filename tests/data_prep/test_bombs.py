@@ -6,9 +6,10 @@ import lzma
 import struct
 import tarfile
 import time
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import h5py
 import numpy as np
@@ -22,7 +23,8 @@ from arraytp.data.chunks import read_chunk
 from arraytp.data.dataset import open_dataset
 from arraytp.data.manifest import read_manifest
 from arraytp.data.writer import Description, writing
-from arraytp.data_prep import decode, files, idx
+from arraytp.data_prep import decode, files, folder, idx, images
+from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
 
 MORE = 2**28
@@ -169,6 +171,28 @@ def test_threads_together_decode_no_more_pixels_than_one_may(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(20)))
     assert max(most) == 2
+
+
+def test_an_image_is_gone_when_its_room_is_given_back(tmp_path, monkeypatch):
+    (tmp_path / "s/train/a").mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"s/train/a/{number}.png")
+    decoded, left = [], []
+
+    def watched(*given):
+        image = decode.decode(*given)
+        decoded.append(weakref.ref(image))
+        return image
+
+    @contextmanager
+    def room(_):
+        yield
+        left.append(sum(image() is not None for image in decoded))
+
+    monkeypatch.setattr(images, "decode", watched)
+    monkeypatch.setattr(images, "room_for", room)
+    folder.pack(tmp_path / "s", tmp_path / "d", PackOptions(size=(4, 4)))
+    assert left == [0] * 5
 
 
 @pytest.fixture
