@@ -22,6 +22,8 @@ _FORMATS = (
     PngImagePlugin.PngImageFile.format,
     WebPImagePlugin.WebPImageFile.format,
 )
+# The byte of a PNG's header that says how many bits a value has.
+_PNG_DEPTH = 24
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,6 +91,8 @@ def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
         _checked_pixels(image)
         image.load()
+        if image.format == PngImagePlugin.PngImageFile.format:
+            _scale_transparent(image, content[_PNG_DEPTH])
         return _to_rgb(_upright(image) if exif == "apply" else image)
 
 
@@ -106,6 +110,15 @@ def _breakage() -> Iterator[None]:
         if str(error).startswith("out of memory"):
             raise MemoryError from error
         raise BrokenImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _scale_transparent(image: Image.Image, depth: int) -> None:
+    """Bring a PNG's transparent grey or colour to the 8 bits that Pillow brings the pixels to."""
+    transparent = image.info.get("transparency")
+    if image.mode == "L" and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and isinstance(transparent, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -126,8 +139,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image)
+        grey = ((deep.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[deep == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         page = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")

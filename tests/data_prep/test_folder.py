@@ -4,8 +4,10 @@ import csv
 import errno
 import io
 import os
+import struct
 import tarfile
 import tempfile
+import zlib
 
 import numpy as np
 import pytest
@@ -153,6 +155,40 @@ def test_what_is_transparent_is_laid_on_white():
     palette.putpixel((1, 0), 1)
     found = np.asarray(decode(encoded(palette, transparency=0)))
     assert found.tolist() == [[[255, 255, 255], [70, 80, 90]]]
+
+
+def png(depth, colour, pixels, transparent):
+    """Two pixels and the transparent grey or colour, byte by byte as the PNG specification has them."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">2I5B", 2, 1, depth, colour, 0, 0, 0)
+    rows = zlib.compress(b"\0" + pixels)
+    parts = (
+        (b"IHDR", head),
+        (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
+        (b"IDAT", rows),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "pixels", "transparent", "other"),
+    [
+        (1, 0, b"\x40", [1], 0),
+        (2, 0, b"\x60", [2], 85),
+        (4, 0, b"\x12", [2], 17),
+        (8, 0, b"\x03\x04", [4], 3),
+        (16, 0, struct.pack(">2H", 1000, 2000), [2000], 4),
+        (8, 2, b"\3\3\3\4\4\4", [4, 4, 4], 3),
+        (16, 2, struct.pack(">6H", *[1000] * 3, *[2000] * 3), [2000] * 3, 3),
+    ],
+)
+def test_the_transparent_grey_or_colour_of_a_png_of_any_depth_is_white(depth, colour, pixels, transparent, other):
+    found = np.asarray(decode(png(depth, colour, pixels, transparent)))
+    assert found.tolist() == [[[other] * 3, [255] * 3]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
