@@ -115,7 +115,7 @@ def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
         for split, rows in rows_of.items():
             parts = []
             for row in rows:
-                content = files.read(row)
+                content = files.content(row)
                 sums[files.names[row].rpartition("/")[2]] = hashlib.sha256(content).hexdigest()
                 parts.append(reader(content, f"{src}: {files.names[row]}", layout))
             images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -58,6 +58,14 @@ class Files:
     read: Callable[[int], bytes]
     state: str
 
+    def content(self, row: int) -> bytes:
+        """Return the content of a file that cannot be left out; UserError if it cannot be read."""
+        try:
+            return self.read(row)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.root}: {self.names[row]}: cannot be read: {reason}") from error
+
     def find(self, name: str) -> int | None:
         """Return the row of a name, None if it is not there."""
         row = bisect_left(self.names, name)

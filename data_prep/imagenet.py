@@ -173,7 +173,7 @@ def _documents(root: Path, dst: Path) -> dict[str, Document]:
         with open_files(root, dst) as files:
             rows = {PurePosixPath(name).name: row for row, name in enumerate(files.names)}
             return {
-                name: Document(f"{root}: {files.names[row]}", files.read(row))
+                name: Document(f"{root}: {files.names[row]}", files.content(row))
                 for name, row in rows.items()
                 if name in needed or _OTHER_YEAR.fullmatch(name)
             }

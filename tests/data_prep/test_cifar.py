@@ -1,5 +1,6 @@
 """CIFAR and ImageNet 32×32 files in the exact official layouts, good and hostile."""
 
+import errno
 import io
 import os
 import pickle
@@ -12,7 +13,7 @@ from limits import limited_memory
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
-from arraytp.data_prep import cifar, imagenet32
+from arraytp.data_prep import cifar, files, imagenet32
 from arraytp.data_prep.batches import read_batch
 from arraytp.data_prep.options import PackOptions
 from arraytp.errors import UserError
@@ -359,3 +360,25 @@ def test_the_classes_of_imagenet32_are_wnids_where_a_devkit_is(tmp_path):
     (tmp_path / "kit/map_clsloc.txt").write_text(text.partition("\n")[2])
     with pytest.raises(UserError, match="numbers 999 classes, expected 1 to 1000"):
         imagenet32.pack(src, tmp_path / "e", PackOptions(), tmp_path / "kit")
+
+
+@pytest.mark.parametrize(("number", "length"), [(None, 2**28 + 1), (errno.EIO, 9)])
+def test_a_batch_that_cannot_be_read_is_named_with_its_archive(tmp_path, capsys, monkeypatch, number, length):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    src = tmp_path / "s.tar"
+    with src.open("wb") as file:
+        for name in files10("binary"):
+            member = tarfile.TarInfo(name)
+            member.size = length
+            file.write(member.tobuf())
+            # A hole in the file.
+            file.seek(-(-length // 512) * 512, os.SEEK_CUR)
+        file.truncate(file.tell() + 1024)
+    if number is not None:
+        monkeypatch.setattr(files, "_read_part", refuse)
+    assert main(["data", "pack", "cifar10", str(src), str(tmp_path / "d")]) == 2
+    reason = "268,435,457 bytes are more than 268,435,456" if number is None else "Input/output error"
+    expected = f"arraytp: error: {src}: cifar-10-batches-bin/data_batch_1.bin: cannot be read: {reason}\n"
+    assert capsys.readouterr().err == expected

@@ -1,6 +1,8 @@
 """The official ImageNet tree and devkit, on small images."""
 
+import errno
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -123,6 +125,16 @@ def test_the_devkit_archive_can_lie_elsewhere(tmp_path):
         pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
     pack(src, tmp_path / "d", PackOptions(size=(8, 8)), kit)
     assert open_dataset(tmp_path / "d").counts == {"train": 12, "val": 5}
+
+
+def test_a_devkit_whose_file_cannot_be_read_is_named_with_it(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    src = write(tmp_path / "s", archives()[1])
+    monkeypatch.setattr("arraytp.data_prep.files._read_part", refuse)
+    with pytest.raises(UserError, match=rf"{KIT}: {DEVKIT}[\w.]+: cannot be read: Input/output error"):
+        pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
 
 
 @pytest.mark.parametrize("name", ["../n01440764_1.JPEG", "/n01440764_1.JPEG", "a/../../n01440764_1.JPEG"])
