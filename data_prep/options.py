@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from arraytp.data.manifest import MAX_SHARDS
 from arraytp.data.shards import Labels
 from arraytp.errors import UserError
 from arraytp.streams import stream
@@ -47,11 +48,16 @@ def take_evenly(labels: Labels, limit: int) -> npt.NDArray[np.int64]:
 def chosen_rows(split: str, labels: Labels, options: PackOptions) -> npt.NDArray[np.int64]:
     """Return the rows of a split to pack, in the order to pack them: train images are shuffled, others are not.
 
-    UserError if the split's limit is more than there is.
+    UserError if the split's limit is more than there is, or its shards are more than there are names for.
     """
     limit = options.limits.get(split, len(labels))
     if limit > len(labels):
         raise UserError(f"--limit {split}={limit}: there are only {len(labels)} {split} images")
+    if options.shard_images and limit > MAX_SHARDS * options.shard_images:
+        raise UserError(
+            f"--shard-images {options.shard_images}: {limit:,} {split} images are more than {MAX_SHARDS:,} shards; give "
+            f"at least {-(-limit // MAX_SHARDS)}"
+        )
     rows = take_evenly(labels, limit)
     return stream(options.seed, "shuffle").permutation(rows) if split == "train" else rows
 

@@ -15,6 +15,8 @@ FILE_NAME = "dataset.json"
 FORMAT = "arraytp-dataset"
 VERSION = 1
 
+# A shard's name has five digits.
+MAX_SHARDS = 100_000
 Count = Annotated[int, Gt(0)]
 Fraction = Annotated[float, Ge(0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

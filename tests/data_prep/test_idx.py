@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
 from arraytp.data_prep.idx import pack, read_idx
-from arraytp.data_prep.options import PackOptions, take_evenly
+from arraytp.data_prep.options import PackOptions, chosen_rows, take_evenly
 from arraytp.errors import UserError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -91,6 +91,14 @@ def test_limits_are_taken_as_evenly_as_the_classes_allow_and_first_in_the_file(l
         assert rows[labels[rows] == label].tolist() == np.flatnonzero(labels == label)[: taken[label]].tolist()
         # A class has fewer than another only if it has no more, or by the one that is left over.
         assert taken[label] == there[label] or taken[label] >= taken.max() - 1
+
+
+def test_more_shards_than_there_are_names_for_are_refused_before_one_is_written():
+    labels = np.zeros(300_001, np.int64)
+    assert len(chosen_rows("val", labels[1:], PackOptions(shard_images=3))) == 300_000
+    assert len(chosen_rows("val", labels, PackOptions(shard_images=3, limits={"val": 300_000}))) == 300_000
+    with pytest.raises(UserError, match=r"--shard-images 3: 300,001 val images are more than 100,000 .* at least 4$"):
+        chosen_rows("val", labels, PackOptions(shard_images=3))
 
 
 def test_a_limit_beyond_the_files_is_refused(tmp_path):
