@@ -195,12 +195,25 @@ def open_tree(src: Path, dst: Path) -> Iterator[Files]:
     if (src / KAGGLE).is_dir():
         src = src / KAGGLE
     archives = {split: src / name for split, name in ARCHIVES.items() if (src / name).is_file()}
+    _refuse_halves(src, archives)
     if (src / "train").exists() or "train" not in archives:
         with open_files(src, dst) as files:
             yield files
     else:
         with open_archives(src, archives) as files:
             yield files
+
+
+def _refuse_halves(src: Path, archives: Mapping[str, Path]) -> None:
+    """Raise UserError where one split is a folder and the other an official archive: `open_tree` would lose val."""
+    folders = [split for split in ARCHIVES if (src / split).exists()]
+    read, left = (folders, [*archives]) if "train" in folders else ([*archives], folders)
+    if "train" in read and "val" in left and "val" not in read:
+        folder, archive = ("train", "val") if "train" in folders else ("val", "train")
+        raise UserError(
+            f"{src}: {folder}/ is a folder, but {ARCHIVES[archive]} an archive; extract it to {archive}/, or leave "
+            "both splits in their archives"
+        )
 
 
 def plan_imagenet(files: Files, src: Path, devkit: Path | None, dst: Path) -> Plan:

@@ -117,6 +117,24 @@ def test_the_official_archives_give_the_same_data_set_as_the_tree(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "archives", "b", "tree"]
 
 
+@pytest.mark.parametrize(("folder", "archive"), [("train", VAL), ("val", TRAIN)])
+def test_a_folder_of_one_split_beside_an_archive_of_the_other_is_refused(tmp_path, folder, archive):
+    contents = {name: content for name, content in tree().items() if name.startswith((f"{folder}/", DEVKIT))}
+    src = write(tmp_path / "s", contents | {archive: archives()[1][archive]})
+    other = "val" if folder == "train" else "train"
+    with pytest.raises(UserError, match=rf"s: {folder}/ is a folder, but {archive} an archive; extract it to {other}/"):
+        pack(src, tmp_path / "d", PackOptions(size=(8, 8)))
+
+
+def test_archives_may_stay_beside_the_folders_that_were_extracted(tmp_path, expected):
+    contents = tree()
+    flat = {name: content for name, content in contents.items() if name.startswith("val/")}
+    pack(write(tmp_path / "a", contents | archives()[1]), tmp_path / "b", PackOptions(size=(8, 8)))
+    same(open_dataset(tmp_path / "b"), expected)
+    pack(write(tmp_path / "c", flat | archives()[1]), tmp_path / "d", PackOptions(size=(8, 8)))
+    same(open_dataset(tmp_path / "d"), expected)
+
+
 def test_the_devkit_archive_can_lie_elsewhere(tmp_path):
     files = archives()[1]
     kit = write(tmp_path / "k", {"kit.tar.gz": files.pop(KIT)}) / "kit.tar.gz"
