@@ -1,5 +1,6 @@
 """Pack any tree split/class/image, in a folder or a tar archive."""
 
+import os
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import replace
@@ -64,12 +65,22 @@ def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tupl
     return Plan(files, classes, splits)
 
 
+def _own_name(src: Path) -> str:
+    """Return the name of a folder, or that of an archive without its endings; UserError if no data set can have it."""
+    last = Path(os.path.abspath(src)).name
+    name = last if src.is_dir() else last.partition(".")[0]
+    if not (name.strip() and name.isprintable()):
+        raise UserError(f"{src}: {name!r} is not a name of printable characters, which the data set needs; give --name")
+    return name
+
+
 def pack(src: Path, dst: Path, options: PackOptions) -> int:
     """Pack a tree of images; return how many broken files were skipped.
 
-    UserError as `plan_tree`, `open_files` and `pack_images`.
+    The data set has the name of `src` where `options` give none. UserError if it cannot have that, or as `plan_tree`,
+    `open_files` and `pack_images`.
     """
-    name = options.name or src.name.partition(".")[0] or "folder"
+    name = options.name or _own_name(src)
     with open_files(src, dst) as files:
         plan = plan_tree(files)
         return pack_images(plan, dst, replace(options, name=name), {"packer": "folder", "files": src.name})

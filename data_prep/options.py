@@ -55,8 +55,8 @@ def chosen_rows(split: str, labels: Labels, options: PackOptions) -> npt.NDArray
         raise UserError(f"--limit {split}={limit}: there are only {len(labels)} {split} images")
     if options.shard_images and limit > MAX_SHARDS * options.shard_images:
         raise UserError(
-            f"--shard-images {options.shard_images}: {limit:,} {split} images are more than {MAX_SHARDS:,} shards; give "
-            f"at least {-(-limit // MAX_SHARDS)}"
+            f"--shard-images {options.shard_images}: {limit:,} {split} images are more than {MAX_SHARDS:,} shards; "
+            f"give at least {-(-limit // MAX_SHARDS)}"
         )
     rows = take_evenly(labels, limit)
     return stream(options.seed, "shuffle").permutation(rows) if split == "train" else rows

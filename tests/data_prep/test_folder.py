@@ -8,6 +8,7 @@ import struct
 import tarfile
 import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,6 +254,27 @@ def test_the_shorter_side_of_any_length_is_kept_whole(size):
     for side in range(1, 400):
         for shape in ((side, side + 11), (side + 11, side)):
             assert (fit(Image.new("RGB", shape, (1, 2, 3)), (size, size), "shorter-crop") == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("place", "given", "name"),
+    [("flowers.v2", "flowers.v2", "flowers.v2"), ("s", ".", "s"), ("s/train", "..", "s"), ("s", "../s/", "s")],
+)
+def test_a_data_set_has_the_name_of_its_folder(tmp_path, monkeypatch, place, given, name):
+    write_tree(tmp_path / name, {"train/a/x.png": encoded(COLOUR)})
+    monkeypatch.chdir(tmp_path / place if given.startswith(".") else tmp_path)
+    pack(Path(given), tmp_path / "d", PackOptions())
+    assert open_dataset(tmp_path / "d").name == name
+
+
+@pytest.mark.parametrize("name", [b"s\xff", b"a\nb", b" "])
+def test_a_folder_whose_name_no_data_set_can_have_needs_another(tmp_path, name):
+    src = write_tree(tmp_path / os.fsdecode(name), {"train/a/x.png": encoded(COLOUR)})
+    with pytest.raises(UserError, match="is not a name of printable characters, which the data set needs; give --name"):
+        pack(src, tmp_path / "d", PackOptions())
+    assert not (tmp_path / "d").exists()
+    pack(src, tmp_path / "d", PackOptions(name="s"))
+    assert open_dataset(tmp_path / "d").name == "s"
 
 
 def test_a_png_named_jpeg_is_decoded_by_its_content(tmp_path):
