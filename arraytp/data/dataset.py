@@ -177,8 +177,8 @@ def embedded_names() -> tuple[str, ...]:
 def open_dataset(name_or_path: str | Path) -> Dataset:
     """Open a data set that comes with the package, by name, or a folder made by `arraytp data pack`.
 
-    A name without a path separator that is no folder here is taken for an embedded one. UserError if there is no such
-    data set, its `dataset.json` is damaged, or a shard is missing or of another length.
+    The name of an embedded one stands for it wherever a config is read: a folder that has the same name is `./NAME`.
+    UserError if there is no such data set, its `dataset.json` is damaged, or a shard is missing or of another length.
     """
     dataset = find_dataset(name_or_path)
     for split in dataset.manifest.splits.values():

@@ -28,6 +28,14 @@ def test_it_has_the_stated_counts_evenly_by_class(dataset):
         assert np.bincount(labels).tolist() == [each] * 10
 
 
+def test_its_name_means_it_where_a_folder_has_the_same(dataset, tiny, tmp_path, monkeypatch):
+    """A config with this name trains on the same images everywhere."""
+    (tmp_path / dataset.name).symlink_to(tiny.folder)
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset(dataset.name).digest == dataset.digest
+    assert open_dataset(f"./{dataset.name}").digest == tiny.digest
+
+
 def test_it_is_whole_and_under_six_megabytes_with_its_licence(dataset):
     assert list(dataset.problems()) == []
     assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) < 6e6
