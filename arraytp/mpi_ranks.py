@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 PATIENCE, PAUSE = 5.0, 0.02
 # Seconds in which a rank that hears of a failure ends what it waits for, if the one that failed has.
 _GRACE = 0.5
-# How much of what ranks do together is remembered; a rank that sends to all goes on before they receive.
-_REMEMBERED = 64
+# How much of what ranks do together is remembered; a rank that sends to all goes on before they receive, and one that
+# sums while it computes begins a sum for each part of a step. What is not remembered, a rank that has failed cannot
+# take part in, and the others would wait for it for ever: so it is many times a step of the deepest network.
+_REMEMBERED = 4096
 
 
 class Mpi:
