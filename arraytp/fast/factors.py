@@ -50,7 +50,9 @@ def begin(workspace: Workspace, network: Network) -> Begun:
 
     The host reads the numbers by which it chooses and refuses while the device computes what was launched meanwhile.
     """
-    asked, workspace.near = workspace.near, {}
+    asked = dict(workspace.near)
+    # Emptied in place: the workspaces beside this one have the same.
+    workspace.near.clear()
     if not asked:
         return {}
 
@@ -100,6 +102,7 @@ class Factorising:
         self._order = sorted(self._errors, key=lambda n: network.weights[n].size, reverse=True)
         self._norms, self._factors, self._conditions = dict[int, Array](), dict[int, Factors](), dict[int, Array]()
         self._read: Callable[[], list[float]] | None = None
+        self._finished: Mapping[int, Factors] | None = None
         if begun is None:
             workspace.run([partial(self._measure, n) for n in self._order])
             self._near: Mapping[int, bool] = workspace.near.get(ridge, {})
@@ -110,7 +113,12 @@ class Factorising:
             self._read = workspace.backend.reading([*self._measured(), *self._conditions.values()])
 
     def finished(self) -> Mapping[int, Factors]:
-        """Return the factors by n; raises as `Batch.inverses`."""
+        """Return the factors by n; raises as `Batch.inverses`. A step that compares updates asks for them twice."""
+        if self._finished is None:
+            self._finished = self._finish()
+        return self._finished
+
+    def _finish(self) -> Mapping[int, Factors]:
         numbers, count = self._workspace.backend.numbers, len(self._order)
         if self._read is None:
             self._factorise(self._choice(numbers(self._measured())))

@@ -134,10 +134,13 @@ def test_weights_that_leave_the_orthogonal_ones_get_other_factors_at_once(place,
         found = []
         for each in (engine, fast(place.backend)):
             batch = Batch(each, network, ForwardPass([], [], []), network.weights[0], begun=begin(each, network))
-            if ridge is None:
-                found.append([batch.inverses[n] for n in (1, 2)])
-            else:
-                found.append([batch.pseudo_inverses(ridge)[n].gram for n in (1, 2)])
+            # Twice, as a step does that compares its updates.
+            for asking in (batch, batch.replaced(results="compared")):
+                if ridge is None:
+                    factors = [asking.inverses[n] for n in (1, 2)]
+                else:
+                    factors = [asking.pseudo_inverses(ridge)[n].gram for n in (1, 2)]
+            found.append(factors)
         kinds.append([type(factors) for factors in found[0]])
         for mine, fresh in zip(*found, strict=True):
             y = [place.put(rng(2).standard_normal((3, 9))) for _ in range(2)]
@@ -217,3 +220,14 @@ def test_a_layer_that_hands_on_more_than_it_takes_has_no_square_form():
     options = NetworkOptions(blocks=[Dense(units=3), Dense(units=10)], square=True)
     with pytest.raises(UserError, match=r"network block 1 \(dense2\): square: 3 inputs cannot give the 10 units"):
         plan_network(options, (4, 4, 1), 10)
+
+
+def test_what_a_part_of_a_batch_asked_for_is_begun_with_the_next(place):
+    """Parts have workspaces beside the first, also after a first step."""
+    blocks, engine = fitting_blocks([Dense(units=9), Dense(units=9)], (9,)), fast(place.backend)
+    network = Network(blocks, [place.put(np.eye(9)) for _ in blocks], [place.put(np.zeros(9)) for _ in blocks])
+    part, nothing = engine.beside(), ForwardPass([], [], [])
+    for _ in range(2):
+        begun = begin(engine, network)
+        assert Batch(part, network, nothing, network.weights[0], begun=begun).inverses
+    assert bool(begun) != place.backend.on_host
