@@ -63,7 +63,7 @@ def im2col(x: Array, window: Window, out: Array) -> Array:
     """
     if not has_kernels(x):
         return patches.im2col(x, window, out)
-    kernel = _kernel(out, "im2col", f"raw T x, {_WINDOW}", "T out", """
+    kernel = _kernel(_larger(x, out), "im2col", f"raw T x, {_WINDOW}", "T out", """
         I e = i;
         const I c = e % C; e /= C;
         const I dj = e % k; e /= k;
@@ -87,7 +87,7 @@ def col2im(dpatches: Array, window: Window, out: Array) -> Array:
     if not has_kernels(dpatches):
         out[...] = patches.col2im(dpatches, window)
         return out
-    kernel = _kernel(dpatches, "col2im", f"raw T x, {_WINDOW}", "T out", f"""{_PLACE}
+    kernel = _kernel(_larger(dpatches, out), "col2im", f"raw T x, {_WINDOW}", "T out", f"""{_PLACE}
         T sum = 0;
         for (I di = 0; di < k; ++di) for (I dj = 0; dj < k; ++dj) {{
             const I y = h + top - di, z = w + left - dj;
@@ -151,7 +151,7 @@ def activate(
         }}
         out = f(best + bias[c]);"""
     name = f"activate{'' if pool is None else '_pool'}{'' if base is None else '_sum'}"
-    kernel = _kernel(z, name, f"raw T x, raw T base, raw T bias, {_WINDOW}", types, body, f)
+    kernel = _kernel(_larger(z, out), name, f"raw T x, raw T base, raw T bias, {_WINDOW}", types, body, f)
     kernel(z, z if base is None else base, bias, *_sizes(pool, out.shape[-1], z), *outputs)
 
 
@@ -332,7 +332,7 @@ def _gather(
         }}
         out = {result};"""
     inputs = f"raw T t, raw T s, raw {'uint8' if pool else 'T'} index, raw T scales, T scale, I D, {_WINDOW}"
-    kernel, sizes = _kernel(out, name, inputs, "T out", body, f), _sizes(pool, out.shape[-1], out)
+    kernel, sizes = _kernel(_larger(s, out), name, inputs, "T out", body, f), _sizes(pool, out.shape[-1], out)
     return kernel(t, s, index, *numbers, width, *sizes, out)
 
 
@@ -402,6 +402,10 @@ def adam_rates(number: Array, iterations: int, betas: tuple[float, float], lr: f
 
 def _number(like: Array, value: float | Array) -> Any:
     return like.dtype.type(value) if isinstance(value, int | float) else value
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return a if a.size > b.size else b
 
 
 def _kernel(largest: Array, name: str, inputs: str, outputs: str, body: str, f: Activation | None = None) -> Any:

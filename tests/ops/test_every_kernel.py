@@ -256,3 +256,19 @@ def test_every_kernel_is_its_array_code(name, dtype, tolerance, monkeypatch):
             bound = tolerance * np.abs(other[np.isfinite(other)]).max(initial=0)
             message = f"result {which} of size {n}, {kind}"
             np.testing.assert_allclose(one, other, rtol=tolerance, atol=bound, err_msg=message)
+
+
+@pytest.mark.parametrize("operation", ["im2col", "activate"])
+def test_indices_are_wide_where_any_array_is(monkeypatch, operation):
+    """Fewer patches than pixels, or more windows than pixels, must not make 32 bits do for the larger array."""
+    names = []
+    monkeypatch.setattr(kernels, "has_kernels", lambda _: True)
+    monkeypatch.setattr(kernels, "kernel", lambda _, name, *given: names.append(name) or (lambda *given: None))
+    monkeypatch.setattr(kernels, "MOST_COUNTED", 50)
+    if operation == "im2col":
+        window = make_window(8, 8, 1, 2, 0)
+        kernels.im2col(np.zeros((1, 8, 8, 1)), window, np.zeros((1, 4, 4, 1)))
+    else:
+        window, out = make_window(7, 7, 2, 1, 1), np.zeros((1, 8, 8, 1))
+        kernels.activate(ACTIVATIONS["tanh"], window, np.zeros((1, 7, 7, 1)), np.zeros(1), out, out.astype(np.uint8))
+    assert ["wide" in name for name in names] == [True]
