@@ -211,11 +211,11 @@ def module_pairs(state: State, network: Network) -> list[tuple[int, Array, Array
     return [(n, omega, network.weights[n]) for n, omega in state.weights.items()]
 
 
-def feedback_products(training: FeedbackTraining, network: Network, products: int) -> int:
-    """Return the operations of so many products per block and iteration, and of one more per block."""
+def feedback_products(training: FeedbackTraining, network: Network, products: int, shared: int = 1) -> int:
+    """Return the operations of so many products per block and iteration, and of `shared` ones more per block."""
     iterations = [int(at_block(training.iterations, n)) for n in range(len(network) - 1)]
     return sum(
-        block_flops(block) * (1 + products * count)
+        block_flops(block) * (shared + products * count)
         for block, count in zip(network.blocks[1:], iterations, strict=True)
         if count
     )

@@ -71,7 +71,7 @@ def inner(at: At, a: Any, b: Any) -> Any:
 
 def feedback_flops(options: Options, network: Network) -> int:
     """Return the operations of the products of feedback training for one sample: two an iteration."""
-    return feedback_products(options.feedback, network, 2)
+    return feedback_products(options.feedback, network, 2, shared=0)
 
 
 def check(options: Options, blocks: Sequence[Block], dtype: str, reduction: str) -> list[str]:

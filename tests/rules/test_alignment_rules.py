@@ -16,6 +16,7 @@ from training import copies, fast, pass_of, plain, trainer
 
 from arraytp.backend import NUMPY
 from arraytp.errors import UserError
+from arraytp.model.blocks import block_flops
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
 from arraytp.rules import RULES, alignment, weight_mirror
 
@@ -392,3 +393,10 @@ def test_b_turns_towards_w_and_the_updates_towards_bp(rule):
         made.step(x, labels)
     assert min(before) > 60
     assert max(angles()) < 50
+
+
+def test_a_mirror_takes_two_products_an_iteration():
+    """θ ∘ x and x ⋆ y; nothing is computed once a batch."""
+    made = runner("weight-mirror")
+    products = 2 * sum(map(block_flops, made.network.blocks[1:]))
+    assert RULES["weight-mirror"].feedback.flops(made.options, made.network) == products
