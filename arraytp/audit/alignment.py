@@ -117,19 +117,23 @@ def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
 
 
 def _independence(setting: Setting, state: State) -> Iterator[Check]:
-    """Check no B is another name of a weight: their cosines are those of independent draws."""
-    largest, smallest = 0.0, math.inf
+    """Check no B is another name of a weight: their cosines are those of independent draws.
+
+    Few numbers may have any cosine but that of a copy.
+    """
+    largest, compared = 0.0, False
     for array in state.weights.values():
         b = host(array).ravel()
         for weight in setting.network.weights:
             w = host(weight).ravel()
             # Two numbers have a cosine of 1, whatever they are.
             if w.size == b.size > 1:
-                largest = worst(largest, abs(float(b @ w)) / float(np.linalg.norm(b) * np.linalg.norm(w)))
-                smallest = min(smallest, b.size)
-    if math.isfinite(smallest):
-        yield checked("largest |cosine| between a B and a weight", "separate streams", setting.rule.init_state,
-                      largest, min(0.9, 8 / math.sqrt(smallest)))  # fmt: skip
+                cosine = abs(float(b @ w)) / float(np.linalg.norm(b) * np.linalg.norm(w))
+                largest = worst(largest, cosine / min(1 - ROUNDING, 8 / math.sqrt(b.size)))
+                compared = True
+    if compared:
+        yield checked("largest |cosine| between a B and a weight, over its bound", "separate streams",
+                      setting.rule.init_state, largest, 1.0)  # fmt: skip
 
 
 CHECKS = (feedback_alignment, sign_symmetry_of, kolen_pollack_of, direct_feedback_alignment)

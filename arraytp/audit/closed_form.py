@@ -13,6 +13,7 @@ import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import Check, Floats, apart, checked, host, worst
+from arraytp.audit.differences import relative
 from arraytp.audit.feedback import STEP_ROUNDING, SUMS, in_closed_form
 from arraytp.audit.jacobians import expected_gradient, jacobians, overlap, sums
 from arraytp.audit.setting import Setting
@@ -92,7 +93,7 @@ def _by_definition(
     trained, label, descent = _feedback(setting), setting.network.blocks[n].label, _descent(setting, n, 0)
     before, after = host(setting.experiment.rule_state.weights[n]), host(state.weights[n])
     if expected.at_once:
-        error = float(np.abs(expected.gradient(after)).max()) / expected.size
+        error = relative(float(np.abs(expected.gradient(after)).max()), expected.size)
         yield checked(f"{label}: expected gradient at the optimum", expected.source, trained.closed_form, error, SUMS)
         values = [expected.loss(after)] * BATCHES
     else:
@@ -109,7 +110,7 @@ def _by_definition(
         yield checked(f"{label}: the optimiser's moments after them", expected.source, trained.closed_form, error,
                       STEP_ROUNDING)  # fmt: skip
     error = worst(*(abs(float(loss) - value) for loss, value in zip(losses, values, strict=True)))
-    error /= max(expected.loss_size, *map(abs, values))
+    error = relative(error, max(expected.loss_size, *map(abs, values)))
     yield checked(f"{label}: expected feedback loss", expected.source, trained.closed_form, error, SUMS)
 
 

@@ -94,7 +94,7 @@ def gauss_newton_targets(setting: Setting) -> list[Floats]:
     """Return δ^N = −β B ∂L/∂s^N, δ^n = −β Jᵀ (J Jᵀ + γI)⁻¹ (B ∂L/∂s^N) of every sample."""
     options, e = setting.options, len(setting.batch) * host(setting.batch.dlogits)
     deltas = [_output_difference(setting)]
-    for _, jacobian in sorted(jacobians(setting).items(), reverse=True):
+    for _, jacobian in sorted(jacobians(setting, drl.MOST_CLASSES).items(), reverse=True):
         gram = np.einsum("bsc,bsd->bcd", jacobian, jacobian) + options.damping * np.eye(e.shape[1])
         change = np.einsum("bsc,bcd,bd->bs", jacobian, np.linalg.inv(gram), e)
         deltas.append(-options.beta * change)

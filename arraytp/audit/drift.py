@@ -15,10 +15,10 @@ DRIFT = 0.05
 FAR = 0.3
 
 
-def drifted(setting: Setting, share: float = DRIFT) -> Network:
-    """Return the network with every W but the first moved by a random matrix of a share of its size."""
+def drifted(setting: Setting, share: float = DRIFT, first: int = 1) -> Network:
+    """Return the network with every W from block `first` on moved by a random matrix of a share of its size."""
     weights = list(setting.network.weights)
-    for n in range(1, len(weights)):
+    for n in range(first, len(weights)):
         noise, w = setting.generator(51, n).standard_normal(weights[n].shape), host(weights[n])
         weights[n] = setting.put(w + share * noise * (np.linalg.norm(w) / np.linalg.norm(noise)))
     return Network(setting.network.blocks, weights, setting.network.biases)

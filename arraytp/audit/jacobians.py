@@ -11,10 +11,10 @@ from arraytp.model.blocks import Block
 MOST_CLASSES = 20
 
 
-def jacobians(setting: Setting) -> dict[int, Floats]:
-    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), for n = 1 … N−1; none for many classes."""
+def jacobians(setting: Setting, most: int = MOST_CLASSES) -> dict[int, Floats]:
+    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), for n = 1 … N−1; none of more classes."""
     network, (count, classes) = setting.on_host(), setting.batch.logits.shape
-    if classes > MOST_CLASSES:
+    if classes > most:
         return {}
     zs, s, indices = reference.forward(network, host(setting.images))
     of_block = {n: np.empty((count, s[n][0].size, classes)) for n in range(1, len(network))}

@@ -77,7 +77,7 @@ def orthogonality(setting: Setting) -> Iterator[Check]:
     strength, on = setting.config.optimizer.orthogonality, setting.config.optimizer.orthogonality_on
     if not strength:
         return
-    network, workspace = drifted(setting), Workspace(setting.workspace.backend)
+    network, workspace = drifted(setting, first=0), Workspace(setting.workspace.backend)
     gradients = [setting.put(np.zeros(weight.shape)) for weight in network.weights]
     errors = GramErrors(workspace, network)
     add_orthogonality(strength, network, gradients, errors, workspace, on)

@@ -21,6 +21,7 @@ from arraytp.config import Config
 from arraytp.errors import NonFiniteError
 from arraytp.fast.device import fast_engine
 from arraytp.fast.engine import Fast
+from arraytp.fast.graphs import Graphs
 from arraytp.fast.parallel import Workspace
 from arraytp.model.blocks import Network, block_flops
 from arraytp.model.initialise import make_network
@@ -214,4 +215,5 @@ def fresh(setting: Setting, threads: int | None = None) -> Experiment:
         optimizer_state=init_optimizer(config.optimizer, network.parameters()),
         workspace=engine,
         engines=(engine,),
+        graphs=Graphs(engine, setting.experiment.graphs.on),
     )

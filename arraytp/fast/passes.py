@@ -9,8 +9,8 @@ What differs from the plain functions, and why the numbers agree:
 - f' is read off s.
 - Patches are built again for the gradient of the weight: cheaper than keeping them (measured: a tenth of the product).
 - The gradients of a stride-1 convolution sum over the kernel's rows and columns apart (`arraytp.fast.products.Split`).
-- On the host the adjoint of pooling assigns at the maxima's places; on a device, where additions would come in no fixed
-  order, it goes window element by window element (`arraytp.ops.pool`).
+- On the host the adjoint of pooling adds at the maxima's places; on a device, where additions would come in no fixed
+  order, every place gathers its own, or it goes window element by window element (`arraytp.ops.pool`).
 - Weight gradients are summed over samples in lanes, a fixed partition of the batch, then over the lanes in order.
 """
 

@@ -212,6 +212,41 @@ def test_blocks_of_one_unit_have_no_cosine_to_judge(arraytp):
     assert (outcome.status, outcome.err) == (0, "")
 
 
+def test_blocks_of_few_numbers_may_have_any_cosine(arraytp):
+    """Of two independent directions of three numbers, one pair in ten is within 26°."""
+    units = ", ".join(f"{{type: dense, units: {count}}}" for count in (1, 3))
+    for seed in range(20):
+        outcome = arraytp(
+            "audit", "toy.yml", "--set", f"network={{blocks: [{units}]}}", "--set", "rule={name: fa}", "--set",
+            f"seed={seed}",
+        )  # fmt: skip
+        assert (outcome.status, outcome.err) == (0, ""), outcome.out
+
+
+def test_gauss_newton_targets_of_many_classes_are_audited(arraytp, place, pack):
+    pack(place / "many", classes=21)
+    (place / "many.yml").write_text((place / "toy.yml").read_text().replace("units: 3", "units: 21"))
+    outcome = arraytp("audit", "many.yml", "--set", "data.dataset=many", "--set", "rule={name: gnt}")
+    assert (outcome.status, outcome.err) == (0, ""), outcome.out
+
+
+def test_the_regulariser_of_an_orthogonal_first_block_is_audited(arraytp):
+    """Of a W that is orthogonal the gradient is rounding, and nothing could be told of it."""
+    square = [option.replace("units: 6", "units: 64") for option in RULES["gait-prop"]]
+    outcome = arraytp("audit", "toy.yml", *square)
+    assert (outcome.status, outcome.err) == (0, ""), outcome.out
+
+
+@pytest.mark.parametrize("rule", ["ldrl, expected: true", "drl, expected: optimum"])
+def test_a_block_whose_units_are_silent_is_audited(arraytp, monkeypatch, rule):
+    """One whose ReLU passes nothing has no Jacobian to learn; of six seeds with large biases some have such a unit."""
+    monkeypatch.setattr("arraytp.audit.setting.BIAS", 1e3)
+    units = ", ".join(f"{{type: dense, units: {count}, activation: relu}}" for count in (8, 1))
+    options = "--set", f"network={{blocks: [{units}, {{type: dense, units: 3}}]}}", "--set", f"rule={{name: {rule}}}"
+    for seed in range(6):
+        assert "cannot be computed" not in arraytp("audit", "toy.yml", *options, "--set", f"seed={seed}").out
+
+
 def test_a_huge_learning_rate_is_no_error_of_the_math(arraytp):
     outcome = arraytp("audit", "toy.yml", "--set", "optimizer.lr=1e30")
     assert (outcome.status, outcome.err) == (0, "")
