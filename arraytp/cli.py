@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A process that was started with a closed output has none; nor may a result's file take its number.
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         for stream in (sys.stdout, sys.stderr):
             # A terminal that cannot show a character gets a question mark.
@@ -187,6 +189,9 @@ def _tell(lines: Sequence[str], status: int) -> int:
 
 def _excerpt(path: Path, number: int, key: str) -> list[str]:
     """Return a line of a config and a caret under the key that a message is about; nothing where it cannot be read."""
+    # A pipe would be waited for: it has been read.
+    if not path.is_file():
+        return []
     try:
         line = path.read_text(encoding="utf-8").splitlines()[number - 1]
     except (OSError, ValueError, IndexError):

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from arraytp import cli
 from arraytp.backend import Backend
 from arraytp.cli import main
 from arraytp.training.experiment import Experiment
@@ -799,7 +800,20 @@ def test_a_file_that_cannot_be_written_is_named(arraytp, place):
     assert outcome.err == "arraytp: error: results/toy/metrics.csv: cannot be written: Is a directory\n"
 
 
+def test_a_mistake_without_standard_error_has_its_status(place, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["run", "nothing.yml"]) == 2
+    sys.stderr.close()
+
+
+def test_a_mistake_in_a_config_from_a_pipe_shows_no_excerpt(place, tmp_path):
+    """The pipe has been read; to open it once more would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.yml")
+    assert cli._excerpt(tmp_path / "pipe.yml", 1, "rule") == []
+
+
 def test_a_run_without_standard_error_shows_nothing(arraytp, place, monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     assert main(["run", "toy.yml"]) == 0
+    sys.stderr.close()
     assert (place / "results/toy/summary.json").exists()
