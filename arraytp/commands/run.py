@@ -226,7 +226,7 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
             raise UserError(
                 f"{job.folder.parent}: holds results of a run without --seeds; --out selects another folder"
             )
-        if not (job.of_seeds or job.study) and any(job.folder.glob("seed-*/config.yml")):
+        if not job.of_seeds and any(job.folder.glob("seed-*/config.yml")):
             raise UserError(f"{job.folder}: holds results of a run with --seeds; --out selects another folder")
         if fresh or not any((job.folder / name).exists() for name in OWN_FILES):
             continue
@@ -236,6 +236,17 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
                 "--out selects another folder"
             )
         check_owner(job.folder, job.plan)
+        if not job.study and _lost_checkpoint(job):
+            raise UserError(
+                f"{job.folder}: has finished, but checkpoint.h5, from which it would go on, is missing; --fresh starts "
+                "over"
+            )
+
+
+def _lost_checkpoint(job: Job) -> bool:
+    """Tell whether a run that has finished would be trained from its beginning, and not go on."""
+    there = (job.folder / "summary.json").exists() and not (job.folder / "checkpoint.h5").exists()
+    return there and not job.finished
 
 
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:
@@ -272,11 +283,11 @@ def _run_some(
     ranks: Ranks,
     grouped: bool = False,
 ) -> int:
-    status = 0
+    status, uncleared = 0, list(jobs) if asked.fresh else []
     for job in mine:
         try:
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
-                _do(job, jobs, stop, asked, held, ranks)
+                _do(job, uncleared, stop, asked, held, ranks)
         except (UserError, NonFiniteError, RunError) as error:
             shared = grouped or job.of_seeds
             if not (shared or len(jobs) > 1):
@@ -287,7 +298,8 @@ def _run_some(
     return status
 
 
-def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, ranks: Ranks) -> None:
+def _do(job: Job, uncleared: list[Job], stop: StopRequest, asked: Asked, held: Holds, ranks: Ranks) -> None:
+    """Do a job; before the first that can begin, the former results of all `uncleared` ones go."""
     first = ranks.rank == 0
     if ranks.broadcast(agreed(ranks, lambda: first and asked.resume and job.finished)):
         if first:
@@ -306,10 +318,10 @@ def _do(job: Job, jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Ho
                     click.echo(f"arraytp: note: {job.label}: {note}", err=True)
                 experiment = agreed(ranks, lambda: build_planned(job.plan, job.plain, sharing))
                 run = Run(experiment, job.folder, job.label, asked.quiet)
-            clears = asked.fresh and job is jobs[0]
-            agreed(ranks, lambda: _claim(jobs if clears else [job], asked, held) if first else None)
-            if clears and first:
-                _clear(jobs)
+            agreed(ranks, lambda: _claim(uncleared or [job], asked, held) if first else None)
+            if first:
+                _clear(uncleared)
+            uncleared.clear()
             _train(job, run, stop, asked, ranks)
         except MemoryError as error:
             train = job.plan.config.train
@@ -393,7 +405,8 @@ def _write_config(job: Job) -> None:
 
 def _report(batches: list[list[Job]]) -> None:
     """Print one table of all results, and one a study; draw a comparison where a config has variants."""
-    for jobs in batches:
+    alike = [[job for job in batch if job.study is kind] for batch in batches for kind in (True, False)]
+    for jobs in filter(None, alike):
         # A run that could not begin has left none, and a study that failed has no summary to draw.
         needed, home = "summary.json" if jobs[0].study else "config.yml", jobs[0].home
         folders = [job.folder for job in jobs if (job.folder / needed).exists()]
@@ -405,7 +418,8 @@ def _report(batches: list[list[Job]]) -> None:
             results = read_results(folders)
             write_comparison(results, home)
             if jobs[0].of_seeds:
-                write_file(home / "seeds.csv", seeds_table(read_results([home]), results, home).encode())
+                beside = sorted(path.parent for each in ("", "*/") for path in home.glob(f"{each}seed-*/config.yml"))
+                write_file(home / "seeds.csv", seeds_table(read_results(beside), results, home).encode())
     trained = [
         job.folder for batch in batches for job in batch if not job.study and (job.folder / "config.yml").exists()
     ]

@@ -65,7 +65,7 @@ def resolve(document: Document, name: str, overrides: Sequence[str], chosen: str
     """Lay every variant and `--set` upon the file and check the results.
 
     With a `chosen` variant, what a `--set` says of all variants is said of that one only, whose rule may have keys that
-    no other's has.
+    no other's has; but a name is that of them all.
     """
     base, variants = _split(document)
     sets = [_parse_override(text, list(variants)) for text in overrides]
@@ -73,7 +73,11 @@ def resolve(document: Document, name: str, overrides: Sequence[str], chosen: str
     findings: dict[_Finding, list[str]] = {}
     for variant, own in (variants or {"": {}}).items():
         general = chosen in (None, variant)
-        applying = [entry for entry in sets if entry.variant == variant or (entry.variant is None and general)]
+        applying = [
+            entry
+            for entry in sets
+            if entry.variant == variant or (entry.variant is None and (general or entry.path == ("name",)))
+        ]
         outcome = _check(_laid(overlay({"name": name, **base}, own), applying))
         if isinstance(outcome, Config):
             configs[variant] = outcome

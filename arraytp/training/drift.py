@@ -40,9 +40,9 @@ def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool
     config = planned.config
     experiment, table = build_planned(planned, plain), CsvTable(folder / "drift.csv", DRIFT_COLUMNS)
     table.restart([])
-    per_epoch, (total, epochs) = experiment.train_loader.steps_per_epoch, experiment.length
+    total, _ = experiment.length
     angles: list[float] = []
-    with Progress(label, epochs, per_epoch, steps=total, quiet=quiet) as progress:
+    with Progress(label, 1, max(total, 1), quiet=quiet) as progress:
         for number, (epoch, images, labels) in enumerate(itertools.islice(_batches(experiment), total)):
             step = experiment.forward(images, labels)
             loss = float(step.score.totals[0]) / step.score.images

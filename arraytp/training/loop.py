@@ -244,9 +244,9 @@ class Run:
                     self._read_scores(progress)
                     self.steps.append(position.step, position.epoch + 1, *position.recent.means())
                     position.recent = Totals()
-                now = time.monotonic()
-                position.train_seconds, mark = position.train_seconds + now - mark, now
+                position.train_seconds += time.monotonic() - mark
                 self._pause(stop, progress)
+                mark = time.monotonic()
         self._read_scores(progress)
 
     def _pause(self, stop: StopRequest, progress: Progress) -> None:

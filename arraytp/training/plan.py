@@ -185,7 +185,7 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
     if config.train.exact:
         raise UserError("train.exact: true: a study takes its batch as a whole; leave it out")
     if config.study.kind == "drift":
-        _check_drift(config)
+        _check_drift(config, blocks)
         return
     if RULES[config.rule.name].feedback is None:
         trained = ", ".join(name for name, rule in RULES.items() if rule.feedback is not None)
@@ -201,13 +201,20 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
         )
 
 
-def _check_drift(config: Config) -> None:
+def _check_drift(config: Config, blocks: tuple[Block, ...]) -> None:
     """Refuse a study of drift of a rule that inverts no weights, of no comparisons, or on a device."""
     if not RULES[config.rule.name].inverts:
         inverting = ", ".join(name for name, rule in RULES.items() if rule.inverts)
         raise UserError(f"study.kind: drift: rule {config.rule.name} inverts no weights; use {inverting}")
     if not config.compare.every:
         raise UserError("compare.every: 0: a study of drift measures at such steps; use at least 1")
+    if not config.train.epochs:
+        raise UserError("train.epochs: 0: a study of drift trains; use at least 1")
+    if len(blocks) < 2:
+        raise UserError(
+            f"study.kind: drift: the network has one block, {blocks[0].label}, and none is inverted; it needs at least "
+            "two"
+        )
     if config.backend != "numpy":
         raise UserError(f"study.kind: drift: is for backend numpy, not {config.backend}")
 

@@ -117,12 +117,14 @@ def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> 
     _measure_updates(experiment, step, angles, 0)
     losses = _measure_feedback(experiment, [], feedback, 0)
     per_round = _most_iterations(experiment)
-    with Progress(label, 1, max(study.rounds, 1), quiet=quiet) as progress:
-        for round_ in range(1, study.rounds + 1):
+    # Rounds of no iterations would all be measured at the same one.
+    rounds = study.rounds if per_round else 0
+    with Progress(label, 1, max(rounds, 1), quiet=quiet) as progress:
+        for round_ in range(1, rounds + 1):
             losses = _measure_feedback(experiment, experiment.train_feedback(step), feedback, round_ * per_round)
             progress.step(len(labels))
-    if study.rounds:
-        _measure_updates(experiment, step, angles, study.rounds * per_round)
+    if rounds:
+        _measure_updates(experiment, step, angles, rounds * per_round)
     last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]
     pairs = experiment.compare_feedback(losses)
     return {

@@ -1,14 +1,19 @@
 """`arraytp run`: what a result folder holds, and what each option does."""
 
 import csv
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import h5py
 import pytest
 
+from arraytp.commands import run
 from arraytp.config import load_one
+from arraytp.errors import UserError
 from arraytp.report.figures import RUN_FIGURES
+from arraytp.training import loop
 
 FILES = {"config.yml", "metrics.csv", "steps.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5"}
 FIGURES = {"learning_curves.png", "angles_per_block.png", "angles_over_time.png", "feedback_angles.png"}
@@ -347,3 +352,52 @@ def test_resume_runs_the_variants_that_are_missing(arraytp, place):
     assert arraytp("run", "variants.yml", "--quiet", "--resume", "--set", "variants.bp.train.epochs=2").status == 0
     assert summary.read_bytes() == before
     assert (place / "results/variants/dfa/summary.json").exists()
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_trained_anew(arraytp, refused, place):
+    """--resume would begin at epoch 0, over its results."""
+    assert arraytp("run", "toy.yml", "--quiet").status == 0
+    (place / "results/toy/checkpoint.h5").unlink()
+    for change in ("train.epochs=2", "train.checkpoint_minutes=5"):
+        said = refused("run", "toy.yml", "--resume", "--set", change)
+        assert said.startswith("results/toy: has finished, but checkpoint.h5, from which it would go on, is missing")
+    assert arraytp("run", "toy.yml", "--quiet", "--resume").status == 0
+
+
+def test_fresh_removes_all_former_results_though_the_first_run_cannot_begin(arraytp, place, monkeypatch):
+    for name in ("a", "b"):
+        (place / f"{name}.yml").write_text((place / "toy.yml").read_text())
+    assert arraytp("run", "a.yml", "b.yml", "--quiet").status == 0
+    build = run.build_planned
+
+    def failing(planned, *others):
+        if planned.config.name == "a":
+            raise UserError("toy/train-00000.h5: is damaged")
+        return build(planned, *others)
+
+    def unfinished(*_):
+        raise UserError("stopped")
+
+    monkeypatch.setattr(run, "build_planned", failing)
+    monkeypatch.setattr(run.Run, "train", unfinished)
+    assert arraytp("run", "a.yml", "b.yml", "--quiet", "--fresh").status == 2
+    assert not list(place.glob("results/*/checkpoint.h5"))
+    assert not list(place.glob("results/*/summary.json"))
+
+
+def test_the_time_of_checkpoints_is_not_that_of_steps(arraytp, place, monkeypatch):
+    """By a clock on which a checkpoint takes 100 seconds and all else next to nothing."""
+    write, clock = loop.write_checkpoint, itertools.count()
+    late = []
+
+    def slow(*arguments):
+        late.append(100)
+        return write(*arguments)
+
+    monkeypatch.setattr(loop, "write_checkpoint", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 1e-3 * next(clock) + sum(late)))
+    outcome = arraytp("run", "toy.yml", "--quiet", "--set", "train.checkpoint_minutes=1e-9")
+    assert outcome.status == 0, outcome.err
+    assert len(late) > 2
+    summary = json.loads((place / "results/toy/summary.json").read_text())
+    assert 45 / summary["images_per_second"] < 1

@@ -71,3 +71,20 @@ def test_a_study_has_seeds_of_its_own(refused, place):
     text = (place / "toy.yml").read_text().replace("rule: {name: fa}", "rule: {name: ldrl}")
     (place / "study.yml").write_text(text + "study: {seeds: 2, rounds: 1}\n")
     assert "study.seeds" in refused("run", "study.yml", "--seeds", "2")
+
+
+def test_a_study_does_not_begin_among_runs_of_seeds(arraytp, refused):
+    """With --fresh it would remove them."""
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "2")
+    study = ("--set", "rule.name=ldrl", "--set", "study={seeds: 2, rounds: 1}")
+    for more in ((), ("--fresh",)):
+        assert "holds results of a run with --seeds" in refused("run", "toy.yml", *study, *more)
+
+
+def test_seeds_csv_has_all_rows_where_the_folder_above_is_of_a_run(arraytp, place):
+    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
+    text = (place / "toy.yml").read_text().replace("rule: {name: fa}\n", "")
+    (place / "toy.yml").write_text(f"{text}variants: {{bp: {{rule: {{name: bp}}}}, fa: {{rule: {{name: fa}}}}}}\n")
+    assert arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "2").status == 0
+    found = [line.split(",")[:2] for line in (place / "results/toy/seeds.csv").read_text().splitlines()[1:]]
+    assert found == [["bp", "0"], ["bp", "1"], ["fa", "0"], ["fa", "1"]]

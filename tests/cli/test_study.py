@@ -252,3 +252,70 @@ def test_a_file_in_the_place_of_a_seeds_folder_is_named(arraytp, study):
     outcome = arraytp("run", "study.yml", "--quiet")
     assert outcome.status == 2
     assert "drl/seed-0: is a file" in outcome.err
+
+
+@pytest.mark.parametrize("order", [("study", "trained"), ("trained", "study")])
+def test_a_config_may_have_a_study_beside_a_training(arraytp, place, order):
+    rule = "rule: {name: ldrl}"
+    own = {"study": f"{{{rule}, study: {{seeds: 1, rounds: 1}}}}", "trained": f"{{{rule}, train: {{epochs: 1}}}}"}
+    text = (place / "toy.yml").read_text().replace("rule: {name: fa}\n", "")
+    (place / "both.yml").write_text(text + "variants:\n" + "".join(f"  {name}: {own[name]}\n" for name in order))
+    outcome = arraytp("run", "both.yml", "--quiet")
+    assert outcome.status == 0, outcome.err
+    assert "| study | 1 |" in outcome.out
+    assert "trained" in outcome.out
+    assert (place / "results/both/trained/summary.json").exists()
+
+
+@pytest.mark.parametrize("first", ["shallow", "deep"])
+def test_networks_of_a_study_may_differ_in_depth(arraytp, place, first):
+    head, _, _ = STUDY.partition("variants:")
+    shallow = "  shallow: {rule: {name: ldrl}, network: {blocks: [{type: dense, units: 8}, {type: dense, units: 3}]}}\n"
+    own = {"shallow": shallow, "deep": "  deep: {rule: {name: ldrl}}\n"}
+    second = "deep" if first == "shallow" else "shallow"
+    (place / "study.yml").write_text(f"{head}variants:\n{own[first]}{own[second]}")
+    outcome = arraytp("run", "study.yml", "--quiet", figures=True)
+    assert outcome.status == 0, outcome.err
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[2:5] for line in outcome.out.splitlines()}
+    assert cells["study"] == [f"update block {n} (°)" for n in range(3)]
+    assert cells["shallow"][2] == "—"
+    assert "—" not in cells["deep"]
+
+
+def test_feedback_of_no_iterations_stays_as_it_is(arraytp, study, place):
+    text = STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: ldrl, feedback: {iterations: 0}}\n"
+    (place / "study.yml").write_text(text)
+    outcome = arraytp("run", "study.yml", "--quiet")
+    assert outcome.status == 0, outcome.err
+    assert {row["step"] for row in rows(study / "seed-0" / "feedback.csv")} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.epochs=0", "train.epochs: 0: a study of drift trains"),
+        ("network={blocks: [{type: dense, units: 3}]}", "the network has one block, dense1, and none is inverted"),
+    ],
+)
+def test_a_study_of_drift_of_nothing_is_refused(refused, place, setting, said):
+    (place / "drift.yml").write_text(DRIFT)
+    assert said in refused("run", "drift.yml", "--set", setting)
+
+
+def test_a_study_of_drift_shows_no_testing(arraytp, place, monkeypatch):
+    (place / "drift.yml").write_text(DRIFT)
+    monkeypatch.setattr("arraytp.training.progress._PLAIN_SECONDS", 0)
+    outcome = arraytp("run", "drift.yml", "--set", "train.steps=6")
+    assert outcome.status == 0, outcome.err
+    shown = [line for line in outcome.err.splitlines() if "step" in line]
+    assert "step 1/6" in shown[0]
+    assert not any("testing" in line for line in shown[:-1])
+
+
+def test_a_study_whose_results_go_to_the_working_directory_has_its_name(arraytp, study, place, monkeypatch):
+    (place / "study.yml").write_text(STUDY.split("variants:", maxsplit=1)[0] + "rule: {name: drl}\n")
+    (place / "here").mkdir()
+    monkeypatch.chdir(place / "here")
+    outcome = arraytp("run", "../study.yml", "--quiet", "--out", ".", "--set", "data.dataset=../toy")
+    assert outcome.status == 0, outcome.err
+    assert "| here | 2 |" in outcome.out

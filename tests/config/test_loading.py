@@ -198,3 +198,12 @@ def test_set_is_for_the_chosen_variant_which_may_have_keys_that_no_other_has(wri
 def test_the_editor_schema_knows_every_section_and_variants():
     properties = config_schema()["properties"]
     assert {"data", "network", "rule", "optimizer", "train", "variants"} <= set(properties)
+
+
+def test_a_name_that_is_set_is_that_of_all_variants(tmp_path):
+    """Results of one variant go beside those of the others, under the name that is set."""
+    path = tmp_path / "two.yml"
+    path.write_text(BASE + "variants: {first: {rule: {name: bp}}, second: {rule: {name: fa}}}\n")
+    assert load_config(path, ["name=mine"], "second").name == "mine"
+    assert load_config(path, ["name=mine"]).name == "mine"
+    assert load_config(path, [], "second").name == "two"
