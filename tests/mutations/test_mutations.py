@@ -155,10 +155,11 @@ MUTATIONS = [
     *_in(
         "training/compare.py",
         "training/test_compare.py",
-        ("np.clip(float(xp.multiply(u, v).sum()) / norms, -1.0, 1.0)", "float(xp.multiply(u, v).sum()) / norms"),
+        ("np.clip(uv / uu * math.sqrt(uu / vv), -1.0, 1.0)", "uv / uu * math.sqrt(uu / vv)"),
+        ("uv / uu * math.sqrt(uu / vv)", "uv / (math.sqrt(uu) * math.sqrt(vv))"),
         ("_norm(u - v), _norm(v)", "_norm(u - v), _norm(u)"),
         ("np.degrees(", "float("),
-        ("if not norms > 0", "if norms < 0"),
+        ("uu > 0 and vv > 0", "uu > 0"),
     ),
     *_in(
         "streams.py",

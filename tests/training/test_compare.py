@@ -26,6 +26,7 @@ def test_equal_arrays_have_no_angle_even_where_rounding_exceeds_one(place):
     for seed in range(20):
         a = place.put(rng(seed).standard_normal(1000).astype(np.float32))
         assert angle_degrees(a, a.copy()) == 0
+        assert angle_degrees(a, 3 * a) == pytest.approx(0, abs=2e-6)
         assert angle_degrees(a, -a) == pytest.approx(180, abs=2e-6)
 
 
