@@ -117,11 +117,8 @@ def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
 
 
 def _independence(setting: Setting, state: State) -> Iterator[Check]:
-    """Check no B is another name of a weight: their cosines are those of independent draws.
-
-    Few numbers may have any cosine but that of a copy.
-    """
-    largest, compared = 0.0, False
+    """Check no B is another name of a weight: their cosines are those of independent draws."""
+    ratios = []
     for array in state.weights.values():
         b = host(array).ravel()
         for weight in setting.network.weights:
@@ -129,11 +126,16 @@ def _independence(setting: Setting, state: State) -> Iterator[Check]:
             # Two numbers have a cosine of 1, whatever they are.
             if w.size == b.size > 1:
                 cosine = abs(float(b @ w)) / float(np.linalg.norm(b) * np.linalg.norm(w))
-                largest = worst(largest, cosine / min(1 - ROUNDING, 8 / math.sqrt(b.size)))
-                compared = True
-    if compared:
+                ratios.append(cosine / _most(b.size))
+    if ratios:
         yield checked("largest |cosine| between a B and a weight, over its bound", "separate streams",
-                      setting.rule.init_state, largest, 1.0)  # fmt: skip
+                      setting.rule.init_state, worst(*ratios), 1.0)  # fmt: skip
+
+
+def _most(size: int) -> float:
+    """Return a bound of the |cosine| of two independent directions of so many numbers."""
+    # Of fewer than twenty, two may well be within 26°: then none but a copy is told from others.
+    return min(0.9, 8 / math.sqrt(size)) if size >= 20 else 1 - ROUNDING
 
 
 CHECKS = (feedback_alignment, sign_symmetry_of, kolen_pollack_of, direct_feedback_alignment)
