@@ -27,6 +27,7 @@ from arraytp.mpi_ranks import Mpi
 from arraytp.ranks import Ranks, agreed
 from arraytp.report import read_results, write_comparison, write_figures, write_study
 from arraytp.report.figures import LAST_FIGURE, RUN_FIGURES
+from arraytp.report.reading import in_order
 from arraytp.report.seeds import seeds_table
 from arraytp.report.studies import LAST_STUDY_FIGURE, STUDY_FIGURES
 from arraytp.report.tables import comparison_table
@@ -418,8 +419,9 @@ def _report(batches: list[list[Job]]) -> None:
             results = read_results(folders)
             write_comparison(results, home)
             if jobs[0].of_seeds:
-                beside = sorted(path.parent for each in ("", "*/") for path in home.glob(f"{each}seed-*/config.yml"))
-                write_file(home / "seeds.csv", seeds_table(read_results(beside), results, home).encode())
+                beside = [path.parent for each in ("", "*/") for path in home.glob(f"{each}seed-*/config.yml")]
+                every = read_results(in_order(beside, home))
+                write_file(home / "seeds.csv", seeds_table(every, results, home).encode())
     trained = [
         job.folder for batch in batches for job in batch if not job.study and (job.folder / "config.yml").exists()
     ]

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,12 @@ def _expand(folder: Path) -> list[Path]:
     if not inside:
         raise UserError(f"{folder} is not a result folder: neither it nor a folder in it holds a config.yml")
     inside = [path for path in inside if not _is_study(path)] or inside
-    return sorted(inside, key=lambda path: [(name != "bp", _natural(name)) for name in path.relative_to(folder).parts])
+    return in_order(inside, folder)
+
+
+def in_order(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """Return the paths inside a folder in the order of tables: BP first, then the names' own."""
+    return sorted(paths, key=lambda path: [(name != "bp", _natural(name)) for name in path.relative_to(folder).parts])
 
 
 def _is_study(folder: Path) -> bool:

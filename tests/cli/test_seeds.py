@@ -81,6 +81,14 @@ def test_a_study_does_not_begin_among_runs_of_seeds(arraytp, refused):
         assert "holds results of a run with --seeds" in refused("run", "toy.yml", *study, *more)
 
 
+def test_seeds_csv_has_bp_first_and_seeds_by_number(arraytp, place):
+    text = (place / "toy.yml").read_text().replace("rule: {name: fa}\n", "")
+    (place / "two.yml").write_text(f"{text}variants: {{a: {{rule: {{name: fa}}}}, bp: {{rule: {{name: bp}}}}}}\n")
+    assert arraytp("run", "two.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "10,9").status == 0
+    found = [line.split(",")[:2] for line in (place / "results/two/seeds.csv").read_text().splitlines()[1:]]
+    assert found == [["bp", "9"], ["bp", "10"], ["a", "9"], ["a", "10"]]
+
+
 def test_seeds_csv_has_all_rows_where_the_folder_above_is_of_a_run(arraytp, place):
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
     text = (place / "toy.yml").read_text().replace("rule: {name: fa}\n", "")
