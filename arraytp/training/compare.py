@@ -56,17 +56,19 @@ class FeedbackComparison(NamedTuple):
 
 
 def angle_degrees(a: Array, b: Array) -> float:
-    """Return the angle between two flattened arrays in degrees, computed in float64, its cosine clipped to [−1, 1].
+    """Return the angle between two flattened arrays in degrees, computed in float64.
 
     It is 0 of equal arrays, and NaN where it is undefined: one of the arrays is zero or not finite.
     """
     xp = array_module(a, b)
     u, v = a.reshape(-1).astype(xp.float64), b.reshape(-1).astype(xp.float64)
-    uu, vv, uv = (float(xp.multiply(*pair).sum()) for pair in ((u, u), (v, v), (u, v)))
-    if not (uu > 0 and vv > 0 and np.isfinite(uu) and np.isfinite(vv)):
+    norms = _norm(u), _norm(v)
+    if not all(norm > 0 and np.isfinite(norm) for norm in norms):
         return float("nan")
-    # In this order the cosine of equal arrays is 1 without rounding: its arccos makes 1e-6° of the last bit.
-    return float(np.degrees(np.arccos(np.clip(uv / uu * math.sqrt(uu / vv), -1.0, 1.0))))
+    u /= norms[0]
+    v /= norms[1]
+    # Kahan's formula: the arccos of the cosine loses half the digits near 0 and 180 degrees, 1e-6° to the last bit.
+    return math.degrees(2 * math.atan2(_norm(u - v), _norm(u + v)))
 
 
 def relative_distance(a: Array, b: Array) -> float:

@@ -155,11 +155,11 @@ MUTATIONS = [
     *_in(
         "training/compare.py",
         "training/test_compare.py",
-        ("np.clip(uv / uu * math.sqrt(uu / vv), -1.0, 1.0)", "uv / uu * math.sqrt(uu / vv)"),
-        ("uv / uu * math.sqrt(uu / vv)", "uv / (math.sqrt(uu) * math.sqrt(vv))"),
+        ("v /= norms[1]", "v /= norms[0]"),
+        ("_norm(u - v), _norm(u + v)", "_norm(u + v), _norm(u - v)"),
         ("_norm(u - v), _norm(v)", "_norm(u - v), _norm(u)"),
-        ("np.degrees(", "float("),
-        ("uu > 0 and vv > 0", "uu > 0"),
+        ("math.degrees(2 * math.atan2", "(2 * math.atan2"),
+        ("all(norm > 0", "any(norm > 0"),
     ),
     *_in(
         "streams.py",

@@ -11,10 +11,16 @@ from arraytp.training.compare import angle_degrees, norm_ratio, relative_distanc
 
 @pytest.mark.parametrize("degrees", [0, 1, 30, 45, 60, 90, 120, 179, 180])
 def test_the_angle_of_two_vectors_in_a_plane(place, degrees):
-    """The arc cosine loses half the digits near 0 and 180 degrees: 1e-8 radians there."""
     a = np.array([[3.0, 0.0]])
     b = 7 * np.array([[math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]])
-    assert angle_degrees(place.put(a), place.put(b)) == pytest.approx(degrees, abs=2e-6)
+    assert angle_degrees(place.put(a), place.put(b)) == pytest.approx(degrees, abs=1e-12)
+
+
+@pytest.mark.parametrize("radians", [1e-4, 1e-8, 1e-12])
+def test_small_angles_keep_their_digits(place, radians):
+    a, b = np.array([1.0, 0.0]), np.array([math.cos(radians), math.sin(radians)])
+    assert angle_degrees(place.put(a), place.put(b)) == pytest.approx(math.degrees(radians), rel=1e-12)
+    assert 180 - angle_degrees(place.put(a), place.put(-b)) == pytest.approx(math.degrees(radians), abs=1e-12)
 
 
 def test_the_angle_does_not_depend_on_length_or_order():
@@ -22,12 +28,13 @@ def test_the_angle_does_not_depend_on_length_or_order():
     assert angle_degrees(a, b) == pytest.approx(angle_degrees(1e-6 * b, 1e6 * a), rel=1e-12)
 
 
-def test_equal_arrays_have_no_angle_even_where_rounding_exceeds_one(place):
+def test_equal_arrays_have_no_angle_and_multiples_none_beyond_rounding(place):
+    """The arc cosine would make 1e-6 degrees of the last bit of their product."""
     for seed in range(20):
-        a = place.put(rng(seed).standard_normal(1000).astype(np.float32))
+        a = place.put(rng(seed).standard_normal(1000))
         assert angle_degrees(a, a.copy()) == 0
-        assert angle_degrees(a, 3 * a) == pytest.approx(0, abs=2e-6)
-        assert angle_degrees(a, -a) == pytest.approx(180, abs=2e-6)
+        assert angle_degrees(a, 3 * a) == pytest.approx(0, abs=1e-12)
+        assert angle_degrees(a, -a) == pytest.approx(180, abs=1e-12)
 
 
 def test_single_precision_is_measured_in_double():
