@@ -118,9 +118,11 @@ def _unit_gradients(part: slice, batch: Batch, scratch: Buffers) -> Array:
 def _back(at: At, products: Products, matrix: Array, ds: Array, part: slice, scratch: Buffers) -> Array:
     """Return the logits' gradients of s^n, of shape (C, samples, D), given those of s^{n+1}."""
     block, s = at.block, at.output[part]
-    own, shape = scratch.of(OWNER), (len(ds), *s.shape)
+    own, shape, units = scratch.of(OWNER), (len(ds), *s.shape), block.next_shape[-1]
     df, index = own.array("df", shape, s.dtype), None
-    df[...] = ds.reshape(shape)
+    df[..., :units] = ds.reshape(*shape[:-1], units)
+    if block.auxiliary:
+        df[..., units:] = 0
     if block.activation.derivative is not None:
         df *= block.activation.derivative(s)
     if at.index is not None:

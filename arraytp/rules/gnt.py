@@ -22,7 +22,7 @@ from arraytp.model.passes import Batch
 from arraytp.options import Positive
 from arraytp.rules import dtp
 from arraytp.rules.drl import MOST_CLASSES
-from arraytp.rules.feedback import check_targets, refuse_auxiliary
+from arraytp.rules.feedback import check_targets
 from arraytp.rules.protocol import Rule, State, Target
 
 
@@ -50,17 +50,16 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
 
 
 def check_jacobians(what: str, blocks: Sequence[Block]) -> None:
-    """Refuse networks of whose Jacobians there are too many, or that have auxiliary units, in the name of `what`.
+    """Refuse networks of whose Jacobians there are too many, in the name of `what`.
 
     Raises
     ------
     UserError
-        Names the number of classes, or the block.
+        Names the number of classes.
     """
     classes = blocks[-1].next_shape[0]
     if classes > MOST_CLASSES:
         raise UserError(f"{what}: takes a backward pass per class, and there are {classes}; at most {MOST_CLASSES}")
-    refuse_auxiliary(what, blocks)
 
 
 def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:

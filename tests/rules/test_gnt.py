@@ -23,11 +23,17 @@ LAYERS = [
     Dense(units=7, activation="tanh"),
     Dense(units=4),
 ]
+AUXILIARY = [
+    Conv(channels=5, kernel=3, padding=1, activation="elu", auxiliary=2, pool=Pool(kernel=3, stride=2, padding=1)),
+    Conv(channels=7, kernel=2, stride=2, activation="leaky-relu", auxiliary=3),
+    Dense(units=8, activation="tanh", auxiliary=1),
+    Dense(units=6, auxiliary=2),
+]
 STEP = 1e-6
 
 
-def made(count=3):
-    network = random_network(fitting_blocks(LAYERS, (6, 5, 2)))
+def made(count=3, layers=LAYERS):
+    network = random_network(fitting_blocks(layers, (6, 5, 2)))
     x, _ = batch(network.blocks, count)
     return network, x, rng(8).standard_normal((count, 4)) / count
 
@@ -52,8 +58,9 @@ def differenced(network, x, n):
 
 @pytest.mark.parametrize("damping", [1e-3, 1.0])
 @pytest.mark.parametrize("engine", [fast, plain])
-def test_targets_are_those_of_jacobians_by_finite_differences(place, damping, engine):
-    network, x, dlogits = made()
+@pytest.mark.parametrize("layers", [LAYERS, AUXILIARY])
+def test_targets_are_those_of_jacobians_by_finite_differences(place, damping, engine, layers):
+    network, x, dlogits = made(layers=layers)
     one = pass_of(placed(network, place.put), place.put(x), place.put(dlogits), engine(place.backend))
     deltas = [place.get(delta) for delta in deltas_of(Options(damping=damping, beta=0.3), one)]
     close(deltas[3].reshape(3, -1), -0.3 * 3 * dlogits, 1e-14)
@@ -116,8 +123,6 @@ SQUARE = {"blocks": TREE["network"]["blocks"], "square": True}
 REFUSED = [
     ({"loss": {"reduction": "sum"}}, "loss.reduction: sum: rule gnt is defined for the mean loss"),
     ({"network": SQUARE}, r"network block 1 \(dense2\): has 2 auxiliary units, which rule gnt does not support"),
-    ({"network": SQUARE, "rule": {"name": "bp"}},
-     r"network block 1 \(dense2\): has 2 auxiliary units, which compare.against: gnt does not support; leave out"),
     ({"compare": {"against": ["gnt"]}}, r"compare.against: \['gnt'\]: must contain bp"),
     ({"compare": {"against": ["bp", "dtp"]}}, r"compare.against.1 must be one of bp or gnt"),
 ]  # fmt: skip
@@ -162,4 +167,21 @@ def test_the_second_reference_is_the_rule_with_the_configs_damping():
     images, labels = next(experiment.train_loader.batches(0))
     step = experiment.forward(images, labels)
     for each in experiment.compare(step, experiment.updates(step)):
+        assert each.gnt_angle_deg < 1e-2
+
+
+def test_exact_gait_prop_is_compared_with_it_where_units_are_auxiliary():
+    """Where the damping is large, GNT is BP, and the two angles are one."""
+    (config,) = parse_config(
+        TREE
+        | {"network": SQUARE, "rule": {"name": "gait-prop", "form": "difference"}}
+        | {"compare": {"against": ["bp", "gnt"], "damping": 1e6}}
+    ).variants.values()
+    experiment = build(config)
+    images, labels = next(experiment.train_loader.batches(0))
+    step = experiment.forward(images, labels)
+    assert [block.auxiliary for block in experiment.network.blocks] == [0, 2]
+    for each in experiment.compare(step, experiment.updates(step)):
+        assert each.gnt_angle_deg == pytest.approx(each.angle_deg, abs=1e-2)
+    for each in experiment.compare(step, experiment.exact_updates(step)):
         assert each.gnt_angle_deg < 1e-2
