@@ -258,7 +258,10 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
     # Each group holds the folder of its own run.
     held.close()
     if asked.fresh and everyone.rank == 0:
-        _clear(jobs)
+        for job in jobs:
+            # What is in the way is told of by the group whose turn it is.
+            with suppress(OSError):
+                _clear(job)
     turns, interrupted, status = everyone.turns(ranks), None, 0
     stop.elsewhere = turns.heard
     try:
@@ -319,10 +322,7 @@ def _do(job: Job, uncleared: list[Job], stop: StopRequest, asked: Asked, held: H
                     click.echo(f"arraytp: note: {job.label}: {note}", err=True)
                 experiment = agreed(ranks, lambda: build_planned(job.plan, job.plain, sharing))
                 run = Run(experiment, job.folder, job.label, asked.quiet)
-            agreed(ranks, lambda: _claim(uncleared or [job], asked, held) if first else None)
-            if first:
-                _clear(uncleared)
-            uncleared.clear()
+            agreed(ranks, lambda: _claim(job, uncleared, asked, held) if first else None)
             _train(job, run, stop, asked, ranks)
         except MemoryError as error:
             train = job.plan.config.train
@@ -336,21 +336,32 @@ def _do(job: Job, uncleared: list[Job], stop: StopRequest, asked: Asked, held: H
             raise UserError(f"{place}: cannot be written: {error.strerror or error}{hint}") from error
 
 
-def _claim(jobs: Sequence[Job], asked: Asked, held: Holds) -> None:
-    """Make the folders and keep others out; another command may have come first since they were looked at."""
-    for job in jobs:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        held.take(job.folder)
-    _check_folders(jobs, asked.resume, asked.fresh)
+def _claim(job: Job, uncleared: list[Job], asked: Asked, held: Holds) -> None:
+    """Make a job's folder and keep others out; another command may have come first since it was looked at.
+
+    The former results of all `uncleared` jobs go at once, so that none of them passes for a finished one after a stop.
+    What is in the way of another job than this is told of when its turn comes.
+    """
+    if job not in uncleared:
+        _take(job, asked, held)
+    for each in list(uncleared):
+        with suppress(*(() if each is job else (OSError, UserError))):
+            _take(each, asked, held)
+            _clear(each)
+            uncleared.remove(each)
 
 
-def _clear(jobs: Sequence[Job]) -> None:
-    """Remove the former results of all runs at once, so that none of them passes for a finished one after a stop."""
-    for job in jobs:
-        for folder in (job.folder, *job.folder.glob("seed-*")):
-            for name in (*OWN_FILES, *(f"figures/{name}" for name in OWN_FIGURES)):
-                with suppress(NotADirectoryError):
-                    (folder / name).unlink(missing_ok=True)
+def _take(job: Job, asked: Asked, held: Holds) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    held.take(job.folder)
+    _check_folders([job], asked.resume, asked.fresh)
+
+
+def _clear(job: Job) -> None:
+    for folder in (job.folder, *job.folder.glob("seed-*")):
+        for name in (*OWN_FILES, *(f"figures/{name}" for name in OWN_FIGURES)):
+            with suppress(NotADirectoryError):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _train(job: Job, run: Run | None, stop: StopRequest, asked: Asked, ranks: Ranks) -> None:

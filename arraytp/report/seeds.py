@@ -102,9 +102,10 @@ def seeds_table(results: Sequence[Result], latest: Sequence[Result], home: Path)
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SEED_COLUMNS)
     for result in results:
-        match = SEED.fullmatch(real(result.path).name)
+        match = SEED.fullmatch(result.path.name)
         if match and settings.get(_beside(result), _settings(result)) == _settings(result):
-            variant = real(result.path).parent.relative_to(real(home)).as_posix().removeprefix(".")
+            # Links that lead elsewhere are not followed here: a variant has its name in `home`.
+            variant = result.path.parent.relative_to(home).as_posix().removeprefix(".")
             writer.writerow([variant, int(match[1]), *(_final_and_best(result) if result.finished else [""] * 4)])
     return file.getvalue()
 

@@ -244,6 +244,9 @@ class Run:
                     self._read_scores(progress)
                     self.steps.append(position.step, position.epoch + 1, *position.recent.means())
                     position.recent = Totals()
+                if self._stopping(stop) or self._save_due():
+                    # Waits for what a device has not finished, which is training.
+                    self._read_scores(progress)
                 position.train_seconds += time.monotonic() - mark
                 self._pause(stop, progress)
                 mark = time.monotonic()
@@ -253,9 +256,14 @@ class Run:
         """Between two batches: stop if that is asked for, or write a checkpoint if one is due."""
         if self._stopping(stop):
             self._stop(stop, progress)
-        if self._writes and time.monotonic() - self._saved > 60 * self.experiment.config.train.checkpoint_minutes:
+        if self._save_due():
             self._read_scores(progress)
             self._save()
+
+    def _save_due(self) -> bool:
+        """Tell whether the last checkpoint is older than it may be."""
+        minutes = self.experiment.config.train.checkpoint_minutes
+        return self._writes and time.monotonic() - self._saved > 60 * minutes
 
     def _stopping(self, stop: StopRequest) -> bool:
         """Tell whether to stop; on several ranks, whether any wanted to when they last summed."""

@@ -10,6 +10,7 @@ import h5py
 import pytest
 
 from arraytp.commands import run
+from arraytp.commands.holding import Holds
 from arraytp.config import load_one
 from arraytp.errors import UserError
 from arraytp.report.figures import RUN_FIGURES
@@ -383,6 +384,63 @@ def test_fresh_removes_all_former_results_though_the_first_run_cannot_begin(arra
     assert arraytp("run", "a.yml", "b.yml", "--quiet", "--fresh").status == 2
     assert not list(place.glob("results/*/checkpoint.h5"))
     assert not list(place.glob("results/*/summary.json"))
+
+
+@pytest.mark.parametrize(
+    "problem", [PermissionError(13, "Permission denied"), UserError("another run is writing here")]
+)
+def test_fresh_trains_the_others_if_one_folder_cannot_be_cleared(arraytp, place, monkeypatch, problem):
+    for name in ("a", "b", "c"):
+        (place / f"{name}.yml").write_text((place / "toy.yml").read_text())
+    words = ("run", "a.yml", "b.yml", "c.yml", "--quiet", "--fresh")
+    assert arraytp(*words).status == 0
+    before = {name: (place / f"results/{name}/summary.json").stat().st_mtime_ns for name in ("a", "b", "c")}
+    take, looks = Holds.take, []
+
+    def in_the_way(held, folder):
+        looks.append(folder.name)
+        if folder.name == "b" and looks.count("b") > 1:
+            raise problem
+        take(held, folder)
+
+    monkeypatch.setattr(Holds, "take", in_the_way)
+    outcome = arraytp(*words)
+    assert outcome.status == 2
+    words = "results/b: cannot be written: Permission denied" if isinstance(problem, OSError) else str(problem)
+    assert [line for line in outcome.err.splitlines() if "error" in line] == [f"arraytp: error: {words}"]
+    after = {name: (place / f"results/{name}/summary.json").stat().st_mtime_ns for name in ("a", "b", "c")}
+    assert [after[name] > before[name] for name in ("a", "b", "c")] == [True, False, True]
+
+
+def test_seeds_in_linked_folders_have_their_rows(arraytp, place, tmp_path):
+    for name in ("elsewhere", "another/seed-0"):
+        (tmp_path / name).mkdir(parents=True)
+    (place / "results/variants").mkdir(parents=True)
+    (place / "results/variants/dfa").symlink_to(tmp_path / "elsewhere")
+    (place / "results/variants/bp").mkdir()
+    (place / "results/variants/bp/seed-0").symlink_to(tmp_path / "another/seed-0")
+    outcome = arraytp("run", "variants.yml", "--quiet", "--seeds", "1")
+    assert outcome.status == 0, outcome.err
+    rows = (place / "results/variants/seeds.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[:2] for row in rows] == [["bp", "0"], ["dfa", "0"]]
+
+
+def test_what_a_device_has_not_finished_at_a_checkpoint_is_training(arraytp, place, monkeypatch):
+    """By a clock on which a second passes for every score that is waited for, and next to nothing else does."""
+    read, clock = loop.Run._read_scores, itertools.count()
+    waited = []
+
+    def waiting(self, progress):
+        waited.extend(1 for _ in self._unread)
+        read(self, progress)
+
+    monkeypatch.setattr(loop.Run, "_read_scores", waiting)
+    monkeypatch.setattr(loop.Run, "_collect", lambda self, score, _: self._unread.append(score))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 1e-6 * next(clock) + sum(waited)))
+    outcome = arraytp("run", "toy.yml", "--quiet", "--set", "train.checkpoint_minutes=1e-9")
+    assert outcome.status == 0, outcome.err
+    summary = json.loads((place / "results/toy/summary.json").read_text())
+    assert summary["steps_per_second"] == pytest.approx(1, rel=1e-3)
 
 
 def test_the_time_of_checkpoints_is_not_that_of_steps(arraytp, place, monkeypatch):
