@@ -17,6 +17,8 @@ from arraytp.data_prep.options import Exif, Resize
 
 # Memory: an image takes 4 bytes a pixel, up to five times at once; all that are being decoded have no more together.
 MAX_PIXELS = 2**26
+# Pillow takes a line of 2³¹ bits or more for a lack of memory; a pixel of a PNG has up to 64.
+_MAX_SIDE = 2**24
 _FORMATS = (
     JpegImagePlugin.JpegImageFile.format,
     PngImagePlugin.PngImageFile.format,
@@ -75,17 +77,20 @@ def room_for(content: bytes) -> Iterator[None]:
 
 
 def _checked_pixels(image: Image.Image) -> int:
-    """Return how many pixels an image's header promises, if they are not too many."""
+    """Return how many pixels an image's header promises, if they are not too many, nor its sides too long."""
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise BrokenImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+    if max(image.size) > _MAX_SIDE:
+        raise BrokenImageError(f"{image.width} x {image.height} pixels have a side longer than {_MAX_SIDE}")
     return pixels
 
 
 def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
     """Decode an image file: an opaque RGB image, turned upright as its EXIF orientation says, or not.
 
-    BrokenImageError if it is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels; MemoryError.
+    BrokenImageError if it is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels, or 2²⁴ on
+    a side; MemoryError.
     """
     with _breakage():
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
