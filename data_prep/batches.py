@@ -124,7 +124,7 @@ def read_batch(
     from 0.
 
     UserError if the pickle names anything that such a batch does not hold, is damaged or truncated, or is no such
-    batch.
+    batch. OSError if it cannot be read.
     """
     content = _load(file, where)
     data, labels = content.get("data"), content.get(label_key)
@@ -144,6 +144,9 @@ def _load(file: BinaryIO, where: Path | str) -> dict[str, Any]:
         file.seek(0)
         refuse_text_transfer(file.read(_LOOKED_AT), where)
         raise UserError(f"{where}: refused: the pickle {error}, which official batches do not") from None
+    # A read that fails says nothing of the file.
+    except OSError:
+        raise
     # What a damaged pickle can raise is not documented, and is anything from EOFError to MemoryError.
     except Exception as error:
         file.seek(0)

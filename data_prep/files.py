@@ -76,7 +76,7 @@ class Files:
 def open_files(src: Path, dst: Path) -> Iterator[Files]:
     """Open a folder, to a depth of four but for image files, or a tar archive: plain, gzip, xz or bzip2.
 
-    A compressed archive is unpacked beside `dst`, or the nearest of its parents that exists. UserError if `src` is
+    A compressed archive is unpacked beside `dst`, or in the nearest of its parents that exists. UserError if `src` is
     neither, is damaged or truncated, or holds what is not a plain file within it.
     """
     if src.is_dir():
@@ -96,7 +96,7 @@ def open_files(src: Path, dst: Path) -> Iterator[Files]:
         if unpack is None:
             yield _only(src, file)
             return
-        with _unnamed_file(src, _existing(real(dst).parent)) as plain:
+        with _unnamed_file(src, _place_beside(real(dst))) as plain:
             _unpack(src, unpack(file), plain)
             yield _only(src, plain)
 
@@ -183,12 +183,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+def _place_beside(dst: Path) -> Path:
+    """Return the folder that holds DST, or will; DST itself if it is a volume of its own, or its folder read-only."""
+    beside = next(parent for parent in dst.parents if parent.is_dir())
+    usable = os.access(beside, os.W_OK) and (not dst.is_dir() or beside.stat().st_dev == dst.stat().st_dev)
+    return beside if usable or not dst.is_dir() else dst
 
 
 def _unnamed_file(src: Path, folder: Path) -> IO[bytes]:
-    # Not in the data set's own folder: some network file systems keep a name for it, which a pack takes for another's.
+    # Rather not in the data set's own: some network file systems keep a name for it, which a pack takes for another's.
     try:
         return tempfile.TemporaryFile(dir=folder)
     except OSError as error:

@@ -29,6 +29,10 @@ def _read(path: Path) -> tuple[Images, Labels]:
             return read_batch(file, path, "labels", CLASSES, 1)
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UserError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise UnreadableError(f"{path}: damaged, or larger than the memory that is free") from error
+        raise
 
 
 def _find(src: Path) -> dict[str, list[Path]]:

@@ -10,6 +10,8 @@ import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -128,14 +130,18 @@ def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width, height, *chunks):
-    head = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+def png(width, height, *chunks, depth=8, colour=2):
+    head = struct.pack(">2I5B", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(chunks) + chunk(b"IEND", b"")
 
 
 MANY_ZEROS = zlib.compress(bytes(2**28), 1)
 IMAGES = {
     "more pixels than memory": (png(2**13, 2**13 + 1), "8192 x 8193 pixels are more than"),
+    "a line of more bits than Pillow counts": (
+        png(40_000_000, 1, chunk(b"IDAT", zlib.compress(bytes(9))), depth=16, colour=6),
+        "40000000 x 1 pixels have a side longer than 16777216",
+    ),
     "a profile of zeros": (
         png(4, 4, chunk(b"iCCP", b"a\0\0" + MANY_ZEROS), chunk(b"IDAT", zlib.compress(bytes(52)))),
         "too large",
@@ -233,3 +239,23 @@ def test_what_the_library_itself_would_read_is_read(gzipped):
         assert read_chunk(file["images"], 0) == file["images"][()].tobytes()
         np.testing.assert_array_equal(shards.read_whole(file["labels"]), file["labels"][()])
     assert open_dataset(gzipped).load("train")[0].shape == (8, 4, 4, 1)
+
+
+def test_archives_are_unpacked_beside_the_data_set_or_in_it_if_that_is_a_volume(tmp_path, monkeypatch):
+    dst = tmp_path / "a/b"
+    assert files._place_beside(dst) == tmp_path
+    dst.mkdir(parents=True)
+    assert files._place_beside(dst) == tmp_path / "a"
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "access", lambda *_: False)
+        assert files._place_beside(dst) == dst
+        assert files._place_beside(dst / "c") == dst
+    real_stat = Path.stat
+    monkeypatch.setattr(
+        Path,
+        "stat",
+        lambda self, **k: (
+            SimpleNamespace(st_dev=7, st_mode=real_stat(dst).st_mode) if self == dst else real_stat(self, **k)
+        ),
+    )
+    assert files._place_beside(dst) == dst

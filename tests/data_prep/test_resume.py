@@ -15,7 +15,7 @@ from PIL import Image
 from arraytp.cli import main
 from arraytp.data import writer
 from arraytp.data.dataset import open_dataset
-from arraytp.data_prep import decode, files, imagenet32
+from arraytp.data_prep import batches, decode, files, imagenet32
 from arraytp.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -225,19 +225,31 @@ def test_an_image_that_the_system_does_not_give_is_not_broken_and_the_next_pack_
     assert content(tmp_path / "d") == content(tmp_path / "whole")
 
 
-def test_a_batch_that_the_system_does_not_give_keeps_the_shards_before_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["open", "middle", "memory"])
+def test_a_batch_that_the_system_does_not_give_keeps_the_shards_before_it(tmp_path, monkeypatch, failing, capsys):
     (tmp_path / "s").mkdir()
     imagenet32_files(tmp_path / "s")
     arguments = ["data", "pack", "imagenet32", str(tmp_path / "s"), *SOURCES["imagenet32"][1]]
     read_batch = imagenet32.read_batch
+    gone = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def refuse(file, path, *rest):
-        if path.name == "val_data":
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return read_batch(file, path, *rest)
+        if path.name != "val_data":
+            return read_batch(file, path, *rest)
+        if failing == "open":
+            raise gone
+
+        def lost(unpickler):
+            raise MemoryError if failing == "memory" else gone
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batches._Unpickler, "load", lost)
+            return read_batch(file, path, *rest)
 
     monkeypatch.setattr(imagenet32, "read_batch", refuse)
     assert pack(arguments, tmp_path / "d") == 2
+    words = "damaged, or larger than the memory that is free" if failing == "memory" else gone.strerror
+    assert f"val_data: {'' if failing == 'memory' else 'cannot be read: '}{words}" in capsys.readouterr().err
     assert "train-00002.h5" in content(tmp_path / "d")
 
 
