@@ -205,14 +205,17 @@ def drift_figure(studies: Sequence[StudyResult]) -> Any:
     """
     figure = new_figure(3.6 * len(studies), 3.8, "Angle to BP's update over the drift of the weights")
     panels = figure.subplots(1, len(studies), squeeze=False, sharey=True)[0]
+    blocks = common_labels([study.blocks for study in studies])
+    looks = list(zip(blocks, shades(len(blocks)), strict=True))
     for axes, study in zip(panels, studies, strict=True):
         angle, drift = study.angle.mean(axis=0), study.distance.mean(axis=0)
-        for n, (label, colour) in enumerate(zip(study.blocks, shades(len(study.blocks)), strict=True)):
+        for n, (label, colour) in enumerate(looks[: len(study.blocks)]):
             axes.plot(drift[:, max(n, 1)], angle[:, n], color=colour, marker="o", markersize=3, label=label)
         axes.set(title=literal(study.label), xlabel="drift ‖WWᵀ − I‖/√K")
         axes.tick_params(axis="x", labelrotation=30)
     panels[0].set_ylabel("angle (°)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", title="block")
+    deepest = max(range(len(studies)), key=lambda number: len(studies[number].blocks))
+    figure.legend(*panels[deepest].get_legend_handles_labels(), loc="outside right center", title="block")
     return figure
 
 

@@ -21,6 +21,7 @@ from arraytp.report.figures import (
 )
 from arraytp.report.panels import running_mean
 from arraytp.report.reading import read_result, read_results
+from arraytp.report.studies import StudyResult, drift_figure
 from arraytp.report.style import RULE_COLOURS, looks
 
 Make = Callable[..., Path]
@@ -202,6 +203,20 @@ def test_numbers_along_the_epochs_stand_apart(make_result: Make, epochs: int) ->
         low, high = axes.get_window_extent().intervalx
         inside = [extent for extent in shown if low <= (extent.x0 + extent.x1) / 2 <= high]
         assert all(before.x1 + 5 < after.x0 for before, after in pairwise(inside))
+
+
+def test_a_block_has_one_colour_in_all_panels_of_drift() -> None:
+    """The legend is of the deepest network, whose blocks are all in it."""
+    studies = [
+        StudyResult("s", [f"dense{n + 1}" for n in range(depth)], *([np.zeros((1, depth))] * 2),
+                    *([np.zeros((1, 2, depth))] * 2), [], 0.0, drift=True)
+        for depth in (2, 4, 3)
+    ]  # fmt: skip
+    figure = drift_figure(studies)
+    shallow, deep, _ = ([line.get_color() for line in axes.lines] for axes in figure.axes)
+    assert (len(shallow), shallow) == (2, deep[:2])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dense1", "dense2", "dense3", "dense4"]
 
 
 def test_dollars_in_a_name_are_drawn(make_result: Make, tmp_path: Path) -> None:
