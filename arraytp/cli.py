@@ -189,10 +189,10 @@ def _tell(lines: Sequence[str], status: int) -> int:
 
 def _excerpt(path: Path, number: int, key: str) -> list[str]:
     """Return a line of a config and a caret under the key that a message is about; nothing where it cannot be read."""
-    # A pipe would be waited for: it has been read.
-    if not path.is_file():
-        return []
     try:
+        # A pipe would be waited for: it has been read.
+        if not path.is_file():
+            return []
         line = path.read_text(encoding="utf-8").splitlines()[number - 1]
     except (OSError, ValueError, IndexError):
         return []

@@ -812,6 +812,10 @@ def test_a_mistake_in_a_config_from_a_pipe_shows_no_excerpt(place, tmp_path):
     assert cli._excerpt(tmp_path / "pipe.yml", 1, "rule") == []
 
 
+def test_a_message_about_no_possible_file_shows_no_excerpt(place):
+    assert cli._excerpt(place / ("a" * 300), 1, "rule") == []
+
+
 def test_a_run_without_standard_error_shows_nothing(arraytp, place, monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     assert main(["run", "toy.yml"]) == 0
