@@ -312,8 +312,5 @@ def _checked_normalisation(
         if not np.isfinite(values).all():
             raise UserError(f"normalisation of {dataset.name}: {name} is {values}, expected finite numbers")
     if min(stds) <= 0:
-        raise UserError(
-            f"normalisation of {dataset.name}: std is {stds}, expected numbers above 0; where a channel is the same in "
-            "all train images, give data.normalize a mean and std, or none"
-        )
+        raise UserError(f"normalisation of {dataset.name}: std is {stds}, expected numbers above 0")
     return augment.scale_and_shift(means, stds)

@@ -68,6 +68,11 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
             f"data.normalize: {len(config.data.normalize.mean)} values of mean and std, but the images of "
             f"{dataset.name} need {dataset.shape[2]}, one per channel"
         )
+    if config.data.normalize == "dataset" and min(dataset.std) <= 0:
+        raise UserError(
+            f"data.normalize: dataset, but the train images of {dataset.name} have the standard deviations "
+            f"{list(dataset.std)}: a channel is the same in all of them; give a mean and std, or none"
+        )
     if config.train.validation >= counts["train"]:
         raise UserError(
             f"train.validation: {config.train.validation}, but the train split of {config.data.dataset} has "

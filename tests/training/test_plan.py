@@ -50,6 +50,14 @@ def test_normalisation_of_another_number_of_channels_is_refused():
         plan(small(data=data))
 
 
+def test_a_channel_without_deviation_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(Dataset, "std", (0.0,))
+    with pytest.raises(UserError, match=r"data\.normalize: dataset, but .* \[0\.0\]: a channel is the same"):
+        plan(small())
+    data = {"dataset": "fashion-mnist-10k", "normalize": "none"}
+    assert plan(small(data=data)).dataset.std == (0.0,)
+
+
 def test_a_network_that_the_rule_cannot_invert_is_refused_before_training():
     with pytest.raises(UserError, match=r"network block 1 \(dense2\): rule gait-prop .* 12x10 is not square"):
         plan(small(rule={"name": "gait-prop"}))
