@@ -42,7 +42,7 @@ def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool
     table.restart([])
     total, _ = experiment.length
     angles: list[float] = []
-    with Progress(label, 1, total, quiet=quiet) as progress:
+    with experiment.steady(), Progress(label, 1, total, quiet=quiet) as progress:
         for number, (epoch, images, labels) in enumerate(itertools.islice(_batches(experiment), total)):
             step = experiment.forward(images, labels)
             loss = float(step.score.totals[0]) / step.score.images

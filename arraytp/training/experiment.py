@@ -11,7 +11,7 @@ optimiser ← updates ← rule(options, state, batch)                updates(ste
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -26,9 +26,10 @@ from arraytp.data.loader import Loader
 from arraytp.fast.factors import begin
 from arraytp.fast.graphs import Graphs, arrays_of
 from arraytp.fast.orthogonality import add_orthogonality, regularised, strength_at
-from arraytp.fast.parallel import Workspace
+from arraytp.fast.parallel import Workspace, one_blas_thread
 from arraytp.model.blocks import Network
 from arraytp.model.passes import Batch, Begun, Engine, ForwardPass, parts_of_batch, side_by_side
+from arraytp.model.plain import Plain
 from arraytp.ranks import ALONE, Part, Ranks, parts_of
 from arraytp.rules import bp, feedback, gnt
 from arraytp.rules.protocol import Observe, Rule, State, Target, Update, Updates
@@ -140,10 +141,18 @@ class Experiment:
         ValueError
             If a label is none of the classes; on a device that is not looked at, since the host would have to wait.
         """
-        step = self.forward(images, labels, size)
-        self.train_feedback(step)
-        self.apply(step, self.updates(step), epoch)
+        with self.steady():
+            step = self.forward(images, labels, size)
+            self.train_feedback(step)
+            self.apply(step, self.updates(step), epoch)
         return step.score
+
+    def steady(self) -> AbstractContextManager[None]:
+        """While entered, no bit depends on the number of threads, of what is computed outside of tasks, too.
+
+        But for the plain engine, which has no tasks and is left BLAS's threads, unless every part has its own bits.
+        """
+        return nullcontext() if isinstance(self.engine, Plain) and not self.exact else one_blas_thread()
 
     def forward(self, images: Array, labels: Array, size: int | None = None) -> Step:
         """Run the network on a batch, or on this rank's part of one of `size` images; raises as `step`."""
@@ -240,18 +249,19 @@ class Experiment:
         tells.
         """
         batch, part = step.batch, step.batch.part
-        others: list[list[Array]] = [[] for _ in step.totals]
+        totals_of: list[list[Array]] = [[] for _ in step.totals]
+        flags = totals_of
         if part is not None:
             stops = self.workspace.number("stop", float(stop()), np.float64)
-            others = [[totals, stops] for totals in step.totals]
+            totals_of, flags = [[totals] for totals in step.totals], [[stops] for _ in step.totals]
         if self.graphs.takes("updates"):
             # A graph computes all that its rule asks for but the factors, whatever else was asked for before.
-            arrays = [*self._arrays(batch), *self._inverses(batch), *chain(*others)]
+            arrays = [*self._arrays(batch), *self._inverses(batch), *chain(*totals_of, *flags)]
             updates, summed = self.graphs.run(
-                "updates", arrays, lambda: summed_updates(batch.afresh(), self._descend, others), part
+                "updates", arrays, lambda: summed_updates(batch.afresh(), self._descend, totals_of, flags), part
             )
         else:
-            updates, summed = summed_updates(batch, self._descend, others)
+            updates, summed = summed_updates(batch, self._descend, totals_of, flags)
         if part is not None:
             totals, stopping = summed
             step.score.totals[...] = totals
@@ -397,7 +407,9 @@ class Experiment:
         step = self._forward(images, labels, size)
         if step.batch.part is not None:
             stops = array_module(step.score.totals).full(1, float(stop()))
-            totals, stopping = step.batch.summed([[totals, stops] for totals in step.totals], "scores")
+            totals, stopping = step.batch.summed(
+                [[totals] for totals in step.totals], "scores", [[stops] for _ in step.totals]
+            )
             step.score.totals[...] = totals
             self.stop_agreed = bool(stopping[0] > 0)
         return step.score

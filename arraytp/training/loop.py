@@ -4,7 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,6 @@ from arraytp import __version__
 from arraytp.backend import Array, array_module
 from arraytp.data.loader import Loader
 from arraytp.errors import Interrupted, NonFiniteError, UserError
-from arraytp.fast.parallel import one_blas_thread
 from arraytp.files import write_json
 from arraytp.model.plain import Plain
 from arraytp.optim import at_block, learning_rates
@@ -162,10 +161,8 @@ class Run:
         position, per_epoch = self.position, self.experiment.train_loader.steps_per_epoch
         steps, epochs = self.experiment.length
         self._clock = self._saved = time.monotonic()
-        # What a step computes outside of its tasks, too.
-        bits = one_blas_thread() if self.experiment.exact else nullcontext()
         with (
-            bits,
+            self.experiment.steady(),
             Progress(
                 self.label,
                 epochs,
@@ -287,7 +284,8 @@ class Run:
     def _collect(self, score: Score, progress: Progress) -> None:
         """Take a step's score; look at it now on the CPU, every so many steps on a device."""
         self._unread.append(score)
-        if self.experiment.plan.backend.on_host or len(self._unread) == DEVICE_STEPS_PER_READ:
+        # By the step, which is the same on all ranks; a checkpoint is read for by the first alone.
+        if self.experiment.plan.backend.on_host or self.position.step % DEVICE_STEPS_PER_READ == 0:
             self._read_scores(progress)
 
     def _read_scores(self, progress: Progress) -> None:

@@ -101,9 +101,14 @@ def run_study(
 
 def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
     """Train feedback on one seed's batch; write its tables and return what its summary says."""
-    study = planned.config.study
-    assert study is not None
     experiment = build_planned(planned, plain)
+    with experiment.steady():
+        return _studied(experiment, folder, label, quiet)
+
+
+def _studied(experiment: Experiment, folder: Path, label: str, quiet: bool) -> dict[str, Any]:
+    study = experiment.config.study
+    assert study is not None
     if not study.biases:
         for bias in experiment.network.biases:
             bias.fill(0)
@@ -125,7 +130,7 @@ def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> 
             progress.step(len(labels))
     if rounds:
         _measure_updates(experiment, step, angles, rounds * per_round)
-    last = [row.split(",") for row in angles.rows[-len(planned.blocks) :]]
+    last = [row.split(",") for row in angles.rows[-len(experiment.network.blocks) :]]
     pairs = experiment.compare_feedback(losses)
     return {
         "update_angle_deg": [float(row[3]) for row in last],

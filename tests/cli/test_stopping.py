@@ -247,14 +247,22 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_as_it_was(arrayt
     assert numbers(folder) == numbers(place / "whole")
 
 
-def test_the_number_of_threads_changes_no_bit(place, pack, numbers):
+WIDE = {
+    "tasks": "data: {dataset: large, flip: 0.5}\n"
+    "network: {blocks: [{type: conv, channels: 16, kernel: 5, activation: elu, pool: {kernel: 2, stride: 2}},"
+    " {type: dense, units: 300, activation: tanh}, {type: dense, units: 3}]}\nrule: {name: fa}\n",
+    "products with R, which are no tasks": "data: {dataset: fashion-mnist-10k}\n"
+    "network: {blocks: [{type: dense, units: 64, activation: tanh}, {type: dense, units: 10}]}\n"
+    "rule: {name: drl, hidden: 512, feedback: {iterations: 1}}\n",
+}
+
+
+@pytest.mark.parametrize("work", WIDE)
+def test_the_number_of_threads_changes_no_bit(place, pack, numbers, work):
     """Tasks are cut by shapes alone; images and units are so many that several tasks and BLAS threads have work."""
     pack(place / "large", train=256, shape=(20, 20, 1))
     (place / "wide.yml").write_text(
-        "data: {dataset: large, flip: 0.5}\n"
-        "network: {blocks: [{type: conv, channels: 16, kernel: 5, activation: elu, pool: {kernel: 2, stride: 2}},"
-        " {type: dense, units: 300, activation: tanh}, {type: dense, units: 3}]}\n"
-        "rule: {name: fa}\noptimizer: {name: adam, lr: 0.001}\ntrain: {epochs: 1, batch_size: 128}\n"
+        WIDE[work] + "optimizer: {name: adam, lr: 0.001}\ntrain: {epochs: 1, batch_size: 128}\n"
     )
     code = """
 import sys
@@ -272,7 +280,8 @@ train.Run._evaluate = lambda *_: None
 main()
 """
     for threads in ("1", "2"):
-        with process("run", "wide.yml", "--quiet", "--out", threads, code=code, OMP_NUM_THREADS=threads) as running:
+        given = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        with process("run", "wide.yml", "--quiet", "--out", threads, code=code, **given) as running:
             _, err = running.communicate(timeout=60)
         assert (running.returncode, err) == (0, "")
     one, two = numbers(place / "1"), numbers(place / "2")

@@ -390,6 +390,28 @@ def test_a_stop_that_one_rank_wants_is_known_to_all(dataset):
     assert on_ranks(3, agreed) == [[False, False, True, True]] * 3
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_stop_is_known_to_all_though_its_rank_has_no_sample(dataset, exact):
+    """One image on four ranks is the last one's; so it may be in every batch of an evaluation."""
+
+    def agreed(ranks):
+        experiment = build_planned(
+            planned(dataset, "bp", train={"epochs": 1, "batch_size": 11, "exact": exact}), ranks=ranks
+        )
+        with closing(experiment.train_loader.batches(0)) as batches:
+            images, labels = next(batches)
+        own = slice(0, 1 if ranks.rank == 3 else 0)
+        found = []
+        for stop in (lambda: False, lambda: ranks.rank == 0):
+            score = experiment.score(images[own], labels[own], 1, stop)
+            found.append((experiment.stop_agreed, score.images))
+            experiment.updates(experiment.forward(images[own], labels[own], 1), stop)
+            found.append((experiment.stop_agreed, 1))
+        return found
+
+    assert on_ranks(4, agreed) == [[(False, 1), (False, 1), (True, 1), (True, 1)]] * 4
+
+
 class Stop:
     """Asks to stop when it is looked at for the `after`th time, on one rank alone."""
 
