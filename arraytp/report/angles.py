@@ -1,5 +1,6 @@
 """Angles of a rule's updates to BP's and GNT's, summarised over a run. Undefined ones are counted, never filled in."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class BlockAngle:
 
 
 def block_angles(result: Result, reference: Reference = BP) -> list[BlockAngle]:
-    """Return the summary of every block, from the input's on; of several seeds, of their means."""
+    """Return the summary of every block, from the input's on; of several seeds, of the means that they have."""
     if result.seeds:
         # One that was stopped early may have measured no block yet, or not all.
         each = [angles for run in result.seeds if (angles := block_angles(run, reference))]
@@ -58,9 +59,10 @@ def _summary(angles: NDArray[np.float64]) -> BlockAngle:
 
 
 def _over_seeds(angles: Sequence[BlockAngle]) -> BlockAngle:
-    means = np.array([angle.mean for angle in angles])
+    means = np.array([angle.mean for angle in angles if not math.isnan(angle.mean)])
     counts = sum(angle.measured for angle in angles), sum(angle.undefined for angle in angles)
-    return BlockAngle(float(means.mean()), float(deviation(means)), *counts)
+    mean, spread = (float(means.mean()), float(deviation(means))) if means.size else (math.nan, math.nan)
+    return BlockAngle(mean, spread, *counts)
 
 
 def block_series(

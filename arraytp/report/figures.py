@@ -27,6 +27,7 @@ _FEW_EPOCHS = 5
 RUN_FIGURES = ("learning_curves.png", "angles_over_time.png", "feedback_angles.png", "angles_per_block.png")
 LAST_FIGURE = RUN_FIGURES[-1]
 """Written last: where it is, all of a run's figures are."""
+ELSEWHERE = "`arraytp report --out` draws elsewhere"
 _TITLE_WIDTH = 76
 
 
@@ -167,20 +168,18 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path, remedy: str = ELSEWHERE) -> Path:
     """Write a figure as PNG, and as `write_bytes` does."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return write_bytes(buffer.getvalue(), path)
+    return write_bytes(buffer.getvalue(), path, remedy)
 
 
-def write_bytes(content: bytes, path: Path) -> Path:
-    """Write a file, its folder made where missing, and return its path; UserError if that cannot be."""
+def write_bytes(content: bytes, path: Path, remedy: str = ELSEWHERE) -> Path:
+    """Write a file, its folder made where missing, and return its path; UserError with the remedy if that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; `arraytp report --out` draws elsewhere"
-        ) from error
+        raise UserError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
     return path

@@ -27,9 +27,9 @@ from arraytp.report.tables import records
 _WIDTH = 1100
 _CURVES = {
     "train_top1": "train top-1 (%)",
-    "test_top1": "test top-1 (%)",
+    "{split}_top1": "{split} top-1 (%)",
     "train_loss": "train loss",
-    "test_loss": "test loss",
+    "{split}_loss": "{split} loss",
 }
 
 
@@ -42,10 +42,12 @@ def write_page(results: Sequence[Result], path: Path) -> Path:
     runs = averaged(results)
     given = looks(runs)
     shown = list(zip(runs, given, strict=True))
+    splits = " or ".join(sorted({run.split for run in runs}))
     curves = [
         _lines(
-            [((run.metrics["epoch"], run.metrics[name]), look, run.label) for run, look in shown],
-            "epoch", label, width=_WIDTH // 2,
+            [((run.metrics["epoch"], run.metrics[name.format(split=run.split)]), look, run.label)
+             for run, look in shown],
+            "epoch", label.format(split=splits), width=_WIDTH // 2,
         )
         for name, label in _CURVES.items()
     ]  # fmt: skip
@@ -70,7 +72,7 @@ def write_page(results: Sequence[Result], path: Path) -> Path:
         heading("Environment"),
         _table([_environment(result) for result in results]),
     )
-    return write_bytes(file_html(layout, INLINE, title="arraytp report").encode(), path)
+    return write_bytes(file_html(layout, INLINE, title="arraytp report").encode(), path, "give another --html file")
 
 
 def _angle_series(

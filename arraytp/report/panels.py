@@ -39,7 +39,7 @@ def angle_bars(axes: Axes, results: Sequence[Result], looks: Sequence[Look], blo
         axes.errorbar(places, means, deviations, fmt="none", ecolor="#444444", **error)
         for place in places[np.isnan(means)]:
             axes.text(place, 1, "undefined", rotation=90, ha="center", va="bottom", color=look.colour, fontsize=8)
-        highest = max(highest, *np.nan_to_num(means + deviations))
+        highest = max(highest, *np.nan_to_num(means + np.nan_to_num(deviations)))
     for n in range(len(blocks)):
         if all(angles[n].mean < SHOWN_AS_ZERO for angles in summaries if n < len(angles)):
             axes.annotate("0°", (n, 0), (0, 3), textcoords="offset points", ha="center", color=NOTE_COLOUR, fontsize=9)

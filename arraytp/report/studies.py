@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 STUDY_FIGURES = ("alignment.png", "drift.png", "updates.png")
 LAST_STUDY_FIGURE = STUDY_FIGURES[-1]
 """Written last: where it is, all of a study's files are."""
+AGAIN = "--resume draws it again"
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
     """
     studies = _alike([read_study(folder) for folder in folders])
     table = study_table(studies)
-    write_bytes(f"{table}\n".encode(), out / "study.md")
+    write_bytes(f"{table}\n".encode(), out / "study.md", AGAIN)
     with matplotlib.rc_context(RC):
         feedback, drifts = ([s for s in studies if s.drift is kind] for kind in (False, True))
         if any(np.isfinite(study.angle).any() and len(study.iterations) > 1 for study in feedback):
-            save_figure(alignment_figure(feedback), out / "figures" / "alignment.png")
+            save_figure(alignment_figure(feedback), out / "figures" / "alignment.png", AGAIN)
         if drifts:
-            save_figure(drift_figure(drifts), out / "figures" / "drift.png")
-        save_figure(update_figure(studies), out / "figures" / LAST_STUDY_FIGURE)
+            save_figure(drift_figure(drifts), out / "figures" / "drift.png", AGAIN)
+        save_figure(update_figure(studies), out / "figures" / LAST_STUDY_FIGURE, AGAIN)
     return table
 
 
@@ -125,6 +126,9 @@ def _read_tables(paths: list[Path], columns: Sequence[str]) -> list[Columns]:
         rows, first = len(tables[-1]["step"]), len(tables[0]["step"])
         if not rows:
             raise UserError(f"{path}: is missing or has no rows; {remedy}")
+        steps, blocks = (len(np.unique(tables[-1][key])) for key in ("step", "block"))
+        if rows != steps * blocks:
+            raise UserError(f"{path}: {rows} rows, not {blocks} blocks at each of {steps} steps; {remedy}")
         if any(not np.array_equal(tables[-1][key], tables[0][key]) for key in ("step", "block")):
             raise UserError(
                 f"{path}: {rows} rows, not those of {paths[0]}, which has {first}; delete the damaged one's folder, "
@@ -193,15 +197,16 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
         _band(right, study.iterations, study.distance[:, :, position], colour, label)
     left.set(xlabel="iterations of feedback training", ylabel="angle (°)", ylim=(0, None))
     right.set(xlabel="iterations of feedback training", ylabel="relative distance", ylim=(0, None))
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3) or 1)
+    # Given as they are: Matplotlib itself leaves out names that begin with an underscore.
+    labels = [str(line.get_label()) for line in left.lines]
+    figure.legend(left.lines, labels, loc="outside lower center", ncols=min(len(labels), 3) or 1)
     return figure
 
 
 def drift_figure(studies: Sequence[StudyResult]) -> Any:
     """Draw each block's angle to BP's update over its drift, a panel a study, the mean over seeds (GP paper, Figure 5).
 
-    The first block, whose matrix is not square, is drawn over the second's drift.
+    The first block is drawn over the second's drift if it has none, its matrix not being square.
     """
     figure = new_figure(3.6 * len(studies), 3.8, "Angle to BP's update over the drift of the weights")
     panels = figure.subplots(1, len(studies), squeeze=False, sharey=True)[0]
@@ -210,7 +215,8 @@ def drift_figure(studies: Sequence[StudyResult]) -> Any:
     for axes, study in zip(panels, studies, strict=True):
         angle, drift = study.angle.mean(axis=0), study.distance.mean(axis=0)
         for n, (label, colour) in enumerate(looks[: len(study.blocks)]):
-            axes.plot(drift[:, max(n, 1)], angle[:, n], color=colour, marker="o", markersize=3, label=label)
+            over = drift[:, 1 if n == 0 and np.isnan(drift[:, 0]).all() else n]
+            axes.plot(over, angle[:, n], color=colour, marker="o", markersize=3, label=label)
         axes.set(title=literal(study.label), xlabel="drift ‖WWᵀ − I‖/√K")
         axes.tick_params(axis="x", labelrotation=30)
     panels[0].set_ylabel("angle (°)")

@@ -21,7 +21,8 @@ from arraytp.report.figures import (
 )
 from arraytp.report.panels import running_mean
 from arraytp.report.reading import read_result, read_results
-from arraytp.report.studies import StudyResult, drift_figure
+from arraytp.report.seeds import averaged
+from arraytp.report.studies import StudyResult, alignment_figure, drift_figure
 from arraytp.report.style import RULE_COLOURS, looks
 
 Make = Callable[..., Path]
@@ -225,3 +226,33 @@ def test_dollars_in_a_name_are_drawn(make_result: Make, tmp_path: Path) -> None:
     write_figures(folder)
     write_comparison([read_result(folder), read_result(make_result("results/bp", "bp"))], tmp_path)
     assert (tmp_path / "comparison.png").exists()
+
+
+def test_bars_of_one_seed_are_as_high_as_its_angles(make_result: Make) -> None:
+    """Its deviation is not known, and must not hide the mean."""
+    folder = make_result("results/fa/seed-0", angles={0: [85.0, 80.0, 0.0]}, blocks=("a", "b", "c"))
+    make_result("results/fa/seed-1", finished=False, angles={}, blocks=("a", "b", "c"))
+    results = averaged(read_results([folder.parent]))
+    axes = comparison(results).axes
+    (bars,) = [each for each in axes if each.patches]
+    assert bars.get_ylim()[1] > 85
+
+
+def test_a_square_first_block_is_drawn_over_its_own_drift() -> None:
+    for own, drawn in (([5.0, 6.0], [5.0, 6.0]), ([NAN, NAN], [1.0, 2.0])):
+        distance = np.stack([np.array(own), np.array([1.0, 2.0])], axis=1)[None]
+        study = StudyResult(
+            "s", ["a", "b"], np.zeros((1, 2)), np.zeros(2), np.ones((1, 2, 2)), distance, [], 0.0, drift=True
+        )
+        line = drift_figure([study]).axes[0].lines[0]
+        assert list(line.get_xdata()) == drawn
+
+
+def test_a_study_whose_name_begins_with_an_underscore_is_in_the_legend() -> None:
+    angle = np.array([[[90.0], [10.0]]])
+    studies = [
+        StudyResult(name, ["conv1", "conv2"], np.zeros((1, 2)), np.array([0.0, 50.0]), angle, angle, [1], 0.0)
+        for name in ("_slow", "fast")
+    ]
+    (legend,) = alignment_figure(studies).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_slow, conv2", "fast, conv2"]

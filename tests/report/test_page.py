@@ -7,8 +7,13 @@ import pytest
 from browser import address, browser
 
 from arraytp.cli import main
+from arraytp.errors import UserError
+from arraytp.report.reading import read_result
 
 pytest.importorskip("bokeh", reason="needs the extra html")
+from bokeh.models import Div
+
+from arraytp.report import page as page_module
 
 
 @pytest.fixture
@@ -104,3 +109,29 @@ def test_without_bokeh_the_extra_is_named(make_result, tmp_path, monkeypatch, ca
     assert main(["report", str(make_result()), "--html", str(tmp_path / "page.html")]) == 2
     assert "pip install 'arraytp[html]'" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_the_curves_are_of_the_images_that_each_epoch_was_evaluated_on(make_result, tmp_path, monkeypatch):
+    folder = make_result("results/fa")
+    config = folder / "config.yml"
+    config.write_text(config.read_text().replace("train:\n", "train:\n  validation: 5\n"))
+    text = (folder / "metrics.csv").read_text().splitlines()
+    extra = [
+        ",validation_loss,validation_top1,validation_top5",
+        *[f",1.{n},4{n}.5,9{n}.0" for n in range(len(text) - 1)],
+    ]
+    (folder / "metrics.csv").write_text("\n".join(line + more for line, more in zip(text, extra, strict=True)) + "\n")
+    drawn = []
+    monkeypatch.setattr(page_module, "_lines", lambda series, x, y, **_: drawn.append((y, series)) or Div(text=y))
+    monkeypatch.setattr(page_module, "gridplot", lambda *_, **__: Div(text="curves"))
+    page_module.write_page([read_result(folder)], tmp_path / "page.html")
+    curves = dict(drawn)
+    assert {"validation top-1 (%)", "validation loss"} < curves.keys()
+    ((_, values), *_), *_ = curves["validation top-1 (%)"]
+    assert list(values) == [40.5, 41.5, 42.5]
+
+
+def test_a_page_that_cannot_be_written_says_what_would_help(make_result, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"cannot be written.*; give another --html file"):
+        page_module.write_page([read_result(make_result())], tmp_path / "folder")

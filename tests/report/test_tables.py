@@ -150,3 +150,13 @@ def test_angles_to_gnt_stand_beside_those_to_bp(make_result: Make) -> None:
     left, right = angles_over_time(results[0]).axes
     assert "this is BP" in left.texts[0].get_text()
     assert [list(line.get_ydata()) for line in right.lines] == [[40.0], [42.0]]
+
+
+def test_a_seed_without_an_angle_leaves_the_mean_of_the_others(make_result: Make, tmp_path: Path) -> None:
+    make_result("results/fa/seed-0", blocks=("a", "b"), angles={0: [NAN, 1], 10: [NAN, 1]})
+    make_result("results/fa/seed-1", blocks=("a", "b"), angles={0: [20, 1], 10: [30, 1]})
+    make_result("results/fa/seed-2", blocks=("a", "b"), angles={0: [40, 1], 10: [50, 1]})
+    text = comparison_table(read_results([tmp_path / "results"]), width=200)
+    assert "35.0 ± 14.1*" in text
+    assert "*: without the steps at which an update was zero or not finite (fa)." in text
+    assert "undef" not in text
