@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -45,9 +46,10 @@ def command(
     the layout.
     """
     check_replaceable(out)
+    loaded = load_one(config, settings(overrides, backend, dtype), variant)
     # The arrays of a trace are those of the batch as a whole.
-    overridden = [*settings(overrides, backend, dtype), "train.exact=false"]
-    experiment = build_planned(plan_variant(config, variant or "", load_one(config, overridden, variant)))
+    whole = replace(loaded, train=replace(loaded.train, exact=False))
+    experiment = build_planned(plan_variant(config, variant or "", whole))
     for note in experiment.plan.notes:
         click.echo(f"arraytp: note: {note}", err=True)
     if weights is not None:

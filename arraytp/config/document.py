@@ -160,7 +160,7 @@ class _Reader:
             return str(node.value)
         try:
             return self._scalars.construct_object(node)
-        except (ValueError, KeyError):
+        except (ValueError, LookupError):
             raise UserError(f"{self._at(node)}: {node.value!r} cannot be read as {_shown_tag(node)}") from None
 
 

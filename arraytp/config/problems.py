@@ -41,8 +41,10 @@ def plain_problems(tree: Tree, path: KeyPath = ()) -> Iterator[Problem]:
     """Yield what no config value can be: non-finite or huge numbers, text that cannot be written, foreign objects."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            if isinstance(key, str):
+            if isinstance(key, str) and encodable(key):
                 yield from plain_problems(value, (*path, key))
+            elif isinstance(key, str):
+                yield Problem((*path, ascii(key)), "is not a key: it holds what cannot be written as UTF-8")
             else:
                 yield Problem((*path, str(key)), f"is not a key: keys are text, got {flow(key)}")
     elif isinstance(tree, list | tuple):
@@ -168,16 +170,17 @@ def _hint(spot: _Spot) -> str:
         return f"; write {int(value)}"
     if not isinstance(value, str):
         return ""
-    if "number" in accepted and _reads_as_number(value):
-        return f"; write it without quotes: {value}"
+    if "number" in accepted and _reads_as_number(value, whole="whole number" in accepted):
+        plain = value.replace("_", "")
+        return f"; write it without {'quotes' if plain == value else 'underscores'}: {plain}"
     for option in sections(spot.annotation):
         if (tag := tag_of(option)) and tag[1] == value:
             return f"; write {spot.path[-1]}: {{{tag[0]}: {value}}}"
     return _nearest(value, words(spot.annotation))
 
 
-def _reads_as_number(text: str) -> bool:
+def _reads_as_number(text: str, whole: bool) -> bool:
     try:
-        return math.isfinite(float(text))
-    except ValueError:
+        return math.isfinite(int(text) if whole else float(text))
+    except (ValueError, OverflowError):
         return False

@@ -216,6 +216,11 @@ DAMAGE = [
     ("seed-1/feedback.csv", b"step,epoch\n", "line 1: the header lacks block"),
     ("seed-1/feedback.csv", b"step,epoch,block,loss,angle_deg,distance\n0,0,1,x,1,1\n", "line 2: loss is 'x'"),
     ("seed-1/feedback.csv", b"step,epoch,block,loss,angle_deg,distance\n0,0,1,1,1,1\n", "1 rows, not those of"),
+    (
+        "seed-0/feedback.csv",
+        b"step,epoch,block,loss,angle_deg,distance\n0,0,1,1,1,1\n0,0,2,1,1,1\n1,0,1,1,1,1\n",
+        "3 rows, not 2 blocks at each of 2 steps; delete",
+    ),
     ("seed-1/feedback.csv", None, "is missing or has no rows"),
     ("summary.json", b"{}", "is damaged: not an object with blocks, seeds and seconds"),
 ]

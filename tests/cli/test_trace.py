@@ -166,6 +166,15 @@ def test_memory_does_not_grow_with_the_number_of_iterations(place):
     assert peaks[1] - peaks[0] < 3e6
 
 
+def test_a_missing_section_is_told_of_as_by_the_other_commands(refused, place):
+    """The step is one of the whole batch whatever train.exact says; that is no setting of the user's."""
+    config = (place / "toy.yml").read_text()
+    (place / "none.yml").write_text("\n".join(line for line in config.splitlines() if not line.startswith("train")))
+    said = refused("trace", "none.yml", "--out", "t.h5")
+    assert "train is missing" in said
+    assert "exact" not in said
+
+
 def test_a_config_with_variants_needs_one_chosen(arraytp, refused):
     assert "variants.yml: has the variants bp, dfa; choose one" in refused("trace", "variants.yml", "--out", "t.h5")
     assert "no variant 'x'" in refused("trace", "variants.yml", "--out", "t.h5", "--variant", "x")

@@ -63,6 +63,8 @@ SYNTAX = {
     "two documents": ("a: 1\n---\nb: 2\n", "bad.yml:2: a second document starts here"),
     "a language's own tag": ("a: !!python/object x\n", "bad.yml:1: the tag !!python/object has no meaning in a config"),
     "a set": ("a: !!set {b}\n", "bad.yml:1: the tag !!set has no meaning in a config"),
+    "a tag of nothing": ("seed: !!int\n", "bad.yml:1: '' cannot be read as !!int"),
+    "a key that is no text": ('"\\ud800": 1\n', "is not a key: it holds what cannot be written as UTF-8"),
     "a tag that does not fit": ("a: !!int x\n", "bad.yml:1: 'x' cannot be read as !!int"),
     "a control character": ("a: 1\nb: \x01\n", "bad.yml:2: not valid YAML: the character U+0001 must not appear"),
     "a list as a key": ("? [1]\n: 2\n", "bad.yml:1: a key must be plain text"),
@@ -110,6 +112,11 @@ VALUES = {
         optimizer("name: sgd, lr: '1e-3'"),
         f'{RATE} "1e-3"; write it without quotes: 1e-3',
     ),
+    "a number with underscores": (
+        good(train="{epochs: 1_000, batch_size: 1}"),
+        'at least 0, got "1_000"; write it without underscores: 1000',
+    ),
+    "a quoted number with too many digits": (optimizer(f"name: sgd, lr: '{'9' * 400}'"), f'{RATE} "999'),
     "a negative rate": (optimizer("name: sgd, lr: -1"), f"bad.yml:3: {RATE} -1"),
     "a rate of zero": (optimizer("name: sgd, lr: 0"), f"{RATE} 0"),
     "not a number": (optimizer("name: sgd, lr: .nan"), "bad.yml:3: optimizer.lr must be a finite number, got nan"),
@@ -393,3 +400,9 @@ def test_one_config_is_not_picked_from_several(tmp_path):
     path.write_text(GOOD)
     with pytest.raises(UserError, match=r"two\.yml: has no variant 'c'; it has no variants"):
         load_one(path, variant="c")
+
+
+def test_a_quoted_fraction_of_an_epoch_is_not_right_without_quotes(tmp_path):
+    (tmp_path / "bad.yml").write_text(good(train="{epochs: '1.5', batch_size: 1}"))
+    with pytest.raises(UserError, match=r'at least 0, got "1\.5"$'):
+        load_config(tmp_path / "bad.yml")
