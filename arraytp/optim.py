@@ -296,5 +296,8 @@ def learning_rate(schedule: ScheduleOptions, lr: float, epoch: int, step: int = 
     if isinstance(schedule, options.Cosine):
         lr = schedule.eta_min + (lr - schedule.eta_min) * (1 + math.cos(math.pi * epoch / schedule.t_max)) / 2
     elif isinstance(schedule, options.Staircase):
-        lr /= schedule.factor ** sum(epoch >= end for end in schedule.epochs)
+        try:
+            lr /= schedule.factor ** sum(epoch >= end for end in schedule.epochs)
+        except OverflowError:
+            lr = 0.0
     return lr if step + 1 >= schedule.warmup_steps else lr * (step + 1) / schedule.warmup_steps

@@ -220,6 +220,11 @@ def test_the_step_schedule_divides_after_each_of_its_epochs():
     assert rates == [0.8, 0.8, 0.2, 0.05, 0.05, 0.05]
 
 
+def test_a_step_schedule_beyond_all_numbers_ends_at_zero():
+    rates = [learning_rate(Staircase(epochs=(1, 2), factor=1e200), 0.8, epoch) for epoch in range(3)]
+    assert rates == [0.8, 0.8 / 1e200, 0]
+
+
 @pytest.mark.parametrize("schedule", [Constant, Cosine, partial(Staircase, epochs=(1,))])
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 def test_warm_up_multiplies_any_schedule_by_a_ramp_that_ends_at_1(schedule, epoch):
