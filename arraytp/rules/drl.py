@@ -14,7 +14,7 @@ with weight decay for the second term of the paper's Eq. 11. Then
     batch and units
 
 Source: Meulemans et al. (2020), as the code does it that the DTP paper compares with. Biases of Q^n stay 0 there, as
-they cancel from every difference; here there are none.
+they cancel from every difference; here there are none. (DDTP-control's code trains them; docs/math/differences.md.)
 
 Two other rules of theirs are options. DDTP-control (`loss: reconstruction`) trains Q^n on ‖Q^n ŷ_ε − (s^n + ε)‖², mean
 over batch and units, without the difference. DDTP-RHL (`hidden`) has one fixed random hidden layer R, shared by all
@@ -262,7 +262,7 @@ def _q_flops(options: Options, network: Network) -> list[int]:
 def feedback_flops(options: Options, network: Network) -> int:
     """Return the operations of the products of feedback training for one sample: the network run on, two with Q.
 
-    In closed form it is one backward pass to s^1 per class; products with A, once per batch, are not counted.
+    In closed form it is one backward pass to s^1 per class; J Jᵀ and products with A are not counted.
     """
     if options.expected:
         return network.blocks[-1].next_shape[0] * sum(map(block_flops, network.blocks[1:]))

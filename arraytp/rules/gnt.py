@@ -75,7 +75,10 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
 
 
 def flops(options: Options, network: Network) -> int:
-    """Return the operations of the products for one sample: C backward passes to s^1, and dW of every block."""
+    """Return the operations of the products for one sample: C backward passes to s^1, and dW of every block.
+
+    J Jᵀ of the samples, some percent of them, is not counted.
+    """
     classes = network.blocks[-1].next_shape[0]
     return classes * sum(map(block_flops, network.blocks[1:])) + sum(map(adjoint_flops, network.blocks))
 
