@@ -211,19 +211,20 @@ def _time_epoch(
     Returns the last step.
     """
     laps = _Laps(experiment, seconds)
-    for size, (images, labels) in zip(experiment.train_loader.sizes(), batches, strict=True):
-        laps.lap("load")
-        step = experiment.forward(images, labels, size)
-        laps.lap("forward")
-        experiment.train_feedback(step)
-        laps.lap("feedback")
-        updates = experiment.updates(step)
-        laps.lap("updates")
-        experiment.apply(step, updates)
-        laps.lap("optimizer")
-        sums.lap()
-        if len(seconds["load"]) >= limit:
-            break
+    with experiment.steady():
+        for size, (images, labels) in zip(experiment.train_loader.sizes(), batches, strict=True):
+            laps.lap("load")
+            step = experiment.forward(images, labels, size)
+            laps.lap("forward")
+            experiment.train_feedback(step)
+            laps.lap("feedback")
+            updates = experiment.updates(step)
+            laps.lap("updates")
+            experiment.apply(step, updates)
+            laps.lap("optimizer")
+            sums.lap()
+            if len(seconds["load"]) >= limit:
+                break
     return step
 
 

@@ -52,7 +52,7 @@ class Asked:
     quiet: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run of one variant: what to train, where its results go, and whether by the plain primitives."""
 
@@ -253,20 +253,24 @@ def _lost_checkpoint(job: Job) -> bool:
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:
     """Do all jobs and return the exit status; of several, a run that fails does not keep the others."""
     if ranks is everyone:
-        return _run_some(jobs, jobs, stop, asked, held, ranks)
+        return _run_some(jobs, jobs, stop, asked, held, ranks, list(jobs) if asked.fresh else [])
     assert isinstance(everyone, Mpi)
     # Each group holds the folder of its own run.
     held.close()
+    left = []
     if asked.fresh and everyone.rank == 0:
-        for job in jobs:
-            # What is in the way is told of by the group whose turn it is.
-            with suppress(OSError):
+        for number, job in enumerate(jobs):
+            try:
                 _clear(job)
+            except OSError:
+                left.append(number)
+    # What is in the way is told of by the group whose turn it is.
+    uncleared = [jobs[number] for number in everyone.broadcast(left)]
     turns, interrupted, status = everyone.turns(ranks), None, 0
     stop.elsewhere = turns.heard
     try:
         mine = (jobs[number] for number in turns.below(len(jobs)))
-        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, grouped=True)
+        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, uncleared)
     except Interrupted as error:
         interrupted = error
         turns.end(error.signal_number)
@@ -285,13 +289,15 @@ def _run_some(
     asked: Asked,
     held: Holds,
     ranks: Ranks,
-    grouped: bool = False,
+    uncleared: list[Job],
 ) -> int:
-    status, uncleared = 0, list(jobs) if asked.fresh else []
+    status, grouped = 0, mine is not jobs
     for job in mine:
+        # Of groups each clears what is its own.
+        clears, fresh = ([job] if job in uncleared else [], job in uncleared) if grouped else (uncleared, asked.fresh)
         try:
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
-                _do(job, uncleared, stop, asked, held, ranks)
+                _do(job, clears, stop, replace(asked, fresh=fresh), held, ranks)
         except (UserError, NonFiniteError, RunError) as error:
             shared = grouped or job.of_seeds
             if not (shared or len(jobs) > 1):
@@ -342,13 +348,18 @@ def _claim(job: Job, uncleared: list[Job], asked: Asked, held: Holds) -> None:
     The former results of all `uncleared` jobs go at once, so that none of them passes for a finished one after a stop.
     What is in the way of another job than this is told of when its turn comes.
     """
-    if job not in uncleared:
-        _take(job, asked, held)
-    for each in list(uncleared):
-        with suppress(*(() if each is job else (OSError, UserError))):
+    for each in [each for each in uncleared if each is not job]:
+        with suppress(OSError, UserError):
             _take(each, asked, held)
             _clear(each)
             uncleared.remove(each)
+    own = job in uncleared
+    if own:
+        # It has one turn: if that fails, the others' do not clear what someone else may have written since.
+        uncleared.remove(job)
+    _take(job, asked, held)
+    if own:
+        _clear(job)
 
 
 def _take(job: Job, asked: Asked, held: Holds) -> None:

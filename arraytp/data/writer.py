@@ -32,6 +32,7 @@ from arraytp.files import write_file
 SHARD_BYTES = 2**26
 _MARKER = ".arraytp-pack"
 SKIPPED_NAME = "skipped.csv"
+_REMOVED = re.compile(r"\.nfs[0-9a-f]+")
 _OWN_FILES = re.compile(r"([a-z][a-z0-9_]*-[0-9]{5}\.h5|dataset\.json|skipped\.csv)(\..*partial)?")
 
 
@@ -283,7 +284,8 @@ def _occupied(folder: Path) -> str:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    names = sorted(path.name for path in folder.iterdir())
+    # A network file system keeps a name for a file that is removed but open, such as an archive that is unpacked here.
+    names = sorted(path.name for path in folder.iterdir() if not _REMOVED.fullmatch(path.name))
     leftovers = _MARKER in names
     # With the marker still there, the call that wrote the data set was killed at its very end.
     if FILE_NAME in names and not leftovers:

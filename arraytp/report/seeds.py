@@ -102,10 +102,12 @@ def seeds_table(results: Sequence[Result], latest: Sequence[Result], home: Path)
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SEED_COLUMNS)
     for result in results:
-        match = SEED.fullmatch(result.path.name)
+        # A folder's own name; where links lead elsewhere, theirs.
+        place = real(result.path)
+        inside = place.relative_to(real(home)) if place.is_relative_to(real(home)) else result.path.relative_to(home)
+        match = SEED.fullmatch(inside.name)
         if match and settings.get(_beside(result), _settings(result)) == _settings(result):
-            # Links that lead elsewhere are not followed here: a variant has its name in `home`.
-            variant = result.path.parent.relative_to(home).as_posix().removeprefix(".")
+            variant = inside.parent.as_posix().removeprefix(".")
             writer.writerow([variant, int(match[1]), *(_final_and_best(result) if result.finished else [""] * 4)])
     return file.getvalue()
 

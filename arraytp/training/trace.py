@@ -75,7 +75,8 @@ def write_trace(
     # Through a Python file: HDF5's own can take the process with it when the disk is full.
     with replacing(real(path)) as raw, h5py.File(raw, "w") as file:
         sink = Sink(file, experiment.plan.backend, stop or StopRequest())
-        _step(sink, experiment, images, labels, noise)
+        with experiment.steady():
+            _step(sink, experiment, images, labels, noise)
     return sink.not_finite
 
 

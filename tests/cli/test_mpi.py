@@ -160,6 +160,37 @@ def test_a_rank_that_fails_alone_ends_its_run_and_no_other(place, ranks, groups,
     assert run(ranks, *words, "--resume")[0] == 0
 
 
+UNCLEARED = """\
+import sys
+from arraytp.__main__ import main
+from arraytp.commands import run
+
+clear = run._clear
+
+def refuses(job):
+    if job.folder.name == "seed-1":
+        raise PermissionError(13, "Permission denied", str(job.folder / "summary.json"))
+    clear(job)
+
+run._clear = refuses
+sys.exit(main())
+"""
+
+
+def test_what_cannot_be_cleared_fails_in_its_group_and_no_other(place):
+    words = ["run", "toy.yml", "--quiet", "--seeds", "3", "--ranks-per-run", "1", "--out", "some"]
+    assert run(2, *words)[0] == 0
+    before = [(place / f"some/seed-{n}/summary.json").stat().st_mtime_ns for n in range(3)]
+    (place / "uncleared.py").write_text(UNCLEARED)
+    status, _, said = finished([str(MPIEXEC), "-n", "2", sys.executable, "uncleared.py", *words, "--fresh"])
+    assert (status, said) == (
+        1,
+        ["arraytp: error: toy seed 1: some/seed-1/summary.json: cannot be written: Permission denied"],
+    )
+    after = [(place / f"some/seed-{n}/summary.json").stat().st_mtime_ns for n in range(3)]
+    assert [new > old for new, old in zip(after, before, strict=True)] == [True, False, True]
+
+
 def test_the_only_run_of_two_groups_may_fail(place):
     """The group that has nothing to do does not wait for the other."""
     words = ["run", "toy.yml", "--quiet", "--ranks-per-run", "1", "--set", "optimizer.lr=1e30"]

@@ -413,12 +413,11 @@ def test_fresh_trains_the_others_if_one_folder_cannot_be_cleared(arraytp, place,
 
 
 def test_seeds_in_linked_folders_have_their_rows(arraytp, place, tmp_path):
-    for name in ("elsewhere", "another/seed-0"):
-        (tmp_path / name).mkdir(parents=True)
+    """One that leads elsewhere has the link's name, one beside it its own."""
+    (tmp_path / "elsewhere/seeds/of/dfa").mkdir(parents=True)
     (place / "results/variants").mkdir(parents=True)
-    (place / "results/variants/dfa").symlink_to(tmp_path / "elsewhere")
-    (place / "results/variants/bp").mkdir()
-    (place / "results/variants/bp/seed-0").symlink_to(tmp_path / "another/seed-0")
+    (place / "results/variants/dfa").symlink_to(tmp_path / "elsewhere/seeds/of/dfa")
+    (place / "results/variants/latest").symlink_to("bp")
     outcome = arraytp("run", "variants.yml", "--quiet", "--seeds", "1")
     assert outcome.status == 0, outcome.err
     rows = (place / "results/variants/seeds.csv").read_text().splitlines()[1:]

@@ -273,3 +273,13 @@ def test_a_pack_into_its_own_source_goes_on_whatever_else_grows_there(tmp_path, 
     )
     assert pack(arguments, tmp_path / "d") == 0
     assert len(written) == len(set(written)) == len(list((tmp_path / "d").glob("*.h5")))
+
+
+def test_what_a_network_file_system_keeps_of_a_removed_file_is_not_someone_elses(tmp_path):
+    image_files(tmp_path / "s")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/.nfs0000000000a1b2c300000001").write_text("an archive that is being unpacked")
+    assert pack(["data", "pack", "folder", str(tmp_path / "s"), *SOURCES["folder"][1]], tmp_path / "d") == 0
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/.nfs-notes").write_text("someone else's")
+    assert pack(["data", "pack", "folder", str(tmp_path / "s"), *SOURCES["folder"][1]], tmp_path / "e") == 2
