@@ -180,13 +180,14 @@ class RankSums:
         ranks, on_host = parts[0].ranks, engine.backend.on_host
         self._at_once = ranks.size > 1 and not parts[0].exact and (ranks.sums_on_device or on_host)
 
-    def add(self, arrays: "Sequence[Sequence[Array]]", flags: bool = False) -> None:
+    def add(self, arrays: "Sequence[Sequence[Array]]", flags: int = 0) -> None:
         """Take the next arrays of every part, and sum them over the parts; begin the sum over ranks of large ones.
 
         Of a part computed `together`, those of each of `Part.rows` may be given. A part without samples adds zeros,
-        but its `flags`, which are not of samples.
+        but for the last `flags` arrays, which are not of samples.
         """
-        for of_parts in zip(*arrays, strict=True):
+        of_samples = len(arrays[0]) - flags
+        for number, of_parts in enumerate(zip(*arrays, strict=True)):
             like = of_parts[0]
             stretch = STRETCH if self._engine.backend.on_host else like.size
             start, self._end = self._end, self._end + like.size
@@ -197,7 +198,8 @@ class RankSums:
             # In the buffer's dtype already here: with fewer parts per rank, sums are rounded to it more often.
             cast = [each.reshape(-1).astype(total.dtype, copy=False) for each in of_parts]
             parts = [*self._parts] * (len(cast) // len(self._parts))
-            terms = [each if flags or not part.empty else None for part, each in zip(parts, cast, strict=True)]
+            of_rank = number >= of_samples
+            terms = [each if of_rank or not part.empty else None for part, each in zip(parts, cast, strict=True)]
             self._engine.in_slices(like.size, partial(_add_up, total, terms, stretch))
             self._summed.append(total.reshape(like.shape))
         if self._at_once and (self._end - self._begun) * self._flat.itemsize >= MESSAGE:

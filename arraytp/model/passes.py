@@ -123,19 +123,16 @@ class Batch:
         flat = self.engine.array((self.results, name, "sums"), (-(-size // PARTS) * PARTS,), dtype)
         return RankSums([each.part for each in self.every if each.part is not None], flat, self.engine)
 
-    def summed(
-        self, arrays: Sequence[Sequence[Array]], name: str, flags: Sequence[Sequence[Array]] = ((),)
-    ) -> list[Array]:
-        """Return sums over the samples of each of `every`, and flags, as sums over all ranks; as `RankSums.add`.
+    def summed(self, arrays: Sequence[Sequence[Array]], name: str, flags: int = 0) -> list[Array]:
+        """Return sums over the samples of each of `every` as sums over those of all ranks; as `RankSums.add`.
 
         They are summed in the first array's dtype. Without ranks they are the arrays themselves.
         """
         if self.part is None:
             (own,) = arrays
             return list(own)
-        sums = self.sums(name, sum(array.size for array in (*arrays[0], *flags[0])), arrays[0][0].dtype)
-        sums.add(arrays)
-        sums.add(flags, flags=True)
+        sums = self.sums(name, sum(array.size for array in arrays[0]), arrays[0][0].dtype)
+        sums.add(arrays, flags)
         return sums.finished()
 
     @property

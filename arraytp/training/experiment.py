@@ -249,19 +249,17 @@ class Experiment:
         tells.
         """
         batch, part = step.batch, step.batch.part
-        totals_of: list[list[Array]] = [[] for _ in step.totals]
-        flags = totals_of
+        others: list[list[Array]] = [[] for _ in step.totals]
         if part is not None:
             stops = self.workspace.number("stop", float(stop()), np.float64)
-            totals_of, flags = [[totals] for totals in step.totals], [[stops] for _ in step.totals]
+            others = [[totals, stops] for totals in step.totals]
+        summing = partial(summed_updates, descend=self._descend, others=others, flags=1)
         if self.graphs.takes("updates"):
             # A graph computes all that its rule asks for but the factors, whatever else was asked for before.
-            arrays = [*self._arrays(batch), *self._inverses(batch), *chain(*totals_of, *flags)]
-            updates, summed = self.graphs.run(
-                "updates", arrays, lambda: summed_updates(batch.afresh(), self._descend, totals_of, flags), part
-            )
+            arrays = [*self._arrays(batch), *self._inverses(batch), *chain(*others)]
+            updates, summed = self.graphs.run("updates", arrays, lambda: summing(batch.afresh()), part)
         else:
-            updates, summed = summed_updates(batch, self._descend, totals_of, flags)
+            updates, summed = summing(batch)
         if part is not None:
             totals, stopping = summed
             step.score.totals[...] = totals
@@ -407,9 +405,7 @@ class Experiment:
         step = self._forward(images, labels, size)
         if step.batch.part is not None:
             stops = array_module(step.score.totals).full(1, float(stop()))
-            totals, stopping = step.batch.summed(
-                [[totals] for totals in step.totals], "scores", [[stops] for _ in step.totals]
-            )
+            totals, stopping = step.batch.summed([[totals, stops] for totals in step.totals], "scores", flags=1)
             step.score.totals[...] = totals
             self.stop_agreed = bool(stopping[0] > 0)
         return step.score

@@ -212,7 +212,7 @@ class Run:
                     experiment.agree_to_stop(lambda: stop.requested)
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
-                    self._pause(stop, progress)
+                    self._pause(self._stopping(stop), stop, progress)
             position.passes, position.feedback_epochs = position.passes + 1, position.feedback_epochs + 1
             position.feedback_batch = 0
 
@@ -241,17 +241,17 @@ class Run:
                     self._read_scores(progress)
                     self.steps.append(position.step, position.epoch + 1, *position.recent.means())
                     position.recent = Totals()
-                if self._stopping(stop) or self._save_due():
+                if (stopping := self._stopping(stop)) or self._save_due():
                     # Waits for what a device has not finished, which is training.
                     self._read_scores(progress)
                 position.train_seconds += time.monotonic() - mark
-                self._pause(stop, progress)
+                self._pause(stopping, stop, progress)
                 mark = time.monotonic()
         self._read_scores(progress)
 
-    def _pause(self, stop: StopRequest, progress: Progress) -> None:
+    def _pause(self, stopping: bool, stop: StopRequest, progress: Progress) -> None:
         """Between two batches: stop if that is asked for, or write a checkpoint if one is due."""
-        if self._stopping(stop):
+        if stopping:
             self._stop(stop, progress)
         if self._save_due():
             self._read_scores(progress)

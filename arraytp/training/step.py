@@ -103,26 +103,24 @@ def summed_scores(scores: Sequence[Score]) -> Score:
 
 def updates_of(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:
     """Return the update of every block, block 0 first, of all samples."""
-    nothing: list[list[Array]] = [[] for _ in batch.every]
-    return summed_updates(batch, descend, nothing, nothing)[0]
+    return summed_updates(batch, descend, [[] for _ in batch.every])[0]
 
 
 def summed_updates(
     batch: Batch,
     descend: Callable[[Batch], Iterator[Update]],
     others: Sequence[Sequence[Array]],
-    flags: Sequence[Sequence[Array]],
+    flags: int = 0,
 ) -> tuple[Updates, list[Array]]:
-    """Return updates, block 0 first, other arrays of every part, summed over all samples, and flags over all ranks."""
+    """Return updates, block 0 first, and other arrays of every part, summed over all samples; as `RankSums.add`."""
     if batch.part is None:
         return list(descend(batch))[::-1], []
     parameters = batch.network.parameters()
-    size = sum(array.size for array in [*parameters, *others[0], *flags[0]])
+    size = sum(array.size for array in [*parameters, *others[0]])
     sums, walks = batch.sums("updates", size, parameters[0].dtype), [descend(each) for each in batch.every]
     for _ in batch.network.blocks:
         sums.add(side_by_side(batch.engine, [partial(next, walk) for walk in walks]))
-    sums.add(others)
-    sums.add(flags, flags=True)
+    sums.add(others, flags)
     summed, blocks = sums.finished(), len(batch.network)
     pairs = list(zip(summed[: 2 * blocks : 2], summed[1 : 2 * blocks : 2], strict=True))
     return pairs[::-1], summed[2 * blocks :]

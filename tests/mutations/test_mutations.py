@@ -223,7 +223,7 @@ MUTATIONS = [
     *_in(
         "ranks.py",
         "training/test_ranks.py",
-        ("None if part.empty else each for", "each for"),
+        ("each if of_rank or not part.empty else None for", "each for"),
         ("return self._bounds[0]", "return 0"),
         ("zip(parts[::2], parts[1::2], strict=True)", "zip(parts[: len(parts) // 2], parts[len(parts) // 2 :])"),
         ("        self._begun = self._end\n", ""),
