@@ -270,7 +270,7 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
     stop.elsewhere = turns.heard
     try:
         mine = (jobs[number] for number in turns.below(len(jobs)))
-        status = _run_some(mine, jobs, stop, replace(asked, fresh=False), held, ranks, uncleared)
+        status = _run_some(mine, jobs, stop, asked, held, ranks, uncleared)
     except Interrupted as error:
         interrupted = error
         turns.end(error.signal_number)
@@ -293,11 +293,11 @@ def _run_some(
 ) -> int:
     status, grouped = 0, mine is not jobs
     for job in mine:
-        # Of groups each clears what is its own.
-        clears, fresh = ([job] if job in uncleared else [], job in uncleared) if grouped else (uncleared, asked.fresh)
+        # A group clears its own job alone.
+        clears = [each for each in uncleared if each is job] if grouped else uncleared
         try:
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
-                _do(job, clears, stop, replace(asked, fresh=fresh), held, ranks)
+                _do(job, clears, stop, asked, held, ranks)
         except (UserError, NonFiniteError, RunError) as error:
             shared = grouped or job.of_seeds
             if not (shared or len(jobs) > 1):
@@ -350,22 +350,22 @@ def _claim(job: Job, uncleared: list[Job], asked: Asked, held: Holds) -> None:
     """
     for each in [each for each in uncleared if each is not job]:
         with suppress(OSError, UserError):
-            _take(each, asked, held)
+            _take(each, asked.resume, True, held)
             _clear(each)
             uncleared.remove(each)
     own = job in uncleared
     if own:
         # It has one turn: if that fails, the others' do not clear what someone else may have written since.
         uncleared.remove(job)
-    _take(job, asked, held)
+    _take(job, asked.resume, own, held)
     if own:
         _clear(job)
 
 
-def _take(job: Job, asked: Asked, held: Holds) -> None:
+def _take(job: Job, resume: bool, clears: bool, held: Holds) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     held.take(job.folder)
-    _check_folders([job], asked.resume, asked.fresh)
+    _check_folders([job], resume, clears)
 
 
 def _clear(job: Job) -> None:
