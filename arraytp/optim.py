@@ -287,7 +287,8 @@ def learning_rate(schedule: ScheduleOptions, lr: float, epoch: int, step: int = 
     ----------
     schedule : Constant, Cosine or Staircase options
         Cosine: eta_min + (lr − eta_min)(1 + cos(π·epoch/t_max))/2, which rises again past t_max.
-        Staircase: lr / factor^(how many of its `epochs` are over). Warm-up: times (step + 1)/W, at most 1.
+        Staircase: lr / factor^(how many of its `epochs` are over), 0 where the power overflows.
+        Warm-up: times (step + 1)/W, at most 1.
     lr : float
         The initial learning rate lr0.
     epoch, step : int

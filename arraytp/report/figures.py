@@ -17,7 +17,7 @@ from arraytp.errors import UserError
 from arraytp.files import write_file
 from arraytp.report import panels
 from arraytp.report.angles import GNT, common_blocks, has_angles, references
-from arraytp.report.reading import Result, read_result
+from arraytp.report.reading import Result, read_result, splits_of
 from arraytp.report.seeds import averaged
 from arraytp.report.style import RC, Look, legend_columns, literal, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
@@ -135,7 +135,7 @@ def comparison(results: Sequence[Result]) -> Figure:
     if with_gnt:
         panels.angle_lines(drawn["E"], results, given, GNT)
     panels.angle_bars(drawn["B"], results, given, blocks)
-    splits = " or ".join(sorted({result.split for result in results}))
+    splits = splits_of(results)
     if few:
         panels.step_lines(drawn["C"], results, given)
     else:

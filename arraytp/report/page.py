@@ -19,7 +19,7 @@ from bokeh.resources import INLINE
 from arraytp.report.angles import Reference, block_series, common_blocks, has_angles, hidden_mean, references
 from arraytp.report.figures import write_bytes
 from arraytp.report.panels import Series
-from arraytp.report.reading import Result
+from arraytp.report.reading import Result, splits_of
 from arraytp.report.seeds import averaged
 from arraytp.report.style import Look, looks
 from arraytp.report.tables import records
@@ -42,7 +42,7 @@ def write_page(results: Sequence[Result], path: Path) -> Path:
     runs = averaged(results)
     given = looks(runs)
     shown = list(zip(runs, given, strict=True))
-    splits = " or ".join(sorted({run.split for run in runs}))
+    splits = splits_of(runs)
     curves = [
         _lines(
             [((run.metrics["epoch"], run.metrics[name.format(split=run.split)]), look, run.label)

@@ -134,6 +134,11 @@ def _expand(folder: Path) -> list[Path]:
     return in_order(inside, folder)
 
 
+def splits_of(results: Sequence[Result]) -> str:
+    """Return what the epochs of these runs were evaluated on, as "test or validation"."""
+    return " or ".join(sorted({result.split for result in results}))
+
+
 def in_order(paths: Iterable[Path], folder: Path) -> list[Path]:
     """Return the paths inside a folder in the order of tables: BP first, then the names' own."""
     return sorted(paths, key=lambda path: [(name != "bp", _natural(name)) for name in path.relative_to(folder).parts])

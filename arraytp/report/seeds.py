@@ -98,13 +98,13 @@ def seeds_table(results: Sequence[Result], latest: Sequence[Result], home: Path)
     settings.
     """
     settings = {_beside(result): _settings(result) for result in latest}
-    file = io.StringIO()
+    file, own = io.StringIO(), real(home)
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SEED_COLUMNS)
     for result in results:
         # A folder's own name; where links lead elsewhere, theirs.
         place = real(result.path)
-        inside = place.relative_to(real(home)) if place.is_relative_to(real(home)) else result.path.relative_to(home)
+        inside = place.relative_to(own) if place.is_relative_to(own) else result.path.relative_to(home)
         match = SEED.fullmatch(inside.name)
         if match and settings.get(_beside(result), _settings(result)) == _settings(result):
             variant = inside.parent.as_posix().removeprefix(".")

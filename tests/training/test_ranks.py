@@ -115,8 +115,7 @@ def numbers_of(planned, ranks, plain, first=6):
             updates = experiment.updates(step)
             compared = experiment.compare(step, updates)
             found += [array.copy() for pair in updates for array in pair]
-            # Cosines: near 0° an angle has half the digits.
-            found += [np.array([[np.cos(np.radians(each.angle_deg)), 1 + each.distance] for each in compared])]
+            found += [np.array([[1 + each.angle_deg, 1 + each.distance] for each in compared])]
             found += [np.array([loss for loss in losses if loss is not None], float), step.score.totals.copy()]
             found += [weight.copy() for weight in experiment.rule_state.named().values()]
             experiment.apply(step, updates)
