@@ -186,8 +186,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _place_beside(dst: Path) -> Path:
     """Return the folder that holds DST, or will; DST itself if it is a volume of its own, or its folder read-only."""
     beside = next(parent for parent in dst.parents if parent.is_dir())
-    usable = os.access(beside, os.W_OK) and (not dst.is_dir() or beside.stat().st_dev == dst.stat().st_dev)
-    return beside if usable or not dst.is_dir() else dst
+    if dst.is_dir() and (not os.access(beside, os.W_OK) or beside.stat().st_dev != dst.stat().st_dev):
+        return dst
+    return beside
 
 
 def _unnamed_file(src: Path, folder: Path) -> IO[bytes]:
