@@ -1,1 +1,1 @@
-"""The same, quick: threads and buffers, products, passes, inverses, in slices that fit a cache."""
+"""The fast engine: threads, buffers, products, passes and inverses in cache-sized slices."""

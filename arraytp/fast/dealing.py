@@ -1,11 +1,11 @@
 """Work on θ alone, dealt out among ranks: each does some of the tasks, and gets what the others' tasks wrote.
 
-Largest first, each task goes to the rank that has least to do so far. That is worth it where the operations that the
-busiest rank saves, W − max W_r, take longer than sending all results, P bytes padded to equal segments:
+Largest first, each task goes to the rank that has least to do so far. That pays if the operations saved (W in all, W_r
+on rank r, so W − max W_r) take longer than sending all results, P bytes padded to equal segments:
 
     W − max W_r > `OPERATIONS_PER_BYTE` · threads of a rank · P
 
-It goes by shapes alone, so that all ranks decide alike. A task's result does not depend on who does it.
+Shapes alone decide, so all ranks decide alike. A task's result does not depend on which rank computes it.
 """
 
 from collections.abc import Callable, Sequence

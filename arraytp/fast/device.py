@@ -1,6 +1,6 @@
-"""The engine of a device: whole batches, one launch an operation; nothing is cut, since nothing has to fit a cache.
+"""The engine of a GPU: one launch per operation, on whole batches, because nothing has to fit a cache.
 
-What lies between products is one kernel each (`arraytp.ops.kernels`). What is not here is as in `Fast`.
+All work between two products is one kernel (`arraytp.ops.kernels`). The rest is inherited from `Fast`.
 """
 
 from typing import Any

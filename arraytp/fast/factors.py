@@ -1,7 +1,7 @@
 """Factors of weights, once per step and block: for W⁻¹ those of W, for W⁺ those of the smaller of WWᵀ and WᵀW.
 
-Near a semi-orthogonal matrix by Cholesky, W⁻¹ = Wᵀ(WWᵀ)⁻¹, else by LU, whose condition number is checked. What solves
-by them is in `arraytp.fast.inverse`.
+A nearly semi-orthogonal W gets Cholesky factors, W⁻¹ = Wᵀ(WWᵀ)⁻¹, any other gets LU and a check of its condition.
+`arraytp.fast.inverse` solves with them.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,10 +1,10 @@
-"""Parts of a training step as CUDA graphs: what took the host a hundred launches takes one from then on.
+"""Parts of a training step as CUDA graphs: the host launches one graph instead of a hundred kernels.
 
 A graph repeats the launches of the run that it was captured from: the same kernels on the same memory with the same
-numbers. So what differs from step to step must be in memory that is written to before: the images and labels, and
+numbers. So what differs from step to step must be written to fixed memory first: the images and labels, and
 `arraytp.fast.parallel.Workspace.number`. Kernels, order and results are those of a run without graphs, bit for bit.
 
-A part is one graph, or several with what no graph can do between them: on several ranks each ends where ranks sum.
+A part is one graph, or several: on several ranks, a graph ends at each sum over ranks, which is not captured.
 """
 
 from collections.abc import Callable, Hashable, Sequence

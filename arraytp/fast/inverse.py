@@ -1,8 +1,8 @@
 """Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), and W⁺ of any, by threads.
 
 `arraytp.model.plain.block_inverse` is the plain form. `arraytp.fast.factors` factorises W once per step and block.
-If the batch has fewer rows than the part of W⁻¹ that is needed, each row is solved for; else that part of W⁻¹ is formed
-and multiplied with. For W⁺ the same choice is made.
+Dense blocks and the literal form solve for each row if there are few; otherwise the needed part of W⁻¹ is formed.
+For W⁺, only dense blocks choose.
 """
 
 from collections.abc import Callable

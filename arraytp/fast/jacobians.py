@@ -1,9 +1,9 @@
-"""What direct feedback and Gauss-Newton targets need of the Jacobians of the logits, without holding those of a batch.
+"""Products with the logits' Jacobians, for direct feedback and Gauss-Newton targets, never holding a whole batch's.
 
 J^n_b, of shape (C, D), is the Jacobian of sample b's C logits in its hidden s^n of size D. All J of all hidden s^n come
-from the same C backward passes, without gradients of weights; a slice of samples goes through all classes at once. Of
-a convolution it is shorter than of the dense blocks behind it, whose products need rows enough to be worth the copy of
-W that BLAS makes.
+from the same C backward passes, without gradients of weights; a slice of samples goes through all classes at once.
+It is shorter in a convolution than in the dense blocks after it, whose products need enough rows to be worth BLAS's
+copy of W.
 """
 
 import math

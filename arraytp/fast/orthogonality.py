@@ -1,7 +1,7 @@
 """Keeping weight matrices near semi-orthogonal ones (GP paper, 2.1 and 2.3): E and the regulariser.
 
-E = WWᵀ − I, or WᵀW − I of a matrix with more rows than columns (`arraytp.ops.excess`), is the gradient's larger half
-and what a rule inverts W through. `GramErrors` computes it once a step for both.
+E = WWᵀ − I, or WᵀW − I of a matrix with more rows than columns (`arraytp.ops.excess`), is used in
+the gradient and by rules that invert W. `GramErrors` computes it once per step for both.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,7 +3,7 @@
 `arraytp.model.feedback.jacobian_overlap` is the plain form. With D_F = f'(z), read off s^{n+1}, and
 D_G = f'(u) at the maximum's position, u = unpool(s^{n+1}):
 
-- Where unpooling overwrites, u is s itself for every output whose value is kept, and the others have no part in G.
+- If unpooling overwrites, u = s for every output whose value is kept, and overwritten outputs add nothing.
 - Values are summed over samples at their positions first, then over the positions that a tap reaches: a product of
   k² · P · Q · O operations, whatever the batch.
 """

@@ -2,15 +2,15 @@
 
 What differs from the plain functions, and why the numbers agree:
 
-- A slice of samples goes through patches, product, pool, bias and activation at once; z is never stored whole.
+- Slices (of samples; in dense blocks, units) go from patches to activation at once; z is never stored whole.
 - Bias and activation come after the pool, on fewer elements: max(f(z + b)) = f(max(z) + b) since f is non-decreasing.
-  ReLU's zeros are made equal before (`Activation.tie`), so that the first of them wins as in the plain pass. Where it
-  is rounding that maps two z of a window to one number, in saturation, this pass takes the larger z.
+  ReLU's zeros are made equal before (`Activation.tie`), so that the first of them wins as in the plain pass. If
+  saturation rounds two z of a window to the same f(z), this pass takes the larger z.
 - f' is read off s.
 - Patches are built again for the gradient of the weight: cheaper than keeping them (measured: a tenth of the product).
-- The gradients of a stride-1 convolution sum over the kernel's rows and columns apart (`arraytp.fast.products.Split`).
-- On the host the adjoint of pooling adds at the maxima's places; on a device, where additions would come in no fixed
-  order, every place gathers its own, or it goes window element by window element (`arraytp.ops.pool`).
+- The gradients of a stride-1 convolution sum over kernel rows and columns separately (`arraytp.fast.products.Split`).
+- On the host the adjoint of pooling scatters to the maxima; on a device, where scattered additions have no fixed
+  order, each pixel gathers its own, or the code loops over window elements (`arraytp.ops.pool`).
 - Weight gradients are summed over samples in lanes, a fixed partition of the batch, then over the lanes in order.
 """
 

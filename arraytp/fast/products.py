@@ -4,9 +4,9 @@ With R = `rows`(x), V = `stack`(d) and M = `matrix`(ω),
 
     θ ∘ x = `add_affine`(R, M),  ω ∘ d = `transposed`(V, M),  x ⋆ d = Rᵀ V in the axes of `fold`
 
-A block goes by whole patches and col2im (`Patches`); a dense block's samples are rows as they are. A convolution of
-stride 1 can be split, its kernel's rows and columns summed over apart (`Split`, `arraytp.ops.conv.split_matrix`), in
-arrays k times as large as an image where patches are k² times.
+`Patches` uses whole patches and col2im, or a dense block's samples as rows. For a convolution of
+stride 1, `Split` sums over the kernel's rows and columns separately (`arraytp.ops.conv.split_matrix`); its arrays
+are k times as large as an image, patches k² times.
 """
 
 import math

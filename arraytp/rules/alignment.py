@@ -9,7 +9,7 @@
 
 For every block n = 1 … N−1, x = s^n of the batch and y = f(xW + b), without the pool. Rows are those of x's patches, so
 amp and null are means over samples and positions. B is trained by the loop and the optimiser of all learned feedback,
-K_n steps on every batch, before the updates; σ has no part in it. SA rests at B = (α/β) W. The rest is FA.
+K_n steps on every batch, before the updates; σ is unused. SA's fixed point is B = (α/β) W. The rest is FA.
 Source: Kunin et al. (2020).
 """
 

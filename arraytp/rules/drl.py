@@ -1,7 +1,7 @@
 """DTP with direct linear feedback trained by the difference reconstruction loss (DRL, DDTP-linear).
 
 The output has a direct linear connection Q^n to every hidden s^n, n = 1 … N−1, and there is no G^n from layer to layer.
-Q^n descends, on every batch and K_n times, with ε ~ N(0, σ_n²) and ŷ_ε the logits of the network run on from s^n + ε,
+K_n times per batch, with ε ~ N(0, σ_n²) and ŷ_ε the logits computed from s^n + ε, Q^n descends the second line:
 
     r_ε = Q^n ŷ_ε + s^n − Q^n ŷ
     (1/σ_n²) · mean over batch and units of (r_ε − (s^n + ε))²                                        Algorithm 2
@@ -13,15 +13,15 @@ with weight decay for the second term of the paper's Eq. 11. Then
     update of θ of a dense block: (1/B) Σ 2 D ⊙ (s − t) outer input; of a convolution: ∂/∂θ of the mean of (s − t)² over
     batch and units
 
-Source: Meulemans et al. (2020), as the code does it that the DTP paper compares with. Biases of Q^n stay 0 there, as
-they cancel from every difference; here there are none. (DDTP-control's code trains them; docs/math/differences.md.)
+Source: Meulemans et al. (2020), as in the code that the DTP paper compares with. Its biases of Q^n stay 0, because
+they cancel from every difference; arraytp has none. (DDTP-control's code trains them; docs/math/differences.md.)
 
 Two other rules of theirs are options. DDTP-control (`loss: reconstruction`) trains Q^n on ‖Q^n ŷ_ε − (s^n + ε)‖², mean
 over batch and units, without the difference. DDTP-RHL (`hidden`) has one fixed random hidden layer R, shared by all
 Q^n, between output and feedback: φ(ŷ) = tanh(ŷ R) takes the place of ŷ in losses and targets. R is held as weight 0.
 
-Schedules: s-DDTP has `pretrain_epochs` of feedback training alone, one feedback update a batch, and `extra_epochs` of
-feedback training alone after every epoch but the last; p-DDTP has neither, but K feedback updates a batch.
+Schedules: s-DDTP trains only feedback for `pretrain_epochs`, and for `extra_epochs` after every epoch but the last,
+with one feedback update per batch; p-DDTP does neither, but has K feedback updates per batch.
 """
 
 import math

@@ -9,10 +9,10 @@ Then
 
     t^N = s^N − β ∂L/∂s^N                                  per sample                               Eq. 3
     for n = N−1 … 0:
-        update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², also divided by β if so chosen    Eq. 6
+        update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², optionally divided by β           Eq. 6
         t^n = s^n + G^n(t^{n+1}) − G^n(s^{n+1})                                                     Eq. 4
 
-What is carried from block to block is δ = t − s, which loses no digits where it is small.
+The code propagates δ = t − s, which keeps its digits when it is small.
 """
 
 from collections.abc import Iterator
@@ -70,7 +70,7 @@ def init_state(options: TargetOptions, network: Network, seed: int, backend: Bac
 
 
 def iterate(at: Samples, omega: Any, bias: Array, epsilon: Array, _: Array) -> Array:
-    """Add some samples' part of half the gradients of ω and G's bias; return their part of the loss (Algorithm 1)."""
+    """Add these samples' share of half the gradients of ω and G's bias; return their loss (Algorithm 1)."""
     a = at.a(*at.F(epsilon))
     r = at.transposed(omega, a)  # ω ∘ a
     r += bias  # r = G(F(s + ε))

@@ -1,8 +1,8 @@
 """Feedback weights: how they are drawn, and the one loop that trains them on a batch.
 
-For every block n = 1 … N−1, K_n times, with fresh noise each time: the gradient of the rule's feedback loss, averaged
-over the batch, and one step of the feedback optimiser on ω^n (DTP paper, Algorithms 1 to 3). Lists in the settings
-begin with block 1.
+For block n = 1 … N−1, the loop does K_n times: draw fresh noise, compute the gradient of the rule's feedback loss,
+averaged over the batch, and take one optimiser step on ω^n (DTP paper, Algorithms 1 to 3). Lists in the settings
+start at block 1.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """GAIT-prop (GP): targets through exact inverses, nudged so that the local updates are BP's (GP paper, section 2).
 
-W^n of every block but the first is square. a_{n+1} = s^{n+1} is what block n hands on, a_n what it takes; auxiliary
+W^n of every block but the first is square. a_{n+1} = s^{n+1} is what block n passes on, a_n its input; auxiliary
 units have t = a throughout.
 
 **Literal form**, the paper's Algorithm 1 with m, the ½ and √dim of the authors' code (docs/math/differences.md):
@@ -12,22 +12,22 @@ units have t = a throughout.
         ε = γ (D^n)²,  m ← m / γ
         t_n = G^n((1 − ε) a_{n+1} + ε t_{n+1})                                                      Eq. 4
 
-**Difference form**: within one linear region of f the forward signal cancels, and of δ = t − a remains
-δ_n = (D^{-1} ε δ_{n+1}) W^{-1}. With e = −2 m δ, whose update is D e outer a, it is
+**Difference form**: within one linear region of f the forward signal cancels, and δ = t − a obeys
+δ_n = (D^{-1} ε δ_{n+1}) W^{-1}. For e = −2 m δ, the update is D e outer a, and
 
     e_N = ∂L/∂a_N,  e_n = (D^n e_{n+1}) (W^n)^{-1}
 
 for every γ: BP's recursion with W^{-1} in place of Wᵀ, and BP's result where W is orthogonal. It subtracts no nearly
 equal numbers. It equals the literal form up to rounding where f is linear, or where it is leaky ReLU and no unit's
-nudged activation (1 − ε) a + ε t lies on the other side of the kink than a (`crossings` counts those); for ELU
-and tanh up to first order in γ.
+nudged activation (1 − ε) a + ε t lies across the kink from a (`crossings` counts these); for ELU
+and tanh, to first order in γ.
 
 **Any network** (`inverse: pseudo`, docs/gait-prop-any-network.md): in the difference form W^{-1} may be the
 pseudo-inverse W⁺ of a W that is not square, and e may pass a pool to the maxima of the forward pass:
 
     e_n = (D^n unpool(e_{n+1})) (W^n)⁺
 
-W⁺ = Wᵀ where W is semi-orthogonal, and the result is BP's there. No auxiliary units, no f^{-1}.
+If W is semi-orthogonal, W⁺ = Wᵀ gives BP's result. This needs no auxiliary units and no f^{-1}.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,15 +1,15 @@
 """Gauss-Newton targets (GNT): the exact, damped targets that target propagation approximates.
 
-With J^n_b of shape (C, D) the Jacobian of the logits of sample b in its s^n, and e_b = ∂L/∂s^N of the sample,
+With J^n_b (C × D) the Jacobian of sample b's logits with respect to its s^n, and e_b = ∂L_b/∂s^N,
 
     t^N = s^N − β e
     t^n_b = s^n_b − β (J^n_b)ᵀ (J^n_b (J^n_b)ᵀ + γI)⁻¹ e_b,  n = 1 … N−1
-    update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², also divided by β if so chosen
+    update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², optionally divided by β
 
-For γ → 0 the change of s^n is the least that changes the logits by −β e (to first order): J⁺ e, what exact inverses of
-all layers would give. For large γ it is BP's Jᵀ e over γ. All J come from C backward passes.
+For γ → 0, s^n changes by −β J⁺ e, the least change that moves the logits by −β e (to first order), as exact inverses
+of all layers would. For large γ it is −β Jᵀ e / γ. All J come from C backward passes.
 
-Source: Meulemans et al. (2020). There GNT is a method to compare with, as it is here (`compare.against`).
+Source: Meulemans et al. (2020). There GNT is a baseline, as it is here (`compare.against`).
 """
 
 from collections.abc import Iterator, Sequence

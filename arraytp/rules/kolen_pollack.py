@@ -1,9 +1,9 @@
-"""Kolen–Pollack: FA with a B^n that gets the very update that W^n gets; both decay.
+"""Kolen–Pollack: FA in which B^n gets the same step as W^n, and both decay.
 
     W^n ← (1 − λ) W^n − Δ^n
     B^n ← (1 − λ) B^n − Δ^n
 
-Δ^n is the optimiser's step on W^n, whichever optimiser. So W − B shrinks by 1 − λ per step, whatever Δ is, and FA turns
+Δ^n is the step of any optimiser on W^n. So each step multiplies W − B by 1 − λ, whatever Δ is, and FA turns
 into BP. The optimiser applies both (`shared_decay`). W^0, which has no B, and biases do not decay. The rest is FA.
 Sources: Kolen & Pollack (1994); Akrout et al. (2019), Equations 16 and 17.
 """

@@ -13,7 +13,7 @@ With d1 = a(s_ε^{n+1}) − a(s^{n+1}) and d2 = a(s^{n+1} + η) − a(s^{n+1}), 
 
     ∂/∂ω = (2/B) Σ [−ε ⋆ d1 + (ω ∘ d2) ⋆ d2],  and exactly 0 for G's bias, which cancels.
 
-Then targets and updates as in DTP. Where ∂G = (∂F)ᵀ, the updates over β are BP's for small β (Theorem 4.3).
+Targets and updates are as in DTP. If ∂G = (∂F)ᵀ, updates/β tend to BP's as β → 0 (Theorem 4.3).
 
 Source: DTP paper, Section 4.
 """
@@ -64,7 +64,7 @@ def check(options: LDRLOptions, blocks: tuple[Block, ...], dtype: str, reduction
 
 
 def iterate(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta: Array) -> Array:
-    """Add some samples' part of half the gradient of ω (Algorithm 3); return their part of Σ ‖ω ∘ d2‖²."""
+    """Add these samples' share of half the gradient of ω (Algorithm 3); return their Σ ‖ω ∘ d2‖²."""
     d1 = at.a(*at.F(epsilon))
     d1 -= at.a_next  # a(F(s + ε)) − a(s')
     at.subtract(epsilon, d1)  # −ε ⋆ d1

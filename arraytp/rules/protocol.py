@@ -1,8 +1,8 @@
 """What a learning rule is: a value whose fields say what it can do.
 
-Every rule has options, a state, the operations of its products, and either `updates`, or `targets` with the
-`local_update` of a block by its target. The loop, the optimiser, the angles, the trace and the audit go by these
-fields, never by a rule's name. A rule returns updates and never applies them to θ.
+Every rule has options, a state, a FLOP count of its matrix products, and either `updates`, or `targets` and
+`local_update`, which updates a block from its target. Loop, optimiser, angles, trace and audit use these
+fields, never a rule's name. A rule returns updates and never applies them to θ.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -2,15 +2,15 @@
 
     t^N = s^N − β ∂L/∂s^N                                                                per sample
     for n = N−1 … 0:
-        update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², also divided by β if so chosen
+        update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², optionally divided by β
         d = f⁻¹(t^{n+1}) − f⁻¹(s^{n+1}), or its linearisation D⁻¹ (t^{n+1} − s^{n+1})
         t^n = s^n + (unpool d) (WᵀW + rI)⁻¹ Wᵀ,  r > 0
 
-(WᵀW + rI)⁻¹ Wᵀ = Wᵀ (WWᵀ + rI)⁻¹ takes d to the change p of the input with the least ‖p W − d‖² + r ‖p‖². f⁻¹ and D
-are those of s and t clipped to f's range, less `clip` on either side.
+(WᵀW + rI)⁻¹ Wᵀ = Wᵀ (WWᵀ + rI)⁻¹ maps d to the input change p that minimises ‖p W − d‖² + r ‖p‖². f⁻¹ and D
+are taken at s and t clipped to `clip` inside f's range.
 
-Source: Roulet and Harchaoui (2023), there for recurrent networks. Convolutions and pools are ours: patches that overlap
-add up, as in GAIT-prop, and d passes a pool to the forward pass's maxima, f and the pool being interchangeable.
+Source: Roulet and Harchaoui (2023), for recurrent networks. Convolutions and pools are our additions: overlapping
+patches add up, as in GAIT-prop, and d goes to the maxima of the forward pass, because f and the pool commute.
 """
 
 import math

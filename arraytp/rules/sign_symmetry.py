@@ -5,7 +5,7 @@
     batch (brSF):  R^n ~ N(0, (c^n)²), drawn anew for every batch
     fixed (frSF):  R^n ~ N(0, (c^n)²), drawn once
 
-The rest is FA. The sign of a weight that is 0 is that of the number, + or −: it never makes B 0.
+The rest is FA. A weight of 0 has the sign of its zero, +0 or −0, so B is never 0.
 Sources: Liao et al. (2016); Xiao et al. (2018); Moskovitz et al. (2018), as named in the BioTorch benchmark.
 """
 

@@ -6,7 +6,7 @@ On every batch, before the updates, for n = 1 … N−1, K_n times:
     B^n ← (1 − λ) B^n + η xᵀy / rows
 
 Rows are those of x's patches: B samples times the positions of y. By Stein's lemma E[xᵀy / rows] = σ² W E[f'], up to a
-border's zeros, so B settles where it points along W. B is trained by the loop and the optimiser of all learned
+border's zeros, so each column of B aligns with W's. B is trained by the loop and the optimiser of all learned
 feedback: SGD with η = lr and λ = lr · weight_decay is the paper's rule. The rest is FA.
 Source: Akrout et al. (2019), Equation 7.
 """
