@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, SimpleNamespace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from arraytp.errors import Interrupted
 
 # What asks a process to end: terminals, systems and, before a job's time is over, clusters (SIGUSR1, SIGUSR2, SIGXCPU).
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+Done = TypeVar("Done")
 _LATER = 0.01
 _PATIENCE = 1.0
 
@@ -55,23 +56,23 @@ class StopRequest:
         _answer_as_before(self._former)
         self._former = {}
 
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While entered, a request raises `Interrupted` wherever the program is: for work that is then given up."""
+    def at_once(self, work: Callable[[], Done]) -> Done:
+        """Do work that a request interrupts wherever the program is, by `Interrupted`: work that is then given up."""
+        # No context manager: a signal between its end and this function's would leave what follows to be interrupted.
         self._at_once = True
         try:
             if self.requested:
                 raise Interrupted("arraytp: ended by a signal", self.signal)
-            yield
+            return work()
         finally:
             self._at_once = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        if self._at_once:
-            raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
         if number == signal.SIGINT and number in self._former:
             signal.signal(number, self._former.pop(number))
+        if self._at_once:
+            raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
         # Started already where two signals come at once; and a process may have no thread left.
         with suppress(RuntimeError):
             if self._tells:

@@ -45,12 +45,21 @@ def test_only_ctrl_c_ends_at_once_when_it_comes_again():
 @pytest.mark.parametrize("number", [signal.SIGINT, *ENDING], ids=str)
 def test_every_signal_ends_at_once_what_is_given_up_anyway(number):
     with StopRequest() as stop:
-        with pytest.raises(Interrupted) as caught, stop.at_once():
-            signal.raise_signal(number)
+        with pytest.raises(Interrupted) as caught:
+            stop.at_once(lambda: signal.raise_signal(number))
         assert caught.value.signal_number == number
-        with pytest.raises(Interrupted), stop.at_once():
-            raise AssertionError("not reached: the request came before")
+        with pytest.raises(Interrupted):
+            stop.at_once(lambda: pytest.fail("not reached: the request came before"))
     assert stop.signal == number
+
+
+def test_ctrl_c_that_gave_work_up_ends_the_process_when_it_comes_again():
+    """While the checkpoint is being written, for one."""
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted):
+            stop.at_once(lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_two_signals_at_once_are_one_request():

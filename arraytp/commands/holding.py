@@ -1,6 +1,7 @@
 """Result folders that a command holds, so that no other writes to them."""
 
 import errno
+import resource
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +14,8 @@ from arraytp.errors import UserError
 LOCK_NAME = ".arraytp-run"
 # Where this process must not write, it can do no harm.
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Files that a run may have open besides: shards, modules that are being loaded, pipes.
+_OTHER_FILES = 256
 
 
 class Holds(ExitStack):
@@ -27,6 +30,7 @@ class Holds(ExitStack):
         """Hold a folder, if it exists and is not held yet; UserError if another process holds it."""
         if folder in self._held or not folder.is_dir():
             return
+        _allow_files(len(self._held) + 1 + _OTHER_FILES)
         try:
             file, locked = open_locked(folder / LOCK_NAME)
         except HeldError:
@@ -46,3 +50,11 @@ class Holds(ExitStack):
     def _give_back(self, folder: Path, file: BinaryIO) -> None:
         self._held.remove(folder)
         remove_locked(file, folder / LOCK_NAME)
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have so many files open at a time, or as many as the system lets it have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -36,7 +36,7 @@ from arraytp.training.build import build_planned
 from arraytp.training.checkpoint import check_owner, read_owner
 from arraytp.training.loop import Run
 from arraytp.training.plan import Plan, check_seeds, plan_variant
-from arraytp.training.study import run_study
+from arraytp.training.study import check_seeds_done, run_study
 
 MOST_SEEDS = 1000
 OWN_FILES = ("config.yml", "metrics.csv", "steps.csv", "angles.csv", "feedback.csv", "summary.json", "checkpoint.h5")
@@ -237,7 +237,9 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
                 "--out selects another folder"
             )
         check_owner(job.folder, job.plan)
-        if not job.study and _lost_checkpoint(job):
+        if job.study:
+            check_seeds_done(job.plan, job.folder)
+        elif _lost_checkpoint(job):
             raise UserError(
                 f"{job.folder}: has finished, but checkpoint.h5, from which it would go on, is missing; --fresh starts "
                 "over"

@@ -101,21 +101,31 @@ def _by_noise(
 def _mean(
     iterate: Iterating, state: State, n: int, noises: range, last: bool, observe: Observe | None
 ) -> tuple[Mapping[str, Array], Array | None]:
-    """Return the mean gradients over some noises, and the loss with the last of them."""
+    """Return the means over some noises of the gradients and, of the `last` iteration, of the loss."""
     total: dict[str, Array] = {}
+    loss: Array | None = None
     for k in noises:
-        done = iterate(state, k, observe is not None or (last and k == noises[-1]))
+        done = iterate(state, k, observe is not None or last)
         if observe is not None:
             observe(n, k, _observed(done))
         if len(noises) == 1:
             return done.gradients, done.loss
+        if last:
+            assert done.loss is not None
+            if loss is None:
+                loss = done.loss.copy()
+            else:
+                loss += done.loss
         for part, gradient in done.gradients.items():
             if part in total:
                 total[part] += gradient
             else:
                 # A copy: the next iteration writes to the same memory.
                 total[part] = gradient.copy()
-    return {part: gradient / gradient.dtype.type(len(noises)) for part, gradient in total.items()}, done.loss
+    means = {part: gradient / gradient.dtype.type(len(noises)) for part, gradient in total.items()}
+    if loss is not None:
+        loss /= loss.dtype.type(len(noises))
+    return means, loss
 
 
 def _observed(done: Iteration) -> dict[str, Array]:

@@ -10,6 +10,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -43,11 +44,12 @@ def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool
     total, _ = experiment.length
     angles: list[float] = []
     with experiment.steady(), Progress(label, 1, total, quiet=quiet) as progress:
-        for number, (epoch, images, labels) in enumerate(itertools.islice(_batches(experiment), total)):
+        batches = itertools.islice(_batches(experiment), min(total, sys.maxsize))
+        for number, (epoch, images, labels) in enumerate(batches):
             step = experiment.forward(images, labels)
             loss = float(step.score.totals[0]) / step.score.images
             if not math.isfinite(loss):
-                raise NonFiniteError(f"{folder}: not finite at step {number}; a smaller optimizer.lr may help")
+                raise NonFiniteError(f"not finite at step {number}; a smaller optimizer.lr may help")
             experiment.train_feedback(step)
             updates = experiment.updates(step)
             if number % config.compare.every == 0:

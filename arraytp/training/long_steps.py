@@ -2,11 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from arraytp.errors import Interrupted
-from arraytp.signals import StopRequest
+from arraytp.signals import Done, StopRequest
 from arraytp.training.experiment import Experiment
 
 # Seconds. Clusters leave a job some tens of them to write its checkpoint.
@@ -20,9 +19,8 @@ class LongSteps:
         self._experiment = experiment
         self._seconds = math.inf
 
-    @contextmanager
-    def given_up(self, stop: StopRequest, save: Callable[[], None]) -> Iterator[None]:
-        """While entered, in what comes before the optimiser's step, a long step is left as soon as `stop` is requested.
+    def given_up(self, work: Callable[[], Done], stop: StopRequest, save: Callable[[], None]) -> Done:
+        """Do what comes before the optimiser's step; a long step is left as soon as `stop` is requested.
 
         The experiment then is as it was before, and `save` is called, which raises. Until the optimiser's step nothing
         but feedback weights, their moments and their count changes.
@@ -30,15 +28,15 @@ class LongSteps:
         started, experiment = time.monotonic(), self._experiment
         # Ranks leave a step together: the others would wait for this one's sums.
         if self._seconds < LONG or experiment.ranks.size > 1:
-            yield
+            done = work()
         else:
             state, count = experiment.rule_state.copy(), experiment.feedback_step
             try:
-                with stop.at_once():
-                    yield
+                done = stop.at_once(work)
             except Interrupted:
                 # The copies themselves: threads of the step may still write to the arrays.
                 experiment.rule_state, experiment.feedback_step = state, count
                 save()
                 raise
         self._seconds = time.monotonic() - started
+        return done

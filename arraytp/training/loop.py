@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ class Run:
                 f"{path}: has {self.position.step} steps already, but train.steps is {train.steps}; set more "
                 "steps, or start over with --fresh"
             )
+        between = self.position.batch == 0 and (self.position.feedback_epochs or self.position.feedback_batch)
+        if between and (self.position.epoch >= train.epochs or self.position.step == train.steps):
+            raise UserError(
+                f"{path}: has trained feedback for epoch {self.position.epoch + 1} already, which train.epochs "
+                f"{train.epochs} and train.steps {train.steps} leave out; set more of them, or start over with --fresh"
+            )
         self._restart(rows)
 
     def _steps_without_numbers(self) -> list[str]:
@@ -201,14 +208,12 @@ class Run:
         """Do the epochs of feedback training alone that are due before the next epoch."""
         position, experiment = self.position, self.experiment
         first, between = self._feedback_alone()
-        due = between if position.epoch else first
+        due, save = between if position.epoch else first, partial(self._stop, stop, progress)
         while position.feedback_epochs < due:
             with closing(experiment.train_loader.batches(position.passes, position.feedback_batch)) as batches:
                 sizes = experiment.train_loader.sizes(position.feedback_batch)
                 for size, (images, labels) in zip(sizes, batches, strict=True):
-                    with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
-                        step = self._step = experiment.forward(images, labels, size)
-                        self._train_feedback(step)
+                    self._long_steps.given_up(partial(self._until_feedback, images, labels, size), stop, save)
                     experiment.agree_to_stop(lambda: stop.requested)
                     position.feedback_batch += 1
                     progress.feedback(position.feedback_epochs + 1, due, position.feedback_batch)
@@ -219,16 +224,15 @@ class Run:
     def _train_epoch(self, steps: int, stop: StopRequest, progress: Progress) -> None:
         """Train to the end of the epoch, or to the last of the run's `steps`."""
         position, experiment = self.position, self.experiment
-        every = experiment.config.compare.every
+        every, per_epoch = experiment.config.compare.every, experiment.train_loader.steps_per_epoch
+        save = partial(self._stop, stop, progress)
         mark = time.monotonic()
         with closing(experiment.train_loader.batches(position.passes, position.batch)) as batches:
             sized = zip(experiment.train_loader.sizes(position.batch), batches, strict=True)
-            for size, (images, labels) in islice(sized, steps - position.step):
-                with self._long_steps.given_up(stop, lambda: self._stop(stop, progress)):
-                    step = self._step = experiment.forward(images, labels, size)
-                    losses = self._train_feedback(step)
-                    with self._located():
-                        updates = experiment.updates(step, lambda: stop.requested)
+            # An epoch's batches are fewer than islice can count; the steps of a run may be more.
+            for size, (images, labels) in islice(sized, min(steps - position.step, per_epoch)):
+                until_updates = partial(self._until_updates, images, labels, size, stop)
+                step, losses, updates = self._long_steps.given_up(until_updates, stop, save)
                 compared = experiment.rule is not bp.RULE or experiment.against_gnt
                 if every and position.step % every == 0 and compared:
                     mark += self._compare(step, updates, losses)
@@ -248,6 +252,19 @@ class Run:
                 self._pause(stopping, stop, progress)
                 mark = time.monotonic()
         self._read_scores(progress)
+
+    def _until_feedback(self, images: Array, labels: Array, size: int) -> tuple[Step, list[Array | None]]:
+        """Do the forward pass of a batch and train feedback on it."""
+        step = self._step = self.experiment.forward(images, labels, size)
+        return step, self._train_feedback(step)
+
+    def _until_updates(
+        self, images: Array, labels: Array, size: int, stop: StopRequest
+    ) -> tuple[Step, list[Array | None], Updates]:
+        """Do what of a step comes before the optimiser's."""
+        step, losses = self._until_feedback(images, labels, size)
+        with self._located():
+            return step, losses, self.experiment.updates(step, lambda: stop.requested)
 
     def _pause(self, stopping: bool, stop: StopRequest, progress: Progress) -> None:
         """Between two batches: stop if that is asked for, or write a checkpoint if one is due."""
@@ -439,6 +456,10 @@ class Run:
         return float(self.metrics.rows[-1].split(",")[self.metrics.columns.index(f"{self._split}_top1")])
 
     def _write_summary(self) -> None:
+        # Rows that were added are not known to be on the disk, and the summary must not outlive them.
+        for table in self._tables.values():
+            if table.path.exists():
+                table.restart(table.rows)
         rows = [self._numbers(row) for row in self.metrics.rows]
         best = max(rows, key=lambda row: row[f"{self._split}_top1"])
         position, plan, config = self.position, self.experiment.plan, self.experiment.config

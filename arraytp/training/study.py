@@ -15,6 +15,7 @@ import json
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from arraytp import __version__
 from arraytp.backend import Array
-from arraytp.config import Config, dump_config
+from arraytp.config import dump_config
 from arraytp.config.difference import FREE_IN_A_STUDY, config_of, first_difference
 from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.files import write_json
@@ -61,23 +62,25 @@ def run_study(
         raise ValueError("the config has no section study")
     own, stopped, called = {}, 0, label
     for n in range(ranks.rank, study.seeds, ranks.size):
-        place = folder / f"seed-{n}"
+        place, seeded = _seed_folder(folder, n), _of_seed(planned, n)
         if place.exists() and not place.is_dir():
             raise UserError(f"{place}: is a file, but a seed's results need a folder; delete it")
-        seeded = replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
         if not (place / "summary.json").exists():
             place.mkdir(exist_ok=True)
             started, called = time.monotonic(), f"{label} seed {n + 1}/{study.seeds}"
             do_seed = drift_seed if study.kind == "drift" else _seed
             try:
-                with stop.at_once():
-                    measured = do_seed(seeded, place, called, quiet, plain)
+                measured = stop.at_once(partial(do_seed, seeded, place, called, quiet, plain))
             except Interrupted as error:
                 stopped = error.signal_number
                 break
-            of_seed = {"seed": seeded.config.seed, "config": dump_config(seeded.config), **measured}
-            write_json(place / "summary.json", of_seed | {"seconds": round(time.monotonic() - started, 1)})
-        own[n] = _read_seed(place / "summary.json", seeded.config, len(planned.blocks))
+            except NonFiniteError as error:
+                # The folder has variant and seed.
+                raise type(error)(f"{place}: {error}") from None
+            of_seed = {"seed": seeded.config.seed, "config": dump_config(seeded.config), "data": seeded.dataset.digest}
+            of_seed |= {**measured, "seconds": round(time.monotonic() - started, 1)}
+            write_json(place / "summary.json", of_seed)
+        own[n] = _read_seed(place / "summary.json", seeded)
     outcomes = ranks.gather((own, stopped, called))
     for _, number, where in outcomes:
         if number:
@@ -97,6 +100,26 @@ def run_study(
         "device": planned.backend.device(),
     }
     write_json(folder / "summary.json", summary)
+
+
+def check_seeds_done(planned: Plan, folder: Path) -> None:
+    """Refuse to continue a study of which a seed that is done is damaged, or of another config or other data.
+
+    UserError names the file and what differs.
+    """
+    assert planned.config.study is not None
+    for n in range(planned.config.study.seeds):
+        path = _seed_folder(folder, n) / "summary.json"
+        if path.exists():
+            _read_seed(path, _of_seed(planned, n))
+
+
+def _seed_folder(folder: Path, n: int) -> Path:
+    return folder / f"seed-{n}"
+
+
+def _of_seed(planned: Plan, n: int) -> Plan:
+    return replace(planned, config=replace(planned.config, seed=planned.config.seed + n))
 
 
 def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
@@ -156,19 +179,20 @@ def _measure_updates(experiment: Experiment, step: Step, table: CsvTable, iterat
 def _measure_feedback(
     experiment: Experiment, losses: list[Array | None], table: CsvTable, iterations: int
 ) -> list[Array | None]:
-    """Add the rows of a round; the error of diverged feedback names the table's folder, which has variant and seed."""
+    """Add the rows of a round; NonFiniteError for diverged feedback."""
     for pair, (_, omega, _) in zip(experiment.compare_feedback(losses), experiment.feedback_pairs(), strict=True):
         if not is_finite(omega):
             raise NonFiniteError(
-                f"{table.path.parent}: feedback of block {pair.block} diverged within {iterations} iterations; a "
-                "smaller rule.feedback.optimizer.lr may help"
+                f"feedback of block {pair.block} diverged within {iterations} iterations; a smaller "
+                "rule.feedback.optimizer.lr may help"
             )
         table.append(iterations, 0, *pair.numbers)
     return losses
 
 
-def _read_seed(path: Path, config: Config, blocks: int) -> dict[str, Any]:
-    """Read the summary of a seed that is done, without its config; refuse one that is damaged or of another config."""
+def _read_seed(path: Path, planned: Plan) -> dict[str, Any]:
+    """Read the summary of a seed that is done, without its config and digest; refuse one that is not of the plan."""
+    blocks = len(planned.blocks)
     try:
         seed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(seed, dict) or not seed.keys() >= {"update_angle_deg", "seconds"}:
@@ -179,8 +203,12 @@ def _read_seed(path: Path, config: Config, blocks: int) -> dict[str, Any]:
         seed["seconds"] = float(seed["seconds"])
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
-    stored = seed.pop("config", None)
-    there = config_of(str(stored), f"{path}: its config") if stored is not None else config
-    if difference := first_difference(there, config, FREE_IN_A_STUDY):
+    # Those of earlier versions do not say what they are of.
+    stored, digest = seed.pop("config", None), seed.pop("data", planned.dataset.digest)
+    there = config_of(str(stored), f"{path}: its config") if stored is not None else planned.config
+    if difference := first_difference(there, planned.config, FREE_IN_A_STUDY):
         raise UserError(f"{path}: is of another config ({difference}); --fresh starts over")
+    if digest != planned.dataset.digest:
+        data = planned.config.data.dataset
+        raise UserError(f"{path}: is of other images or labels than {data} holds now; --fresh starts over")
     return seed

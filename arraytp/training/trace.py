@@ -175,8 +175,8 @@ def check_replaceable(path: Path) -> None:
 def _is_trace(path: Path) -> bool:
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return bool(file.attrs.get("format") == FORMAT)
-    except OSError as error:
+            return isinstance(said := file.attrs.get("format"), str) and said == FORMAT
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         if words := system_words(error):
             raise UserError(f"--out {path}: exists and cannot be read: {words}") from error
         return False

@@ -103,6 +103,19 @@ def test_a_resumed_study_does_the_missing_seeds_only_and_gets_the_same(arraytp, 
     assert (place / "seed-0" / "summary.json").stat().st_mtime_ns == kept
 
 
+def test_a_study_is_not_continued_on_other_data(arraytp, refused, place, study, pack):
+    """Its seeds, all of which are done or not, would be of two data sets."""
+    assert arraytp("run", "study.yml", "--quiet").status == 0
+    shutil.rmtree(place / "toy")
+    pack(place / "toy", train=44)
+    said = refused("run", "study.yml", "--quiet", "--resume")
+    wanted = "results/study/ldrl/seed-0/summary.json: is of other images or labels than toy holds now; --fresh starts"
+    assert said.startswith(wanted)
+    (study / "ldrl" / "seed-1" / "summary.json").unlink()
+    (study / "ldrl" / "summary.json").unlink()
+    assert refused("run", "study.yml", "--quiet", "--resume").startswith(wanted)
+
+
 def test_a_fresh_study_does_every_seed_again(arraytp, study):
     assert arraytp("run", "study.yml", "--quiet").status == 0
     assert arraytp("run", "study.yml", "--quiet").status == 2
@@ -135,6 +148,15 @@ def test_diverging_feedback_is_named(arraytp, study):
     assert outcome.status == 1
     assert "feedback of block" in outcome.err
     assert "rule.feedback.optimizer.lr" in outcome.err
+
+
+def test_closed_form_that_diverges_is_named_with_its_folder(arraytp, study):
+    outcome = arraytp(
+        "run", "study.yml", "--quiet", "--variant", "ldrl", "--set", "variants.ldrl.rule.expected=true",
+        "--set", "variants.ldrl.rule.feedback={iterations: 40, sigma: 0.1, optimizer: {name: sgd, lr: 1000}}",
+    )  # fmt: skip
+    assert outcome.status == 1
+    assert outcome.err.startswith("arraytp: error: results/study/ldrl/seed-0: feedback of block 1 (dense1): iterations")
 
 
 DRIFT = """\

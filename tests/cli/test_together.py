@@ -4,6 +4,7 @@ import errno
 import fcntl
 import itertools
 import os
+import resource
 import subprocess
 import sys
 
@@ -187,3 +188,19 @@ def test_packs_at_once_make_one_whole_data_set(arraytp, place, images):
     ended([start(*words) for _ in range(3)])
     assert arraytp("data", "check", "packed").status == 0
     assert not (place / "packed/.arraytp-pack").exists()
+
+
+def test_a_command_holds_more_folders_than_files_may_be_open_at_first(tmp_path):
+    """Of 1,000 seeds of a few variants each folder is held; 1,024 files are the usual limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    folders = [tmp_path / str(n) for n in range(100)]
+    for folder in folders:
+        folder.mkdir()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
+        with holding.Holds() as held:
+            for folder in folders:
+                held.take(folder)
+            assert all((folder / LOCK_NAME).exists() for folder in folders)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -183,9 +183,12 @@ def test_a_config_with_variants_needs_one_chosen(arraytp, refused):
 
 def test_only_traces_are_overwritten(refused, arraytp, place):
     Path("folder").mkdir()
+    with h5py.File("several.h5", "w") as file:
+        file.attrs["format"] = [1, 2]
     for path, error in (
         ("toy.yml", "--out toy.yml: exists and is not a trace; only traces are overwritten; give another file"),
         ("toy/train-00000.h5", "exists and is not a trace"),
+        ("several.h5", "exists and is not a trace"),
         ("folder", "--out folder: is a folder; give a file, for example folder/trace.h5"),
         ("", "is a folder"),
         ("nowhere/t.h5", "--out nowhere/t.h5: there is no folder nowhere"),

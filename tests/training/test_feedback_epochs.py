@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from arraytp.errors import Interrupted, NonFiniteError
+from arraytp.errors import Interrupted, NonFiniteError, UserError
 from arraytp.training.build import build
 
 FEEDBACK = {
@@ -133,6 +133,46 @@ def test_a_prolonged_run_is_that_of_the_longer_config(make_config, start, stop_a
         grown = start(epochs(3), name, resume=True)
         grown.train(stop_after())
         assert everything(grown) == everything(whole)
+
+
+def test_a_run_that_has_trained_feedback_for_the_next_epoch_is_not_made_shorter(make_config, start, stop_after):
+    """A run of so many epochs or steps would not have trained it."""
+
+    def length(**train):
+        return make_config(rule=RULES["s-ddtp"], train={"batch_size": 16, "eval_batch_size": 12, **train})
+
+    # 2 looks in each evaluation, one after each batch: in the pass of feedback alone after epoch 1, and in the first.
+    for name, after in (("later", 2 + 3 * PER_EPOCH + 2 + 1), ("first", 2 + 1), ("pass", 2 + PER_EPOCH - 1)):
+        with pytest.raises(Interrupted):
+            start(length(epochs=2), name).train(stop_after(after))
+    for name, train in (
+        ("later", {"epochs": 1}),
+        ("later", {"epochs": 2, "steps": PER_EPOCH}),
+        ("first", {"epochs": 0}),
+        ("pass", {"epochs": 0}),
+    ):
+        with pytest.raises(UserError, match=r"has trained feedback for epoch [12] already, which train.epochs . and"):
+            start(length(**train), name, resume=True)
+    # Within an epoch, its feedback is part of every length.
+    with pytest.raises(Interrupted):
+        start(length(epochs=2), "within").train(stop_after(2 + 2 * PER_EPOCH + 1))
+    shorter = start(length(epochs=2, steps=2), "within", resume=True)
+    shorter.train(stop_after())
+    whole = start(length(epochs=2, steps=2), "whole")
+    whole.train(stop_after())
+    assert everything(shorter) == everything(whole)
+
+
+def test_the_loss_is_the_mean_over_the_noises_of_the_last_iteration(make_config):
+    made, seen = build(make_config(rule=RULES["ldrl-parallel"] | {"samples": 3})), {1: [], 2: []}
+    with closing(made.train_loader.batches(0)) as batches:
+        images, labels = next(batches)
+    step = made.forward(images, labels)
+    losses = made.train_feedback(step, observe=lambda n, k, arrays: seen[n].append(float(arrays["loss"])))
+    assert [len(seen[n]) for n in (1, 2)] == [6, 3]
+    assert [float(loss) for loss in losses] == pytest.approx([np.mean(seen[1][3:]), np.mean(seen[2])], rel=1e-6)
+    unseen = build(made.config)
+    assert unseen.train_feedback(unseen.forward(images, labels)) == losses
 
 
 @pytest.mark.parametrize("rule", RULES)

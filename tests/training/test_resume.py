@@ -84,6 +84,29 @@ def test_a_run_may_be_stopped_after_any_step_and_within_any_evaluation(
         assert everything(resumed) == expected, f"stopped at look {after}"
 
 
+def test_a_run_may_have_more_steps_than_can_be_counted(make_config, start, stop_after):
+    config = make_config(train={"epochs": 2**63 - 1, "batch_size": 16, "eval_batch_size": 12})
+    with pytest.raises(Interrupted, match="epoch 2"):
+        start(config).train(stop_after(2 + 3 + 2 + 1))
+
+
+def test_the_summary_does_not_outlive_the_rows_before_it(make_config, start, stop_after, monkeypatch):
+    """A power failure may lose what was added to a file, but nothing of a file that was written by `write_file`."""
+    config = make_config(rule={"name": "fa"})
+    whole = start(config, "whole")
+    whole.train(stop_after())
+    monkeypatch.setattr("arraytp.training.tables.CsvTable.append", lambda table, *row: table.rows.append(_row(row)))
+    lost = start(config, "lost")
+    lost.train(stop_after())
+    assert metrics(lost.folder) == metrics(whole.folder)
+    for table in ("angles", "steps"):
+        assert (lost.folder / f"{table}.csv").read_text() == (whole.folder / f"{table}.csv").read_text()
+
+
+def _row(values):
+    return ",".join(map(repr, values))
+
+
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)
 def test_a_run_may_be_stopped_again_and_again(make_config, start, stop_after, toy, data):
     config = make_config(rule={"name": "fa"}, optimizer=ADAM, data={"dataset": str(toy), **data})
