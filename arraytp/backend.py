@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +22,8 @@ Array: TypeAlias = Any
 """An array of the computing backend: `numpy.ndarray` or `cupy.ndarray`."""
 
 # As much as NVIDIA advises for its largest devices.
+# Bytes. With less free, libraries of CUDA may find no room to begin.
+LEAST_ROOM = 256 * 2**20
 CUBLAS_WORKSPACE = 32 << 20
 # cuBLAS' numbers for its modes.
 DEFAULT_MATH, TF32_MATH = 0, 3
@@ -206,7 +208,23 @@ def _cublas(device: int) -> tuple[Any, Any, Array]:
 
 @cache
 def _graph_pools(xp: Any) -> defaultdict[str, Any]:
-    return defaultdict(xp.cuda.MemoryPool)
+    return defaultdict(partial(_pool_that_keeps, xp))
+
+
+def _pool_that_keeps(xp: Any) -> Any:
+    """Return a memory pool that gives nothing back to the device: graphs go on writing to what it has free."""
+
+    def allocated(size: int) -> Any:
+        try:
+            return xp.cuda.MemoryPointer(xp.cuda.Memory(size), 0)
+        except xp.cuda.runtime.CUDARuntimeError as error:
+            # By its own error, CuPy's pool would free all that it has free and try again.
+            raise MemoryError(f"{size:,} bytes: {first_line(error)}") from error
+
+    pool = xp.cuda.MemoryPool(allocated)
+    # It does the same at the limit that CUPY_GPU_MEMORY_LIMIT sets.
+    pool.set_limit(size=0)
+    return pool
 
 
 def _check_cublas(status: int) -> None:
@@ -282,8 +300,10 @@ class Backend:
     def graph_pool(self, part: str) -> Any:
         """Return a device's memory pool for captures of a part.
 
-        Every launch writes again to what was freed during the capture, where another part's results must not lie.
+        Every launch writes again to what was freed during the capture, where another part's results must not lie. What
+        the device's other pool has free makes room first.
         """
+        self.xp.get_default_memory_pool().free_all_blocks()
         return _graph_pools(self.xp)[part]
 
     def memory_words(self, error: MemoryError, batch: int, key: str = "train.batch_size") -> str:
@@ -393,22 +413,34 @@ def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
     if device is not None and device >= devices:
         raise UserError(f"device: {device}: this machine has {devices}, counted from 0; at most {devices - 1} can be")
     backend = Backend("cupy", cupy, rank % devices if device is None else device)
-    backend.use_device()
     try:
+        backend.use_device()
         # CuPy loads the compiler and cuBLAS when they are first needed, and ours is the one that it has loaded.
         ones = cupy.ones((2, 2))
         float(add_product(ones @ ones, ones, cupy.ones((2, 2))).sum())
-    except (ImportError, OSError, RuntimeError, cupy.cuda.compiler.CompileException) as error:
+    except (ImportError, OSError, RuntimeError, MemoryError, cupy.cuda.compiler.CompileException) as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_occupied(cupy, error)):
+            raise UserError(
+                f"backend cupy: device {backend.number} has no room left ({first_line(error)}); another process may "
+                "hold it or its memory; choose another device, or use --backend numpy"
+            ) from error
         raise UserError(
             f"backend cupy: CuPy cannot compute ({first_line(error)}); install it with CUDA's libraries and headers, "
             "as arraytp[cuda12] and arraytp[cuda13] do, or use --backend numpy"
         ) from error
-    except MemoryError as error:
-        raise UserError(
-            f"backend cupy: device {backend.number} has no room left ({first_line(error)}); another process may hold "
-            "its memory; choose another device, or use --backend numpy"
-        ) from error
     return backend
+
+
+def _is_occupied(cupy: Any, error: RuntimeError) -> bool:
+    """Tell whether the reason of an error is that another process holds the device, or nearly all of its memory."""
+    if any(word in str(error) for word in ("DevicesUnavailable", "MemoryAllocation")):
+        return True
+    try:
+        free, _ = cupy.cuda.runtime.memGetInfo()
+    except RuntimeError:
+        return False
+    # cuBLAS without room for its handle says no more than that it is not initialised.
+    return bool(free < LEAST_ROOM)
 
 
 def first_line(error: Exception) -> str:

@@ -25,21 +25,27 @@ class CompileException(Exception):
 class Fake:
     """A CuPy whose parts fail as told."""
 
-    def __init__(self, devices=2, count_error=None, compute_error=None):
+    def __init__(self, devices=2, count_error=None, compute_error=None, use_error=None, free=2**30):
         self.used, self.__version__ = [], "0"
         self._devices, self._count_error, self._compute_error = devices, count_error, compute_error
+        self._use_error = use_error
         self.cuda = SimpleNamespace(
             runtime=SimpleNamespace(
                 CUDARuntimeError=RuntimeFailure,
                 getDeviceCount=self.count,
-                memGetInfo=lambda: (1000, 8000),
+                memGetInfo=lambda: (free, 8000),
                 getDevice=lambda: 0,
                 getDeviceProperties=lambda number: {"name": b"Fake 8"},
             ),
             compiler=SimpleNamespace(CompileException=CompileException),
-            Device=lambda number: SimpleNamespace(use=lambda: self.used.append(number)),
-            MemoryPool=lambda: SimpleNamespace(total_bytes=lambda: 0),
+            Device=lambda number: SimpleNamespace(use=lambda: self.use(number)),
+            MemoryPool=lambda allocator: SimpleNamespace(total_bytes=lambda: 0),
         )
+
+    def use(self, number):
+        if self._use_error is not None:
+            raise self._use_error
+        self.used.append(number)
 
     def count(self):
         if self._count_error is not None:
@@ -86,6 +92,22 @@ CASES = {
     "no memory": (
         [(), {"compute_error": MemoryError("Out of memory allocating 512 bytes")}],
         ["device 0", "512 bytes"],
+    ),
+    "held by another process": (
+        [(), {"use_error": RuntimeFailure("cudaErrorDevicesUnavailable: all CUDA-capable devices are busy")}],
+        ["device 0 has no room left (cudaErrorDevicesUnavailable", "another process may hold it"],
+    ),
+    "no room for a context": (
+        [(), {"use_error": RuntimeFailure("cudaErrorMemoryAllocation: out of memory")}],
+        ["device 0 has no room left (cudaErrorMemoryAllocation"],
+    ),
+    "no room for cuBLAS": (
+        [(), {"compute_error": RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"), "free": 2**27}],
+        ["device 0 has no room left (CUBLAS_STATUS_NOT_INITIALIZED)"],
+    ),
+    "no cuBLAS": (
+        [(), {"compute_error": RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED")}],
+        ["CuPy cannot compute (CUBLAS_STATUS_NOT_INITIALIZED)"],
     ),
     "no headers": ([(), {"compute_error": CompileException("fill.cu(3): error: no file\nmore")}], ["fill.cu(3)"]),
 }

@@ -251,7 +251,9 @@ class Run:
                 position.train_seconds += time.monotonic() - mark
                 self._pause(stopping, stop, progress)
                 mark = time.monotonic()
+        # A device has steps left to compute.
         self._read_scores(progress)
+        position.train_seconds += time.monotonic() - mark
 
     def _until_feedback(self, images: Array, labels: Array, size: int) -> tuple[Step, list[Array | None]]:
         """Do the forward pass of a batch and train feedback on it."""
@@ -325,6 +327,8 @@ class Run:
 
     def _compare(self, step: Step, updates: Updates, losses: list[Array | None]) -> float:
         """Write the angles to BP; return the seconds that it took, which are not the rule's."""
+        # What a device has not computed yet is training.
+        self.experiment.plan.backend.synchronize()
         started = time.monotonic()
         position = self.position
         for each in self.experiment.compare(step, updates):

@@ -474,7 +474,7 @@ pinned = []
 cuda = SimpleNamespace(
     Stream=Stream,
     Device=lambda device=None: SimpleNamespace(use=lambda: None),
-    MemoryPool=lambda: SimpleNamespace(total_bytes=lambda: 0),
+    MemoryPool=lambda allocator=None: SimpleNamespace(total_bytes=lambda: 0),
     get_current_stream=lambda: current_stream,
     runtime=SimpleNamespace(
         getDevice=lambda: 0,

@@ -3,13 +3,17 @@
 import csv
 import json
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from arraytp.backend import Backend
 from arraytp.errors import NonFiniteError
 from arraytp.training.build import build
 from arraytp.training.compare import Comparison
+from arraytp.training.experiment import Experiment
+from arraytp.training.loop import Run
 
 
 def by_hand(config):
@@ -124,3 +128,33 @@ def test_moments_that_are_not_finite_keep_the_last_good_checkpoint(make_config, 
     with pytest.raises(NonFiniteError, match=r"not finite after 6 steps: optimiser's moments of block 1 \(dense1\)"):
         run.train(stop_after())
     assert checkpoint.read_bytes() == before
+
+
+def test_what_a_device_has_still_to_compute_is_training(make_config, start, stop_after, monkeypatch):
+    """Angles are measured when it has computed what was launched; and an epoch ends when it has computed all steps."""
+    clock, done, within = [0.0], [], []
+    monkeypatch.setattr("arraytp.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Backend, "synchronize", lambda self: done.append("waited"))
+    compare, read, train = Experiment.compare, Run._read_scores, Run._train_epoch
+
+    def compared(self, *arguments):
+        done.append("compared")
+        return compare(self, *arguments)
+
+    def reading(self, progress):
+        clock[0] += bool(within)
+        read(self, progress)
+
+    def training(self, *arguments):
+        within.append(clock[0])
+        train(self, *arguments)
+        taken.append(clock[0] - within.pop())
+
+    taken = []
+    monkeypatch.setattr(Experiment, "compare", compared)
+    monkeypatch.setattr(Run, "_read_scores", reading)
+    monkeypatch.setattr(Run, "_train_epoch", training)
+    run = start(make_config(rule={"name": "fa"}, compare={"every": 2}))
+    run.train(stop_after())
+    assert done == ["waited", "compared"] * 3
+    assert run.position.train_seconds == sum(taken) > 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from arraytp.backend import NUMPY
 from arraytp.config import load_one, parse_config
 from arraytp.data.dataset import Dataset
 from arraytp.errors import UserError
@@ -28,6 +29,15 @@ def small(**sections):
 def test_a_small_epsilon_is_fine_while_it_is_not_zero(dtype, epsilon):
     config = small(optimizer={"name": "adam", "lr": 0.1, "epsilon": epsilon}, dtype=dtype)
     assert plan(config).config.optimizer.epsilon == epsilon
+
+
+def test_a_gpu_takes_a_subnormal_epsilon_for_zero():
+    """CuPy compiles with -ftz=true: m / (sqrt(v) + ε) of a gradient that is always 0 would be 0 / 0."""
+    config = small(optimizer={"name": "adam", "lr": 0.1, "epsilon": 1e-44}, backend="cupy")
+    with pytest.raises(UserError, match=r"optimizer.epsilon: 1e-44 is 0 in float32 on a GPU; use at least 1.2e-38"):
+        plan(config, backend=NUMPY)
+    double = small(optimizer={"name": "adam", "lr": 0.1, "epsilon": 1e-44}, backend="cupy", dtype="float64")
+    assert plan(double, backend=NUMPY).config == double
 
 
 def test_a_plan_tells_what_will_be_built_without_reading_images(monkeypatch):
