@@ -13,7 +13,7 @@ from samples import rng
 from arraytp import optim
 from arraytp.backend import NUMPY
 from arraytp.fast.parallel import Workspace
-from arraytp.optim import apply_updates, check_gradients, init_optimizer, learning_rate
+from arraytp.optim import apply_updates, check_gradients, init_optimizer, learning_rate, learning_rates
 from arraytp.options import SGD, Adam, Constant, Cosine, Staircase
 
 SHAPES = ((3, 2), (2,), (2, 2, 1, 3), (3,))
@@ -232,3 +232,17 @@ def test_warm_up_multiplies_any_schedule_by_a_ramp_that_ends_at_1(schedule, epoc
     rates = [learning_rate(schedule(warmup_steps=4), 0.4, epoch, step) for step in range(7)]
     assert rates == pytest.approx([whole * share for share in (0.25, 0.5, 0.75, 1, 1, 1, 1)], rel=1e-15)
     assert rates[3:] == [whole] * 4
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=1), Adam(lr=1, epsilon=(0.1, 0.3))])
+def test_every_block_has_its_own_rate_and_epsilon(optimizer):
+    """Of four parameters: weight and bias of two blocks, with a gradient of 2."""
+    theta, gradients = ([np.full(1, value) for _ in range(4)] for value in (1.0, 2.0))
+    apply_updates(optimizer, [0.1, 0.2], init_optimizer(optimizer, theta), theta, gradients, Workspace(NUMPY, 1))
+    lost = [0.1 * 2, 0.2 * 2] if isinstance(optimizer, SGD) else [0.1 * 2 / 2.1, 0.2 * 2 / 2.3]
+    np.testing.assert_allclose(np.concatenate(theta), 1 - np.repeat(lost, 2), rtol=1e-14)
+
+
+def test_schedule_and_warm_up_act_on_the_rates_of_all_blocks():
+    assert learning_rates(Constant(warmup_steps=4), (0.4, 0.8), 0, 1) == pytest.approx([0.2, 0.4], rel=1e-15)
+    assert learning_rates(Cosine(t_max=2, eta_min=0.0), (0.4, 0.8), 1, 9) == pytest.approx([0.2, 0.4], rel=1e-15)

@@ -69,7 +69,7 @@ def _round_trip(setting: Setting, batch: Batch, at: At, factors: solve.Factors, 
     z, y, _ = plain.block_forward(at.block, at.weight, at.bias, at.s)
     # What saturation takes of an activation's digits, its inverse cannot give back.
     room = INVERSE * number / float(reference.slope(host(z), at.block.activation.name).min() + TINY)
-    back = plain.block_inverse(at.block, at.weight, at.bias, y, at.s)
+    back = plain.block_inverse(at.block, solve.factor(matrix), at.bias, y, at.s)
     for function, x in ((plain.block_inverse, back), (fast.inverse, at.inverse(factors, y))):
         yield checked(f"{label}: round trip{when}", "G(F(x)) = x", function, apart(x.reshape(at.s.shape), at.s),
                       room)  # fmt: skip

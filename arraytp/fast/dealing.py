@@ -1,9 +1,9 @@
 """Work on θ alone, dealt out among ranks: each does some of the tasks, and gets what the others' tasks wrote.
 
 Largest first, each task goes to the rank that has least to do so far. That pays if the operations saved (W in all, W_r
-on rank r, so W − max W_r) take longer than sending all results, P bytes padded to equal segments:
+on rank r, so W − max W_r) take longer than sending all results, P numbers padded to equal segments:
 
-    W − max W_r > `OPERATIONS_PER_BYTE` · threads of a rank · P
+    W − max W_r > `OPERATIONS_PER_NUMBER` · threads of a rank · P
 
 Shapes alone decide, so all ranks decide alike. A task's result does not depend on which rank computes it.
 """
@@ -12,14 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from arraytp.backend import Array
 from arraytp.fast.parallel import Task, Workspace
 
 OWNER = "dealing"
-# 50 GFLOP/s of a thread in single precision, against 1 GB/s between two processes; half of either in double precision.
-OPERATIONS_PER_BYTE = 50
+# 50 GFLOP/s of a thread in single precision against 4 bytes at 1 GB/s between two processes; 25 against 8 in double.
+OPERATIONS_PER_NUMBER = 200
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,7 @@ def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: Any) -> None
     pieces, ranks = sorted(pieces, key=lambda each: each.operations, reverse=True), workspace.ranks
     hands = deal(pieces, ranks.size)
     width = max(sum(each.size for each in hand) for hand in hands)
-    sent = ranks.size * width * np.dtype(dtype).itemsize
-    if not _deals(workspace) or not pays(hands, workspace.rank_threads * sent):
+    if not _deals(workspace) or not pays(hands, workspace.rank_threads * ranks.size * width):
         workspace.run([each.task for each in pieces])
         return
     segments = workspace.of(OWNER).array("segments", (ranks.size, width), dtype)
@@ -68,13 +65,13 @@ def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: Any) -> None
             array[...] = part.reshape(array.shape)
 
 
-def agreed_numbers(workspace: Workspace, numbers: list[float], operations: int, nbytes: int) -> list[float]:
+def agreed_numbers(workspace: Workspace, numbers: list[float], operations: int, size: int) -> list[float]:
     """Return numbers by which all ranks choose between tasks: the first rank's, if such tasks could be dealt out.
 
     Each has them from its own processor, and those of another kind may round them to the other side of a threshold.
-    `operations` are the most that all tasks can have, and `nbytes` the least that they write.
+    `operations` are the most that all tasks can have, and `size` the fewest numbers that they write.
     """
-    if not _deals(workspace) or operations <= OPERATIONS_PER_BYTE * workspace.rank_threads * nbytes:
+    if not _deals(workspace) or operations <= OPERATIONS_PER_NUMBER * workspace.rank_threads * size:
         return numbers
     first: list[float] = workspace.ranks.broadcast(numbers)
     return first
@@ -92,10 +89,10 @@ def deal(pieces: Sequence[Piece], ranks: int) -> list[list[Piece]]:
     return hands
 
 
-def pays(hands: Sequence[Sequence[Piece]], threads_times_bytes: int) -> bool:
+def pays(hands: Sequence[Sequence[Piece]], threads_times_numbers: float) -> bool:
     """Tell whether dealing out saves more time than sending the results takes."""
     loads = [*map(_operations, hands)]
-    return sum(loads) - max(loads) > OPERATIONS_PER_BYTE * threads_times_bytes
+    return sum(loads) - max(loads) > OPERATIONS_PER_NUMBER * threads_times_numbers
 
 
 def _operations(hand: Sequence[Piece]) -> int:

@@ -151,7 +151,7 @@ class Factorising:
 
     def _choice(self, norms: list[float]) -> dict[int, bool]:
         """Return which matrices are near semi-orthogonal ones."""
-        least = sum(e.nbytes for e in self._errors.values())
+        least = sum(e.size for e in self._errors.values())
         agreed = agreed_numbers(self._workspace, norms, sum(map(self._operations, self._order)), least)
         return {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(self._order, agreed, strict=True)}
 

@@ -164,7 +164,7 @@ class Slice:
         s = z
         if block.pool is not None:
             s, index = self._array("F", "s", block.out_shape), self._array("F", "index", block.out_shape, np.uint8)
-            # Which of ReLU's zeros is the maximum does not matter here: what is put there is 0.
+            block.activation.tie(z, shared.at.bias)
             pool(z, block.pool, s, index, self.scratch)
         s += shared.at.bias
         self._given["F"] += 1

@@ -275,7 +275,9 @@ def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
 def pool(z: Array, window: Window, out: Array, index: Array, scratch: Buffers) -> None:
     """Write the maxima of z, of shape (samples, H, W, C), and their places to `out` and `index`."""
     own = scratch.of(OWNER)
-    bordered = own.filled(("border", window), (len(z), *window.bordered, z.shape[-1]), z.dtype, -np.inf)
+    bordered = None
+    if window.bordered != z.shape[1:3]:
+        bordered = own.filled(("border", window), (len(z), *window.bordered, z.shape[-1]), z.dtype, -np.inf)
     elements = own.array("elements", (window.kernel**2, *out.shape), z.dtype)
     max_pool_forward(z, window, out, index, bordered, elements)
 

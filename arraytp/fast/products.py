@@ -72,7 +72,9 @@ class Patches:
             out[...] = flat
             return out
         out = own.array("rows", (len(x) * self.sample_rows, self.row_width), x.dtype) if out is None else out
-        bordered = own.filled(("border", window), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
+        bordered = None
+        if window.bordered != x.shape[1:3]:
+            bordered = own.filled(("border", window), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
         return im2col(x, window, out, bordered)
 
     def stack(self, d: Array, scratch: Buffers) -> Array:
@@ -127,7 +129,9 @@ class Split:
         """Return the patches of each row of pixels, of shape (samples · H · Q, k·C)."""
         own, window = scratch.of(OWNER), self.window
         out = own.array("rows", (len(x) * self.sample_rows, self.sum_shape[0]), x.dtype) if out is None else out
-        wide = own.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
+        wide = None
+        if window.bordered[1] != x.shape[2]:
+            wide = own.filled(("wide", window), (*x.shape[:2], window.bordered[1], x.shape[-1]), x.dtype, 0.0)
         return row_patches(x, window, out, wide)
 
     def stack(self, d: Array, scratch: Buffers) -> Array:

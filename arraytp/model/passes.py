@@ -7,6 +7,7 @@ rule does not know which it is given.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -71,12 +72,14 @@ class Batch:
     number : int
         On how many batches feedback was trained before; noise is keyed by it.
     results : str
-        Names the arrays that results are written to, valid until the next pass over a batch, or until another rule
-        computes with the same name.
+        Names the arrays that results are written to. Those of a block's primitive are valid until its next call under
+        the same name, or the next pass; `feedback`, `feedback_difference` and `carry` share theirs.
     part : Part, optional
         Where the arrays are of some samples of a batch alone: of which. Noise is keyed by a sample's place there.
-    parts : sequence of Batch
-        See `parts_of_batch`.
+    others : sequence of Batch
+        Of the first part, the other ones. See `parts_of_batch`.
+    leader : weak reference to a Batch, optional
+        Of the other parts, the first.
     begun : map of name to () → object
         What was begun before the pass of what is computed once, by the names that it is kept by.
     lock : RLock
@@ -91,7 +94,8 @@ class Batch:
     number: int = 0
     results: str = "rule"
     part: Part | None = None
-    parts: "Sequence[Batch]" = field(default=(), repr=False, compare=False)
+    others: "Sequence[Batch]" = field(default=(), repr=False, compare=False)
+    leader: "weakref.ref[Batch] | None" = field(default=None, repr=False, compare=False)
     begun: Begun = field(default_factory=dict, repr=False, compare=False)
     lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
@@ -112,7 +116,9 @@ class Batch:
     @property
     def every(self) -> "Sequence[Batch]":
         """The parts of the batch that this process computes; without ranks the batch itself."""
-        return self.parts or (self,)
+        lead = self if self.leader is None else self.leader()
+        assert lead is not None
+        return lead, *lead.others
 
     def replaced(self, **changes: Any) -> "Batch":
         """Return the batch with other values of some fields, in all of its parts."""
@@ -277,13 +283,13 @@ class Batch:
 def parts_of_batch(batches: Sequence[Batch]) -> Batch:
     """Let the parts of a batch that this process computes know of each other; return the first, which leads.
 
-    Each part is computed alone. What depends on θ alone is computed by the first for all of them.
+    Each part is computed alone. What depends on θ alone is computed by the first for all of them. The first must be
+    held while another is used: they do not hold each other, so that what it has computed is freed with it.
     """
-    if len(batches) == 1:
-        return replace(batches[0], parts=())
-    parts: list[Batch] = []
-    parts += [replace(batch, parts=parts) for batch in batches]
-    return parts[0]
+    others: list[Batch] = []
+    first = replace(batches[0], others=others, leader=None)
+    others += [replace(batch, others=(), leader=weakref.ref(first)) for batch in batches[1:]]
+    return first
 
 
 def side_by_side(engine: "Engine", works: Sequence[Callable[[], T]]) -> list[T]:
@@ -344,9 +350,10 @@ class At:
         return self.batch.engine.backward(self, ds, through if self.n > 0 else None, scale)
 
     def carry(self, d: Array, inverse: PseudoInverse) -> Array:
-        """Return (unpool d) W⁺, of s^n's shape: the smallest change of s^n that changes z at the pool's maxima by d.
+        """Return (unpool d) W⁺, of s^n's shape: without overlaps the p with the least ‖p W − unpool d‖² + r ‖p‖².
 
-        Patches that overlap add up, and so do windows of the pool.
+        For r = 0, the smallest p of those with the least ‖p W − unpool d‖². Patches that overlap add up, and so do
+        windows of the pool.
 
         Parameters
         ----------

@@ -93,7 +93,7 @@ def block_backward(
     return dweight.reshape(block.weight_shape), dbias, dx
 
 
-def block_inverse(block: Block, weight: Array, bias: Array, y: Array, x: Array) -> Array:
+def block_inverse(block: Block, factors: Factors, bias: Array, y: Array, x: Array) -> Array:
     """Return G(y) with G(F(x)) = x of one square block without pool, plainly: f⁻¹, −b, W⁻¹, col2im (GP paper, 2.2.2).
 
     Overlapping patches add up to n_x ⊙ x, n_x windows over each pixel; (n_x − 1) ⊙ x of the forward pass is taken off.
@@ -101,14 +101,14 @@ def block_inverse(block: Block, weight: Array, bias: Array, y: Array, x: Array) 
     Parameters
     ----------
     block : Block
-    weight, bias : arrays
-        θ of the block.
+    factors : Factors
+        Of W.
+    bias : array
     y : array of shape (B, *out_shape)
         Near the block's output, auxiliary units included.
     x : array of shape (B, *in_shape)
         The block's input in the forward pass; pixels that no window covers keep it.
     """
-    factors = factor(as_matrix(weight))
     assert block.activation.inverse is not None
     z = block.activation.inverse(y) - bias
     patches = right_solve(factors, z.reshape(-1, z.shape[-1]))
@@ -262,7 +262,7 @@ class Plain:
 
     def inverse(self, at: At, factors: Factors, y: Array) -> Array:
         """Return the input that y belongs to."""
-        return block_inverse(at.block, at.weight, at.bias, y, at.s)
+        return block_inverse(at.block, factors, at.bias, y, at.s)
 
 
 def _transposed(block: Block, inverse: PseudoInverse) -> Array:
@@ -276,12 +276,17 @@ class PlainGramErrors:
 
     def __init__(self, network: Network) -> None:
         self._network = network
+        self._computed: dict[int, Array] = {}
 
-    def of(self, positions: Any) -> Mapping[int, Array]:
+    def of(self, positions: Iterable[int]) -> Mapping[int, Array]:
         """Return E of some blocks."""
-        matrices = {n: as_matrix(self._network.weights[n]) for n in positions}
-        grams = {n: w.T @ w if is_tall(w) else w @ w.T for n, w in matrices.items()}
-        return {n: gram - array_module(gram).eye(len(gram), dtype=gram.dtype) for n, gram in grams.items()}
+        positions = list(positions)
+        for n in positions:
+            if n not in self._computed:
+                w = as_matrix(self._network.weights[n])
+                gram = w.T @ w if is_tall(w) else w @ w.T
+                self._computed[n] = gram - array_module(gram).eye(len(gram), dtype=gram.dtype)
+        return {n: self._computed[n] for n in positions}
 
 
 class PlainIterations:

@@ -4,7 +4,10 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
+
+from arraytp.training import study as study_module
 
 STUDY = """\
 data: {dataset: toy}
@@ -70,6 +73,37 @@ def test_table_and_figures_tell_of_all_variants(arraytp, study):
         assert len(summary["seeds"][0]["update_angle_deg"]) == 3
     for name in ("updates.png", "alignment.png"):
         assert (study / "figures" / name).stat().st_size > 5000
+
+
+ALONE = ("--variant", "ldrl", "--set", "seed=5")
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_seeds_count_from_the_configs_and_biases_are_0_where_the_study_has_none(arraytp, study, monkeypatch, biases):
+    seen, measure = [], study_module._measure_updates
+
+    def watched(made, *more):
+        seen.append((made.config.seed, any(bias.any() for bias in made.network.biases)))
+        return measure(made, *more)
+
+    monkeypatch.setattr(study_module, "_measure_updates", watched)
+    words = ("--set", "study.rounds=0", "--set", f"study.biases={str(biases).lower()}")
+    assert arraytp("run", "study.yml", "--quiet", *ALONE, *words).status == 0
+    assert seen == [(5, biases), (6, biases)]
+
+
+def test_summary_and_table_have_the_numbers_after_the_last_round(arraytp, study):
+    assert arraytp("run", "study.yml", "--quiet", *ALONE).status == 0
+    after, pairs, place = [], [], study / "ldrl"
+    for n in (0, 1):
+        after.append([float(row["angle_deg"]) for row in rows(place / f"seed-{n}/angles.csv") if row["step"] == "120"])
+        pairs.append([float(rows(place / f"seed-{n}/feedback.csv")[-1][key]) for key in ("angle_deg", "distance")])
+        assert json.loads((place / f"seed-{n}/summary.json").read_text())["update_angle_deg"] == after[-1]
+    cells = (study / "study.md").read_text().splitlines()[2].strip("| ").split(" | ")
+    mean, spread = np.mean(after, axis=0), np.std(after, axis=0, ddof=1)
+    assert cells[2:5] == [f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, spread, strict=True)]
+    mean, spread = np.mean(pairs, axis=0), np.std(pairs, axis=0, ddof=1)
+    assert cells[5:7] == [f"{mean[0]:.1f} ± {spread[0]:.1f}", f"{mean[1]:.2f} ± {spread[1]:.2f}"]
 
 
 def test_deviations_over_seeds_are_with_n_less_1_and_one_seed_has_none(arraytp, study, place):

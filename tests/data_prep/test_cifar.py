@@ -382,3 +382,19 @@ def test_a_batch_that_cannot_be_read_is_named_with_its_archive(tmp_path, capsys,
     reason = "268,435,457 bytes are more than 268,435,456" if number is None else "Input/output error"
     expected = f"arraytp: error: {src}: cifar-10-batches-bin/data_batch_1.bin: cannot be read: {reason}\n"
     assert capsys.readouterr().err == expected
+
+
+def test_batches_of_many_blocks_keep_images_with_their_labels(tmp_path, monkeypatch):
+    """Official ones have 128,000 images and are shuffled 4,096 at a time; here an image is of its label's value."""
+    monkeypatch.setattr(imagenet32, "_BLOCK_IMAGES", 4)
+    values = iter(range(1, 100))
+    (tmp_path / "src").mkdir()
+    for name in [*(f"train_data_batch_{n}" for n in range(1, 11)), "val_data"]:
+        own = [next(values) for _ in range(9)]
+        rows = np.repeat(np.array(own, np.uint8)[:, None], 3072, axis=1)
+        (tmp_path / "src" / name).write_bytes(pickle.dumps({"data": rows, "labels": own}, 2))
+    imagenet32.pack(tmp_path / "src", tmp_path / "dst", PackOptions())
+    for split, count in (("train", 90), ("val", 9)):
+        images, labels = open_dataset(tmp_path / "dst").load(split)
+        assert images[:, 9, 9, 1].tolist() == (labels + 1).tolist()
+        assert len(set(labels.tolist())) == len(labels) == count

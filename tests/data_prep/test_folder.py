@@ -16,8 +16,9 @@ from PIL import Image, PngImagePlugin
 
 from arraytp.cli import main
 from arraytp.data.dataset import open_dataset
+from arraytp.data_prep import images
 from arraytp.data_prep.decode import BrokenImageError, decode, fit
-from arraytp.data_prep.files import open_files
+from arraytp.data_prep.files import open_archives, open_files
 from arraytp.data_prep.folder import pack, plan_tree
 from arraytp.data_prep.images import pack_images
 from arraytp.data_prep.options import PackOptions
@@ -494,3 +495,23 @@ def test_a_jpeg_with_extraneous_bytes_is_taken_as_libjpeg_decodes_it():
     content = encoded(np.full((64, 64, 3), 200, np.uint8), "JPEG", restart_marker_blocks=4)
     at = content.index(b"\xff\xd1")
     assert decode(content[:at] + bytes(5) + content[at:]).size == (64, 64)
+
+
+def test_images_of_many_blocks_have_their_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "BLOCK_BYTES", 7 * 6 * 5 * 3)
+    contents = {f"train/{'ab'[n % 2]}/{n:02d}.png": encoded(np.full((6, 5, 3), n, np.uint8)) for n in range(40)}
+    pack(write_tree(tmp_path / "src", contents), tmp_path / "dst", PackOptions())
+    found, labels = open_dataset(tmp_path / "dst").load("train")
+    assert sorted(found[:, 0, 0, 0].tolist()) == list(range(40))
+    assert labels.tolist() == [n % 2 for n in found[:, 0, 0, 0].tolist()]
+
+
+@pytest.mark.parametrize("opened", [open_files, lambda src, dst: open_archives(dst, {"train": src})])
+def test_the_state_of_an_archive_is_of_its_size_and_time(tmp_path, pixels, opened):
+    """By which a pack that goes on sees that another archive has taken its place."""
+    src, states = write_tar(tmp_path / "src.tar", contents_of(pixels)), []
+    for time in (1, 1, 2):
+        os.utime(src, (time, time))
+        with opened(src, tmp_path / "dst") as files:
+            states.append(files.state)
+    assert states[0] == states[1] != states[2]

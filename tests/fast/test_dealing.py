@@ -27,10 +27,10 @@ def test_the_largest_left_goes_to_the_rank_with_least_to_do():
 
 
 def test_it_is_worth_it_where_the_busiest_rank_saves_more_than_sending_takes():
-    """Two ranks save 8 of 16 operations; at 50 a byte and thread that pays for 0.16 bytes and no more."""
+    """Two ranks save 8 of 16 operations; at 200 a number and thread that pays for 0.04 numbers and no more."""
     hands = deal(weighing(8, 8), 2)
-    assert pays(hands, 7.9 / dealing.OPERATIONS_PER_BYTE)
-    assert not pays(hands, 8 / dealing.OPERATIONS_PER_BYTE)
+    assert pays(hands, 7.9 / dealing.OPERATIONS_PER_NUMBER)
+    assert not pays(hands, 8 / dealing.OPERATIONS_PER_NUMBER)
     assert not pays([weighing(16), []], 0)
 
 
@@ -38,7 +38,7 @@ def test_it_is_worth_it_where_the_busiest_rank_saves_more_than_sending_takes():
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_every_rank_has_what_all_tasks_wrote_each_done_once(size, threads, monkeypatch):
     """Parts of rows and of columns, other dtypes, several arrays a task, more ranks than tasks."""
-    monkeypatch.setattr(dealing, "OPERATIONS_PER_BYTE", 0)
+    monkeypatch.setattr(dealing, "OPERATIONS_PER_NUMBER", 0)
     done = []
 
     def work(ranks):

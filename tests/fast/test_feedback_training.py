@@ -17,7 +17,7 @@ from arraytp.model.feedback import feedback_forward
 from arraytp.model.passes import NoiseAndProducts
 from arraytp.model.shapes import plan_blocks
 from arraytp.ops.noise import EPSILON, ETA, gaussian
-from arraytp.options import Conv, Dense, NetworkOptions
+from arraytp.options import Conv, Dense, NetworkOptions, Pool
 from arraytp.rules import RULES
 from arraytp.rules.protocol import State
 
@@ -27,7 +27,14 @@ UNPOOL = ("overwrite", "accumulate")
 DENSE = [Dense(units=11, activation="elu"), Dense(units=8, activation="tanh"), Dense(units=4)]
 # Its second convolution goes by lanes.
 NARROW = [*[Conv(channels=2, kernel=3, padding=1, activation="elu")] * 2, Dense(units=4)]
-ORDERS = {"lenet": named_blocks("lenet"), "dense": plan_blocks(DENSE, (10,)), "narrow": plan_blocks(NARROW, (7, 5, 2))}
+# Many windows of its pools hold zeros alone.
+RELU = [*[Conv(channels=4, kernel=3, padding=1, activation="relu", pool=Pool(kernel=2, stride=2))] * 2, Dense(units=4)]
+ORDERS = {
+    "lenet": named_blocks("lenet"),
+    "dense": plan_blocks(DENSE, (10,)),
+    "narrow": plan_blocks(NARROW, (7, 5, 2)),
+    "relu": plan_blocks(RELU, (9, 8, 2)),
+}
 ON_HOST = SimpleNamespace(put=np.array, get=np.asarray, backend=NUMPY)
 
 
@@ -226,7 +233,20 @@ def no_bias(at, omega, bias, epsilon, eta):
     return at.square(r)
 
 
-@pytest.mark.parametrize("iterate", [shared_factors, held_results, unused_result, forward_between, two_biases, no_bias])
+def other_input(at, omega, bias, epsilon, eta):
+    """An iteration that unpools something else to the maxima of F."""
+    first = at.a(at.s_next + 1, at.F(epsilon)[1])
+    r = at.transposed(omega, first)
+    for x in (epsilon, at.s, r):
+        at.add(x, first)
+    at.subtract(r + at.s, first)
+    return at.square(r)
+
+
+ITERATES = [shared_factors, held_results, unused_result, forward_between, two_biases, no_bias, other_input]
+
+
+@pytest.mark.parametrize("iterate", ITERATES)
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", ORDERS)
 def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place, name, count, iterate):

@@ -115,7 +115,9 @@ def test_errors_are_those_of_the_formula_and_computed_once(place):
     every = errors.of([0, 2])
     assert sorted(every) == [0, 2]
     assert every[2] is first[2]
-    plain = PlainGramErrors(network).of([0, 2])
+    errors = PlainGramErrors(network)
+    plain = errors.of([0, 2])
+    assert errors.of([2])[2] is plain[2]
     for n, e in every.items():
         wanted = excess(weights[n])
         close(place.get(plain[n]), wanted, 1e-13)

@@ -1,5 +1,7 @@
 """The fast passes equal the plain ones to rounding, on every place, and bit for bit on any number of threads."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +26,9 @@ from training import fast, pass_of
 
 from arraytp.backend import NUMPY
 from arraytp.fast import passes, products
-from arraytp.fast.parallel import Workspace
+from arraytp.fast.parallel import Buffers, Workspace
 from arraytp.model.architectures import plan_network
+from arraytp.model.passes import parts_of_batch
 from arraytp.model.plain import block_backward
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
 
@@ -197,3 +200,44 @@ def test_the_product_is_the_matrix_product(place, rows, inner, columns):
     out = place.backend.xp.empty((rows, columns))
     passes.product(Workspace(place.backend, 2), place.put(a), place.put(b), out)
     close(place.get(out), a @ b, ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("layer", "made"),
+    [
+        (Conv(channels=3, kernel=3), set()),
+        (Conv(channels=3, kernel=1, pool=Pool(kernel=2, stride=2)), set()),
+        (Conv(channels=3, kernel=3, padding=1), {"border"}),
+        (Conv(channels=3, kernel=3, pool=Pool(kernel=3, stride=2, padding=1)), {"border"}),
+    ],
+)
+def test_images_are_copied_into_a_border_only_where_there_is_one(monkeypatch, layer, made):
+    network, filled = random_network(fitting_blocks([layer, Dense(units=2)], (8, 8, 2))), set()
+    x, ds = (rng(3).standard_normal(shape) for shape in ((4, 8, 8, 2), (4, 2)))
+    fill = Buffers.filled
+
+    def filling(self, name, *rest):
+        filled.add(name if isinstance(name, str) else name[0])
+        return fill(self, name, *rest)
+
+    monkeypatch.setattr(Buffers, "filled", filling)
+    batch_ = pass_of(network, x, ds)
+    for at in batch_.down():
+        ds = at.backward(ds, at.weight)[2]
+    assert filled & {"border"} == made
+
+
+def test_what_a_batch_of_several_parts_has_computed_is_freed_with_it():
+    """Without waiting for the collector of cycles: factors and copies of all weights may be large."""
+    network = random_network(fitting_blocks([Dense(units=3), Dense(units=2)], (4,)))
+    lead = parts_of_batch([pass_of(network, rng(n).standard_normal((2, 4))) for n in range(3)])
+    other, seen = lead.every[2], weakref.ref(lead)
+    assert other.every[0] is lead
+    assert [each is own for each, own in zip(other.every, lead.every, strict=True)] == [True] * 3
+    assert other.once(("name",), id) == id(lead)
+    gc.disable()
+    try:
+        del lead, other
+        assert seen() is None
+    finally:
+        gc.enable()

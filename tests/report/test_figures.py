@@ -22,7 +22,7 @@ from arraytp.report.figures import (
 from arraytp.report.panels import running_mean
 from arraytp.report.reading import read_result, read_results
 from arraytp.report.seeds import averaged
-from arraytp.report.studies import StudyResult, alignment_figure, drift_figure
+from arraytp.report.studies import StudyResult, alignment_figure, drift_figure, update_figure
 from arraytp.report.style import RULE_COLOURS, looks
 
 Make = Callable[..., Path]
@@ -256,3 +256,15 @@ def test_a_study_whose_name_begins_with_an_underscore_is_in_the_legend() -> None
     ]
     (legend,) = alignment_figure(studies).legends
     assert [text.get_text() for text in legend.get_texts()] == ["_slow, conv2", "fast, conv2"]
+
+
+def test_what_a_study_draws_are_means_over_its_seeds() -> None:
+    angle = np.array([[[90.0, 1.0], [10.0, 3.0]], [[80.0, 3.0], [20.0, 5.0]]])
+    updates, steps = np.array([[40.0, 20.0], [60.0, 40.0]]), np.array([0.0, 50.0])
+    of = StudyResult("s", ["a", "b"], updates, steps, angle, angle / 8, [0, 1], 0.0)
+    for axes, scale in zip(alignment_figure([of]).axes, (1, 8), strict=True):
+        assert [[scale * y for y in np.asarray(line.get_ydata())] for line in axes.lines] == [[85, 15], [2, 4]]
+    assert [bar.get_height() for bar in update_figure([of]).axes[0].patches] == [50, 30]  # type: ignore[attr-defined]
+    lines = drift_figure([of]).axes[0].lines
+    drawn = [[np.asarray(values).tolist() for values in (line.get_xdata(), line.get_ydata())] for line in lines]
+    assert drawn == [[[85 / 8, 15 / 8], [85, 15]], [[2 / 8, 4 / 8], [2, 4]]]

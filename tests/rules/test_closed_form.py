@@ -303,3 +303,10 @@ def test_closed_forms_count_the_products_that_they_take():
     few, many = (options("drl", SGD(lr=0.1), iterations=k, expected=True) for k in (1, 500))
     assert RULES["drl"].feedback.flops(few, network) == RULES["drl"].feedback.flops(many, network) > 0
     assert RULES["ldrl"].feedback.flops(options("ldrl", SGD(lr=0.1), expected=True), network) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_optimum_of_fewer_units_than_classes_leaves_out_what_is_rounding(dtype):
+    w = rng(1).standard_normal((4, 10)).astype(dtype)
+    found = drl.least(6 * (w.T @ w), 6 * w.T)
+    np.testing.assert_allclose(found, np.linalg.pinv(w.astype(float)), rtol=0, atol=1e-5)

@@ -12,6 +12,8 @@ from arraytp.model.architectures import square
 from arraytp.model.initialise import make_network
 from arraytp.model.plain import block_forward, block_inverse
 from arraytp.model.shapes import plan_blocks
+from arraytp.ops.conv import as_matrix
+from arraytp.ops.solve import factor
 from arraytp.options import Conv, Dense
 from arraytp.rules.gait_prop import RULE, Options, nudged, perturbation
 from arraytp.rules.protocol import State
@@ -52,7 +54,7 @@ def targets(options, one):
         if at.n > 0:
             gamma, _ = perturbation(options, t - at.s_next, at.block)
             y = nudged(at, t, gamma)
-            t = block_inverse(at.block, at.weight, at.bias, y, at.s)
+            t = block_inverse(at.block, factor(as_matrix(at.weight)), at.bias, y, at.s)
             m = m / gamma if options.rescale_updates else m
     return result[::-1]
 

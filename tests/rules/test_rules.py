@@ -10,7 +10,8 @@ from training import trainer
 
 from arraytp.backend import NUMPY
 from arraytp.model.initialise import make_network
-from arraytp.options import SGD, Conv, Dense
+from arraytp.options import SGD, Conv, Dense, FeedbackTraining
+from arraytp.rules import RULES as EVERY
 
 ROUNDING = 1e-12
 # Those that take every network; GAIT-prop's are square, see test_gait_prop.py.
@@ -187,3 +188,32 @@ def test_the_rule_learns(rule):
     runner = trainer(random_network(blocks), rule, SGD(lr=0.3, momentum=0.9), NUMPY)
     losses = [float(runner.step(x, labels)) for _ in range(60)]
     assert losses[-1] < 0.1 * losses[0]
+
+
+TRAINED = {"feedback": FeedbackTraining(iterations=(2, 3), sigma=0.1, optimizer=SGD(lr=0.1))}
+# A product of each block: 2 · 4 positions · 18 inputs · 2 outputs, 2 · 8 · 5, 2 · 5 · 3. DFA's: 3 logits to 8 and 5.
+A, B, C, DIRECT = 288, 80, 30, 2 * 3 * 8 + 2 * 3 * 5
+DOWN = A + 2 * B + 2 * C
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "updates", "feedback"),
+    [
+        ("bp", {}, DOWN, None),
+        ("fa", {}, DOWN, None),
+        ("dfa", {}, A + B + C + DIRECT, None),
+        # Three backward passes without gradients of weights.
+        ("gnt", {}, 3 * (B + C) + A + B + C, None),
+        ("dtp", TRAINED, DOWN, 7 * B + 10 * C),
+        ("ldrl", TRAINED, DOWN, 9 * B + 13 * C),
+        ("ldrl", TRAINED | {"output_noise": "expected"}, DOWN, 5 * B + 7 * C),
+        ("ldrl-parallel", TRAINED | {"samples": 5}, DOWN, 41 * B + 61 * C),
+        ("drl", TRAINED, A + B + C + DIRECT, 2 * (96 + B + C) + 3 * (60 + C)),
+        ("drl", TRAINED | {"expected": True}, A + B + C + DIRECT, 3 * (B + C)),
+    ],
+)
+def test_the_operations_of_a_sample_are_those_counted_by_hand(rule, options, updates, feedback):
+    layers = [Conv(channels=2, kernel=3, stride=2, padding="same"), Dense(units=5), Dense(units=3)]
+    network, of = random_network(fitting_blocks(layers, (4, 4, 2))), EVERY[rule]
+    assert of.flops(of.options(**options), network) == updates
+    assert (of.feedback and of.feedback.flops(of.options(**options), network)) == feedback

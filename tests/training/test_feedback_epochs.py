@@ -252,3 +252,13 @@ def test_a_small_net_learns(make_config, start, stop_after, rule):
     run.train(stop_after())
     losses = [float(row[3]) for row in rows(run.folder / "metrics.csv")[1:]]
     assert losses[-1] < (0.95 if "ddtp" in rule else 0.85) * losses[0], losses
+
+
+def test_feedback_weights_that_are_not_finite_keep_the_last_good_checkpoint(make_config, start, stop_after):
+    run = start(make_config(rule=RULES["ldrl"]))
+    run.train(stop_after())
+    before = (run.folder / "checkpoint.h5").read_bytes()
+    run.experiment.rule_state.weights[2][0, 0] = np.inf
+    with pytest.raises(NonFiniteError, match=r"not finite after 6 steps: feedback weights of block 2 \(dense2\)"):
+        run.train(stop_after())
+    assert (run.folder / "checkpoint.h5").read_bytes() == before

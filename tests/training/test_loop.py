@@ -1,6 +1,7 @@
 """The training loop is nothing but the experiment's own steps, scores and comparisons, in order, written down."""
 
 import csv
+import itertools
 import json
 from contextlib import closing
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 from arraytp.backend import Backend
 from arraytp.errors import NonFiniteError
+from arraytp.training import loop
 from arraytp.training.build import build
 from arraytp.training.compare import Comparison
 from arraytp.training.experiment import Experiment
@@ -158,3 +160,32 @@ def test_what_a_device_has_still_to_compute_is_training(make_config, start, stop
     run.train(stop_after())
     assert done == ["waited", "compared"] * 3
     assert run.position.train_seconds == sum(taken) > 0
+
+
+def test_the_time_of_comparisons_is_not_that_of_steps(make_config, start, stop_after, monkeypatch):
+    run, clock, late = start(make_config(rule={"name": "fa"}, compare={"every": 1})), itertools.count(), []
+    compare = run.experiment.compare
+    run.experiment.compare = lambda *given: late.append(100) or compare(*given)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 1e-3 * next(clock) + sum(late)))
+    run.train(stop_after())
+    assert len(late) == 6
+    assert run.position.train_seconds < 1
+
+
+def test_checkpoints_are_written_every_so_many_minutes(make_config, start, monkeypatch):
+    run = start(make_config(train={"epochs": 1, "batch_size": 16, "checkpoint_minutes": 2}))
+    run._saved = 0.0
+    for now, due in ((119.0, False), (121.0, True)):
+        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        assert run._save_due() == due
+
+
+def test_of_scores_that_are_read_together_the_first_bad_step_is_named(make_config, start):
+    run = start(make_config())
+    with closing(run.experiment.train_loader.batches(0)) as batches:
+        images, labels = next(batches)
+    good, bad = (run.experiment.score(images, labels) for _ in range(2))
+    bad.totals[0] = np.nan
+    run._unread, run.position.step = [good, bad, good, bad], 9
+    with pytest.raises(NonFiniteError, match="not finite at step 6:"):
+        run._read_scores(None)

@@ -272,7 +272,7 @@ DEALT = {
 @pytest.fixture
 def always_dealt(monkeypatch):
     """Let ranks deal out the small matrices of these networks, too, E and the regulariser in parts."""
-    monkeypatch.setattr(dealing, "OPERATIONS_PER_BYTE", 0)
+    monkeypatch.setattr(dealing, "OPERATIONS_PER_NUMBER", 0)
     monkeypatch.setattr(orthogonality, "PART", 5)
 
 
@@ -585,3 +585,20 @@ def test_shares_are_the_whole_and_differ_by_one(count):
     parts = [share(count, rank, 3) for rank in range(3)]
     assert [n for start, stop in parts for n in range(start, stop)] == [*range(count)]
     assert max(stop - start for start, stop in parts) - min(stop - start for start, stop in parts) <= 1
+
+
+def test_ranks_begin_with_the_first_ones_weights_and_counts(dataset, tmp_path):
+    """Machines of different kinds may have drawn others; and only the first reads a checkpoint."""
+
+    def work(ranks):
+        made = build_planned(planned(dataset, "ldrl overwrite"), ranks=ranks)
+        arrays = [*made.network.parameters(), *made.rule_state.named().values()]
+        for array in arrays:
+            np.add(array, ranks.rank, out=array)
+        made.optimizer_state.step, made.feedback_step = 7 + ranks.rank, 5 + ranks.rank
+        Run(made, tmp_path, "run", True).start()
+        return made.optimizer_state.step, made.feedback_step, b"".join(array.tobytes() for array in arrays)
+
+    first, *others = on_ranks(3, work)
+    assert first[:2] == (7, 5)
+    assert all(found == first for found in others)
