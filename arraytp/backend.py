@@ -21,9 +21,9 @@ from arraytp.errors import UserError
 Array: TypeAlias = Any
 """An array of the computing backend: `numpy.ndarray` or `cupy.ndarray`."""
 
-# As much as NVIDIA advises for its largest devices.
 # Bytes. With less free, libraries of CUDA may find no room to begin.
 LEAST_ROOM = 256 * 2**20
+# As much as NVIDIA advises for its largest devices.
 CUBLAS_WORKSPACE = 32 << 20
 # cuBLAS' numbers for its modes.
 DEFAULT_MATH, TF32_MATH = 0, 3

@@ -64,15 +64,22 @@ class StopRequest:
             if self.requested:
                 raise Interrupted("arraytp: ended by a signal", self.signal)
             return work()
+        except Interrupted as error:
+            # Not before: where Python swallows the exception, the signal is sent once more.
+            self._answer_the_next_as_before(error.signal_number)
+            raise
         finally:
             self._at_once = False
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+    def _answer_the_next_as_before(self, number: int) -> None:
         if number == signal.SIGINT and number in self._former:
             signal.signal(number, self._former.pop(number))
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
         if self._at_once:
             raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
+        self._answer_the_next_as_before(number)
         # Started already where two signals come at once; and a process may have no thread left.
         with suppress(RuntimeError):
             if self._tells:

@@ -57,6 +57,7 @@ def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool
                 _measure(experiment, step, table, (number, loss), angles)
             experiment.apply(step, updates, epoch)
             progress.step(len(labels))
+    table.keep()
     return {"update_angle_deg": angles}
 
 

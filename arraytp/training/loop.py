@@ -460,10 +460,9 @@ class Run:
         return float(self.metrics.rows[-1].split(",")[self.metrics.columns.index(f"{self._split}_top1")])
 
     def _write_summary(self) -> None:
-        # Rows that were added are not known to be on the disk, and the summary must not outlive them.
         for table in self._tables.values():
             if table.path.exists():
-                table.restart(table.rows)
+                table.keep()
         rows = [self._numbers(row) for row in self.metrics.rows]
         best = max(rows, key=lambda row: row[f"{self._split}_top1"])
         position, plan, config = self.position, self.experiment.plan, self.experiment.config

@@ -153,6 +153,8 @@ def _studied(experiment: Experiment, folder: Path, label: str, quiet: bool) -> d
             progress.step(len(labels))
     if rounds:
         _measure_updates(experiment, step, angles, rounds * per_round)
+    for table in (angles, feedback):
+        table.keep()
     last = [row.split(",") for row in angles.rows[-len(experiment.network.blocks) :]]
     pairs = experiment.compare_feedback(losses)
     return {

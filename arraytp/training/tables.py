@@ -38,6 +38,10 @@ class CsvTable:
         if self.written:
             write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *self.rows)).encode())
 
+    def keep(self) -> None:
+        """Bring all rows to the disk, where added ones need not be yet: a summary must not outlive them."""
+        self.restart(self.rows)
+
     def append(self, *values: float) -> None:
         """Add a row to the table and to the file's end."""
         row = ",".join(repr(value) for value in values)

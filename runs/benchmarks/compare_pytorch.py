@@ -117,6 +117,8 @@ def compare(name: str, optimizer: str, rounds: int, steps: int, threads: int, si
     for side in sides:
         pipes[side], far = context.Pipe()
         context.Process(target=worker, args=(side, name, optimizer, threads, far), daemon=True).start()
+        # With its own end alone, this process hears of it when the other one fails.
+        far.close()
         pipes[side].send(1)
         pipes[side].recv()
     for _ in range(rounds):

@@ -34,4 +34,4 @@ def step_all(descent: Descent, state: State, n: int, k: int, gradients: Mapping[
 
 if __name__ == "__main__":
     feedback.step_feedback = step_all
-    arraytp(["run", *sys.argv[1:]])
+    sys.exit(arraytp(["run", *sys.argv[1:]]))

@@ -263,13 +263,18 @@ def main() -> None:
     if (arguments.rule, arguments.network) not in SETTINGS:
         parser.error(f"no settings for {arguments.rule} on {arguments.network}")
     batch = arguments.batch or SETTINGS[arguments.rule, arguments.network]["batch"]
-    sides = [side for side in arguments.sides.split(",") if not (side == "closed form" and arguments.rule == "dtp")]
+    sides = [side.strip() for side in arguments.sides.split(",")]
+    if unknown := [side for side in sides if side not in SIDES]:
+        parser.error(f"--sides: {unknown[0]!r} is none of {', '.join(SIDES)}")
+    sides = [side for side in sides if not (side == "closed form" and arguments.rule == "dtp")]
     context = multiprocessing.get_context("spawn")
     connections = {}
     for side in sides:
         own, other = context.Pipe()
         settings = (other, side, arguments.rule, arguments.network, batch, arguments.threads)
         context.Process(target=_serve, args=settings, daemon=True).start()
+        # With its own end alone, this process hears of it when the other one fails.
+        other.close()
         own.recv()
         connections[side] = own
     seconds: dict[str, list[float]] = {side: [] for side in connections}

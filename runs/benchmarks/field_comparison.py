@@ -9,10 +9,14 @@ timed in turns with BP's, in processor time of one thread, and the ratios go to 
 
 import argparse
 import csv
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+
+# Steps are timed on one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import matplotlib
 import numpy as np

@@ -10,6 +10,7 @@ set that is streamed (`data.in_memory_mb`) keeps arraytp's order.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -63,4 +64,4 @@ if __name__ == "__main__":
         RULES["fa"] = replace(fa.RULE, init_state=next_weights)
     if given.window:
         loader.memory_order = partial(windowed_order, given.window)
-    arraytp(["run", *rest])
+    sys.exit(arraytp(["run", *rest]))

@@ -130,6 +130,8 @@ def main() -> None:
     for side in SIDES:
         pipes[side], far = context.Pipe()
         context.Process(target=worker, args=(side, arguments.batch, arguments.threads, far), daemon=True).start()
+        # With its own end alone, this process hears of it when the other one fails.
+        far.close()
         pipes[side].recv()
     for _ in range(arguments.rounds):
         for side in SIDES:

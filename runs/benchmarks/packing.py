@@ -21,7 +21,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from arraytp.data_prep.folder import SUFFIXES, pack
+from arraytp.data_prep.files import is_image
+from arraytp.data_prep.folder import pack
 from arraytp.data_prep.options import PackOptions
 
 SIZE = 224
@@ -32,7 +33,7 @@ def contents(archive: str) -> dict[str, bytes]:
     with tarfile.open(archive) as tar:
         for member in tar:
             file = tar.extractfile(member)
-            if file is not None and member.name.lower().endswith(SUFFIXES):
+            if file is not None and is_image(member.name):
                 files[member.name] = file.read()
     return files
 

@@ -698,6 +698,7 @@ MUTATIONS = [
         ("seed=planned.config.seed + n", "seed=n"),
         ("angles.rows[-len(experiment.network.blocks) :]", "angles.rows[: len(experiment.network.blocks)]"),
         ("    if digest != planned.dataset.digest:", "    if False:"),
+        ("        table.keep()\n", "        pass\n"),
         ('raise type(error)(f"{place}: {error}")', 'raise type(error)(f"{error}")'),
     ),
     *_in(
@@ -723,7 +724,7 @@ MUTATIONS = [
         ("        self.experiment.plan.backend.synchronize()\n", ""),
         ("> 60 * minutes", "> minutes"),
         ("- len(scores) + bad", "- 1"),
-        ("                table.restart(table.rows)\n", "                pass\n"),
+        ("                table.keep()\n", "                pass\n"),
     ),
     *_in(
         "training/checkpoint.py",
@@ -757,7 +758,7 @@ MUTATIONS = [
         ("return bool(free < LEAST_ROOM)", "return False"),
         ('("DevicesUnavailable", "MemoryAllocation")', '("MemoryAllocation",)'),
     ),
-    *_in("signals.py", "test_signals.py", ("if number == signal.SIGINT and", "if not self._at_once and")),
+    *_in("signals.py", "test_signals.py", ("self._answer_the_next_as_before(error.signal_number)", "pass")),
 ]  # fmt: skip
 
 
