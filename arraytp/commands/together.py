@@ -1,4 +1,4 @@
-"""What several ranks need to share runs: a number that fits, one mind, and one end when any of them fails."""
+"""Ranks that share runs: check their number, check that all were given the same, and end together on an error."""
 
 import traceback
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Threads that work ahead, into a few buffers that go round."""
+"""Threads that compute results ahead of time, into a few buffers used in turn."""
 
 import threading
 from collections import deque

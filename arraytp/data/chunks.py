@@ -1,7 +1,7 @@
 """Arrays of a shard, as the writer stores them: in one piece, or gzipped in chunks of whole rows.
 
-HDF5 unpacks a chunk to its end, however much it holds; here it gets the room that it should fill, and no more. Layouts
-that the writer does not make, such as those that take their bytes from other files, are refused.
+HDF5 unpacks all of a chunk, however large the result is. Here, a chunk may unpack to exactly the size that it should
+have, and no more. Layouts that the writer does not make, such as data stored in other files, are refused.
 """
 
 from typing import Any

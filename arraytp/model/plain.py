@@ -1,6 +1,6 @@
-"""Every primitive in its readable form, on the whole batch at a time: the truth that `arraytp.fast` is held against.
+"""Every primitive in its readable form, on the whole batch at a time: the reference for tests of `arraytp.fast`.
 
-`arraytp run --plain` trains with it. A function of one block first, then `Plain`, the engine made of them.
+`arraytp run --plain` trains with it. First come functions of one block, then `Plain`, the engine built from them.
 """
 
 from collections.abc import Callable, Iterable, Mapping

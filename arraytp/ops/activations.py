@@ -1,7 +1,7 @@
-"""Element-wise activations s = f(z) as values: f, f' read off s, f⁻¹, exact differences, range (docs/math/notation.md).
+"""Element-wise activations s = f(z): f, f' computed from s, f⁻¹, exact differences, range (docs/math/notation.md).
 
-Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things rest on it: max-pooling commutes
-with f, once `Activation.tie` has been at z, and f' can be read off s instead of z, so that z need not be kept.
+Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things follow. Max-pooling commutes with f
+once `Activation.tie` has made equal all z that f maps to one value. And f' can be computed from s, so z is not kept.
 All have f(0) = 0.
 """
 

@@ -1,4 +1,4 @@
-"""Steps that take so long that a run which is to stop does not wait for their end."""
+"""Abandon a step that takes long when the run has been asked to stop."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""A step's values, what they are computed from, and their sums over the parts of a batch."""
+"""The forward pass and score of a step, and the sums of scores and updates over the parts of a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
