@@ -1,6 +1,6 @@
 """Image files to RGB arrays of one size: the decoding that all packers of image files share.
 
-JPEG, PNG and WebP are told by their content, not by the name. Turned as EXIF says, where that is wanted. Grey,
+JPEG, PNG and WebP are recognised by their content, not by the name. Images are rotated as EXIF says if asked for. Grey,
 palette, CMYK and 16-bit images become RGB, colour profiles are not applied, and what is transparent is laid on white.
 """
 

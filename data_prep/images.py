@@ -1,4 +1,4 @@
-"""Decode image files on all cores and pack them; what differs between sources is the plan alone."""
+"""Decode image files on all cores and pack them; sources differ only in their plan."""
 
 import errno
 import os

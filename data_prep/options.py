@@ -1,4 +1,4 @@
-"""What every packer is told, and which images it takes in which order."""
+"""Options of every packer, and which images it takes in which order."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field

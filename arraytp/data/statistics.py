@@ -1,4 +1,4 @@
-"""Mean and standard deviation per channel, exact: from whole sums of the pixel values and of their squares."""
+"""Mean and standard deviation per channel, exact: from integer sums of the pixel values and of their squares."""
 
 import math
 from typing import NamedTuple

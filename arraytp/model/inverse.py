@@ -1,4 +1,4 @@
-"""What can be inverted (GP paper, Equation 3): refusals that name the block and what would help."""
+"""Check what can be inverted (GP paper, Equation 3); errors name the block and what would help."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""From the layers of a config to blocks: the shape that reaches each, and what does not fit."""
+"""Turn the layers of a config into blocks: compute the shape that reaches each, and refuse what does not fit."""
 
 import math
 from collections.abc import Sequence
