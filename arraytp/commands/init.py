@@ -1,5 +1,6 @@
 """`arraytp init`: a commented config to start from."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -22,4 +23,4 @@ def command(file: Path) -> None:
         raise UserError(f"{file}: exists already; give another name") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from error
-    click.echo(f"{file}: written; train it with: arraytp run {file}")
+    click.echo(f"{file}: written; train it with: {shlex.join(['arraytp', 'run', str(file)])}")

@@ -116,7 +116,8 @@ def _flow(value: Tree, quoted: bool) -> str:
         return "[" + ", ".join(_flow(entry, quoted) for entry in value) + "]"
     if value is None or isinstance(value, bool) or (quoted and isinstance(value, str)):
         return json.dumps(value, ensure_ascii=False)
-    return str(value)
+    # Python does not write integers of thousands of digits, but in powers of two.
+    return hex(value) if isinstance(value, int) and value.bit_length() > 64 else str(value)
 
 
 def _bare(annotation: Any) -> Any:

@@ -20,6 +20,8 @@ _CORE = "tag:yaml.org,2002:"
 _MAXIMUM_DEPTH = 50
 # An alias of aliases of aliases is a short text that means more entries than memory holds.
 _MOST_ENTRIES = 100_000
+# Of one long text, too.
+_MOST_CHARACTERS = 2**22
 _MOST_BYTES = 2**20
 
 
@@ -71,6 +73,11 @@ def parse_text(text: str, source: str, place: Callable[[int], str]) -> Document:
     UserError for what is no valid YAML, holds a key twice or a tag that configs do not use.
     """
     places: dict[KeyPath, str] = {}
+    for number, content in enumerate(text.splitlines(), 1):
+        if content.startswith("%YAML") and content.split()[1:2] != ["1.2"]:
+            raise UserError(f"{place(number)}: {content[:20].strip()}: a config is YAML 1.2; leave this line out")
+        if content and content[0] not in "%#":
+            break
     try:
         node = YAML(typ="safe", pure=True).compose(text)
         tree = None if node is None else _Reader(place, places).value(node, ())
@@ -96,7 +103,7 @@ def _syntax_message(error: MarkedYAMLError, place: Callable[[int], str]) -> str:
     if "another document" in what:
         return f"{where}: a second document starts here; a config is one document"
     if "'\\t'" in what:
-        return f"{where}: not valid YAML: a tab where YAML wants spaces; indent with spaces"
+        return f"{where}: not valid YAML: a tab where YAML wants spaces; use spaces"
     what = what.replace("'<stream end>'", "the end").replace("of stream", "of the text")
     if begun is not None and mark is not None and begun.line != mark.line:
         what += f" {error.context}, begun at {place(begun.line + 1)}"
@@ -110,6 +117,7 @@ class _Reader:
         self._place = place
         self._places = places
         self._scalars = YAML(typ="safe", pure=True).constructor
+        self._characters = 0
 
     def value(self, node: Node, path: KeyPath) -> Tree:
         if len(path) > _MAXIMUM_DEPTH:
@@ -151,6 +159,11 @@ class _Reader:
 
     def _scalar(self, node: ScalarNode) -> Tree:
         kind = str(node.tag).removeprefix(_CORE)
+        self._characters += len(node.value)
+        if self._characters > _MOST_CHARACTERS:
+            raise UserError(
+                f"{self._at(node)}: more than {_MOST_CHARACTERS:,} characters, aliases written out; a config has fewer"
+            )
         if kind in {"str", "timestamp", "merge", "value"}:
             return str(node.value)
         if kind not in {"null", "bool", "int", "float"}:

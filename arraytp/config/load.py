@@ -13,6 +13,7 @@ from arraytp.config.document import Document, Tree, read_document
 from arraytp.config.resolve import ConfigFile, resolve, schema_adapter
 from arraytp.config.schema import Config
 from arraytp.errors import UserError
+from arraytp.options import Conv, Dense
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> ConfigFile:
@@ -99,8 +100,10 @@ def config_schema() -> dict[str, Any]:
     """Return the JSON schema of config files, for editors that complete and check keys while typing."""
     schema = schema_adapter().json_schema()
     schema["properties"]["variants"] = {"type": "object", "additionalProperties": {"type": ["object", "null"]}}
-    # A file with variants may leave required sections to them.
+    # A file with variants may leave required sections to them, but no part of an entry of a list.
     del schema["required"]
+    for section in (Conv, Dense):
+        schema["$defs"][section.__name__]["required"].append("type")
     return schema
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from arraytp.config.describe import (
@@ -167,20 +167,32 @@ def _hint(spot: _Spot) -> str:
     """Say what was probably meant by a refused value."""
     value, accepted = spot.node, allowed(spot.annotation)
     if isinstance(value, float) and value.is_integer() and 0 <= value <= LARGEST_INTEGER and "whole number" in accepted:
-        return f"; write {int(value)}"
+        return f"; write {int(value)}" if _fits(int(value), spot.annotation) else ""
     if not isinstance(value, str):
         return ""
-    if "number" in accepted and _reads_as_number(value, whole="whole number" in accepted):
+    if "number" in accepted and (number := _number(value, whole="whole number" in accepted)) is not None:
         plain = value.replace("_", "")
-        return f"; write it without {'quotes' if plain == value else 'underscores'}: {plain}"
+        said = f"; write it without {'quotes' if plain == value else 'underscores'}: {plain}"
+        return said if _fits(number, spot.annotation) else ""
     for option in sections(spot.annotation):
         if (tag := tag_of(option)) and tag[1] == value:
             return f"; write {spot.path[-1]}: {{{tag[0]}: {value}}}"
     return _nearest(value, words(spot.annotation))
 
 
-def _reads_as_number(text: str, whole: bool) -> bool:
+def _number(text: str, whole: bool) -> float | None:
+    """Return the finite number that a text would be without quotes; digits are those of YAML."""
     try:
-        return math.isfinite(int(text) if whole else float(text))
+        number = int(text) if whole else float(text)
+        return number if text.isascii() and math.isfinite(number) else None
     except (ValueError, OverflowError):
+        return None
+
+
+def _fits(number: float, annotation: Any) -> bool:
+    """Tell whether a number would be accepted, so that a hint does not lead to the next refusal."""
+    try:
+        TypeAdapter(annotation).validate_python(number)
+    except ValidationError:
         return False
+    return True

@@ -17,7 +17,7 @@ from arraytp.fast.orthogonality import regularised
 from arraytp.launcher import local_rank
 from arraytp.model.architectures import plan_network
 from arraytp.model.blocks import Block, show_shape
-from arraytp.options import Cosine
+from arraytp.options import Cosine, Staircase
 from arraytp.rules import RULES, gnt
 
 TEST_SPLITS = ("test", "val")
@@ -97,8 +97,13 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     blocks = plan_network(config.network, dataset.shape, len(dataset.classes))
     if config.optimizer.orthogonality and not regularised(blocks, config.optimizer.orthogonality_on):
         raise UserError(
-            f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but no weight matrix of this network is "
-            "square; set it to 0, or network.square: true, or orthogonality_on: all-but-first for semi-orthogonal ones"
+            f"optimizer.orthogonality: {config.optimizer.orthogonality:g}, but "
+            + (
+                f"the network has one block, {blocks[0].label}, whose matrix is not square; set it to 0"
+                if len(blocks) == 1
+                else "no weight matrix of this network is square; set it to 0, or network.square: true, or "
+                "orthogonality_on: all-but-first for semi-orthogonal ones"
+            )
         )
     if config.optimizer.orthogonality_every > 1 and not config.optimizer.orthogonality:
         raise UserError(
@@ -107,7 +112,7 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
         )
     notes = (
         *RULES[config.rule.name].check(config.rule, blocks, config.dtype, config.loss.reduction),
-        *_schedule_notes(config),
+        *_schedule_notes(config, -(-(counts["train"] - config.train.validation) // config.train.batch_size)),
     )
     if "gnt" in config.compare.against:
         gnt.check_jacobians("compare.against: gnt", blocks)
@@ -121,15 +126,32 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
     )
 
 
-def _schedule_notes(config: Config) -> list[str]:
-    """Return a line if a rate rises to the lowest one of a cosine schedule."""
-    rates = config.optimizer.lr if isinstance(config.optimizer.lr, tuple) else (config.optimizer.lr,)
-    if isinstance(config.schedule, Cosine) and min(rates) < config.schedule.eta_min:
-        return [
-            f"schedule.eta_min: {config.schedule.eta_min:g} is above optimizer.lr {min(rates):g}, so that the rate "
+def _schedule_notes(config: Config, per_epoch: int) -> list[str]:
+    """Return a line for each rate that rises to the lowest of a cosine schedule, and for what begins after the end.
+
+    That is the end of all epochs: who gives `train.steps` knows that the run ends early.
+    """
+    schedule, optimizer, epochs = config.schedule, config.optimizer, config.train.epochs
+    rates, steps, notes = optimizer.lr if isinstance(optimizer.lr, tuple) else (optimizer.lr,), epochs * per_epoch, []
+    if isinstance(schedule, Cosine) and min(rates) < schedule.eta_min:
+        notes.append(
+            f"schedule.eta_min: {schedule.eta_min:g} is above optimizer.lr {min(rates):g}, so that the rate "
             "rises; set it to at most that"
-        ]
-    return []
+        )
+    # Studies of feedback do not train.
+    if epochs and schedule.warmup_steps > steps:
+        notes.append(
+            f"schedule.warmup_steps: {schedule.warmup_steps}, but {epochs} epochs have {steps} steps, so that the rate "
+            "never reaches optimizer.lr"
+        )
+    if epochs and isinstance(schedule, Staircase) and max(schedule.epochs) >= epochs:
+        notes.append(f"schedule.epochs: {max(schedule.epochs)} is not reached in {epochs} epochs (train.epochs)")
+    if epochs and optimizer.orthogonality and optimizer.orthogonality_every > steps:
+        notes.append(
+            f"optimizer.orthogonality_every: {optimizer.orthogonality_every}, but {epochs} epochs have {steps} steps, "
+            "so that the regulariser never acts"
+        )
+    return notes
 
 
 def _check_numbers(value: Any, key: str, config: Config) -> None:
@@ -217,6 +239,8 @@ def _check_drift(config: Config, blocks: tuple[Block, ...]) -> None:
         raise UserError(f"study.kind: drift: rule {config.rule.name} inverts no weights; use {inverting}")
     if not config.compare.every:
         raise UserError("compare.every: 0: a study of drift measures at such steps; use at least 1")
+    if "gnt" in config.compare.against:
+        raise UserError("compare.against: gnt: a study of drift measures angles to bp alone; leave it out")
     if not config.train.epochs:
         raise UserError("train.epochs: 0: a study of drift trains; use at least 1")
     if len(blocks) < 2:

@@ -49,6 +49,20 @@ SYNTAX = {
     "a list": ("- 1\n", "bad.yml: must be a map of keys, such as seed: 0, got [1]"),
     "a lone word": ("lenet\n", 'bad.yml: must be a map of keys, such as seed: 0, got "lenet"'),
     "a tab": ("data:\n\tdataset: x\n", "bad.yml:2: not valid YAML: a tab where YAML wants spaces"),
+    "a tab before a comment": (
+        "seed: 3\t# x\n",
+        "bad.yml:1: not valid YAML: a tab where YAML wants spaces; use spaces",
+    ),
+    "another YAML": (
+        "# x\n%YAML 1.1\n---\nseed: 1\n",
+        "bad.yml:2: %YAML 1.1: a config is YAML 1.2; leave this line out",
+    ),
+    "a later YAML": ("%YAML 1.3\n---\nseed: 1\n", "bad.yml:1: %YAML 1.3: a config is YAML 1.2"),
+    "a number of 5,000 digits": ("variants: 0x" + 5000 * "f" + "\n", "must be a map from variant names to overrides, got 0xfff"),
+    "a long text many times": (
+        "a: &x '" + 10**5 * "x" + "'\nb: [" + 50 * "*x, " + "]\n",
+        "bad.yml:1: more than 4,194,304 characters, aliases written out",
+    ),
     "a key given twice": ("seed: 1\nseed: 2\n", "bad.yml:2: the key seed is given twice, first at"),
     "a nested key given twice": (
         "train:\n  epochs: 1\n  epochs: 2\n",
@@ -406,3 +420,20 @@ def test_a_quoted_fraction_of_an_epoch_is_not_right_without_quotes(tmp_path):
     (tmp_path / "bad.yml").write_text(good(train="{epochs: '1.5', batch_size: 1}"))
     with pytest.raises(UserError, match=r'at least 0, got "1\.5"$'):
         load_config(tmp_path / "bad.yml")
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ("train={epochs: 1, batch_size: 0.0}", "got 0.0"),
+        ("train={epochs: 1, batch_size: '0'}", 'got "0"'),
+        ("seed='-3'", 'got "-3"'),
+        ("seed=١٢", 'got "١٢"'),
+    ],
+)
+def test_no_hint_leads_to_the_next_refusal(tmp_path, change, got):
+    path = tmp_path / "bad.yml"
+    path.write_text(GOOD)
+    with pytest.raises(UserError) as refused:
+        load_config(path, [change])
+    assert str(refused.value).endswith(got)

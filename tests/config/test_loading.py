@@ -198,6 +198,7 @@ def test_set_is_for_the_chosen_variant_which_may_have_keys_that_no_other_has(wri
 def test_the_editor_schema_knows_every_section_and_variants():
     properties = config_schema()["properties"]
     assert {"data", "network", "rule", "optimizer", "train", "variants"} <= set(properties)
+    assert [config_schema()["$defs"][block]["required"][-1] for block in ("Conv", "Dense")] == ["type", "type"]
 
 
 def test_a_name_that_is_set_is_that_of_all_variants(tmp_path):

@@ -85,3 +85,42 @@ def test_a_cosine_schedule_whose_lowest_rate_is_above_a_rate_is_noted(lr, lowest
     config = small(optimizer={"name": "sgd", "lr": lr}, schedule={"name": "cosine", "eta_min": lowest})
     said = (f"schedule.eta_min: {lowest:g} is above optimizer.lr 0.1, so that the rate rises; set it to at most that",)
     assert plan(config).notes == (said if rises else ())
+
+
+def test_what_begins_after_the_end_is_told():
+    """Of 10,000 images in batches of 32: 313 steps an epoch."""
+    orthogonal = {"name": "sgd", "lr": 0.1, "orthogonality": 1, "orthogonality_on": "all-but-first"}
+    late = small(
+        schedule={"name": "step", "epochs": [1, 2], "warmup_steps": 627},
+        optimizer={**orthogonal, "orthogonality_every": 627},
+        train={"epochs": 2, "batch_size": 32},
+    )
+    assert plan(late).notes == (
+        "schedule.warmup_steps: 627, but 2 epochs have 626 steps, so that the rate never reaches optimizer.lr",
+        "schedule.epochs: 2 is not reached in 2 epochs (train.epochs)",
+        "optimizer.orthogonality_every: 627, but 2 epochs have 626 steps, so that the regulariser never acts",
+    )
+    in_time = small(
+        schedule={"name": "step", "epochs": [1], "warmup_steps": 626},
+        optimizer={**orthogonal, "orthogonality_every": 626},
+        train={"epochs": 2, "batch_size": 32, "steps": 5},
+    )
+    assert plan(in_time).notes == ()
+
+
+def test_a_network_of_one_block_is_told_so_by_the_regulariser():
+    config = small(
+        network={"blocks": [{"type": "dense", "units": 10}]}, rule={"name": "bp"},
+        optimizer={"name": "sgd", "lr": 0.1, "orthogonality": 1, "orthogonality_on": "all-but-first"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"the network has one block, dense1, whose matrix is not square; set it to 0$"):
+        plan(config)
+
+
+def test_a_study_of_drift_has_no_place_for_gauss_newton_targets():
+    config = small(
+        rule={"name": "gait-prop", "inverse": "pseudo"}, study={"kind": "drift", "seeds": 1},
+        compare={"every": 1, "against": ["bp", "gnt"]},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"compare.against: gnt: a study of drift measures angles to bp alone"):
+        plan(config)
