@@ -55,14 +55,17 @@ def sign_symmetry_of(setting: Setting) -> Iterator[Check]:
         label, shape = blocks[n].label, blocks[n].weight_shape
         yield checked(f"{label}: signs of B that are not W's", "B = |R| ⊙ sign(W)", sign_symmetry.follow, wrong, 0.0)
         c = math.sqrt(2 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
-        if magnitude == "batch":
+        if magnitude != "unit":
             spread = worst(*(abs(math.sqrt((size[n] ** 2).mean()) / c - 1) for size in sizes))
             error, tolerance = spread, 5 / math.sqrt(2 * math.prod(shape))
+        if magnitude == "batch":
             repeated = sum(np.array_equal(a[n], b[n]) for a, b in pairwise(sizes))
             yield checked(f"{label}: batches that share |R|", "drawn anew", sign_symmetry.follow, repeated, 0.0)
+        elif magnitude == "fixed":
+            changed = sum(not np.array_equal(a[n], b[n]) for a, b in pairwise(sizes))
+            yield checked(f"{label}: batches that change |R|", "drawn once", sign_symmetry.follow, changed, 0.0)
         else:
-            expected = np.full(shape, c) if magnitude == "unit" else sizes[0][n]
-            error, tolerance = worst(*(apart(size[n], expected) for size in sizes)), ROUNDING
+            error, tolerance = worst(*(apart(size[n], np.full(shape, c)) for size in sizes)), ROUNDING
         yield checked(f"{label}: |R|, {magnitude}", "c = √(2/(fan_in + fan_out))", sign_symmetry.init_state, error,
                       tolerance)  # fmt: skip
 

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arraytp.backend import Array, array_module
-from arraytp.training.compare import relative_distance
 
 Floats = NDArray[np.float64]
 
@@ -17,6 +16,8 @@ ROUNDING = 1e-11
 DIFFERENCES = 1e-6
 # Of functions with so many kinks that steps have to be small.
 KINKED = 1e-5
+# What rounding leaves of a difference of numbers of size 1.
+SUBTRACTED = 1e-14
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,18 @@ def apart(actual: Array, expected: Array) -> float:
 
 
 def distance(actual: Array, expected: Array) -> float:
-    """Return `relative_distance`; where all of `expected` is 0, as gradients are with one class, `apart`."""
-    return relative_distance(actual, expected) if host(expected).any() else apart(actual, expected)
+    """Return ‖a − b‖/‖b‖; where all of `expected` is 0, as gradients are with one class, `apart`."""
+    a, b = host(actual).ravel(), host(expected).ravel()
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b)) if b.any() else apart(actual, expected)
+
+
+def angle(a: Array, b: Array) -> float:
+    """Return the angle between two arrays in degrees, by the sine and the cosine of it; NaN of an array that is 0."""
+    u, v = host(a).ravel(), host(b).ravel()
+    with np.errstate(all="ignore"):
+        u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
+    cosine = float(u @ v)
+    return math.degrees(math.atan2(float(np.linalg.norm(u - cosine * v)), cosine))
 
 
 def worst(*errors: float) -> float:

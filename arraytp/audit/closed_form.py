@@ -19,6 +19,7 @@ from arraytp.audit.jacobians import expected_gradient, jacobians, overlap, sums
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array
 from arraytp.model.passes import Batch
+from arraytp.optim import at_block
 from arraytp.rules import drl, ldrl
 from arraytp.rules.feedback import descent_of
 from arraytp.rules.protocol import Descent, Feedback, State
@@ -90,7 +91,13 @@ def _by_definition(
     setting: Setting, n: int, expected: Expectation, state: State, losses: list[Array]
 ) -> Iterator[Check]:
     """Check a closed form against the steps, or the optimum, that it stands for."""
-    trained, label, descent = _feedback(setting), setting.network.blocks[n].label, _descent(setting, n, 0)
+    trained, label = _feedback(setting), setting.network.blocks[n].label
+    settings = trained.settings(setting.options)
+    lr, descent = at_block(settings.optimizer.lr, n - 1), descent_of(settings, n, 0, setting.workspace)
+    wrong = (descent.iterations != at_block(settings.iterations, n - 1)) + (descent.lr != lr)
+    wrong += descent.sigma != at_block(settings.sigma, n - 1)
+    yield checked(f"{label}: iterations, learning rate and σ that are not the config's", "rule.feedback", descent_of,
+                  wrong, 0.0)  # fmt: skip
     before, after = host(setting.experiment.rule_state.weights[n]), host(state.weights[n])
     if expected.at_once:
         error = relative(float(np.abs(expected.gradient(after)).max()), expected.size)
@@ -101,7 +108,7 @@ def _by_definition(
         moments: list[Floats] = []
         for t in range(1, BATCHES * ITERATIONS + 1):
             g = expected.gradient(omega)
-            omega = reference.optimiser_step(descent.optimizer, descent.lr, n - 1, t, omega, g, moments)
+            omega = reference.optimiser_step(settings.optimizer, lr, n - 1, t, omega, g, moments)
             if t % ITERATIONS == 0:
                 values.append(expected.loss(omega))
         yield checked(f"{label}: {ITERATIONS} iterations at once, on {BATCHES} batches", expected.source,
@@ -121,7 +128,8 @@ def _ldrl(setting: Setting) -> dict[int, Expectation]:
 
 def _ldrl_block(setting: Setting, n: int) -> Expectation:
     (N, M, _), theta = overlap(setting, n), host(setting.network.weights[n])
-    count, variance = len(setting.batch), _descent(setting, n, 0).sigma ** 2
+    count, sigma = len(setting.batch), at_block(_feedback(setting).settings(setting.options).sigma, n - 1)
+    variance = sigma**2
     return Expectation(
         "σ² times Theorem 4.2's limit",
         lambda omega: variance * expected_gradient(omega, theta, N, M, count),

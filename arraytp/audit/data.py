@@ -14,6 +14,8 @@ from arraytp.data.division import VALIDATION, Division, divide, held_out
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 
+# Of so many images two orders are not the same by chance.
+MANY = 20
 # What is read to verify checksums, and at most how many places in it.
 MOST_BYTES, PLACES = 1 << 28, 64
 
@@ -66,7 +68,7 @@ def _division(division: Dataset | Division, dataset: Dataset) -> Iterator[Check]
 
 def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]:
     config, dataset, split = setting.config, loader.dataset, loader.split
-    rows = _rows(config, dataset, loader, training)
+    rows = _rows(config, dataset, loader, training, 0)
     with closing(loader.batches(0)) as loaded:
         images, labels = (host(array).copy() for array in next(loaded))
     count = len(labels)
@@ -80,6 +82,7 @@ def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]
         yield checked(
             f"{split}: rows that an epoch takes not once", "order of the epoch", order.memory_order, error, 0.0
         )
+        yield from _another_epoch(config, dataset, loader, rows)
     pixels = raw.astype(np.float64)
     if training and (config.data.flip or config.data.crop_padding):
         draws = augment.draw(config.seed, 0, loader.count, config.data.flip, config.data.crop_padding)
@@ -96,11 +99,32 @@ def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]
                   ROUNDING)  # fmt: skip
 
 
-def _rows(config: Config, dataset: Dataset | Division, loader: Loader, training: bool) -> np.ndarray:
-    """Return the row of every position of the epoch."""
+def _another_epoch(config: Config, dataset: Dataset | Division, loader: Loader, first: np.ndarray) -> Iterator[Check]:
+    """Check that the next epoch has all rows, in another order, and other flips and crops."""
+    rows = _rows(config, dataset, loader, True, 1)
+    missing = float((np.sort(rows) != np.arange(loader.count)).sum())
+    # Of a few images two orders may well be the same.
+    same = loader.count > MANY and np.array_equal(rows, first)
+    with closing(loader.batches(1)) as loaded:
+        labels = host(next(loaded)[1])
+    read = [dataset.read(loader.split, int(row), int(row) + 1)[1] for row in rows[: len(labels)]]
+    expected = np.concatenate(read)
+    yield checked(f"{loader.split}: the next epoch's rows, in another order", "order of the epoch", order.memory_order,
+                  missing + same + apart(labels, expected), 0.0)  # fmt: skip
+    if loader.count > MANY and (config.data.flip not in (0, 1) or config.data.crop_padding):
+        a, b = (
+            augment.draw(config.seed, epoch, loader.count, config.data.flip, config.data.crop_padding)
+            for epoch in (0, 1)
+        )
+        repeated = all(np.array_equal(one, other) for one, other in zip(a, b, strict=True))
+        yield checked(f"{loader.split}: epochs that share flips and crops", "drawn anew", augment.draw, repeated, 0.0)
+
+
+def _rows(config: Config, dataset: Dataset | Division, loader: Loader, training: bool, epoch: int) -> np.ndarray:
+    """Return the row of every position of an epoch."""
     if not loader.streamed:
-        return order.memory_order(loader.count, config.seed, 0, shuffle=training)
-    plan = order.pool_plan(dataset.chunks(loader.split), config.data.pool_images, config.seed, 0, shuffle=training)
+        return order.memory_order(loader.count, config.seed, epoch, shuffle=training)
+    plan = order.pool_plan(dataset.chunks(loader.split), config.data.pool_images, config.seed, epoch, shuffle=training)
     return plan.arrival_rows()[plan.leaving]
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from arraytp.audit.check import Check, apart, checked, host
-from arraytp.audit.gradients import PASS, updates_apart
+from arraytp.audit.gradients import PASS, ROUNDINGS, updates_apart
 from arraytp.audit.setting import Setting, copied
 from arraytp.backend import NUMPY
 from arraytp.rules.protocol import Updates
@@ -18,8 +18,6 @@ from arraytp.training.experiment import Experiment
 
 # Sums in another order, layer after layer.
 ON_HOST = 1e-8
-# What the roundings of a step do is so many times what one of its images does, at most; 3 was met.
-ROUNDINGS = 10
 
 
 def both(setting: Setting) -> Iterator[Check]:

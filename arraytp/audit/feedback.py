@@ -88,6 +88,10 @@ def training(setting: Setting) -> Iterator[Check]:
         return
     state = setting.state()
     for of_block in watch(setting, trained, state):
+        n, noises = of_block[0].n, getattr(setting.options, "samples", None) or trained.noises(setting.options)
+        wanted = BATCHES * int(at_block(trained.settings(setting.options).iterations, n - 1)) * noises
+        yield checked(f"{_label(setting, of_block)}: iterations and noises, less the config's", "rule.feedback",
+                      feedback.train, abs(len(of_block) - wanted), 0.0)  # fmt: skip
         yield from _noise(setting, trained, of_block)
         yield from _reported(setting, trained, of_block)
         yield from _defined(setting, trained, of_block)

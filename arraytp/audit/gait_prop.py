@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 
 from arraytp.audit import reference
-from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, distance, host
+from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, distance, host, worst
 from arraytp.audit.drift import FAR, drifted
 from arraytp.audit.gradients import updates_apart
 from arraytp.audit.inverses import INVERSE
 from arraytp.audit.setting import Setting, hosted
-from arraytp.model.blocks import Network
+from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import Batch
 from arraytp.model.plain import Plain
 from arraytp.rules import gait_prop
-from arraytp.rules.protocol import State, Updates
+from arraytp.rules.protocol import State
 
 # A nudge of this size, relative to the activations, hardly crosses a kink; smaller ones are tried if it does.
 ETAS = (1e-7, 1e-8, 1e-9)
@@ -29,12 +29,7 @@ def nudges(setting: Setting) -> Iterator[Check]:
     options, at = setting.options, setting.batch.at(len(setting.network) - 1)
     a, delta = at.s_next, -0.5 * setting.batch.dlogits
     gamma, _ = gait_prop.perturbation(options, delta, at.block)
-    d = host(delta).reshape(len(delta), -1)
-    norm = np.sqrt((d**2).sum(axis=1)) ** (2 if options.norm == "l2_squared" else 1)
-    scale = options.eta * (np.prod(at.block.out_shape) ** 0.5 if options.scale_by_sqrt_dim else 1.0)
-    # Where a = t, the sample's γ is 1.
-    expected = np.ones(len(d))
-    expected[norm > 0] = scale / norm[norm > 0] if options.normalise else options.gamma
+    expected = _gamma(options, host(delta), at.block)
     yield checked(f"{at.block.label}: γ of every sample", "γ = η √dim / ‖a − t‖", gait_prop.perturbation,
                   apart(gamma, expected), ROUNDING)  # fmt: skip
     if at.block.activation.curved:
@@ -51,11 +46,12 @@ def forms(setting: Setting) -> Iterator[Check]:
     """Check the difference form against its definition and the literal form against the difference form."""
     if setting.rule.updates is not gait_prop.updates:
         return
-    options = replace(setting.options, form="difference", rescale_updates=True)
+    options, own = (replace(setting.options, form="difference", rescale_updates=rescaled)
+                    for rescaled in (True, setting.options.rescale_updates))  # fmt: skip
     for when, network in (("far off", drifted(setting, FAR)), ("drifted", drifted(setting))):
         batch = setting.pass_over(network)
         difference = setting.propose(batch, options)
-        expected = _by_definition(hosted(network), host(setting.images), host(batch.dlogits))
+        expected = [update for _, _, update in _by_definition(options, hosted(network), batch)]
         for block, actual, of_block in zip(network.blocks, difference, expected, strict=True):
             yield checked(f"{block.label}: difference form by definition, W {when}", "e = (D e) W⁻¹", gait_prop.updates,
                           updates_apart([actual], [of_block]), INVERSE * 10)  # fmt: skip
@@ -63,46 +59,80 @@ def forms(setting: Setting) -> Iterator[Check]:
     error = updates_apart(setting.propose(plain, options), difference)
     yield checked("all blocks: difference form, fast engine against plain", "the same", gait_prop.difference, error,
                   INVERSE * 10)  # fmt: skip
+    yield from _own_scale(setting, own, batch)
     if setting.options.inverse == "pseudo":
-        yield from _own_scale(setting, batch, difference)
         return
     eta, literal_options = _without_crossings(setting, batch)
+    defined = _by_definition(literal_options, hosted(network), batch)
     for on, each in (("", batch), (", plain engine", plain)):
         literal = setting.propose(each, literal_options)
-        for block, (weight, _), (expected_weight, _) in zip(network.blocks, literal, difference, strict=True):
+        for block, (weight, _), (_, _, (expected_weight, _)) in zip(network.blocks, literal, defined, strict=True):
             what = f"{block.label}: literal form at η = {eta:g}, W drifted{on}"
             yield checked(what, "Algorithm 1", gait_prop.literal, distance(weight, expected_weight), FORMS)
-    yield from _own_scale(setting, batch, difference)
 
 
 def _without_crossings(setting: Setting, batch: Batch) -> tuple[float, gait_prop.Options]:
     """Return η, and options of the literal form, with which nudges cross no kink, if there is such an η."""
     eta, options = ETAS[0], setting.options
     for eta in ETAS:
-        options = replace(setting.options, form="literal", normalise=True, eta=eta, norm="l2", rescale_updates=True)
+        options = replace(setting.options, form="literal", normalise=True, eta=eta, norm="l2")
         targets = zip(batch.down(), gait_prop.targets(options, State(), batch), strict=True)
         if not sum(gait_prop.crossings(options, at, target) for at, target in targets if at.n > 0):
             break
     return eta, options
 
 
-def _own_scale(setting: Setting, batch: Batch, rescaled: Updates) -> Iterator[Check]:
-    """Check the config's own form: without rescaling, the update of every sample keeps the γ of the layers above."""
-    if setting.options.rescale_updates:
-        return
-    error = apart(setting.propose(batch)[-1][0], rescaled[-1][0])
-    label = setting.network.blocks[-1].label
-    yield checked(f"{label}: output update, not rescaled", "m = 1", gait_prop.updates, error, INVERSE)
+def _own_scale(setting: Setting, options: gait_prop.Options, batch: Batch) -> Iterator[Check]:
+    """Check updates and targets of the difference form with the config's own γ, and with or without its rescaling."""
+    defined = _by_definition(options, hosted(batch.network), batch)
+    updates = setting.propose(batch, options)
+    targets = [
+        (host(target.delta).copy(), host(target.m).copy()) for target in gait_prop.targets(options, State(), batch)
+    ]
+    lines = zip(batch.network.blocks, updates, targets[::-1], defined, strict=True)
+    how = "rescaled" if options.rescale_updates else "not rescaled"
+    for block, update, (delta, m), (expected_delta, expected_m, expected) in lines:
+        error = updates_apart([update], [expected])
+        yield checked(f"{block.label}: update, {how}", "2 m D (a − t) outer a", gait_prop.updates, error, INVERSE * 10)
+        error = worst(apart(delta.reshape(expected_delta.shape), expected_delta), apart(m, expected_m))
+        yield checked(f"{block.label}: t − a and m, {how}", "m ← m/γ", gait_prop.targets, error, INVERSE * 10)
 
 
-def _by_definition(network: Network, x: Floats, dlogits: Floats) -> list[tuple[Floats, Floats]]:
-    """Return the updates of the difference form: BP's recursion with W⁻¹, or W⁺, in place of the transpose."""
-    through = [network.weights[0]]
-    for weight in network.weights[1:]:
+def _by_definition(
+    options: gait_prop.Options, network: Network, batch: Batch
+) -> list[tuple[Floats, Floats, tuple[Floats, Floats]]]:
+    """Return t − a, m and the update of every block: BP's recursion with W⁻¹, or W⁺, in place of the transpose.
+
+    With δ_n = t − a of what block n passes on and γ_n of it, δ_{n−1} = γ_n (D δ_n) W⁻¹, the update is −2 m_n (D δ_n)
+    outer a, and m_{n−1} = m_n / γ_n where updates are rescaled, else 1. `network` has arrays of the host.
+    """
+    x, result = host(batch.at(0).s), []
+    zs, s, indices = reference.forward(network, x)
+    delta, m = -0.5 * host(batch.dlogits), np.ones(len(x))
+    for n in reversed(range(len(network))):
+        block, weight = network.blocks[n], network.weights[n]
         matrix = weight.reshape(-1, weight.shape[-1])
-        inverse = np.linalg.inv(matrix) if len(matrix) == matrix.shape[1] else np.linalg.pinv(matrix)
-        through.append(np.ascontiguousarray(inverse.T).reshape(weight.shape))
-    return reference.backward(network, through, x, dlogits)
+        if n:
+            inverse = np.linalg.inv(matrix) if len(matrix) == matrix.shape[1] else np.linalg.pinv(matrix)
+            weight = np.ascontiguousarray(inverse.T).reshape(weight.shape)
+        taken = reference.handed_on(network, s, n)
+        scaled = -2 * m.reshape(-1, *[1] * (delta.ndim - 1)) * delta
+        dweight, dbias, back = reference.block_backward(block, scaled, zs[n], indices[n], taken, weight)
+        result.append((delta, m, (dweight, dbias)))
+        gamma = _gamma(options, delta, block)
+        # Of −2 m δ_n; what goes on is γ_n times that of δ_n.
+        delta = back / (-2 * (m / gamma).reshape(-1, *[1] * (back.ndim - 1)))
+        m = m / gamma if options.rescale_updates else m
+    return result[::-1]
+
+
+def _gamma(options: gait_prop.Options, delta: Floats, block: Block) -> Floats:
+    """Return γ of every sample (Eq. 5); where a = t it is 1."""
+    norm = np.sqrt((delta.reshape(len(delta), -1) ** 2).sum(axis=1)) ** (2 if options.norm == "l2_squared" else 1)
+    scale = options.eta * (np.prod(block.out_shape) ** 0.5 if options.scale_by_sqrt_dim else 1.0)
+    gamma = np.ones(len(delta))
+    gamma[norm > 0] = scale / norm[norm > 0] if options.normalise else options.gamma
+    return gamma
 
 
 CHECKS = (nudges, forms)

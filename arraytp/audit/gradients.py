@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from arraytp.audit import reference
-from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, apart, checked, host, worst
+from arraytp.audit.check import DIFFERENCES, KINKED, ROUNDING, Check, Floats, apart, checked, host, worst
 from arraytp.audit.differences import gradient_error, gradient_errors
 from arraytp.audit.setting import Setting, copied
 from arraytp.backend import Array, array_module
@@ -24,6 +24,8 @@ PASS = 1e-9
 # Samples of the batch whose loss is differentiated: each unit more is one more that may cross a kink.
 FEW = 2
 COPIES_FLOPS = 2e10
+# What the roundings of a step do is so many times what one of its images does, at most; 3 was met.
+ROUNDINGS = 10
 
 
 def exact(batch: Batch) -> Updates:
@@ -51,6 +53,9 @@ def losses(setting: Setting) -> Iterator[Check]:
         logits, dlogits, setting.generator(20),
     )  # fmt: skip
     yield checked("loss: gradient of the logits", gradient_formula, backward, error, DIFFERENCES)
+    summed = reference.loss(replace(options, reduction="sum"), host(logits), host(setting.labels))
+    yield checked("loss: sum over images in the tables", "Σ of the images' losses", loss.loss_and_score,
+                  abs(float(totals[0]) - summed) / (abs(summed) or 1.0), ROUNDING)  # fmt: skip
     z, y = host(logits), host(setting.labels)
     ranks = [int(np.flatnonzero(np.argsort(-row, kind="stable") == label)[0])
              for row, label in zip(z, y, strict=True)]  # fmt: skip
@@ -61,23 +66,48 @@ def losses(setting: Setting) -> Iterator[Check]:
 
 def initial(setting: Setting) -> Iterator[Check]:
     """Check initial weights and biases: orthonormality, or the spread that the scheme asks for."""
-    init = setting.config.network.init
-    for n, block in enumerate(setting.network.blocks):
-        weight = host(setting.experiment.network.weights[n])
-        fan_in, fan_out = int(np.prod(weight.shape[:-1])), int(np.prod(weight.shape[:-2])) * weight.shape[-1]
-        matrix = weight.reshape(fan_in, -1)
-        if init == "orthogonal":
-            narrow = matrix if fan_in >= matrix.shape[1] else matrix.T
-            error, tolerance = apart(narrow.T @ narrow, np.eye(narrow.shape[1])), ROUNDING
-        else:
-            spread = (1 / (3 * fan_in)) ** 0.5 if init == "kaiming-uniform" else (2 / (fan_in + fan_out)) ** 0.5
-            error, tolerance = abs(float(np.sqrt(np.mean(weight**2))) / spread - 1), 5 / (2 * weight.size) ** 0.5
-        yield checked(f"{block.label}: initial weight, {init}", "network.init", initialise.initial_weight, error,
-                      tolerance)  # fmt: skip
-        bias = host(setting.experiment.network.biases[n])
-        bound = fan_in**-0.5 if init == "kaiming-uniform" else 0.0
-        yield checked(f"{block.label}: largest initial bias", "network.init", initialise.initial_bias,
-                      float(np.abs(bias).max()), bound)  # fmt: skip
+    init, own = setting.config.network.init, setting.experiment.network
+    for block, weight, bias in zip(setting.network.blocks, own.weights, own.biases, strict=True):
+        yield from _initial(f"{block.label}: ", "network.init", init, host(weight), host(bias))
+
+
+def _initial(label: str, source: str, init: str, weight: Floats, bias: Floats | None = None) -> Iterator[Check]:
+    """Check an initial weight of shape (in, out) or (k, k, C, O), and a bias that has its fan_in."""
+    fan_in, fan_out = int(np.prod(weight.shape[:-1])), int(np.prod(weight.shape[:-2])) * weight.shape[-1]
+    matrix = weight.reshape(fan_in, -1)
+    if init == "orthogonal":
+        narrow = matrix if fan_in >= matrix.shape[1] else matrix.T
+        error, tolerance = apart(narrow.T @ narrow, np.eye(narrow.shape[1])), ROUNDING
+    else:
+        spread = (1 / (3 * fan_in)) ** 0.5 if init == "kaiming-uniform" else (2 / (fan_in + fan_out)) ** 0.5
+        error, tolerance = abs(float(np.sqrt(np.mean(weight**2))) / spread - 1), 5 / (2 * weight.size) ** 0.5
+    yield checked(f"{label}initial weight, {init}", source, initialise.initial_weight, error, tolerance)
+    if bias is None:
+        return
+    bound = fan_in**-0.5 if init == "kaiming-uniform" else 0.0
+    yield checked(f"{label}largest initial bias", source, initialise.initial_bias, float(np.abs(bias).max()), bound)
+    if bound:
+        # Of n numbers from U(−b, b), the root of their mean square scatters by 0.45/√n of b/√3.
+        error = abs(float(np.sqrt(np.mean(bias**2))) / (bound / 3**0.5) - 1)
+        yield checked(f"{label}spread of the initial bias, less 1", source, initialise.initial_bias, error,
+                      5 * 0.45 / bias.size**0.5)  # fmt: skip
+
+
+def initial_feedback(setting: Setting) -> Iterator[Check]:
+    """Check initial feedback weights and biases as those of the network, or as copies of W with biases 0."""
+    init, state = getattr(setting.options, "feedback_init", None), setting.experiment.rule_state
+    if init is None:
+        return
+    for n, array in state.weights.items():
+        weight, bias = host(array), None if n not in state.biases else host(state.biases[n])
+        label = f"feedback of block {n}: "
+        if init == "symmetric":
+            error = worst(apart(weight, setting.network.weights[n]), 0.0 if bias is None else float(np.abs(bias).max()))
+            yield checked(f"{label}ω is W, its bias 0", "rule.feedback_init", setting.rule.init_state, error, 0.0)
+            continue
+        # A feedback module is the reversed block: a dense one's ω is drawn as (out, in), and a bias has its fan_in.
+        drawn = weight.T if bias is not None and weight.ndim == 2 else weight
+        yield from _initial(label, "rule.feedback_init", init, drawn, bias)
 
 
 def passes(setting: Setting) -> Iterator[Check]:
@@ -150,6 +180,27 @@ def copies(setting: Setting) -> Iterator[Check]:
     expected = [(times * weight, times * bias) for weight, bias in exact(small)]
     yield checked(f"updates of {times} copies of the batch", "sums over samples", bp.updates,
                   updates_apart(exact(large), expected), PASS)  # fmt: skip
+    if setting.rule is bp.RULE:
+        return
+    # A batch of this size may be cut, solved for or inverted in other ways.
+    own, larger = setting.propose(), setting.propose(setting.pass_over(images=images, labels=labels))
+    error = min(
+        updates_apart(larger, [(factor * weight, factor * bias) for weight, bias in own])
+        for factor in (1, times, 1 / times)
+    )
+    yield checked(f"the rule's updates of {times} copies of the batch", "sums or means over samples",
+                  setting.rule.updates or setting.rule.local_update, error, max(PASS, room(setting, own)))  # fmt: skip
+
+
+def room(setting: Setting, updates: Updates) -> float:
+    """Return what roundings may do to the updates of a rule that inverts: several times what those of images do.
+
+    Inverses magnify roundings, the more so after the nudges of GAIT-prop's literal form; 0 for other rules.
+    """
+    if not setting.rule.inverts:
+        return 0.0
+    images = setting.put(np.nextafter(host(setting.images), np.inf))
+    return ROUNDINGS * updates_apart(setting.propose(setting.pass_over(images=images)), updates)
 
 
 def threads(setting: Setting) -> Iterator[Check]:
@@ -164,4 +215,4 @@ def threads(setting: Setting) -> Iterator[Check]:
     yield checked("one thread and three", "same bits", bp.updates, error, 0.0)
 
 
-CHECKS = (losses, initial, passes, backpropagation, copies, threads)
+CHECKS = (losses, initial, initial_feedback, passes, backpropagation, copies, threads)

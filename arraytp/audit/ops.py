@@ -8,7 +8,7 @@ import numpy as np
 
 from arraytp.audit import reference
 from arraytp.audit.check import DIFFERENCES as FINITE
-from arraytp.audit.check import ROUNDING, Check, Floats, apart, checked, host, inner, worst
+from arraytp.audit.check import ROUNDING, SUBTRACTED, Check, Floats, apart, checked, host, inner, worst
 from arraytp.audit.differences import adjoint_error, gradient_errors
 from arraytp.audit.setting import Setting
 from arraytp.backend import Array, add_product, array_module
@@ -136,8 +136,10 @@ def activation(setting: Setting) -> Iterator[Check]:
                       apart(f.backward(u, s), host(u) * reference.slope(z, name)), ROUNDING)  # fmt: skip
         delta = host(setting.normal(z.shape, 8))
         values = reference.activation(z + delta, name) - reference.activation(z, name)
+        # The definition subtracts values that saturation makes nearly equal.
+        lost = SUBTRACTED * max(1.0, float(np.abs(z).max())) / max(float(np.abs(values).max()), 1e-300)
         yield checked(f"{name}: difference of two values", "f(z + δ) − f(z)", f.difference,
-                      apart(f.difference(setting.put(z), setting.put(delta)), values), ROUNDING)  # fmt: skip
+                      apart(f.difference(setting.put(z), setting.put(delta)), values), max(ROUNDING, lost))  # fmt: skip
         if f.inverse is not None:
             # Where f is almost flat, a digit lost in s is many lost in z.
             clear = reference.slope(z, name) > 1e-3

@@ -47,7 +47,7 @@ def steps(setting: Setting) -> Iterator[Check]:
             if t % options.orthogonality_every == 0 and p in regularised_weights:
                 strength = options.orthogonality * options.orthogonality_every
                 total = total + _regulariser(strength, expected[p])
-            lr = _expected_rate(setting.config.schedule, at_block(options.lr, p // 2), 0, t - 1)
+            lr = expected_rate(setting.config.schedule, at_block(options.lr, p // 2), 0, t - 1)
             lost = decay * expected[p] if p % 2 == 0 and p // 2 in experiment.rule_state.weights else 0.0
             expected[p] = reference.optimiser_step(options, lr, p // 2, t, expected[p], total, moments[p]) - lost
         step = experiment.forward(setting.images, setting.labels)
@@ -115,12 +115,12 @@ def schedule(setting: Setting) -> Iterator[Check]:
         rates = optim.learning_rates(options, config.optimizer.lr, epoch, step)
         for n in range(len(setting.network)):
             lr = at_block(config.optimizer.lr, n)
-            expected = _expected_rate(options, lr, epoch, step)
+            expected = expected_rate(options, lr, epoch, step)
             largest = worst(largest, abs(at_block(rates, n) - expected) / max(abs(expected), FLOOR * lr))
     yield checked(f"learning rates, {options.name}", f"schedule {options.name}", optim.learning_rate, largest, ROUNDING)
 
 
-def _expected_rate(options: optim.ScheduleOptions, lr: float, epoch: int, step: int) -> float:
+def expected_rate(options: optim.ScheduleOptions, lr: float, epoch: int, step: int) -> float:
     """Return the rate after so many epochs and steps of the run."""
     if isinstance(options, Cosine):
         lr = options.eta_min + (lr - options.eta_min) * math.cos(math.pi * epoch / (2 * options.t_max)) ** 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from arraytp.audit.check import KINKED, ROUNDING, Check, Floats, apart, checked, host, worst
+from arraytp.audit.check import KINKED, ROUNDING, SUBTRACTED, Check, Floats, apart, checked, host, worst
 from arraytp.audit.definitions import LOCAL_LOSSES, TARGETS
 from arraytp.audit.differences import gradient_errors
 from arraytp.audit.feedback import SUMS
@@ -19,8 +19,6 @@ from arraytp.training.compare import angle_degrees
 
 # What points downhill is less than this from BP's direction, in degrees.
 DOWNHILL = 90.0
-# What rounding leaves of a difference of numbers of size 1.
-SUBTRACTED = 1e-14
 
 
 def targets(setting: Setting) -> Iterator[Check]:
@@ -38,7 +36,7 @@ def targets(setting: Setting) -> Iterator[Check]:
         return
     for n, delta, expected in zip(reversed(range(last + 1)), deltas, define(setting), strict=True):
         error, tolerance = apart(delta.reshape(expected.shape), expected), SUMS
-        if n < last and expected.any():
+        if expected.any():
             # The definition subtracts numbers as large as s: of a small t − s it leaves few digits.
             s = np.abs(host(setting.batch.at(n).s_next)).max()
             tolerance = max(SUMS, SUBTRACTED * max(1.0, float(s)) / float(np.abs(expected).max()))

@@ -43,6 +43,8 @@ def command(
     plans = _plans(config, settings(overrides, backend), variant)
     records = {}
     for name, planned in plans.items():
+        for note in planned.notes:
+            click.echo(f"arraytp: note: {name}: {note}", err=True)
         started = time.monotonic()
         try:
             lines = _audited(name, planned)

@@ -210,7 +210,7 @@ def test_a_correct_rule_passes_and_all_of_it_is_checked(audited):
     assert failed(lines) == []
     families = [family for family, _ in lines]
     assert families.count("engines") == 4
-    assert families.count("feedback training") == 3 * 5
+    assert families.count("feedback training") == 3 * 6
     assert families.count("targets") >= 4
     assert {"theorems", "run", "optimiser", "batches"} <= set(families)
 

@@ -58,7 +58,10 @@ SYNTAX = {
         "bad.yml:2: %YAML 1.1: a config is YAML 1.2; leave this line out",
     ),
     "a later YAML": ("%YAML 1.3\n---\nseed: 1\n", "bad.yml:1: %YAML 1.3: a config is YAML 1.2"),
-    "a number of 5,000 digits": ("variants: 0x" + 5000 * "f" + "\n", "must be a map from variant names to overrides, got 0xfff"),
+    "a number of 5,000 digits": (
+        "variants: 0x" + 5000 * "f" + "\n",
+        "must be a map from variant names to overrides, got 0xfff",
+    ),
     "a long text many times": (
         "a: &x '" + 10**5 * "x" + "'\nb: [" + 50 * "*x, " + "]\n",
         "bad.yml:1: more than 4,194,304 characters, aliases written out",
