@@ -14,7 +14,7 @@ from arraytp.config.document import parse_text
 from arraytp.options import Conv, Dense, NetworkOptions, Staircase
 
 NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="/\\"), min_size=1).filter(
-    lambda name: not name.startswith(".")
+    lambda name: not name.startswith(".") and name.strip()
 )
 
 
