@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arraytp.training import study as study_module
+from arraytp.training.tables import CsvTable
 
 STUDY = """\
 data: {dataset: toy}
@@ -135,6 +136,29 @@ def test_a_resumed_study_does_the_missing_seeds_only_and_gets_the_same(arraytp, 
     assert arraytp("run", "study.yml", "--quiet", "--resume").status == 0
     assert (place / "seed-1" / "feedback.csv").read_text() == wanted
     assert (place / "seed-0" / "summary.json").stat().st_mtime_ns == kept
+
+
+def test_the_summary_of_a_seed_does_not_outlive_its_rows(arraytp, study, place, monkeypatch):
+    """A power failure may lose what was added to a file, and the seed would count as done without it."""
+    (place / "drift.yml").write_text(DRIFT)
+    commands = ("run", "study.yml", "--quiet", *ALONE), ("run", "drift.yml", "--quiet")
+    tables = [
+        study / "ldrl/seed-0/feedback.csv",
+        study / "ldrl/seed-1/angles.csv",
+        place / "results/drift/seed-0/drift.csv",
+    ]
+    assert [arraytp(*command).status for command in commands] == [0, 0]
+    whole = [table.read_text() for table in tables]
+    append = CsvTable.append
+
+    def lost(table, *values):
+        before = table.path.read_bytes()
+        append(table, *values)
+        table.path.write_bytes(before)
+
+    monkeypatch.setattr(CsvTable, "append", lost)
+    assert [arraytp(*command, "--fresh").status for command in commands] == [0, 0]
+    assert [table.read_text() for table in tables] == whole
 
 
 def test_a_study_is_not_continued_on_other_data(arraytp, refused, place, study, pack):
