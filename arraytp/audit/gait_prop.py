@@ -43,23 +43,29 @@ def nudges(setting: Setting) -> Iterator[Check]:
 
 
 def forms(setting: Setting) -> Iterator[Check]:
-    """Check the difference form against its definition and the literal form against the difference form."""
+    """Check updates of both forms, and targets and m of the difference form, against their definition.
+
+    With the config's own γ and rescaling; the literal form at an η at which its nudges cross no kink.
+    """
     if setting.rule.updates is not gait_prop.updates:
         return
-    options, own = (replace(setting.options, form="difference", rescale_updates=rescaled)
-                    for rescaled in (True, setting.options.rescale_updates))  # fmt: skip
+    options = replace(setting.options, form="difference")
     for when, network in (("far off", drifted(setting, FAR)), ("drifted", drifted(setting))):
         batch = setting.pass_over(network)
         difference = setting.propose(batch, options)
-        expected = [update for _, _, update in _by_definition(options, hosted(network), batch)]
-        for block, actual, of_block in zip(network.blocks, difference, expected, strict=True):
+        targets = [(target.delta.copy(), target.m) for target in gait_prop.targets(options, State(), batch)][::-1]
+        defined = _by_definition(options, hosted(network), batch)
+        lines = zip(network.blocks, difference, targets, defined, strict=True)
+        for block, actual, (delta, m), (expected_delta, expected_m, of_block) in lines:
             yield checked(f"{block.label}: difference form by definition, W {when}", "e = (D e) W⁻¹", gait_prop.updates,
                           updates_apart([actual], [of_block]), INVERSE * 10)  # fmt: skip
+            error = worst(apart(delta.reshape(expected_delta.shape), expected_delta), apart(m, expected_m))
+            yield checked(f"{block.label}: t − a and m by definition, W {when}", "m ← m/γ", gait_prop.targets, error,
+                          INVERSE * 10)  # fmt: skip
     plain = replace(batch, engine=Plain(batch.engine.backend))
     error = updates_apart(setting.propose(plain, options), difference)
     yield checked("all blocks: difference form, fast engine against plain", "the same", gait_prop.difference, error,
                   INVERSE * 10)  # fmt: skip
-    yield from _own_scale(setting, own, batch)
     if setting.options.inverse == "pseudo":
         return
     eta, literal_options = _without_crossings(setting, batch)
@@ -80,22 +86,6 @@ def _without_crossings(setting: Setting, batch: Batch) -> tuple[float, gait_prop
         if not sum(gait_prop.crossings(options, at, target) for at, target in targets if at.n > 0):
             break
     return eta, options
-
-
-def _own_scale(setting: Setting, options: gait_prop.Options, batch: Batch) -> Iterator[Check]:
-    """Check updates and targets of the difference form with the config's own γ, and with or without its rescaling."""
-    defined = _by_definition(options, hosted(batch.network), batch)
-    updates = setting.propose(batch, options)
-    targets = [
-        (host(target.delta).copy(), host(target.m).copy()) for target in gait_prop.targets(options, State(), batch)
-    ]
-    lines = zip(batch.network.blocks, updates, targets[::-1], defined, strict=True)
-    how = "rescaled" if options.rescale_updates else "not rescaled"
-    for block, update, (delta, m), (expected_delta, expected_m, expected) in lines:
-        error = updates_apart([update], [expected])
-        yield checked(f"{block.label}: update, {how}", "2 m D (a − t) outer a", gait_prop.updates, error, INVERSE * 10)
-        error = worst(apart(delta.reshape(expected_delta.shape), expected_delta), apart(m, expected_m))
-        yield checked(f"{block.label}: t − a and m, {how}", "m ← m/γ", gait_prop.targets, error, INVERSE * 10)
 
 
 def _by_definition(

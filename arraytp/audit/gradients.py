@@ -189,10 +189,10 @@ def copies(setting: Setting) -> Iterator[Check]:
         for factor in (1, times, 1 / times)
     )
     yield checked(f"the rule's updates of {times} copies of the batch", "sums or means over samples",
-                  setting.rule.updates or setting.rule.local_update, error, max(PASS, room(setting, own)))  # fmt: skip
+                  setting.rule.updates or setting.rule.local_update, error, max(PASS, _room(setting, own)))  # fmt: skip
 
 
-def room(setting: Setting, updates: Updates) -> float:
+def _room(setting: Setting, updates: Updates) -> float:
     """Return what roundings may do to the updates of a rule that inverts: several times what those of images do.
 
     Inverses magnify roundings, the more so after the nudges of GAIT-prop's literal form; 0 for other rules.

@@ -124,8 +124,10 @@ def angles(setting: Setting) -> Iterator[Check]:
     step = run.forward(setting.raw, setting.labels)
     run.train_feedback(step)
     updates = run.updates(step)
+    own = copied(updates)
     found = run.compare(step, updates)
-    own = setting.propose(step.batch, compared, run.rule_state) if compared != setting.options else copied(updates)
+    if compared != setting.options:
+        own = setting.propose(step.batch, compared, run.rule_state)
     references = {"angle_deg": exact(step.batch)}
     if "gnt" in config.against:
         references["gnt_angle_deg"] = copied(gnt.RULE.propose(gnt.Options(damping=config.damping), State(), step.batch))

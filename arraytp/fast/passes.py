@@ -22,7 +22,7 @@ import numpy as np
 
 from arraytp.backend import Array, array_module
 from arraytp.fast.parallel import LANES, Buffers, Task, Workspace, even_slices, slices, tiles
-from arraytp.fast.products import Patches, matmul, pass_slices, rows_times, split_products, summed_in_pairs
+from arraytp.fast.products import Patches, border, matmul, pass_slices, rows_times, split_products, summed_in_pairs
 from arraytp.model.blocks import Block, Network
 from arraytp.model.passes import At, ForwardPass, Gradients
 from arraytp.ops.conv import as_matrix
@@ -275,11 +275,8 @@ def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
 def pool(z: Array, window: Window, out: Array, index: Array, scratch: Buffers) -> None:
     """Write the maxima of z, of shape (samples, H, W, C), and their places to `out` and `index`."""
     own = scratch.of(OWNER)
-    bordered = None
-    if window.bordered != z.shape[1:3]:
-        bordered = own.filled(("border", window), (len(z), *window.bordered, z.shape[-1]), z.dtype, -np.inf)
     elements = own.array("elements", (window.kernel**2, *out.shape), z.dtype)
-    max_pool_forward(z, window, out, index, bordered, elements)
+    max_pool_forward(z, window, out, index, border(own, z, window, -np.inf), elements)
 
 
 def pool_adjoint(block: Block, ds: Array, index: Array | None, scratch: Buffers) -> Array:

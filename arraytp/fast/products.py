@@ -34,6 +34,13 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
 
 
+def border(own: Buffers, x: Array, window: Window, value: float) -> Array | None:
+    """Return room for x, of shape (samples, H, W, C), within a border of `value`; None where the window has none."""
+    if window.bordered == x.shape[1:3]:
+        return None
+    return own.filled(("border", window), (len(x), *window.bordered, x.shape[-1]), x.dtype, value)
+
+
 class Patches:
     """The products by whole patches, or by a dense block's rows.
 
@@ -72,10 +79,7 @@ class Patches:
             out[...] = flat
             return out
         out = own.array("rows", (len(x) * self.sample_rows, self.row_width), x.dtype) if out is None else out
-        bordered = None
-        if window.bordered != x.shape[1:3]:
-            bordered = own.filled(("border", window), (len(x), *window.bordered, x.shape[-1]), x.dtype, 0.0)
-        return im2col(x, window, out, bordered)
+        return im2col(x, window, out, border(own, x, window, 0.0))
 
     def stack(self, d: Array, scratch: Buffers) -> Array:
         """Return V of d, of shape (samples, *pre_shape): d as (samples · P · Q, O)."""

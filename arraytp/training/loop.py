@@ -136,9 +136,10 @@ class Run:
             )
         between = self.position.batch == 0 and (self.position.feedback_epochs or self.position.feedback_batch)
         if between and (self.position.epoch >= train.epochs or self.position.step == train.steps):
+            ends = "epochs" if self.position.epoch >= train.epochs else "steps"
             raise UserError(
-                f"{path}: has trained feedback for epoch {self.position.epoch + 1} already, which train.epochs "
-                f"{train.epochs} and train.steps {train.steps} leave out; set more of them, or start over with --fresh"
+                f"{path}: has trained feedback for epoch {self.position.epoch + 1} already, but train.{ends} is "
+                f"{getattr(train, ends)}; set more {ends}, or start over with --fresh"
             )
         self._restart(rows)
 

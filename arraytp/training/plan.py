@@ -141,15 +141,15 @@ def _schedule_notes(config: Config, per_epoch: int) -> list[str]:
     # Studies of feedback do not train.
     if epochs and schedule.warmup_steps > steps:
         notes.append(
-            f"schedule.warmup_steps: {schedule.warmup_steps}, but {epochs} epochs have {steps} steps, so that the rate "
-            "never reaches optimizer.lr"
+            f"schedule.warmup_steps: {schedule.warmup_steps}, but train.epochs {epochs} is {steps} steps, so that the "
+            "rate never reaches optimizer.lr"
         )
     if epochs and isinstance(schedule, Staircase) and max(schedule.epochs) >= epochs:
-        notes.append(f"schedule.epochs: {max(schedule.epochs)} is not reached in {epochs} epochs (train.epochs)")
+        notes.append(f"schedule.epochs: {max(schedule.epochs)} is not reached with train.epochs {epochs}")
     if epochs and optimizer.orthogonality and optimizer.orthogonality_every > steps:
         notes.append(
-            f"optimizer.orthogonality_every: {optimizer.orthogonality_every}, but {epochs} epochs have {steps} steps, "
-            "so that the regulariser never acts"
+            f"optimizer.orthogonality_every: {optimizer.orthogonality_every}, but train.epochs {epochs} is {steps} "
+            "steps, so that the regulariser never acts"
         )
     return notes
 

@@ -96,9 +96,9 @@ def test_what_begins_after_the_end_is_told():
         train={"epochs": 2, "batch_size": 32},
     )
     assert plan(late).notes == (
-        "schedule.warmup_steps: 627, but 2 epochs have 626 steps, so that the rate never reaches optimizer.lr",
-        "schedule.epochs: 2 is not reached in 2 epochs (train.epochs)",
-        "optimizer.orthogonality_every: 627, but 2 epochs have 626 steps, so that the regulariser never acts",
+        "schedule.warmup_steps: 627, but train.epochs 2 is 626 steps, so that the rate never reaches optimizer.lr",
+        "schedule.epochs: 2 is not reached with train.epochs 2",
+        "optimizer.orthogonality_every: 627, but train.epochs 2 is 626 steps, so that the regulariser never acts",
     )
     in_time = small(
         schedule={"name": "step", "epochs": [1], "warmup_steps": 626},
