@@ -327,11 +327,11 @@ MUTATIONS = [
         ("weight[::-1].transpose(1, 2, 0, 3)", "weight.transpose(1, 2, 0, 3)"),
         ("out.reshape(len(rows), -1))\n        out += base", "out.reshape(len(rows), -1))"),
         ("        out[...] = base\n", "        out[...] = 0\n"),
-        ("x.dtype, 0.0)\n        return im2col", "x.dtype, 1.0)\n        return im2col"),
+        ("border(own, x, window, 0.0)", "border(own, x, window, 1.0)"),
         ("x.dtype, 0.0)\n        return row_patches", "x.dtype, 1.0)\n        return row_patches"),
         ("d.dtype, 0.0)\n        return stack_rows", "d.dtype, 1.0)\n        return stack_rows"),
     ),
-    *_in("fast/passes.py", "fast/test_passes.py", ("z.dtype, -np.inf)", "z.dtype, 0.0)")),
+    *_in("fast/passes.py", "fast/test_passes.py", ("border(own, z, window, -np.inf)", "border(own, z, window, 0.0)")),
     *_in(
         "fast/modules.py",
         "fast/test_feedback_training.py",
