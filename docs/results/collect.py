@@ -1,10 +1,11 @@
-"""Make results.json and the table of index.md, and keep the runs behind them small in the repository.
+"""Make results.json and the table of index.md, and store the runs behind them compactly in the repository.
 
     python docs/results/collect.py                         # from the root: make both files
     python docs/results/collect.py keep NAME FOLDER…       # keep result folders as runs/NAME/seed-<n>.zip
 
-published.csv has a row for each published number. Our number is in the row or, where `runs` names a metric of kept
-runs, as in `mnist-bp:test_top1`, the mean over them of the last epoch. Then verdict and hours are computed, too.
+published.csv has a row for each published number. Our number is in the row or, if `runs` names a metric of kept runs,
+as in `mnist-bp:test_top1`, it is the mean of that metric over the runs' last epochs; verdict and hours are then
+computed too.
 """
 
 import csv
@@ -20,9 +21,9 @@ from ruamel.yaml import YAML
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
-# What is kept of a result folder; BP has no angles and no feedback, an unfinished run no summary.
-# after.csv is of runs without train.score_train where the loss and accuracy of all training images after some epochs
-# were measured beside the run.
+# The files kept of a result folder, if they exist: BP has no angles and no feedback, an unfinished run no summary.
+# after.csv belongs to runs without train.score_train whose loss and accuracy on all training images were measured
+# outside the run, after some of its epochs.
 FILES = ("config.yml", "metrics.csv", "after.csv", "angles.csv", "feedback.csv", "summary.json")
 
 
@@ -46,7 +47,7 @@ class Kept:
 
 
 def keep(name: str, folders: list[Path]) -> None:
-    """Write what is kept of result folders, the same bytes each time."""
+    """Archive the kept files of result folders, with the same bytes each time."""
     for folder in folders:
         config = YAML(typ="safe").load(folder / "config.yml")
         place = HERE / "runs" / name / f"seed-{config['seed']}.zip"
@@ -55,7 +56,7 @@ def keep(name: str, folders: list[Path]) -> None:
             for file in FILES:
                 if (folder / file).is_file():
                     text = (folder / file).read_text(encoding="utf-8")
-                    # Where the data set lay is no part of the result.
+                    # The location of the data set is not part of the result.
                     text = text.replace(config["data"]["dataset"], f"data/{Path(config['data']['dataset']).name}")
                     archive.writestr(zipfile.ZipInfo(file), text, zipfile.ZIP_DEFLATED)
 
@@ -72,7 +73,7 @@ def kept(name: str) -> list[Kept]:
 
 
 def verdict(published: float, deviation: float, ours: float, seeds: int = 1) -> str:
-    """Say whether ours is within two standard deviations or, of one seed or without any deviation, within one point."""
+    """Say whether ours is within two standard deviations, or within one point if there is one seed or no deviation."""
     tolerance = 2 * deviation if seeds > 1 and deviation else max(2 * deviation, 1.0)
     return "reproduced" if abs(ours - published) <= tolerance else "not reproduced"
 
@@ -83,7 +84,7 @@ def epochs_of(command: str) -> int:
 
 
 def computed(row: dict[str, str]) -> dict[str, str]:
-    """Return a row of published.csv with our numbers, those of its kept runs if it names any."""
+    """Return a row of published.csv with our numbers, computed from its kept runs if it names any."""
     if not row["runs"]:
         return row
     name, _, metric = row["runs"].partition(":")
@@ -130,7 +131,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def made() -> dict[Path, str]:
-    """Return both files' new content."""
+    """Return the new content of both files."""
     rows = read()
     entries = [{key: number(text) for key, text in row.items()} for row in rows]
     index = HERE / "index.md"

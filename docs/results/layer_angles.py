@@ -1,8 +1,8 @@
-"""Draw angles to BP's updates over the epochs as the DTP paper's Figure 4 does: a panel for each layer, a line a run.
+"""Draw angles to BP's updates over the epochs like the DTP paper's Figure 4: one panel per layer, one line per run.
 
     python docs/results/layer_angles.py OUT.png results/cifar10-ldrl results/cifar10-s-ddtp results/cifar10-p-ddtp
 
-Figures 3 to 5 of the GP paper are what `arraytp report` draws as comparison.png.
+The comparison.png that `arraytp report` draws corresponds to Figures 3 to 5 of the GP paper.
 """
 
 import sys
@@ -19,7 +19,7 @@ from arraytp.report.style import RC, looks
 
 
 def drawn(folders: list[Path]) -> Figure:
-    """Draw the runs in these folders; steps are turned into epochs, since batches differ in size."""
+    """Draw the runs in these folders; steps are converted to epochs, because the runs' batch sizes differ."""
     results = read_results(folders)
     blocks, given = common_blocks(results), looks(results)
     with matplotlib.rc_context(RC):
