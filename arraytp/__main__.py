@@ -1,4 +1,4 @@
-"""The program `arraytp`, also as `python -m arraytp`."""
+"""Entry point of `arraytp` and of `python -m arraytp`."""
 
 import importlib
 import signal
@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> int:
-    """Run the command line and return the exit status; Ctrl-C while the rest is loading ends the process silently."""
+    """Run the command line and return the exit status; Ctrl-C during imports ends the process silently."""
     answered = signal.getsignal(signal.SIGINT)
-    # Not where it is ignored, as for a process that a shell has put into the background.
+    # An ignored SIGINT, as in a process that a shell has put into the background, stays ignored.
     loading = answered if answered is signal.SIG_IGN else signal.SIG_DFL
     signal.signal(signal.SIGINT, loading)
     cli = importlib.import_module("arraytp.cli")

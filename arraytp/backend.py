@@ -1,4 +1,4 @@
-"""Which array module computes: NumPy or CuPy. Nothing else in the package knows CuPy's name."""
+"""The array module that computes, NumPy or CuPy. No other module imports CuPy by name."""
 
 import ctypes
 import importlib
@@ -21,16 +21,16 @@ from arraytp.errors import UserError
 Array: TypeAlias = Any
 """An array of the computing backend: `numpy.ndarray` or `cupy.ndarray`."""
 
-# Bytes. With less free, libraries of CUDA may find no room to begin.
+# Bytes. With less memory free, CUDA libraries may fail to initialise.
 LEAST_ROOM = 256 * 2**20
-# As much as NVIDIA advises for its largest devices.
+# Bytes, as NVIDIA recommends for its largest devices.
 CUBLAS_WORKSPACE = 32 << 20
-# cuBLAS' numbers for its modes.
+# Values of cuBLAS' cublasMath_t.
 DEFAULT_MATH, TF32_MATH = 0, 3
 
 
 def array_module(*arrays: Array) -> Any:
-    """Return the module (NumPy, CuPy) that all of the arrays belong to; TypeError if they are on different devices."""
+    """Return the module (NumPy or CuPy) that all arrays belong to; TypeError if they belong to different ones."""
     names = {type(array).__module__.partition(".")[0] for array in arrays}
     if len(names) != 1:
         raise TypeError(
@@ -40,17 +40,17 @@ def array_module(*arrays: Array) -> Any:
 
 
 def _device_linalg(array: Array) -> Any:
-    """Return the module with `lu_factor` and `solve_triangular` for an array of a device."""
+    """Return the module with `lu_factor` and `solve_triangular` for a device array."""
     return importlib.import_module(array_module(array).__name__ + "x.scipy.linalg")
 
 
 def factorise(routine: Literal["potrf", "getrf"], matrix: Array) -> Array | None:
-    """Factorise a C-contiguous matrix of a device in place by LAPACK's routine, to which it is the transpose.
+    """Factorise a C-contiguous device matrix in place by a LAPACK routine, which sees its transpose.
 
     Returns
     -------
     array of int32, or None
-        The pivots of getrf, counted from 0. Nothing is read back: that a matrix is singular shows in its factors.
+        The pivots of getrf, counted from 0. LAPACK's info is not read back: a singular matrix shows in its factors.
     """
     xp, order = array_module(matrix), len(matrix)
     if xp.__name__ != "cupy":
@@ -64,7 +64,7 @@ def factorise(routine: Literal["potrf", "getrf"], matrix: Array) -> Array | None
         return pivots
     solver, handle = importlib.import_module("cupy_backends.cuda.libs.cusolver"), xp.cuda.device.get_cusolver_handle()
     name = f"{'s' if matrix.dtype.itemsize == 4 else 'd'}{routine}"
-    # potrf's triangle is the lower one, cuBLAS' 0.
+    # potrf factorises the lower triangle, CUBLAS_FILL_MODE_LOWER = 0.
     sizes = (0, order) if routine == "potrf" else (order, order)
     length = getattr(solver, f"{name}_bufferSize")(handle, *sizes, matrix.data.ptr, order)
     room, info = xp.empty(length, matrix.dtype), xp.empty(1, np.int32)
@@ -79,20 +79,20 @@ def factorise(routine: Literal["potrf", "getrf"], matrix: Array) -> Array | None
 def divide_rows(
     rows: Array, triangle: Array, lower: bool = False, transposed: bool = False, unit: bool = False
 ) -> Array:
-    """Replace rows by rows T⁻¹ or rows T⁻ᵀ, for a triangle T of a device's matrix: one launch of cuBLAS.
+    """Replace rows by rows T⁻¹ (or rows T⁻ᵀ, if `transposed`), T a triangle of a device matrix, in one cuBLAS call.
 
     Parameters
     ----------
     rows : array of shape (R, n), C-contiguous
-    triangle : array of shape (n, n), C-contiguous or transposed so
-        Of which the lower or the upper triangle is read; with `unit` as if its diagonal were 1.
+    triangle : array of shape (n, n), C-contiguous or the transpose of a C-contiguous array
+        Only its lower or upper triangle is read; with `unit`, its diagonal is taken to be 1.
     """
     xp, number = array_module(rows, triangle), ctypes.c_float if rows.dtype.itemsize == 4 else ctypes.c_double
     if xp.__name__ != "cupy":
         solve = _device_linalg(rows).solve_triangular
         rows[...] = solve(triangle, rows.T, trans=int(not transposed), lower=lower, unit_diagonal=unit).T
         return rows
-    # To cuBLAS rows are the columns of rowsᵀ, and a C-contiguous triangle is its transpose.
+    # cuBLAS is column-major: it sees rowsᵀ, and the transpose of a C-contiguous triangle.
     if triangle.flags.c_contiguous:
         lower, transposed = not lower, not transposed
     count, order = rows.shape
@@ -110,14 +110,14 @@ def matrix_product(a: Array, b: Array) -> Array:
 
 
 def add_product(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
-    """Write α a b + β out of matrices of a device to `out`, whose rows lie in one piece: one launch of cuBLAS."""
+    """Write α a b + β out to the device matrix `out`, each of whose rows is contiguous, in one cuBLAS call."""
     xp = array_module(a, b, out)
     if xp.__name__ != "cupy":
         number = out.dtype.type
         out[...] = number(alpha) * (a @ b) + (number(beta) * out if beta else number(0))
         return out
     assert a.dtype == b.dtype == out.dtype
-    # cuBLAS is column-major, in which a C-contiguous matrix is its own transpose: outᵀ = bᵀ aᵀ.
+    # cuBLAS is column-major and sees the transpose of a C-contiguous matrix, so it computes outᵀ = bᵀ aᵀ.
     (a, a_op, a_step), (b, b_op, b_step), (_, out_op, out_step) = (_column_major(matrix) for matrix in (a, b, out))
     assert not out_op
     number, pointers = (
@@ -133,14 +133,14 @@ def add_product(a: Array, b: Array, out: Array, alpha: float = 1.0, beta: float 
 
 
 def batched_product(a: Array, b: Array) -> Array:
-    """Return the matrix product a b of every sample, for arrays of shape (B, m, k) and (B, k, n), strided at will."""
+    """Return a b for every sample, of shapes (B, m, k) and (B, k, n), each with one of its last two axes contiguous."""
     xp = array_module(a, b)
     if xp.__name__ != "cupy":
         return a @ b
     (count, rows, inner), columns = a.shape, b.shape[2]
     out = xp.empty((count, rows, columns), a.dtype)
     (a_first, a_op, a_step), (b_first, b_op, b_step) = _column_major(a[0]), _column_major(b[0])
-    # Else only the first would have been copied.
+    # A copy made by `_column_major` would hold the first sample only.
     assert (a_first.data.ptr, b_first.data.ptr) == (a.data.ptr, b.data.ptr)
     number, size = ctypes.c_float if a.dtype.itemsize == 4 else ctypes.c_double, a.dtype.itemsize
     jumps = [ctypes.c_longlong(array.strides[0] // size) for array in (a, b, out)]
@@ -153,16 +153,16 @@ def batched_product(a: Array, b: Array) -> Array:
 
 
 def batched_solve(matrices: Array, y: Array) -> Array:
-    """Return x with A x = y of every sample, for arrays of shape (B, n, n) and (B, n); by LU factors."""
+    """Return the solution x of A x = y for every sample, by LU factors; shapes (B, n, n) and (B, n)."""
     xp = array_module(matrices, y)
     if xp.__name__ != "cupy":
         return xp.linalg.solve(matrices, y[:, :, None])[:, :, 0]
     (count, order), integer = y.shape, np.dtype(np.int32)
-    # To cuBLAS a matrix is the transpose.
+    # Transposed, since cuBLAS is column-major.
     factors, x = matrices.transpose(0, 2, 1).copy(), y.copy()
     pivots, info, of_solving = xp.empty((count, order), integer), xp.empty(count, integer), ctypes.c_int()
     ranges = [(array.data.ptr, array.data.ptr + array.nbytes, array.strides[0]) for array in (factors, x)]
-    # Written on the device, so that a graph needs nothing of the host.
+    # Pointers are computed on the device, so that a captured graph copies nothing from the host.
     places = [xp.arange(*each, dtype=np.uintp) for each in ranges]
     of_factors, of_x = [ctypes.c_void_p(each.data.ptr) for each in places]
     held = ctypes.c_void_p(pivots.data.ptr)
@@ -172,11 +172,11 @@ def batched_solve(matrices: Array, y: Array) -> Array:
 
 
 def _call_cublas(routine: str, of: Array, *arguments: Any) -> None:
-    """Call a routine for arrays of a dtype on the current stream."""
+    """Call a cuBLAS routine on the current stream, in the precision of the array `of`."""
     xp = array_module(of)
     library, handle, workspace = _cublas(xp.cuda.runtime.getDevice())
     _check_cublas(library.cublasSetStream_v2(handle, ctypes.c_void_p(xp.cuda.get_current_stream().ptr)))
-    # Its own would be allocated anew for every capture.
+    # Otherwise cuBLAS would allocate a workspace for every capture.
     _check_cublas(
         library.cublasSetWorkspace_v2(handle, ctypes.c_void_p(workspace.data.ptr), ctypes.c_size_t(workspace.nbytes))
     )
@@ -185,7 +185,7 @@ def _call_cublas(routine: str, of: Array, *arguments: Any) -> None:
 
 
 def _column_major(matrix: Array) -> tuple[Array, int, int]:
-    """Return a matrix, whether cuBLAS is to take it for a C-contiguous one (0) or transpose it (1), and its step."""
+    """Return a matrix or its copy, cuBLAS' operation (0 for contiguous rows, 1 for columns), and leading dimension."""
     size = matrix.dtype.itemsize
     if matrix.flags.c_contiguous:
         return matrix, 0, matrix.shape[1]
@@ -198,7 +198,7 @@ def _column_major(matrix: Array) -> tuple[Array, int, int]:
 
 @cache
 def _cublas(device: int) -> tuple[Any, Any, Array]:
-    """Return cuBLAS, a handle of our own on a device, and its workspace: CuPy refuses its own during a capture."""
+    """Return cuBLAS, a handle on a device, and its workspace; CuPy's own handle cannot be used during a capture."""
     cupy = importlib.import_module("cupy")
     library = ctypes.CDLL(f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}")
     handle = ctypes.c_void_p()
@@ -212,17 +212,17 @@ def _graph_pools(xp: Any) -> defaultdict[str, Any]:
 
 
 def _pool_that_keeps(xp: Any) -> Any:
-    """Return a memory pool that gives nothing back to the device: graphs go on writing to what it has free."""
+    """Return a memory pool that returns nothing to the device: graphs go on writing to its free blocks."""
 
     def allocated(size: int) -> Any:
         try:
             return xp.cuda.MemoryPointer(xp.cuda.Memory(size), 0)
         except xp.cuda.runtime.CUDARuntimeError as error:
-            # By its own error, CuPy's pool would free all that it has free and try again.
+            # On CuPy's own error, the pool would return all free blocks to the device and try again.
             raise MemoryError(f"{size:,} bytes: {first_line(error)}") from error
 
     pool = xp.cuda.MemoryPool(allocated)
-    # It does the same at the limit that CUPY_GPU_MEMORY_LIMIT sets.
+    # The pool would do the same on reaching the limit set by CUPY_GPU_MEMORY_LIMIT.
     pool.set_limit(size=0)
     return pool
 
@@ -234,7 +234,7 @@ def _check_cublas(status: int) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """An array module, "numpy" or "cupy", its number, and the few things that differ between host and device."""
+    """An array module ("numpy" or "cupy"), its device's number, and what differs between host and device."""
 
     name: str
     xp: Any
@@ -242,23 +242,23 @@ class Backend:
 
     @property
     def on_host(self) -> bool:
-        """Whether the arrays are in the host's memory, where threads share the work in slices of the batch."""
+        """Whether arrays are in host memory, where threads share the work in slices of the batch."""
         return self.name == "numpy"
 
     def asarray(self, array: Array) -> Array:
-        """Move an array of the host to the device; no copy on the CPU."""
+        """Move a host array to the device; no copy on the CPU."""
         return self.xp.asarray(array)
 
     def to_host(self, array: Array) -> np.ndarray:
-        """Move an array of the device to the host; no copy on the CPU."""
+        """Move a device array to the host; no copy on the CPU."""
         return array if isinstance(array, np.ndarray) else np.asarray(self.xp.asnumpy(array))
 
     def numbers(self, arrays: Sequence[Array]) -> list[float]:
-        """Return arrays of shape () and one dtype as numbers; from a device in one copy."""
+        """Return arrays of shape () and one dtype as Python numbers, with a single copy from a device."""
         return self.reading(arrays)()
 
     def reading(self, arrays: Sequence[Array]) -> Callable[[], list[float]]:
-        """Begin to read `numbers`; what this returns waits for no more than them, whatever was launched since."""
+        """Start to copy `numbers`; the returned function waits for this copy only, not for what is launched later."""
         if not arrays:
             return list
         stacked = self.xp.stack(arrays)
@@ -275,45 +275,45 @@ class Backend:
         return numbers
 
     def use_device(self) -> None:
-        """Let the calling thread work on this device; every thread begins on the first."""
+        """Make this the calling thread's current device; every thread starts with device 0."""
         if not self.on_host:
             self.xp.cuda.Device(self.number).use()
 
     def use_tf32(self, on: bool) -> None:
-        """Let products in float32 round their factors to TF32's 11 bits, or take all 24, from now on."""
+        """Set whether float32 products round their factors to TF32's 11 significant bits or use all 24."""
         if self.name == "cupy":
             library, handle, _ = _cublas(self.number)
             _check_cublas(library.cublasSetMathMode(handle, TF32_MATH if on else DEFAULT_MATH))
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has finished all work on the current stream."""
         if not self.on_host:
             self.xp.cuda.get_current_stream().synchronize()
 
     def peak_memory(self) -> int:
-        """Return the largest memory used so far in bytes: of the process on the CPU, held by CuPy's pools on a GPU."""
+        """Return the peak memory in bytes: on the CPU the process's, on a GPU the total that CuPy's pools hold."""
         if self.on_host:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         pools = self.xp.get_default_memory_pool(), *_graph_pools(self.xp).values()
         return sum(int(pool.total_bytes()) for pool in pools)
 
     def graph_pool(self, part: str) -> Any:
-        """Return a device's memory pool for captures of a part.
+        """Return a device's memory pool for graph captures of a part of a step.
 
-        Every launch writes again to what was freed during the capture, where another part's results must not lie. What
-        the device's other pool has free makes room first.
+        Every launch of a graph writes to memory that was freed during its capture, so no other part's results may lie
+        there. The free blocks of the device's default pool are first returned to the device to make room.
         """
         self.xp.get_default_memory_pool().free_all_blocks()
         return _graph_pools(self.xp)[part]
 
     def memory_words(self, error: MemoryError, batch: int, key: str = "train.batch_size") -> str:
-        """Say that an array did not fit, and on a device into what, and which batch, set by `key`, may fit."""
+        """Return an out-of-memory message, on a device with its memory and a batch size, set by `key`, that may fit."""
         asked = re.search(r"allocating ([\d,]+) bytes", str(error))
         if self.on_host or asked is None:
             return f"not enough memory: {error}"
         size, held = int(asked[1].replace(",", "")), self.peak_memory()
         _, total = self.xp.cuda.runtime.memGetInfo()
-        # All but the weights grows with the batch, and the step may not have come to its largest array.
+        # All memory but the weights' grows with the batch, and the step may not have reached its largest array.
         fits = max(1, min(batch // 2, batch * total // (held + size)))
         return (
             f"not enough memory: {key} {batch} does not fit into the {total:,} bytes of {self.device()}: {size:,} "
@@ -333,47 +333,47 @@ class Backend:
 
 
 class Upload:
-    """A round-trip place for arrays that go from the host to a device while it computes.
+    """A staging buffer for arrays that are copied from the host to a device while it computes.
 
-    The host writes `host` after `await_room`, `send` copies it on a stream of its own, made by `copy_stream`,
-    `received` gives the device's copy to the current stream until `release`. None of these makes the host wait for the
-    device's computations.
+    The host writes to `host` after `await_room`; `send` copies it on a separate stream, made by `copy_stream`; the
+    current stream may use the device's copy from `received` to `release`. Only `await_room` makes the host wait, for
+    the last copy.
     """
 
     def __init__(self, backend: Backend, stream: Any, shape: tuple[int, ...], dtype: Any) -> None:
         pinned = importlib.import_module(backend.xp.__name__ + "x").empty_pinned
-        # Copies from pinned memory alone overlap with computation.
+        # Only copies from pinned memory overlap with computation.
         self.host: np.ndarray = pinned(shape, dtype)
         self._backend, self._xp, self._stream = backend, backend.xp, stream
         self._device = self._xp.empty(shape, dtype)
         self._copied: Any = None
-        # Before the first copy, whatever used the device's memory last must be done.
+        # The first copy must wait for whatever used this device memory last.
         self._free = self._xp.cuda.get_current_stream().record()
 
     def await_room(self) -> None:
-        """Wait until the last copy has read `host`, so that it can be written to."""
+        """Wait until the last copy has read `host`, so that `host` can be overwritten."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def send(self, count: int) -> None:
-        """Begin to copy the first rows of `host`, when the device has done with those before."""
+        """Start to copy the first `count` rows of `host` once the device no longer needs the previous ones."""
         self._backend.use_device()
         self._stream.wait_event(self._free)
         self._device[:count].set(self.host[:count], stream=self._stream)
         self._copied = self._stream.record()
 
     def received(self, count: int) -> Array:
-        """Return the first rows on the device; what the current stream does with them waits for the copy."""
+        """Return the first `count` rows on the device; the current stream waits for the copy."""
         self._xp.cuda.get_current_stream().wait_event(self._copied)
         return self._device[:count]
 
     def release(self) -> None:
-        """Let the next copy come once all has run that the current stream was asked for so far."""
+        """Let the next copy start once the current stream has finished its work so far."""
         self._free = self._xp.cuda.get_current_stream().record()
 
 
 def copy_stream(backend: Backend) -> Any:
-    """Return a stream of a device on which copies run beside computation."""
+    """Return a device stream for copies that overlap with computation."""
     return backend.xp.cuda.Stream(non_blocking=True)
 
 
@@ -381,10 +381,10 @@ NUMPY = Backend("numpy", np)
 
 
 def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
-    """Return the backend of a name, numpy or cupy; by default ranks take the devices in turn.
+    """Return the backend named numpy or cupy; by default, ranks are assigned to devices in turn.
 
-    UserError if there is no such device; if CuPy is not installed, or twice, or finds no CUDA device, driver or
-    libraries that it can compute with.
+    UserError if there is no such device, if CuPy is not installed or installed twice, or if it finds no CUDA device,
+    driver or libraries that it can compute with.
     """
     if name == "numpy":
         return NUMPY
@@ -415,7 +415,7 @@ def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
     backend = Backend("cupy", cupy, rank % devices if device is None else device)
     try:
         backend.use_device()
-        # CuPy loads the compiler and cuBLAS when they are first needed, and ours is the one that it has loaded.
+        # CuPy loads the compiler and cuBLAS on first use; `_cublas` then opens the library that CuPy has loaded.
         ones = cupy.ones((2, 2))
         float(add_product(ones @ ones, ones, cupy.ones((2, 2))).sum())
     except (ImportError, OSError, RuntimeError, MemoryError, cupy.cuda.compiler.CompileException) as error:
@@ -432,14 +432,14 @@ def get_backend(name: str, device: int | None = None, rank: int = 0) -> Backend:
 
 
 def _is_occupied(cupy: Any, error: RuntimeError) -> bool:
-    """Tell whether the reason of an error is that another process holds the device, or nearly all of its memory."""
+    """Tell whether an error arose because another process holds the device, or nearly all of its memory."""
     if any(word in str(error) for word in ("DevicesUnavailable", "MemoryAllocation")):
         return True
     try:
         free, _ = cupy.cuda.runtime.memGetInfo()
     except RuntimeError:
         return False
-    # cuBLAS without room for its handle says no more than that it is not initialised.
+    # Without memory for its handle, cuBLAS only says that it is not initialised.
     return bool(free < LEAST_ROOM)
 
 

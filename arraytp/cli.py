@@ -27,7 +27,7 @@ COMMANDS = {
     "report": ("arraytp.commands.report", "Compare result folders in tables and figures."),
     "data": ("arraytp.commands.data", "Fetch, pack, check and describe data sets."),
 }
-# Those that several processes share; each of the others would do the whole work, in the same files.
+# Commands that several processes share; with any other, each process would do all the work, in the same files.
 _ON_RANKS = ("run", "bench")
 _USER_STATUS = 2
 _FAILURE_STATUS = 1
@@ -35,7 +35,7 @@ _SIGNALLED = 128
 _SIGINT_STATUS = 130
 _SIGPIPE_STATUS = 141
 _SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-# What writing to a stream says when its disk, quota or device takes no more.
+# Errors of writing to a stream whose disk, quota or device takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -71,13 +71,13 @@ def arraytp() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, by default the process's own arguments; return the exit status.
 
-    It is 0 for done, 2 for the user's mistake, 128 + signal number when interrupted or when the reader of the output
-    has left (as if SIGPIPE had ended the process), 1 for anything else. An exception that nobody foresaw is raised,
-    which ends the process with a traceback and status 1.
+    The status is 0 on success, 2 for a mistake of the user, 128 + signal number after an interruption or when the
+    reader of the output has left (as if SIGPIPE had ended the process), and 1 for anything else. An unforeseen
+    exception is raised, which ends the process with a traceback and status 1.
     """
-    # Figures are files here: a notebook's setting names a backend that need not be installed.
+    # Figures are only written to files; a notebook's setting names a backend that need not be installed.
     os.environ["MPLBACKEND"] = "agg"
-    # A process that was started with a closed output has none; nor may a result's file take its number.
+    # Python has no stream if the process was started with it closed. A result file must not get its descriptor.
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A terminal that cannot show a character gets a question mark.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        # Of several processes the first has something to show.
+        # Of several processes, only the first prints.
         shown = sys.stdout if speaks() else io.StringIO()
         with redirect_stdout(shown), sent_again_when_swallowed(), ended_by_signals() as ended:
             try:
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, SystemExit) and not error.code:
             # Shell completion has answered.
             return 0
-        # The reader has left, for example `| head`; click makes a SystemExit of it.
+        # The reader of the output has left, as `| head` does; click raises SystemExit instead of BrokenPipeError.
         _drop_output()
         return _SIGPIPE_STATUS
     except OSError as error:
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Let go nowhere what Python flushes once more on exit."""
+    """Discard what Python flushes once more on exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -147,7 +147,7 @@ def _status_of(arguments: Sequence[str] | None) -> int:
         status = _complain(message, _USER_STATUS)
     except Interrupted as error:
         status = _SIGNALLED + error.signal_number
-        # After a hangup there may be nobody to tell.
+        # After a hangup, standard error may be gone.
         with suppress(OSError):
             _tell([str(error)], status)
     else:
@@ -156,7 +156,7 @@ def _status_of(arguments: Sequence[str] | None) -> int:
 
 
 def _system_message(error: OSError) -> str | None:
-    """Return what to say of an error of the system; None for one that nobody foresaw."""
+    """Return the message for an error of the operating system; None if the error is unforeseen."""
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     try:
@@ -177,7 +177,7 @@ def _complain(message: str | Sequence[str], status: int) -> int:
 
 
 def _tell(lines: Sequence[str], status: int) -> int:
-    """Print why the process ends, if it is this one of several to say so, and return the exit status."""
+    """Print why the process ends, on rank 0 or a rank that fails alone, which ends the others; return the status."""
     if speaks():
         click.echo("\n".join(lines), err=True)
     if failed_alone(met=status > _SIGNALLED):
@@ -188,9 +188,9 @@ def _tell(lines: Sequence[str], status: int) -> int:
 
 
 def _excerpt(path: Path, number: int, key: str) -> list[str]:
-    """Return a line of a config and a caret under the key that a message is about; nothing where it cannot be read."""
+    """Return a line of a config and a caret under the key that a message is about; nothing if it cannot be read."""
     try:
-        # A pipe would be waited for: it has been read.
+        # A pipe has been read already, and would block.
         if not path.is_file():
             return []
         line = path.read_text(encoding="utf-8").splitlines()[number - 1]

@@ -1,4 +1,4 @@
-"""Sums over ranks from device to device, by NCCL under CuPy; through the host where that cannot be."""
+"""Sums over ranks directly between devices, by NCCL under CuPy, or through the host where that is not possible."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from arraytp.ranks import Ranks
 
 
 class Nccl:
-    """Ranks, one per device, that sum arrays of their devices by NCCL, on the current stream; the rest by MPI."""
+    """Ranks, one per device, that sum device arrays by NCCL and do everything else by MPI."""
 
     sums_on_device = True
 
@@ -36,14 +36,14 @@ class Nccl:
             ranks.exchange, ranks.gather, ranks.broadcast, ranks.problems)  # fmt: skip
 
     def sum(self, buffer: Array, in_order: bool = False) -> None:
-        """See `Ranks.sum`: the host does not wait for an array of the device."""
+        """See `Ranks.sum`; the host does not wait for the sum of a device array."""
         if isinstance(buffer, np.ndarray):
             self._ranks.sum(buffer, in_order)
             return
         self._sum_on(self._backend.xp.cuda.get_current_stream(), buffer)
 
     def begin_sum(self, buffer: Array) -> Callable[[], None]:
-        """See `Ranks.begin_sum`: on a stream of its own, which only what waits lets the current one wait for."""
+        """See `Ranks.begin_sum`; sums on a separate stream; the returned function makes the current one wait."""
         current = self._backend.xp.cuda.get_current_stream()
         self._summing.wait_event(current.record())
         self._sum_on(self._summing, buffer)
@@ -57,9 +57,9 @@ class Nccl:
 
 @functools.cache
 def connected(ranks: Ranks, backend: Backend) -> tuple[Ranks, str]:
-    """Return the ranks with sums from device to device, or as they are and why that cannot be; all call this together.
+    """Return the ranks with sums between devices, or unchanged with a note why not; all ranks call this together.
 
-    UserError if NCCL is there, but cannot connect the ranks.
+    UserError if NCCL is installed but cannot connect the ranks.
     """
     if ranks.size == 1 or backend.on_host:
         return ranks, ""
@@ -77,9 +77,9 @@ def connected(ranks: Ranks, backend: Backend) -> tuple[Ranks, str]:
 
 
 def _nccl(backend: Backend) -> Any:
-    """Return CuPy's module of NCCL, None where the library cannot be loaded."""
+    """Return CuPy's NCCL module; None if the library cannot be loaded."""
     with warnings.catch_warnings():
-        # CuPy warns where the library is missing; `connected` says so once, for all ranks.
+        # CuPy warns if the library is missing; `connected` says so once, for all ranks.
         warnings.simplefilter("ignore")
         try:
             module = importlib.import_module(f"{backend.xp.__name__}.cuda.nccl")

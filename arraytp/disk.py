@@ -1,4 +1,4 @@
-"""What disks do to programs: others write there too, power goes, and the system refuses in words of its own."""
+"""File access in the face of concurrent writers, power failures and errors of the operating system."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from arraytp.errors import UnreadableError, UserError
 
-# Another process has the lock; emulations by record locks say EACCES.
+# Another process holds the lock; where record locks emulate flock, the error is EACCES.
 _HELD = (errno.EAGAIN, errno.EACCES)
 # Seconds to wait for the first byte from a pipe.
 _PATIENCE = 2.0
@@ -25,10 +25,10 @@ class HeldError(Exception):
 
 
 def open_locked(path: Path) -> tuple[BinaryIO, bool]:
-    """Open a file to read and write, made where missing, and keep out all others that open it so.
+    """Open a file for reading and writing, creating it if missing, and lock out all others that open it this way.
 
-    Returns the file, as it was and at its beginning, and whether it is locked: where the file system has no locks,
-    nobody is kept out. The lock ends with the file, however the process ends. HeldError if another process has it.
+    Returns the file, unchanged and at its beginning, and whether it is locked: on a file system without locks, nobody
+    is kept out. Closing the file releases the lock, however the process ends. HeldError if another process holds it.
     """
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
@@ -39,12 +39,12 @@ def open_locked(path: Path) -> tuple[BinaryIO, bool]:
         except BaseException:
             file.close()
             raise
-        # Whoever had the lock before has moved or removed the file: what is locked now is not what others open.
+        # The former holder of the lock has moved or removed the file: the one locked here is not what others open.
         file.close()
 
 
 def remove_locked(file: BinaryIO, path: Path) -> None:
-    """Remove a file that `open_locked` has opened, then let others open a new one."""
+    """Remove a file opened by `open_locked`, then close it, so that others can open a new one."""
     with file, suppress(OSError):
         path.unlink()
 
@@ -55,7 +55,7 @@ def _lock(file: BinaryIO) -> bool:
     except OSError as error:
         if error.errno in _HELD:
             raise HeldError from None
-        # ENOLCK, EIO, EOPNOTSUPP, ENOSYS, 524 …: network file systems have many words for having no locks.
+        # ENOLCK, EIO, EOPNOTSUPP, ENOSYS, 524 …: network file systems have many errors for having no locks.
         return False
     return True
 
@@ -68,7 +68,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk; some network file systems do so by themselves and know no such call."""
+    """Flush a folder's entries to disk; some network file systems do so by themselves and refuse the call."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,10 +80,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def system_words(error: BaseException) -> str:
-    """Return the system's words for an error that comes from the system, "" for one that comes from the content.
+    """Return the operating system's message for an error of its own; "" for an error in the file's content.
 
-    Too many open files, no rights, a server that is gone: nothing is wrong with the file then. HDF5 tells of the
-    system's errors in the middle of its own text.
+    After too many open files, missing permissions or a lost server, nothing need be wrong with the file. HDF5 reports
+    the system's errors in the middle of its own text.
     """
     if isinstance(error, MemoryError):
         return os.strerror(errno.ENOMEM)
@@ -96,9 +96,9 @@ def system_words(error: BaseException) -> str:
 
 @contextmanager
 def telling_damage(path: Path, unreadable: str, damaged: str) -> Iterator[None]:
-    """Raise UnreadableError for the system's errors, UserError for what else is wrong with an HDF5 file.
+    """Raise UnreadableError for the system's errors, and UserError for anything else wrong with an HDF5 file.
 
-    The texts have a place {} for the words of the error. Nothing is wrong with a file that the system does not give.
+    Both texts have a placeholder {} for the error's message. A file that the system cannot read need not be damaged.
     """
     try:
         yield
@@ -109,8 +109,8 @@ def telling_damage(path: Path, unreadable: str, damaged: str) -> Iterator[None]:
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """Read a file of at most so many bytes; UserError for a larger one, or a pipe to which nobody writes."""
-    # Otherwise the very opening of a pipe waits for its other end.
+    """Read a file of at most `most` bytes; UserError if it is larger, or a pipe without a writer."""
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode) and not select.select([file], [], [], _PATIENCE)[0]:
             raise UserError(f"{path}: is a pipe without a writer; give a file")
@@ -126,12 +126,12 @@ def refuse_special(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError:
-        # Whoever opens it says so.
+        # The error is reported when the file is opened.
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path}: is a pipe or device; give a file")
 
 
 def real(path: Path) -> Path:
-    """Return the absolute path without links; a link that leads to itself stays, and is told of when it is opened."""
+    """Return the absolute path with links resolved; a link to itself stays, and is reported when it is opened."""
     return Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""What can go wrong, as the command line reports it."""
+"""Exceptions that the command line reports."""
 
 import re
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ class UserErrors(UserError):
 
 
 class UnreadableError(UserError):
-    """The system does not let something be read, in its own words; nothing is known to be wrong with it."""
+    """The operating system cannot read something, which need not be damaged; the message quotes the system's."""
 
 
 class NonFiniteError(ArithmeticError):
-    """A number is not finite; the message names the step and the block. Exit status 1."""
+    """A computation has no finite result; the message names what failed. Exit status 1."""
 
 
 class RunError(Exception):
-    """A run of several ranks failed on one of them, not by the user's mistake; the message names run and rank.
+    """A run on several ranks failed on one of them, not by the user's mistake; the message names run and rank.
 
     Exit status 1.
     """
@@ -47,10 +47,10 @@ class IllConditionedError(NonFiniteError):
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or a similar signal arrived and the state was saved; the message says how to continue.
+    """SIGINT, SIGTERM or a similar signal ended the work; if state was saved, the message says how to continue.
 
-    No Exception, so that what expects anything of a damaged file does not take it for damage. The exit status is 128 +
-    `signal_number`.
+    Not an Exception, so that code that catches every error of a damaged file does not take it for damage. The exit
+    status is 128 + `signal_number`.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -59,14 +59,14 @@ class Interrupted(BaseException):
 
 
 def one_line(text: str) -> str:
-    """Return text as a line to show: what would break or colour it is escaped, the middle of long words is cut."""
+    """Return text as one printable line: non-printable characters are escaped, the middle of long words is cut."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     words = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _cut(word[0], _LONGEST_WORD), shown)
     return _cut(words, _LONGEST_LINE)
 
 
 def _cut(text: str, longest: int) -> str:
-    """Cut the middle out of a text that is too long, and say how much."""
+    """Cut the middle out of a text that is too long, and state how much is missing."""
     if len(text) <= longest:
         return text
     half = longest // 2 - 20

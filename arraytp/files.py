@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 from arraytp.disk import HeldError, flush_folder, open_locked, real
 from arraytp.errors import UserError
 
-# Seconds to wait for another process that writes the same file, and between two looks.
+# Seconds to wait for another process that writes the same file, and between two attempts.
 _PATIENCE, _PAUSE = 5.0, 0.02
 
 
 def json_safe(value: Any) -> Any:
-    """Return a tree of dicts and lists with NaN and infinities as null, which is what JSON can say."""
+    """Return a tree of dicts and lists with None for NaN and infinities, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: json_safe(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -27,7 +27,7 @@ def json_safe(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file as `replacing` does; NaN and infinities are null."""
+    """Write a JSON file as `replacing` does; NaN and infinities become null."""
     write_file(path, (json.dumps(json_safe(dict(content)), indent=2) + "\n").encode())
 
 
@@ -38,7 +38,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def check_output(option: str, path: Path, example: str, is_ours: Callable[[], bool], ours: str) -> None:
-    """Raise UserError unless an option's file can be written, and replaces, where it exists, one of ours only."""
+    """Raise UserError unless an option's file can be written and, if it exists, is one of ours."""
     if not real(path).parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -49,10 +49,10 @@ def check_output(option: str, path: Path, example: str, is_ours: Callable[[], bo
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write to; the one of that name is replaced only when the new one is complete and on the disk.
+    """Open a file for writing; it replaces the file at `path` only when it is complete and on the disk.
 
-    Of two processes that write the same file, the second waits; what is there is always one's or the other's, whole.
-    OSError if the disk is full, say, or another process does not come to an end; the former file is still there.
+    If two processes write the same file, the second waits; the file is always the complete output of one of them.
+    OSError if, for example, the disk is full or another process does not finish; the former file is then kept.
     """
     file, partial = _open_partial(path)
     with file:
@@ -63,14 +63,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:
-            # While the lock is held: afterwards the name may be another process's.
+            # Removed while the lock is held: afterwards the name may be another process's.
             partial.unlink(missing_ok=True)
             raise
     flush_folder(path.parent)
 
 
 def _open_partial(path: Path) -> tuple[BinaryIO, Path]:
-    """Open the file that is to replace another; its name is the same each time, so that one left behind is taken up."""
+    """Open the file that is to replace another; its name is fixed, so that one left behind is used again."""
     partial = path.with_name(path.name + ".partial")
     deadline = time.monotonic() + _PATIENCE
     while True:
@@ -83,7 +83,7 @@ def _open_partial(path: Path) -> tuple[BinaryIO, Path]:
             continue
         if locked:
             return file, partial
-        # Without locks, only a name of its own keeps a process's bytes apart from another's.
+        # Without locks, only a unique name keeps one process's bytes apart from another's.
         file.close()
         partial.unlink(missing_ok=True)
         own = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")

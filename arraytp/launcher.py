@@ -1,4 +1,4 @@
-"""The processes that a launcher (mpiexec, srun) has started. Without one nothing of MPI is imported."""
+"""The processes that a launcher (mpiexec, srun) has started. Without a launcher, MPI is not imported."""
 
 import fcntl
 import functools
@@ -18,7 +18,7 @@ from arraytp.errors import UserError
 from arraytp.mpi_ranks import PATIENCE, PAUSE, Mpi
 from arraytp.ranks import ALONE, Ranks
 
-# By launcher: the variables that hold the number of processes, and which one this is.
+# For each launcher: the variables that hold the number of processes and the number of this one.
 LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -31,7 +31,7 @@ LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 def launched() -> tuple[int, int]:
     """Return the number of processes that the launcher reports, and the number of this one; 1 and 0 without a launcher.
 
-    A batch script or shell of Slurm is no process of a step, although the number of the job's tasks is set there.
+    A Slurm batch script or shell is not a process of a job step, although the job's number of tasks is set there.
     """
     for size, rank in LAUNCHERS:
         if size == "SLURM_NTASKS" and "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
@@ -50,7 +50,7 @@ def local_rank() -> int:
 
 @functools.cache
 def world() -> Ranks:
-    """Return all processes that the launcher has started; imports MPI if they are several.
+    """Return all processes that the launcher has started; imports MPI if there are several.
 
     UserError if mpi4py is missing, or the processes do not see each other.
     """
@@ -60,7 +60,7 @@ def world() -> Ranks:
     (says, *_) = (name for name, _ in LAUNCHERS if os.environ.get(name) == str(size))
     try:
         with warnings.catch_warnings():
-            # Of a launcher of another MPI, in seven lines of each process.
+            # mpi4py warns of a launcher that belongs to another MPI, in seven lines per process.
             warnings.simplefilter("ignore", RuntimeWarning)
             mpi: Any = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
@@ -80,10 +80,10 @@ def world() -> Ranks:
 
 @functools.cache
 def failed_alone(met: bool = False) -> bool:
-    """Tell, to a process that ends by an error, whether others do not; all of them must be ended then.
+    """Tell whether this process ends by an error while others do not, which must then be ended.
 
-    Unless only a world that was `met` counts, the world is met for it: a rank with another option makes its mistake
-    before, and the others wait for it. Where MPI cannot start, that is taken for this host's fault alone.
+    With `met`, only a world that this process has already joined counts. Otherwise it joins now: a rank with a wrong
+    option fails before joining, and the others wait for it. If mpi4py cannot be imported, this host alone is blamed.
     """
     if met and not world.cache_info().currsize:
         return False
@@ -101,23 +101,24 @@ def speaks() -> bool:
 
 
 def end_all(status: int) -> None:
-    """End the other processes, which would wait for this one."""
+    """End all processes, since the others would wait for this one."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-        # A launcher that is told to end everything does not pass on what it has not read before.
+        # A launcher that is told to end everything drops the output that it has not read yet.
         _await_reader(stream)
     ranks = _known_world()
     if isinstance(ranks, Mpi):
         ranks.abort(status)
-    # A launcher ends those that wait for MPI to start only after a signal. If they fail, too, they are done by then.
+    # A launcher ends processes that wait for MPI to start only after one has died by a signal. Those that fail, too,
+    # are done after this pause.
     time.sleep(PATIENCE)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _await_reader(stream: TextIO) -> None:
-    """Wait, some seconds at most, until what this stream has written to a pipe is read."""
+    """Wait, for some seconds at most, until the pipe that this stream writes to has been read empty."""
     unread, deadline = array("i", [0]), time.monotonic() + PATIENCE
-    # A stream of tests or notebooks has no file.
+    # Streams in tests and notebooks have no file descriptor.
     with suppress(OSError):
         while stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode) and time.monotonic() < deadline:
             fcntl.ioctl(stream.fileno(), termios.FIONREAD, unread)
@@ -127,14 +128,14 @@ def _await_reader(stream: TextIO) -> None:
 
 
 def _known_world() -> Ranks:
-    """Return the world if this process has met it."""
+    """Return the world if this process has joined it, otherwise `ALONE`."""
     return world() if world.cache_info().currsize else ALONE
 
 
 def threads_of(ranks: Ranks) -> int | None:
-    """Return how many threads a rank should use: its share of the cores that it and others of its host may use.
+    """Return how many threads a rank should use: its share of the cores that it and other ranks on its host may use.
 
-    None for one process. Ranks of other runs take their share, too.
+    None if no other rank uses these cores. Ranks of other runs take their share, too.
     """
     everyone = _known_world()
     sharing = everyone.sharing if isinstance(everyone, Mpi) else ranks.size

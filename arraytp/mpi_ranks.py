@@ -1,4 +1,4 @@
-"""Ranks that speak by MPI, and the turns that groups of them take."""
+"""Ranks that communicate by MPI, and the turns that groups of them take."""
 
 import atexit
 import math
@@ -16,36 +16,37 @@ from arraytp.errors import FailedElsewhereError
 from arraytp.ranks import Ranks, pairwise
 
 if TYPE_CHECKING:
-    # The command line looks here before it needs NumPy.
+    # The command line imports this module before it needs NumPy.
     from arraytp.backend import Array
 
-# Seconds in which ranks that end by the same error come to know of each other, and between two looks.
+# Seconds within which ranks that end by the same error learn of each other, and between two polls.
 PATIENCE, PAUSE = 5.0, 0.02
-# Seconds in which a rank that hears of a failure ends what it waits for, if the one that failed has.
+# Seconds for which a rank that hears of a failure goes on waiting: the failed rank may have taken part before.
 _GRACE = 0.5
-# How much of what ranks do together is remembered; a rank that sends to all goes on before they receive, and one that
-# sums while it computes begins a sum for each part of a step. What is not remembered, a rank that has failed cannot
-# take part in, and the others would wait for it for ever: so it is many times a step of the deepest network.
+# How many of the last collective operations are remembered. Ranks may be ahead of others by several: a broadcast does
+# not wait for its receivers, and a rank that sums while it computes begins a sum for each part of a step. A rank that
+# has failed can take part only in remembered operations, and the others would wait for it for ever in any other, so
+# this is many times what a step of the deepest network needs.
 _REMEMBERED = 4096
 
 
 class Mpi:
-    """Ranks that speak by MPI: the module mpi4py.MPI and a communicator."""
+    """Ranks that communicate by MPI, given the module mpi4py.MPI and a communicator."""
 
     sums_on_device = False
 
     def __init__(self, mpi: Any, communicator: Any) -> None:
         self._mpi, self._communicator = mpi, communicator
-        # Errors are told on a way of their own, which no sum that others wait in can take up.
+        # Errors have a communicator of their own, so that no sum that others wait for can intercept them.
         self._errors = communicator.Dup()
-        # What was begun together, how much of it, the last of it, and what of it has not ended.
+        # Collective operations: how many have begun, the last of them, and those that have not completed.
         self._begun, self._last, self._open = 0, deque[Any](maxlen=_REMEMBERED), list[Any]()
         self._cried = array("b", [0])
         self._cry = self._errors.Irecv(self._cried)
         atexit.register(self._deafen)
         self.rank, self.size = communicator.rank, communicator.size
         cores = os.uname().nodename, sorted(os.sched_getaffinity(0))
-        # How many ranks have the same cores.
+        # How many ranks run on the same cores.
         self.sharing = self.gather(cores).count(cores)
 
     def sum(self, buffer: "Array", in_order: bool = False) -> None:
@@ -60,7 +61,7 @@ class Mpi:
         return partial(self._wait, self._begin("Iallreduce", self._mpi.IN_PLACE, buffer))
 
     def _sum_in_order(self, buffer: "Array") -> None:
-        """Give each rank its segment of all buffers, let it add them up, and gather the segments."""
+        """Give each rank its segment of all buffers, let it add these up, and gather the sums."""
         segments = buffer.copy().reshape(self.size, -1)
         self._wait(self._begin("Ialltoall", buffer, segments))
         self._wait(self._begin("Iallgather", pairwise(segments), buffer))
@@ -88,26 +89,26 @@ class Mpi:
         return pickle.loads(own)
 
     def _begin(self, operation: str, *buffers: Any) -> Any:
-        """Begin what ranks do together, without waiting for it."""
+        """Begin a collective operation without waiting for it."""
         views = (None if each is self._mpi.IN_PLACE else memoryview(each) for each in buffers)
         self._last.append((operation, [None if view is None else (view.format, view.nbytes) for view in views]))
         self._begun += 1
         for request, _ in self._open:
-            # MPI moves on with it only when called.
+            # MPI makes progress only when called.
             request.Test()
-        # mpi4py does not keep the buffers.
+        # mpi4py does not keep the buffers alive.
         self._open.append((getattr(self._communicator, operation)(*buffers), buffers))
         return self._open[-1]
 
     def _wait(self, begun: Any) -> None:
-        """Wait for what ranks do together; `FailedElsewhereError` if another one cries that it has failed."""
+        """Wait for a collective operation; `FailedElsewhereError` if another rank reports that it has failed."""
         heard = math.inf
         while not begun[0].Test():
             if self._cry.Test():
                 heard = min(heard, time.monotonic())
                 if time.monotonic() - heard > _GRACE:
                     raise FailedElsewhereError("another rank has failed")
-            # Where ranks share cores; MPI's own waiting does so, too.
+            # Ranks may share cores; MPI's own waiting yields, too.
             os.sched_yield()
         self._open = [each for each in self._open if each is not begun]
 
@@ -123,7 +124,7 @@ class Mpi:
             if everyone[rank][0] is not None:
                 self._cry.Wait()
                 self._cry = self._errors.Irecv(self._cried)
-        # MPI cannot take back what others have begun: take part in it with anything.
+        # MPI cannot cancel operations that others have begun, so take part in them with blank buffers.
         _, furthest, last = max(everyone, key=operator.itemgetter(1))
         for operation, buffers in last[len(last) - (furthest - self._begun) :]:
             blank = (array(each[0], bytes(each[1])) if each else self._mpi.IN_PLACE for each in buffers)
@@ -133,13 +134,13 @@ class Mpi:
         return [problem for problem, *_ in everyone]
 
     def _deafen(self) -> None:
-        """Let go of what was to be received, before MPI ends."""
+        """Cancel the pending receive before MPI is finalised."""
         if self._cry != self._mpi.REQUEST_NULL:
             self._cry.Cancel()
             self._cry.Wait()
 
     def all_end(self, patience: float = PATIENCE) -> bool:
-        """Tell whether all ranks call this within some seconds."""
+        """Tell whether all ranks call this within `patience` seconds."""
         request, deadline = self._errors.Ibarrier(), time.monotonic() + patience
         while not request.Test():
             if time.monotonic() > deadline:
@@ -148,7 +149,7 @@ class Mpi:
         return True
 
     def split(self, size: int) -> "Mpi":
-        """Return the group of so many ranks that this one belongs to."""
+        """Return the group of `size` ranks that this one belongs to."""
         return Mpi(self._mpi, self._communicator.Split(self.rank // size, self.rank))
 
     def turns(self, group: Ranks) -> "Turns":
@@ -163,8 +164,8 @@ class Mpi:
 class Turns:
     """Numbers from 0 on, each for the group of ranks that asks first: a counter in the first rank's memory.
 
-    A group that ends by a signal tells the others: every rank sends one word to the first rank of each other group. The
-    communicator is of all groups, `group` this rank's.
+    A group that ends by a signal tells the others: every rank sends one word, the signal's number or 0, to the first
+    rank of each other group. The communicator spans all groups; `group` is this rank's.
     """
 
     def __init__(self, mpi: Any, communicator: Any, group: Ranks) -> None:
@@ -189,22 +190,22 @@ class Turns:
             yield turn
 
     def heard(self) -> int:
-        """Return the number of the signal that ended another group, 0 while none did."""
+        """Return the number of the signal that ended another group, 0 if none has."""
         self._mpi.Request.Testsome(self._receiving)
         return max(self._heard, default=0)
 
     def end(self, number: int) -> None:
-        """Let nobody have a turn any more, because of a signal."""
+        """End all turns because of a signal, and tell the other groups."""
         self._add(1 << 32)
         self._tell(number)
 
     def close(self, stopped: Callable[[], int]) -> None:
-        """Wait for all groups; a signal, whose number `stopped` returns, ends them."""
+        """Wait for all groups, and end them if `stopped` returns the number of a signal."""
         closed = self._communicator.Ibarrier()
         while not closed.Test():
             if self._sending is None and (number := stopped()):
                 self.end(number)
-            # MPI's own waiting would take a core from those that still compute.
+            # MPI's own waiting would take a core from ranks that still compute.
             time.sleep(PAUSE)
         self._tell(0)
         self._mpi.Request.Waitall([*self._receiving, *(self._sending or [])])

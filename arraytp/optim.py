@@ -13,7 +13,7 @@ from arraytp.backend import Array, array_module
 from arraytp.fast.parallel import Workspace, slices
 from arraytp.ops import kernels
 
-# Measured: shorter stretches stay in a core's cache, but then threads wait for the interpreter between operations.
+# Measured: shorter stretches stay in a core's cache, but threads then wait for the GIL between operations.
 HOST_ELEMENTS = 1 << 19
 
 OptimizerOptions = options.SGD | options.Adam
@@ -38,14 +38,14 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Twins:
-    """Arrays that get the very step that the weights of their blocks get, after both have shrunk by 1 − λ.
+    """Arrays updated by the same step as the weights of their blocks, after both are multiplied by 1 − λ.
 
     Parameters
     ----------
     arrays : map of block to array of its weight's shape and dtype, C-contiguous
         Updated in place.
     decay : float
-        λ; it decays no weight without a twin, and no bias.
+        λ; it does not decay biases, or weights without a twin.
     """
 
     arrays: Mapping[int, Array]
@@ -71,13 +71,13 @@ def apply_updates(
 ) -> None:
     """Do one step of SGD or Adam on every parameter, in place.
 
-    Parameters come in pairs, weight and bias of one block after the other, for values that differ from block to block.
+    Parameters come in pairs, the weight and bias of each block in turn, so that settings may differ between blocks.
 
     Parameters
     ----------
     optimizer : SGD or Adam options
-        Weight decay is coupled L2, g ← g + wd·θ, biases too. The orthogonality regulariser is not added here:
-        `arraytp.fast.orthogonality`.
+        Weight decay is coupled L2, g ← g + wd·θ, also for biases. The orthogonality regulariser is not added here
+        but in `arraytp.fast.orthogonality`.
     lr : float or sequence of float
         Learning rate of this step, one for all blocks or one per block.
     state : OptimizerState
@@ -87,7 +87,7 @@ def apply_updates(
     workspace : Workspace
     twins : Twins, optional
     sizes : sequence of sequences of arrays of shape (1,), optional
-        For a device: `step_sizes` of every block in memory, from where they are read instead of `lr`.
+        For a device: `step_sizes` of every block in device memory, used instead of `lr`.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def apply_updates(
 
 
 def check_gradients(parameters: Sequence[Array], gradients: Sequence[Array]) -> None:
-    """Refuse what an optimiser cannot write to.
+    """Check that an optimiser can update the parameters by their gradients.
 
     Raises
     ------
@@ -164,7 +164,7 @@ def _step(
         xp, kept = array_module(theta), theta.dtype.type(1 - twin[1])
         for array in (theta, twin[0]):
             xp.multiply(array, kept, out=array)
-    # Either subtracts `work[0]` from θ and leaves it there.
+    # Either function leaves in `work[0]` what it subtracts from θ.
     if isinstance(optimizer, options.Adam):
         adam_step(optimizer, lr, step, theta, g, moments[0], moments[1], work[0])
     else:
@@ -176,7 +176,7 @@ def _step(
 def _fused_step(
     optimizer: OptimizerOptions, arrays: list[Array], sizes: Sequence[float | Array], twin: tuple[Array, float] | None
 ) -> None:
-    """Do `_step` in one kernel of a device."""
+    """Do `_step` in one device kernel."""
     theta, g, *moments = arrays
     if isinstance(optimizer, options.Adam):
         (scale, rate), epsilon = sizes, theta.dtype.type(optimizer.epsilon)
@@ -190,7 +190,7 @@ def _fused_step(
 def step_sizes(
     optimizer: OptimizerOptions, lr: float | Sequence[float], step: int, blocks: int
 ) -> list[tuple[float, ...]]:
-    """Return the numbers of step t that a device's kernels take, for every block: lr of SGD, `adam_rates` of Adam."""
+    """Return what device kernels need at step t, for every block: lr for SGD, `adam_rates` for Adam."""
     return [step_size(optimizer, at_block(lr, n), step) for n in range(blocks)]
 
 
@@ -211,7 +211,7 @@ def sgd_step(optimizer: options.SGD, lr: float, theta: Array, g: Array, v: Array
     v : array of the same shape or None
         Velocity, updated in place; 0 before the first step, so that the first step has v = g.
     work : array of the same shape
-        What was subtracted from θ.
+        Overwritten by what is subtracted from θ.
     """
     xp, number = array_module(theta), theta.dtype.type
     if v is not None:
@@ -225,7 +225,7 @@ def sgd_step(optimizer: options.SGD, lr: float, theta: Array, g: Array, v: Array
 def adam_step(
     optimizer: options.Adam, lr: float, step: int, theta: Array, g: Array, m: Array, u: Array, work: Array
 ) -> None:
-    """Adam, with epsilon as the authors of each paper have it.
+    """Adam, with epsilon as in PyTorch or as in Keras.
 
         m ← β1·m + (1 − β1)·g,  u ← β2·u + (1 − β2)·g²
         pytorch: θ ← θ − lr·m̂ / (√û + ε),  m̂ = m / (1 − β1^t),  û = u / (1 − β2^t)
@@ -242,7 +242,7 @@ def adam_step(
     m, u : arrays of the same shape
         Moments, updated in place.
     work : array of the same shape
-        What was subtracted from θ.
+        Overwritten by what is subtracted from θ.
     """
     xp, number = array_module(theta), theta.dtype.type
     scale, rate = adam_rates(optimizer, lr, step)
@@ -263,7 +263,7 @@ def adam_step(
 
 
 def adam_rates(optimizer: options.Adam, lr: float, step: int) -> tuple[float, float]:
-    """Return what √u and the step are multiplied by: 1/√(1 − β2^t) and lr/(1 − β1^t), or 1 and lr_t."""
+    """Return the factors of √u and of the step: 1/√(1 − β2^t) and lr/(1 − β1^t) (pytorch), or 1 and lr_t (keras)."""
     correction1 = 1 - optimizer.beta1**step
     correction2 = math.sqrt(1 - optimizer.beta2**step)
     if optimizer.epsilon_form == "pytorch":
@@ -274,7 +274,7 @@ def adam_rates(optimizer: options.Adam, lr: float, step: int) -> tuple[float, fl
 def learning_rates(
     schedule: ScheduleOptions, lr: float | Sequence[float], epoch: int, step: int = 0
 ) -> float | list[float]:
-    """Return `learning_rate` of every block's initial learning rate, or of the one that all share."""
+    """Return `learning_rate` for every block's initial learning rate, or for the one that all blocks share."""
     if isinstance(lr, Sequence):
         return [learning_rate(schedule, each, epoch, step) for each in lr]
     return learning_rate(schedule, lr, epoch, step)
@@ -287,12 +287,12 @@ def learning_rate(schedule: ScheduleOptions, lr: float, epoch: int, step: int = 
     ----------
     schedule : Constant, Cosine or Staircase options
         Cosine: eta_min + (lr − eta_min)(1 + cos(π·epoch/t_max))/2, which rises again past t_max.
-        Staircase: lr / factor^(how many of its `epochs` are over), 0 where the power overflows.
-        Warm-up: times (step + 1)/W, at most 1.
+        Staircase: lr / factor^n, where n of its `epochs` are at most `epoch`; 0 if the power overflows.
+        Warm-up: multiplied by (step + 1)/W, at most 1.
     lr : float
         The initial learning rate lr0.
     epoch, step : int
-        How many are over in the run.
+        Epochs and steps completed in the run.
     """
     if isinstance(schedule, options.Cosine):
         lr = schedule.eta_min + (lr - schedule.eta_min) * (1 + math.cos(math.pi * epoch / schedule.t_max)) / 2

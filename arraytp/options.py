@@ -150,7 +150,7 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Staircase:
-    """After each of so many `epochs` the learning rate is divided by `factor`."""
+    """The learning rate is divided by `factor` after each of the given `epochs`."""
 
     name: Literal["step"] = "step"
     epochs: Annotated[tuple[Size, ...], MinLen(1)]

@@ -1,7 +1,7 @@
-"""Processes that share a run: who is who, sums over all of them, and ending together. One process needs none of it.
+"""Ranks, the processes that share a run: sums over all of them, and failing together. One process needs none of it.
 
-A step on R ranks is the step on one: each rank has a part of every global batch, and what is summed over samples is
-summed over ranks.
+A step on R ranks is the same as on one: each rank has a part of every global batch, and sums over samples are summed
+over ranks, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from arraytp.errors import UserError, UserErrors
 
-# Into how many parts `train.exact` cuts a batch, whatever the number of ranks, which divides it.
+# Parts into which `train.exact` cuts a batch, whatever the number of ranks, which must divide it.
 PARTS = 8
-# Bytes of which a sum over ranks is begun while others are still computed: latency is a sixth of it at 100 Gb/s.
+# Bytes from which a sum over ranks begins while others are computed: latency is 1/6 of its time at 100 Gb/s.
 MESSAGE = 4 << 20
-# Elements that the host sums over the parts at once: they fit a core's cache.
+# Elements that the host sums over the parts at a time: they fit into a core's cache.
 STRETCH = 1 << 14
 
 if TYPE_CHECKING:
-    # The command line looks here before it needs NumPy.
+    # The command line imports this module before it needs NumPy.
     from arraytp.backend import Array
 
 T = TypeVar("T")
@@ -33,31 +33,31 @@ class Ranks(Protocol):
     sums_on_device: bool
 
     def __hash__(self) -> int:
-        """Return what tells this object from others."""
+        """Return a hash that distinguishes this object from others."""
 
     def sum(self, buffer: "Array", in_order: bool = False) -> None:
-        """Replace an array, C-contiguous, by its sum over the ranks.
+        """Replace a C-contiguous array by its sum over the ranks.
 
-        `in_order` is in the order of `pairwise`, for a multiple of `PARTS` elements.
+        `in_order` adds in the order of `pairwise`, and requires a multiple of `PARTS` elements.
         """
 
     def begin_sum(self, buffer: "Array") -> Callable[[], None]:
-        """Begin to sum as `sum`, others before it is waited for, too; return what waits."""
+        """Begin a `sum`, which may overlap with others, and return a function that waits for it."""
 
     def exchange(self, segments: "Array") -> None:
-        """Let every rank have each rank's row of an array of the host, C-contiguous, of as many rows as ranks."""
+        """Send each rank's row of a C-contiguous host array, with as many rows as ranks, to all ranks."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, on every rank."""
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value."""
+        """Return rank 0's value, on every rank."""
 
     def problems(self, own: Any, limited: bool = False) -> list[Any]:
-        """Return what went wrong on every rank, None where nothing did; all call this once it has on any of them.
+        """Return every rank's problem, None for a rank without one; all ranks call this once any of them has failed.
 
-        Those that wait for a rank that has failed, in any of the above, leave with `FailedElsewhereError`. Empty if
-        `limited` and some do not come within seconds.
+        A rank that waits for a failed one, in any of the methods above, leaves with `FailedElsewhereError`. The list is
+        empty if `limited` and some ranks do not call this within seconds.
         """
 
 
@@ -67,14 +67,14 @@ class Alone:
     rank, size, sums_on_device = 0, 1, False
 
     def sum(self, buffer: "Array", in_order: bool = False) -> None:
-        """Leave the buffer: it is the sum."""
+        """Leave the buffer unchanged: it is the sum."""
 
     def begin_sum(self, buffer: "Array") -> Callable[[], None]:
-        """Leave the buffer."""
+        """Leave the buffer unchanged."""
         return lambda: None
 
     def exchange(self, segments: "Array") -> None:
-        """Leave the only row."""
+        """Leave the only row unchanged."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value."""
@@ -85,7 +85,7 @@ class Alone:
         return value
 
     def problems(self, own: Any, limited: bool = False) -> list[Any]:
-        """Return the only rank's."""
+        """Return the only rank's problem."""
         return [own]
 
 
@@ -93,7 +93,7 @@ ALONE = Alone()
 
 
 def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Return what `work` returns on this rank; a UserError on some ranks is everyone's, the first rank's of them."""
+    """Return what `work` returns on this rank; if any ranks raise UserError, all raise that of the first of these."""
     if ranks.size == 1:
         return work()
     result, problem = None, ""
@@ -110,7 +110,7 @@ def agreed(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def share(count: int, rank: int, size: int) -> tuple[int, int]:
-    """Return the first and the end of a rank's part of so many samples; parts differ by at most one sample."""
+    """Return the start and end of a rank's part of `count` samples; parts differ by at most one sample."""
     return count * rank // size, count * (rank + 1) // size
 
 
@@ -118,7 +118,7 @@ def share(count: int, rank: int, size: int) -> tuple[int, int]:
 class Part:
     """A part of a global batch of `size` samples that is computed alone: a rank's, or in exact mode one of `PARTS`.
 
-    `together` in exact mode: those of `PARTS` that are the rank's, computed at once to the bits of each alone.
+    With `together`, in exact mode: a rank's share of `PARTS`, computed at once with the same bits as each alone.
     """
 
     ranks: Ranks
@@ -133,18 +133,18 @@ class Part:
 
     @property
     def first(self) -> int:
-        """The place of the part's first sample in the global batch."""
+        """The index of the part's first sample in the global batch."""
         return self._bounds[0]
 
     @property
     def count(self) -> int:
-        """The samples of the part."""
+        """The number of samples in the part."""
         first, end = self._bounds
         return end - first
 
     @property
     def rows(self) -> list[slice]:
-        """Which of the samples each of the parts has that are computed `together`."""
+        """The slice of this part's samples that belongs to each of the parts computed `together`."""
         if self.empty:
             return [slice(0, 1)]
         each = [share(self.size, number, PARTS) for number in range(PARTS) if self._has(number)]
@@ -155,7 +155,7 @@ class Part:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no sample; one of the rank's own making is computed with, which counts nothing."""
+        """Whether there is no sample; the rank then computes with a blank one that does not count."""
         return self.count == 0
 
 
@@ -168,23 +168,23 @@ def parts_of(ranks: Ranks, size: int, exact: bool, together: bool = False) -> li
 class RankSums:
     """Sums over all samples of a batch, in one buffer, to which arrays are added one after another.
 
-    `parts` are this rank's. `flat` has room for all arrays and the dtype to sum in; in exact mode a multiple of `PARTS`
-    elements. `engine` has the arrays' `backend`, `in_slices` and `between`.
+    `parts` are this rank's. The buffer `flat` has room for all arrays, the dtype to sum in and, in exact mode, a
+    multiple of `PARTS` elements. `engine` provides the arrays' `backend`, `in_slices` and `between`.
     """
 
     def __init__(self, parts: Sequence[Part], flat: "Array", engine: Any) -> None:
         self._parts, self._flat, self._engine = parts, flat, engine
         self._end, self._begun, self._summed = 0, 0, list["Array"]()
-        # What waits for the sums that have begun.
+        # Functions that wait for the sums that have begun.
         self._waits = list[Callable[[], None]]()
         ranks, on_host = parts[0].ranks, engine.backend.on_host
         self._at_once = ranks.size > 1 and not parts[0].exact and (ranks.sums_on_device or on_host)
 
     def add(self, arrays: "Sequence[Sequence[Array]]", flags: int = 0) -> None:
-        """Take the next arrays of every part, and sum them over the parts; begin the sum over ranks of large ones.
+        """Sum the next arrays over the parts; begin the sum over ranks once `MESSAGE` bytes have gathered.
 
-        Of a part computed `together`, those of each of `Part.rows` may be given. A part without samples adds zeros,
-        but for the last `flags` arrays, which are not of samples.
+        `arrays` has the arrays of every part or, for one computed `together`, of each of its `Part.rows`. A part
+        without samples adds zeros, except for the last `flags` arrays, which do not depend on samples.
         """
         of_samples = len(arrays[0]) - flags
         for number, of_parts in enumerate(zip(*arrays, strict=True)):
@@ -195,7 +195,7 @@ class RankSums:
             if len(of_parts) == self._parts[0].ranks.size == 1 and like.dtype == total.dtype:
                 self._summed.append(like)
                 continue
-            # In the buffer's dtype already here: with fewer parts per rank, sums are rounded to it more often.
+            # Summed in the buffer's dtype here, too, so that rounding does not depend on how many parts a rank has.
             cast = [each.reshape(-1).astype(total.dtype, copy=False) for each in of_parts]
             parts = [*self._parts] * (len(cast) // len(self._parts))
             of_rank = number >= of_samples
@@ -207,7 +207,7 @@ class RankSums:
             self._begun = self._end
 
     def finished(self) -> "list[Array]":
-        """Return the sums over all ranks, as parts of the buffer."""
+        """Return the sums over all ranks, in the order in which the arrays were added."""
         if self._begun:
             self._engine.between(partial(self._end_all, slice(self._begun, self._end)))
         elif self._parts[0].ranks.size > 1:
@@ -216,11 +216,11 @@ class RankSums:
         return self._summed
 
     def _begin(self, added: slice) -> None:
-        """Begin the sum over ranks of what was added since the last one began."""
+        """Begin the sum over ranks of what was added since the last such sum began."""
         self._waits.append(self._parts[0].ranks.begin_sum(self._flat[added]))
 
     def _end_all(self, last: slice) -> None:
-        """Sum what was added last, and wait for what has begun."""
+        """Sum what was added last, and wait for all sums that have begun."""
         if last.start < last.stop:
             self._begin(last)
         while self._waits:
@@ -235,14 +235,14 @@ class RankSums:
 
 
 def _add_up(total: "Array", terms: "Sequence[Array | None]", stretch: int, part: slice) -> None:
-    """Write the sum of some elements of all terms, None being 0, so many at a time."""
+    """Write the sum of all terms (None is 0) over the elements of `part` to `total`, `stretch` at a time."""
     for first in range(part.start, part.stop, stretch):
         own = slice(first, min(first + stretch, part.stop))
         total[own] = pairwise([total.dtype.type(0) if term is None else term[own] for term in terms])
 
 
 def pairwise(parts: "Sequence[Array]") -> "Array":
-    """Return ((p0 + p1) + (p2 + p3)) + …, of a power of two of arrays: the same bits wherever they are added."""
+    """Return ((p0 + p1) + (p2 + p3)) + … for 2^k arrays: the same bits wherever they are added."""
     while len(parts) > 1:
         parts = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]

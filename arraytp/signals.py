@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and their like: as a request that the training loop answers between two steps, or as an exception."""
+"""Ctrl-C, SIGTERM and the like, as a request that the training loop answers between two steps, or as an exception."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 from arraytp.errors import Interrupted
 
-# What asks a process to end: terminals, systems and, before a job's time is over, clusters (SIGUSR1, SIGUSR2, SIGXCPU).
+# Sent to end a process by terminals, systems and, before a job's time is up, clusters (SIGUSR1, SIGUSR2, SIGXCPU).
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 Done = TypeVar("Done")
 _LATER = 0.01
@@ -19,15 +19,15 @@ _PATIENCE = 1.0
 
 
 class StopRequest:
-    """While entered, SIGINT and those of `ENDING` only set `requested`; a second SIGINT acts as without this.
+    """While entered, SIGINT and the signals in `ENDING` only set `requested`; a second SIGINT acts as usual.
 
-    The others may come several times: SIGXCPU does each second, a launcher hands on what the cluster sends too, and a
-    warning is followed by SIGTERM. A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays
-    ignored. Where the answer takes more than a second, as a long step does, a line on standard error says what is
-    waited for, unless it is another process's part to tell.
+    The others may arrive several times: SIGXCPU does every second, a launcher passes on what the cluster sends as well,
+    and SIGTERM follows a warning. A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays
+    ignored. If stopping takes more than a second, as in a long step, a line on standard error says what is waited for,
+    unless `tells` is False because another process says so.
 
-    `signal` is the number of the signal that came, 0 while none did; `elsewhere` returns that of one that came to
-    another process and is meant for this one, too.
+    `signal` is the number of the signal received, 0 if none was; `elsewhere` returns that of a signal that another
+    process received and that is meant for this one, too.
     """
 
     def __init__(self, tells: bool = True) -> None:
@@ -41,7 +41,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop at the next chance."""
+        """Whether to stop at the next opportunity."""
         self.signal = self.signal or self.elsewhere()
         return self.signal != 0
 
@@ -51,21 +51,21 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+        """Restore the former handlers."""
         self._notice.cancel()
         _answer_as_before(self._former)
         self._former = {}
 
     def at_once(self, work: Callable[[], Done]) -> Done:
-        """Do work that a request interrupts wherever the program is, by `Interrupted`: work that is then given up."""
-        # No context manager: a signal between its end and this function's would leave what follows to be interrupted.
+        """Do work that a request interrupts at any point by raising `Interrupted`; the work is then abandoned."""
+        # Not a context manager: a signal while one is left could keep `_at_once` set for the code that follows.
         self._at_once = True
         try:
             if self.requested:
                 raise Interrupted("arraytp: ended by a signal", self.signal)
             return work()
         except Interrupted as error:
-            # Not before: where Python swallows the exception, the signal is sent once more.
+            # Not in the handler: if Python swallows the exception, the signal is sent once more.
             self._answer_the_next_as_before(error.signal_number)
             raise
         finally:
@@ -80,14 +80,14 @@ class StopRequest:
         if self._at_once:
             raise Interrupted(f"arraytp: ended by {signal.Signals(number).name}", number)
         self._answer_the_next_as_before(number)
-        # Started already where two signals come at once; and a process may have no thread left.
+        # The timer has started already if two signals arrive at once, and a process may have no thread left.
         with suppress(RuntimeError):
             if self._tells:
                 self._notice.start()
 
 
 def _answered(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Let a handler answer SIGINT and those of `ENDING` that are not ignored; return who did before."""
+    """Install a handler for SIGINT and the signals in `ENDING` that are not ignored; return the former handlers."""
     numbers = [each for each in (signal.SIGINT, *ENDING) if signal.getsignal(each) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
 
@@ -98,7 +98,7 @@ def _answer_as_before(former: dict[int, Any]) -> None:
 
 
 def _tell_what_is_waited_for() -> None:
-    # After a hangup there may be nobody to tell.
+    # After a hangup, standard error may be gone.
     if sys.stderr is not None:
         with suppress(OSError):
             print("arraytp: stopping when what is under way is done; a second Ctrl-C ends at once", file=sys.stderr)
@@ -106,11 +106,11 @@ def _tell_what_is_waited_for() -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[SimpleNamespace]:
-    """While entered, those of `ENDING` raise `Interrupted`, and SIGINT KeyboardInterrupt, as ever.
+    """While entered, the signals in `ENDING` raise `Interrupted`, and SIGINT raises KeyboardInterrupt, as usual.
 
-    So whatever is being written is removed on the way out. A signal that the process was told to ignore stays ignored.
-    Libraries that are being loaded make other errors of these; what is yielded has the number of
-    the `signal` behind them, 0 without one.
+    Files that are being written are thus removed on the way out. A signal that the process was told to ignore stays
+    ignored. Libraries that are being imported may turn these exceptions into others; `signal` of the yielded object is
+    the number of the signal behind them, 0 if there was none.
     """
     ended = SimpleNamespace(signal=0)
 
@@ -129,7 +129,7 @@ def ended_by_signals() -> Iterator[SimpleNamespace]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """While entered, signals wait: extension modules that are interrupted while they load may abort the process."""
+    """Hold signals back while entered: extension modules interrupted during import may abort the process."""
     former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *ENDING))
     try:
         yield
@@ -139,10 +139,9 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def sent_again_when_swallowed() -> Iterator[None]:
-    """While entered, a signal whose exception Python swallows is sent once more.
+    """While entered, send a signal again if Python swallows its exception.
 
-    Where a signal arrives in a destructor or in the callback of a weak reference, Python prints the exception and goes
-    on.
+    If a signal arrives in a destructor or in the callback of a weak reference, Python prints the exception and goes on.
     """
     former = sys.unraisablehook
 

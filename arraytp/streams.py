@@ -6,12 +6,12 @@ _PURPOSES = {"init": 0, "feedback": 1, "noise": 2, "shuffle": 3, "augment": 4, "
 
 
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """Return the host's random stream of `sequence`'s purpose and key, the same on every machine and backend."""
+    """Return the host's random stream for a purpose and key (see `sequence`), the same on every machine and backend."""
     return np.random.Generator(np.random.PCG64DXSM(sequence(seed, purpose, *key)))
 
 
 def sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
-    """Return what the streams of a purpose and a key are seeded by, on the host and on devices.
+    """Return the seed sequence of the streams for a purpose and key, on the host and on devices.
 
     `seed` is the run's one root seed; the key is what distinguishes streams of one purpose: block, epoch, step,
     iteration, chunk of samples. None of these is negative.

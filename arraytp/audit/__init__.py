@@ -1,6 +1,6 @@
-"""Everything about a config's network, data and rule that can be checked, checked: `audit`.
+"""Check everything about a config's network, data and rule that can be checked: `audit`.
 
-Each module holds one family of checks, as functions of a `Setting` that yield lines, a `Check` each.
+Each module holds one family of checks: functions of a `Setting` that yield lines, each of them a `Check`.
 """
 
 from arraytp.audit.check import Check

@@ -1,4 +1,4 @@
-"""Feedback alignment and its relatives: updates by definition, BP where B = W, and what each rule makes of B."""
+"""Feedback alignment and its relatives: updates by definition, equality with BP where B = W, and each rule's B."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ BATCHES = 2
 
 
 def feedback_alignment(setting: Setting) -> Iterator[Check]:
-    """Check FA: its definition with its own B, and BP with B = W."""
+    """Check FA against its definition with its own B, and against BP with B = W."""
     if setting.rule.updates is not fa.updates:
         return
     network, state = setting.on_host(), setting.state()
@@ -38,7 +38,7 @@ def feedback_alignment(setting: Setting) -> Iterator[Check]:
 
 
 def sign_symmetry_of(setting: Setting) -> Iterator[Check]:
-    """Check sign symmetry: B's signs and magnitudes on two batches, each with other forward weights."""
+    """Check sign symmetry: B's signs and magnitudes on two batches, each with different forward weights."""
     if setting.rule.follow is not sign_symmetry.follow:
         return
     magnitude, state, blocks = setting.options.magnitude, setting.state(), setting.network.blocks
@@ -94,9 +94,9 @@ def _differences(experiment: Experiment) -> dict[int, Floats]:
 
 
 def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
-    """Check DFA: its definition, and BP's update of the last hidden block with B the transpose of a linear output's W.
+    """Check DFA against its definition, and its last hidden block's update against BP's with B = Wᵀ of a linear output.
 
-    By an output that bends, e would reach that block multiplied by the derivative, which no B can do.
+    Through a nonlinear output, e would reach that block multiplied by the derivative, which no B can reproduce.
     """
     if setting.rule.updates is not dfa.updates:
         return
@@ -120,13 +120,13 @@ def direct_feedback_alignment(setting: Setting) -> Iterator[Check]:
 
 
 def _independence(setting: Setting, state: State) -> Iterator[Check]:
-    """Check no B is another name of a weight: their cosines are those of independent draws."""
+    """Check that no B is a copy of a weight: their cosines must be as small as those of independent draws."""
     ratios = []
     for array in state.weights.values():
         b = host(array).ravel()
         for weight in setting.network.weights:
             w = host(weight).ravel()
-            # Two numbers have a cosine of 1, whatever they are.
+            # Two single numbers always have a |cosine| of 1.
             if w.size == b.size > 1:
                 cosine = abs(float(b @ w)) / float(np.linalg.norm(b) * np.linalg.norm(w))
                 ratios.append(cosine / _most(b.size))
@@ -136,8 +136,8 @@ def _independence(setting: Setting, state: State) -> Iterator[Check]:
 
 
 def _most(size: int) -> float:
-    """Return a bound of the |cosine| of two independent directions of so many numbers."""
-    # Of fewer than twenty, two may well be within 26°: then none but a copy is told from others.
+    """Return a bound on the |cosine| of two independent directions in `size` dimensions."""
+    # In fewer than twenty, two may well be within 26° of each other: then only a copy can be detected.
     return min(0.9, 8 / math.sqrt(size)) if size >= 20 else 1 - ROUNDING
 
 

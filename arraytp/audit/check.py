@@ -11,12 +11,12 @@ from arraytp.backend import Array, array_module
 
 Floats = NDArray[np.float64]
 
-# What rounding in float64 leaves of sums of this size, with room; finite differences lose half of the digits and more.
+# Rounding errors of sums of this size in float64, with a margin; finite differences lose more than half of the digits.
 ROUNDING = 1e-11
 DIFFERENCES = 1e-6
-# Of functions with so many kinks that steps have to be small.
+# Finite differences of functions with so many kinks that steps have to be small.
 KINKED = 1e-5
-# What rounding leaves of a difference of numbers of size 1.
+# The rounding error of a difference of numbers of size 1.
 SUBTRACTED = 1e-14
 
 
@@ -24,9 +24,9 @@ SUBTRACTED = 1e-14
 class Check:
     """A measured error against its tolerance.
 
-    `what` was checked begins with the block's label where it is about one; `source` is the equation, theorem or
-    definition, and `function` the dotted name of what was exercised. The `error` is relative unless `what` says
-    otherwise. Without a tolerance it is a number for information, neither passed nor failed.
+    `what` says what was checked, beginning with the block's label if it concerns one block; `source` is the equation,
+    theorem or definition, and `function` the dotted name of the function or class that was exercised. The `error` is
+    relative unless `what` says otherwise. Without a tolerance it is informational and neither passes nor fails.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Check:
 
 
 def checked(what: str, source: str, function: Any, error: float, tolerance: float | None = None) -> Check:
-    """Return a line about a function or class, by the name that it can be imported by."""
+    """Return a line about a function or class, under the name that it can be imported by."""
     return Check(what, source, name_of(function), float(error), tolerance)
 
 
@@ -55,14 +55,14 @@ def name_of(function: Any) -> str:
 
 
 def host(array: Array) -> Floats:
-    """Return an array of either backend as one of the host."""
+    """Return an array of either backend as a host array."""
     xp = array_module(array)
     values: Floats = np.asarray(array if xp is np else xp.asnumpy(array))
     return values
 
 
 def apart(actual: Array, expected: Array) -> float:
-    """Return the largest difference of two arrays over the largest number expected.
+    """Return the largest difference of two arrays divided by the largest expected magnitude.
 
     Infinite for arrays of different shapes; NaN where one of them is not finite.
     """
@@ -77,13 +77,13 @@ def apart(actual: Array, expected: Array) -> float:
 
 
 def distance(actual: Array, expected: Array) -> float:
-    """Return ‖a − b‖/‖b‖; where all of `expected` is 0, as gradients are with one class, `apart`."""
+    """Return ‖a − b‖/‖b‖, or `apart` where all of `expected` is 0, as gradients are with one class."""
     a, b = host(actual).ravel(), host(expected).ravel()
     return float(np.linalg.norm(a - b) / np.linalg.norm(b)) if b.any() else apart(actual, expected)
 
 
 def angle(a: Array, b: Array) -> float:
-    """Return the angle between two arrays in degrees, by the sine and the cosine of it; NaN of an array that is 0."""
+    """Return the angle between two arrays in degrees, from its sine and cosine; NaN if an array is 0."""
     u, v = host(a).ravel(), host(b).ravel()
     with np.errstate(all="ignore"):
         u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
@@ -92,7 +92,7 @@ def angle(a: Array, b: Array) -> float:
 
 
 def worst(*errors: float) -> float:
-    """Return the largest error, NaN if one is NaN: Python's `max` lets it go unless it comes first; 0 for none."""
+    """Return the largest error, NaN if any is NaN, which Python's `max` ignores unless it comes first; 0 for none."""
     return float(np.max(errors)) if errors else 0.0
 
 

@@ -1,8 +1,8 @@
 """Feedback training in closed form, where the settings ask for it in place of noise.
 
-`Feedback.closed_form` does all iterations on a block at once. It is held against itself on the plain engine, whatever
-it computes; where the expectation is known (`EXPECTATIONS`), also against as many steps of the optimiser, one after the
-other, with the gradient by definition.
+`Feedback.closed_form` does all iterations on a block at once. Every closed form is compared with itself on the plain
+engine; where the expectation is known (`EXPECTATIONS`), also with as many single steps of the optimiser, with the
+gradient by definition.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,16 +24,16 @@ from arraytp.rules import drl, ldrl
 from arraytp.rules.feedback import descent_of
 from arraytp.rules.protocol import Descent, Feedback, State
 
-# Not a power of two, so that a power by squaring multiplies as well.
+# Not a power of two, so that exponentiation by squaring multiplies, too.
 ITERATIONS, BATCHES = 5, 2
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """The mean of a block's feedback loss over small noise, by definition, as functions of ω.
+    """The mean of a block's feedback loss over small noise, by definition: gradient and loss as functions of ω.
 
-    `size` and `loss_size` are of the terms of gradient and loss, which errors at 0 are relative to. With `at_once` ω is
-    to be where the gradient is 0, whatever the optimiser.
+    `size` and `loss_size` are the sizes of their terms: errors are relative to these where gradient or loss is 0. With
+    `at_once` ω must end where the gradient is 0, whatever the optimiser.
     """
 
     source: str
@@ -62,7 +62,7 @@ def closed_form(setting: Setting) -> Iterator[Check]:
 
 
 def _run(setting: Setting, batch: Batch, state: State, n: int) -> list[Array]:
-    """Let the rule do all iterations on a block of two batches; return its losses."""
+    """Let the rule do all iterations on block n, on two batches; return its losses."""
     compute, losses = _feedback(setting).closed_form, []
     assert compute is not None
     for number in range(BATCHES):
@@ -72,7 +72,7 @@ def _run(setting: Setting, batch: Batch, state: State, n: int) -> list[Array]:
 
 
 def _loss_error(actual: Array, expected: Array) -> float:
-    """Return the difference of two losses, relative to them or to 1: at its optimum a loss may be 0."""
+    """Return the difference of two losses, relative to the larger of the expected one and 1, since it may be 0."""
     a, b = float(actual), float(expected)
     return abs(a - b) / max(abs(b), 1.0)
 
@@ -90,7 +90,7 @@ def _descent(setting: Setting, n: int, number: int) -> Descent:
 def _by_definition(
     setting: Setting, n: int, expected: Expectation, state: State, losses: list[Array]
 ) -> Iterator[Check]:
-    """Check a closed form against the steps, or the optimum, that it stands for."""
+    """Check a closed form against the steps, or the optimum, that it replaces."""
     trained, label = _feedback(setting), setting.network.blocks[n].label
     settings = trained.settings(setting.options)
     lr, descent = at_block(settings.optimizer.lr, n - 1), descent_of(settings, n, 0, setting.workspace)

@@ -14,14 +14,14 @@ from arraytp.data.division import VALIDATION, Division, divide, held_out
 from arraytp.data.loader import Loader
 from arraytp.errors import UserError
 
-# Of so many images two orders are not the same by chance.
+# Two orders of more images than this are not the same by chance.
 MANY = 20
-# What is read to verify checksums, and at most how many places in it.
+# How many bytes are read at most to verify checksums, and from how many places in a large split.
 MOST_BYTES, PLACES = 1 << 28, 64
 
 
 def shards(dataset: Dataset) -> Iterator[Check]:
-    """Check every range of rows against its checksum; of large sets ranges spread over all shards."""
+    """Check every range of rows against its checksum; in large sets only ranges spread over all shards."""
     image_bytes = int(np.prod(dataset.shape))
     share = MOST_BYTES // len(dataset.counts)
     for split, count in dataset.counts.items():
@@ -55,7 +55,7 @@ def batches(setting: Setting) -> Iterator[Check]:
 
 
 def _division(division: Dataset | Division, dataset: Dataset) -> Iterator[Check]:
-    """Check that every training image is either trained on or held out, and of every class its share."""
+    """Check that every training image is either trained on or held out, and that every class has its share held out."""
     assert isinstance(division, Division)
     rows, labels = np.concatenate(list(division.rows.values())), dataset.labels("train")
     error = float((np.sort(rows) != np.arange(len(labels))).sum())
@@ -100,10 +100,10 @@ def _loader(setting: Setting, loader: Loader, training: bool) -> Iterator[Check]
 
 
 def _another_epoch(config: Config, dataset: Dataset | Division, loader: Loader, first: np.ndarray) -> Iterator[Check]:
-    """Check that the next epoch has all rows, in another order, and other flips and crops."""
+    """Check that the next epoch has all rows, in another order, and different flips and crops."""
     rows = _rows(config, dataset, loader, True, 1)
     missing = float((np.sort(rows) != np.arange(loader.count)).sum())
-    # Of a few images two orders may well be the same.
+    # Two orders of a few images may well be the same.
     same = loader.count > MANY and np.array_equal(rows, first)
     with closing(loader.batches(1)) as loaded:
         labels = host(next(loaded)[1])
@@ -129,7 +129,7 @@ def _rows(config: Config, dataset: Dataset | Division, loader: Loader, training:
 
 
 def _augmented(image: Floats, flip: bool, row: int, column: int, padding: int) -> Floats:
-    """Return one image flipped, then cropped out of itself within replicated edges."""
+    """Return one image, flipped if asked, then padded with replicated edges and cropped to its own size."""
     height, width, _ = image.shape
     flipped = image[:, ::-1] if flip else image
     edged = np.pad(flipped, ((padding, padding), (padding, padding), (0, 0)), mode="edge")
@@ -151,7 +151,7 @@ def _draws(config: Config, draws: augment.Draws) -> Iterator[Check]:
 
 
 def _device_forms(setting: Setting, raw: np.ndarray, part: augment.Draws, expected: Floats) -> Iterator[Check]:
-    """Check the definitions that a device computes by."""
+    """Check the definitions of flip and crop that run on a device."""
     put = setting.put
     flipped = augment.flip_images(put(raw), put(part.flips))
     padding = setting.config.data.crop_padding
@@ -161,7 +161,7 @@ def _device_forms(setting: Setting, raw: np.ndarray, part: augment.Draws, expect
 
 
 def _statistics(config: Config, dataset: Dataset) -> tuple[Floats, Floats]:
-    """Return mean and standard deviation per channel by the config."""
+    """Return the config's mean and standard deviation per channel."""
     chosen, channels = config.data.normalize, dataset.shape[2]
     if isinstance(chosen, Normalize):
         return np.array(chosen.mean), np.array(chosen.std)

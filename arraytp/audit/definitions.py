@@ -1,6 +1,6 @@
 """Algorithms of the package's rules written out on NumPy arrays, for the checks that know a function's definition.
 
-Each table is keyed by the function that a rule uses, not by the rule: a new rule that takes over `dtp.targets` is held
+Each table is keyed by the function that a rule uses, not by the rule: a new rule that uses `dtp.targets` is checked
 against its definition, and one with targets of its own is not.
 """
 
@@ -48,7 +48,7 @@ def difference_targets(setting: Setting) -> list[Floats]:
 
 
 def plain_targets(setting: Setting) -> list[Floats]:
-    """Return t^n − s^n of t^N = s^N − β B ∂L/∂s^N, t^n = G^n(t^{n+1})."""
+    """Return t^n − s^n for t^N = s^N − β B ∂L/∂s^N, t^n = G^n(t^{n+1})."""
     network, options, omega = setting.on_host(), setting.options, _omega(setting)
     _, s, indices = reference.forward(network, host(setting.images))
     deltas = [_output_difference(setting)]
@@ -73,7 +73,7 @@ def _phi(setting: Setting, y: Floats) -> Floats:
 
 
 def ridge_targets(setting: Setting) -> list[Floats]:
-    """Return δ^N = −β B ∂L/∂s^N, δ^n = (unpool d) W⁺, W⁺ by the singular values of W, d = f⁻¹(t) − f⁻¹(s) or D⁻¹ δ."""
+    """Return δ^N = −β B ∂L/∂s^N, δ^n = (unpool d) W⁺, W⁺ from the SVD of W, d = f⁻¹(t) − f⁻¹(s) or D⁻¹ δ."""
     network, options = setting.on_host(), setting.options
     _, s, indices = reference.forward(network, host(setting.images))
     deltas = [_output_difference(setting)]
@@ -131,7 +131,7 @@ def half_squares(options: Any, block: Block, s: Floats, t: Floats) -> float:
 
 
 def mean_squares(options: Any, block: Block, s: Floats, t: Floats) -> float:
-    """Return the mean of (s − t)² of a convolution, Σ (s − t)² / B of a dense block."""
+    """Return the mean of (s − t)² for a convolution, Σ (s − t)² / B for a dense block."""
     return float(np.mean((s - t) ** 2)) if block.kind == "conv" else float(np.sum((s - t) ** 2)) / len(s)
 
 
@@ -142,13 +142,13 @@ LOCAL_LOSSES: Mapping[Any, tuple[str, Callable[[Any, Block, Floats, Floats], flo
 """By `Rule.local_loss`: source and definition."""
 
 
-# Losses of feedback training, given block n, the names' noises and the options' σ.
+# Losses of feedback training, given block n, the noises by name and the options' σ.
 
 
 def ldrl_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
     """−2 ε·(G(F(s + ε)) − G(s')) + ‖G(s' + η) − G(s')‖², mean over the batch: twice Eq. 13.
 
-    Where η is not drawn, the limit (σ²/B) ‖∂G‖² = (σ²/B) Σ M ω² is in place of the second term.
+    Where η is not drawn, the limit (σ²/B) ‖∂G‖² = (σ²/B) Σ M ω² replaces the second term.
     """
     block, theta, bias, s = _block(setting, n)
     unpool, epsilon, eta = setting.options.unpool, noises["epsilon"].reshape(s.shape), noises.get("eta")
@@ -204,7 +204,7 @@ def drl_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
 
 
 def mirror_loss(setting: Setting, n: int, noises: Mapping[str, Floats]) -> Loss:
-    """−⟨x, yBᵀ⟩ / rows of the noise x and the block's response y to it."""
+    """−⟨x, yBᵀ⟩ / rows, for the noise x and the block's response y to it."""
     block, theta, bias, s = _block(setting, n)
     x = noises["epsilon"].reshape(s.shape)
     y = _response(block, theta, bias, x)

@@ -1,11 +1,11 @@
 """Central finite differences along random directions, and adjoint identities: two evaluations, whatever the size.
 
-⟨v, ∇L⟩ is held against the difference quotient of L along a random v. D(h) = (L(θ + h v) − L(θ − h v)) / 2h is off by
-order h², (16 D(h/4) − D(h)) / 15 by order h⁴. The step is made smaller until two such estimates agree: where a unit
-crosses the kink of its activation between the points, or another element becomes the maximum of a pool's window, they
-do not, and steps become small enough that none does. Then rounding decides how small the error can be: the estimate
-taken is the one that moved least, but none counts as surer than the rounding of L over h lets it be, since two that
-are mostly rounding may agree by chance.
+⟨v, ∇L⟩ is compared with the difference quotient of L along a random v. D(h) = (L(θ + h v) − L(θ − h v)) / 2h has an
+error of order h², (16 D(h/4) − D(h)) / 15 one of order h⁴. The step is made smaller until two such estimates agree.
+Where a unit crosses the kink of its activation between the points, or another element becomes the maximum of a pool's
+window, they do not agree until the steps are small enough that none does. Then rounding limits the error: the estimate
+taken is the one that changed least, but none counts as more certain than the rounding of L divided by h allows, since
+two that are mostly rounding may agree by chance.
 
 A typical ⟨v, ∇L⟩ is ‖v‖‖∇L‖/√n. The error is relative to that or to ⟨v, ∇L⟩ itself, whichever is larger: a direction
 that happens to be orthogonal to the gradient proves as much as any other.
@@ -21,7 +21,7 @@ from arraytp.audit.check import host, inner, worst
 from arraytp.backend import Array, array_module
 
 FIRST_STEP, SMALLEST_STEP, SHRINK = 3e-4, 1e-9, 4
-# Two estimates that differ by less are not improved upon.
+# Two estimates that differ by less than this are not refined further.
 GOAL = 3e-8
 DIRECTIONS = 2
 EPSILON = float(np.finfo(np.float64).eps)
@@ -43,7 +43,7 @@ def derivative(function: Callable[[float], float], scale: float) -> float:
 
 
 def _quotient(function: Callable[[float], float], h: float) -> tuple[float, float]:
-    """Return the difference quotient and what one rounding of the function's values makes of it."""
+    """Return the difference quotient and its error from one rounding of the function's values."""
     above, below = function(h), function(-h)
     return (above - below) / (2 * h), EPSILON * worst(abs(above), abs(below)) / h
 
@@ -57,7 +57,7 @@ def gradient_error(
 ) -> float:
     """Return the largest relative error of a gradient along random directions, each as long as `at`.
 
-    `function` is of an array like `at`, whose shape the gradient has, both float64.
+    `function` takes an array like `at`; the gradient has the shape of `at`, and both are float64.
     """
     if at.shape != gradient.shape:
         return math.inf
@@ -80,7 +80,7 @@ def gradient_errors(
     generator: np.random.Generator,
     directions: int = DIRECTIONS,
 ) -> list[float]:
-    """Return `gradient_error` of a function of several arrays, array by array, the others staying."""
+    """Return `gradient_error` of a function of several arrays, for each array with the others fixed."""
 
     def moved(i: int, array: Array) -> float:
         return function(*at[:i], array, *at[i + 1 :])
@@ -99,7 +99,7 @@ def adjoint_error(forward: Callable[[Array], Array], adjoint: Callable[[Array], 
 
 
 def relative(difference: float, scale: float) -> float:
-    """Return the size of a difference relative to a scale; as it is where that is 0."""
+    """Return the size of a difference relative to a scale, or the size itself if the scale is 0."""
     return abs(difference) if scale == 0 else abs(difference) / scale
 
 

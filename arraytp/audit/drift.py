@@ -1,4 +1,4 @@
-"""Weights off where the initialisation put them, and back at the nearest semi-orthogonal matrix."""
+"""Weights moved away from where the initialisation put them, and back to the nearest semi-orthogonal matrix."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,14 +9,14 @@ from arraytp.audit.setting import Setting
 from arraytp.model.blocks import Network
 from arraytp.ops.conv import as_matrix
 
-# How far W is moved before it is taken back to its nearest semi-orthogonal matrix, in its own size.
+# How far W is moved, relative to its norm, before it is taken back to its nearest semi-orthogonal matrix.
 DRIFT = 0.05
-# As far as this W is inverted by LU factors, not by the Cholesky factor of WWᵀ.
+# Moved as far as this, W is inverted by LU factors, not by the Cholesky factor of WWᵀ.
 FAR = 0.3
 
 
 def drifted(setting: Setting, share: float = DRIFT, first: int = 1) -> Network:
-    """Return the network with every W from block `first` on moved by a random matrix of a share of its size."""
+    """Return the network with every W from block `first` on moved by a random matrix of `share` times its norm."""
     weights = list(setting.network.weights)
     for n in range(first, len(weights)):
         noise, w = setting.generator(51, n).standard_normal(weights[n].shape), host(weights[n])
@@ -25,7 +25,7 @@ def drifted(setting: Setting, share: float = DRIFT, first: int = 1) -> Network:
 
 
 def ways(setting: Setting, network: Network, shares: Sequence[float]) -> Iterator[Network]:
-    """Yield the network with every W but the first moved by these shares of the way to its polar factor."""
+    """Yield, for each share, the network with every W but the first moved that share of the way to its polar factor."""
     matrices = {n: host(as_matrix(network.weights[n])) for n in range(1, len(network))}
     polar = {n: polar_factor(w) for n, w in matrices.items()}
     for share in shares:
@@ -36,11 +36,11 @@ def ways(setting: Setting, network: Network, shares: Sequence[float]) -> Iterato
 
 
 def polar_factor(w: Floats) -> Floats:
-    """Return the semi-orthogonal matrix nearest to W, by Newton's iteration X ← (X + X(XᵀX)⁻¹)/2, X⁻ᵀ if square."""
+    """Return the semi-orthogonal matrix nearest to W by Newton's iteration: (X + X(XᵀX)⁻¹)/2, if square (X + X⁻ᵀ)/2."""
     x = w if len(w) >= w.shape[1] else w.T
     for _ in range(50):
         following = (x + x @ np.linalg.inv(x.T @ x)) / 2
-        # Digits double with every iteration.
+        # The number of correct digits doubles with every iteration.
         if np.abs(following - x).max() < 1e-9:
             break
         x = following

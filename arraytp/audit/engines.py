@@ -1,6 +1,6 @@
-"""The same step by other means: updates on the readable engine, and activations and updates of a device on the host.
+"""The same step computed in other ways: updates on the plain engine, a device's activations and updates on the host.
 
-Feedback training, whose noise is the device's own, is held against its losses by `arraytp.audit.feedback`.
+Feedback training, whose noise is the device's own, is checked against its losses by `arraytp.audit.feedback`.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from arraytp.rules.protocol import Updates
 from arraytp.training.build import build_planned
 from arraytp.training.experiment import Experiment
 
-# Sums in another order, layer after layer.
+# Sums are in another order, layer after layer.
 ON_HOST = 1e-8
 
 
 def both(setting: Setting) -> Iterator[Check]:
     """Check the update of every block on both engines."""
     rule = setting.rule
-    # Nudges of the literal form of GAIT-prop leave few digits to what inverts: such rules have checks of their own.
+    # The nudges of GAIT-prop's literal form leave inverses few digits: rules that invert have checks of their own.
     tolerance = None if rule.inverts else PASS
     pairs = zip(setting.network.blocks, setting.propose(), setting.propose(setting.plain), strict=True)
     for block, fast, plain in pairs:
@@ -54,8 +54,8 @@ def against_host(setting: Setting) -> Iterator[Check]:
 def _bounds(setting: Setting, on_host: Experiment, expected: Updates) -> list[float]:
     """Return how far apart the updates of two machines may be.
 
-    What inverts magnifies roundings, the more so after the nudges of GAIT-prop's literal form: it is measured by what
-    one rounding of the images does.
+    Rules that invert magnify rounding errors, the more so after the nudges of GAIT-prop's literal form: their bound is
+    derived from the effect of one rounding of the images.
     """
     if not setting.rule.inverts:
         return [ON_HOST] * len(expected)

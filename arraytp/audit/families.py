@@ -1,4 +1,4 @@
-"""The families of checks in their order, and the run through all of them."""
+"""The families of checks in order, and the audit that runs all of them."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ Function = Callable[[Setting], Iterator[Check]]
 
 
 def _own(setting: Setting) -> Iterator[Check]:
-    """Yield the lines of the checks that the rule itself brings, `arraytp.rules.protocol.Rule.checks`."""
+    """Yield the lines of the rule's own checks, `arraytp.rules.protocol.Rule.checks`."""
     return chain.from_iterable(check(setting) for check in setting.rule.checks)
 
 
@@ -53,7 +53,7 @@ FAMILIES: dict[str, tuple[Function, ...]] = {
 
 
 def audit(planned: Plan) -> Iterator[tuple[str, Check]]:
-    """Check everything about a config that can be checked; yields family and line, as they come.
+    """Check everything about a config that can be checked; yield family and line as they are computed.
 
     The config is audited in float64 and on a small batch. NonFiniteError if the network's output on it is not finite.
     """
@@ -76,7 +76,7 @@ def audit(planned: Plan) -> Iterator[tuple[str, Check]]:
 
 
 def _guarded(family: str, lines: Callable[[], Iterable[Check]]) -> Iterator[Check]:
-    """Yield lines; what cannot be computed is a line that failed, not the end of the audit."""
+    """Yield lines; an exception becomes a failed line instead of ending the audit."""
     try:
         with _without_warnings():
             yield from lines()
@@ -89,7 +89,7 @@ def _guarded(family: str, lines: Callable[[], Iterable[Check]]) -> Iterator[Chec
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Let what overflows or is divided by 0 pass: it shows in the error."""
+    """Silence warnings about overflow and division by 0, which show in the error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

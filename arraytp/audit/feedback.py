@@ -1,8 +1,8 @@
 """Training of feedback weights by noise: every gradient and loss, the noise itself, the optimiser's steps.
 
-The rule trains its feedback on two batches, as a run does, and is watched. What it reports of each iteration is held
-against finite differences of the loss that it reports itself, with ω moved and the same noise, and against the plain
-engine; where the loss's definition is known (`arraytp.audit.definitions`), against that, too.
+The rule trains its feedback on two batches, as in a run, while its iterations are recorded. The reported gradients are
+checked against finite differences of the reported loss, with ω moved and the same noise; gradients, losses and noises
+against the plain engine; gradients and losses against the loss's definition where `arraytp.audit.definitions` has it.
 """
 
 import math
@@ -31,21 +31,21 @@ from arraytp.rules.protocol import Feedback, Iterating, Iteration, State
 SUMS = 1e-9
 # Noise may be 1e-5 of the activations, whose differences lose as many digits.
 FINE_NOISE = 1e-5
-# A step is what is left of two weights that may be a million times larger.
+# A step is the difference of two weights that may be a million times larger.
 STEP_ROUNDING = 1e-8
-# Written out: the last part of the keys of ε and η.
+# Written out, not imported: the last part of the keys of ε and η.
 NOISES = {"epsilon": 0, "eta": 1}
 BATCHES = 2
-# The parts of the state, and the reported gradients that are theirs.
+# The parts of the state, and the names under which their gradients are reported.
 PARTS = {"weight": "gradient", "bias": "gradient_bias"}
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What the rule reported of one iteration: batch `number`, block n, iteration k, and `arrays` as `Observe` is told.
+    """What the rule reported of one iteration: batch `number`, block n, iteration k, and `arrays` as in `Observe`.
 
-    `weight` and `bias` (None without one) are ω^n before it, `state` all feedback weights before the block's first
-    iteration on this batch.
+    `weight` and `bias` (None without one) are ω^n and its bias before the iteration, `state` all feedback weights
+    before the block's first iteration on this batch.
     """
 
     number: int
@@ -82,7 +82,7 @@ def watch(setting: Setting, trained: Feedback[Any], state: State) -> list[list[O
 
 
 def training(setting: Setting) -> Iterator[Check]:
-    """Check every iteration of feedback training that the rule does on a batch, twice."""
+    """Check every iteration of the rule's feedback training on two batches."""
     trained = setting.rule.feedback
     if trained is None or in_closed_form(setting):
         return
@@ -107,12 +107,12 @@ def _sigma(setting: Setting, trained: Feedback[Any], n: int) -> float:
 
 
 def _room(setting: Setting, trained: Feedback[Any], n: int) -> float:
-    """Return how many times the rounding of s and ŷ shows where noise is small: as differences of their size."""
+    """Return the factor by which small noise magnifies the rounding of s and ŷ, whose differences are as small."""
     return max(1.0, FINE_NOISE / _sigma(setting, trained, n) * 1e3)
 
 
 def _noise(setting: Setting, trained: Feedback[Any], of_block: list[Observed]) -> Iterator[Check]:
-    """Check that ε and η are the noise of their keys, the whole batch drawn at once, and that no key comes twice."""
+    """Check that ε and η are the noise of their keys, drawn for the whole batch at once, and that no key repeats."""
     n, count, drawn, largest = of_block[0].n, len(of_block) // BATCHES, 0, 0.0
     sigma = _sigma(setting, trained, n)
     for one in of_block:
@@ -131,7 +131,7 @@ def _noise(setting: Setting, trained: Feedback[Any], of_block: list[Observed]) -
 def _reported(setting: Setting, trained: Feedback[Any], of_block: list[Observed]) -> Iterator[Check]:
     """Check gradients against differences of the reported loss, and the fast engine against the plain one."""
     label, n, count = _label(setting, of_block), of_block[0].n, len(of_block) // BATCHES
-    # With arrays of its own.
+    # An engine with arrays of its own.
     fast = replace(setting.batch, engine=fast_engine(setting.workspace.backend))
 
     def iterating(batch: Batch, one: Observed) -> Iterating:
@@ -147,7 +147,7 @@ def _reported(setting: Setting, trained: Feedback[Any], of_block: list[Observed]
 
 
 def _chosen(of_block: list[Observed]) -> list[Observed]:
-    """Return the first and the last iteration on every batch: all of them unless a step takes several noises."""
+    """Return the first and the last iteration on every batch: these are all unless a step takes several noises."""
     count = len(of_block) // BATCHES
     return [of_block[i] for i in sorted({number * count + k for number in range(BATCHES) for k in (0, count - 1)})]
 
@@ -209,7 +209,7 @@ def _defined(setting: Setting, trained: Feedback[Any], of_block: list[Observed])
 
 
 def _steps(setting: Setting, trained: Feedback[Any], of_block: list[Observed], state: State) -> Iterator[Check]:
-    """Check ω after every iteration, from the reported gradients by the optimiser's closed form."""
+    """Check ω after every step against the optimiser's formula applied to the reported gradients."""
     noises, optimizer = trained.noises(setting.options), trained.settings(setting.options).optimizer
     n, largest = of_block[0].n, 0.0
     lr, stored = at_block(optimizer.lr, n - 1), {"weight": state.weights, "bias": state.biases}
@@ -223,19 +223,19 @@ def _steps(setting: Setting, trained: Feedback[Any], of_block: list[Observed], s
             after = getattr(groups[t][0], part) if t < len(groups) else host(stored[part][n])
             assert after is not None
             if name not in group[0].arrays:
-                # What has no gradient stays.
+                # A part without a gradient stays as it is.
                 largest = worst(largest, apart(after, before))
                 continue
             gradient = np.mean([one.arrays[name] for one in group], axis=0)
             expected = reference.optimiser_step(optimizer, lr, n - 1, t, before, gradient, moments[part])
-            # Of the step, not of the weight that it moves a little.
+            # Relative to the step, not to the much larger weight.
             largest = worst(largest, apart(after - before, expected - before))
     yield checked(f"{_label(setting, of_block)}: steps of the feedback optimiser", type(optimizer).__name__,
                   feedback.step_feedback, largest, STEP_ROUNDING)  # fmt: skip
 
 
 def copies(setting: Setting) -> Iterator[Check]:
-    """Check an iteration on a batch of the run's size, copies of the small one: it is cut into more slices."""
+    """Check an iteration on copies of the small batch, up to the run's batch size, which are cut into more slices."""
     trained = setting.rule.feedback
     if trained is None or in_closed_form(setting):
         return

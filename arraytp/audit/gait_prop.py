@@ -1,4 +1,4 @@
-"""GAIT-prop's updates: γ and nudges by definition, the difference form by definition, the literal form against it."""
+"""GAIT-prop's updates against their definition: γ, the nudges, the difference form and the literal form."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -45,7 +45,7 @@ def nudges(setting: Setting) -> Iterator[Check]:
 def forms(setting: Setting) -> Iterator[Check]:
     """Check updates of both forms, and targets and m of the difference form, against their definition.
 
-    With the config's own γ and rescaling; the literal form at an η at which its nudges cross no kink.
+    γ and rescaling are the config's, except that the literal form gets an η at which its nudges cross no kink.
     """
     if setting.rule.updates is not gait_prop.updates:
         return
@@ -78,7 +78,7 @@ def forms(setting: Setting) -> Iterator[Check]:
 
 
 def _without_crossings(setting: Setting, batch: Batch) -> tuple[float, gait_prop.Options]:
-    """Return η, and options of the literal form, with which nudges cross no kink, if there is such an η."""
+    """Return an η of `ETAS` at which nudges cross no kink, else the last, and the literal form's options with it."""
     eta, options = ETAS[0], setting.options
     for eta in ETAS:
         options = replace(setting.options, form="literal", normalise=True, eta=eta, norm="l2")
@@ -93,8 +93,8 @@ def _by_definition(
 ) -> list[tuple[Floats, Floats, tuple[Floats, Floats]]]:
     """Return t − a, m and the update of every block: BP's recursion with W⁻¹, or W⁺, in place of the transpose.
 
-    With δ_n = t − a of what block n passes on and γ_n of it, δ_{n−1} = γ_n (D δ_n) W⁻¹, the update is −2 m_n (D δ_n)
-    outer a, and m_{n−1} = m_n / γ_n where updates are rescaled, else 1. `network` has arrays of the host.
+    For δ_n = t − a of the output that block n passes on, and its γ_n: δ_{n−1} = γ_n (D δ_n) W⁻¹, the update is
+    −2 m_n (D δ_n) outer a, and m_{n−1} = m_n / γ_n if updates are rescaled, else 1. `network` has host arrays.
     """
     x, result = host(batch.at(0).s), []
     zs, s, indices = reference.forward(network, x)
@@ -110,7 +110,7 @@ def _by_definition(
         dweight, dbias, back = reference.block_backward(block, scaled, zs[n], indices[n], taken, weight)
         result.append((delta, m, (dweight, dbias)))
         gamma = _gamma(options, delta, block)
-        # Of −2 m δ_n; what goes on is γ_n times that of δ_n.
+        # `back` is (−2 m D δ_n) W⁻¹, δ_{n−1} is γ_n (D δ_n) W⁻¹.
         delta = back / (-2 * (m / gamma).reshape(-1, *[1] * (back.ndim - 1)))
         m = m / gamma if options.rescale_updates else m
     return result[::-1]

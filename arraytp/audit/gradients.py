@@ -21,19 +21,19 @@ from arraytp.rules.protocol import State, Updates
 
 # The passes sum in another order than the references, layer after layer.
 PASS = 1e-9
-# Samples of the batch whose loss is differentiated: each unit more is one more that may cross a kink.
+# Samples of the batch whose loss is differentiated: every additional unit may cross a kink.
 FEW = 2
 COPIES_FLOPS = 2e10
-# What the roundings of a step do is so many times what one of its images does, at most; 3 was met.
+# The effect of a step's roundings is at most so many times that of one rounding of its images; 3 has been observed.
 ROUNDINGS = 10
 
 
 def exact(batch: Batch) -> Updates:
-    """Return BP's updates as arrays of their own."""
+    """Return BP's updates as new arrays."""
     return copied(bp.RULE.propose(bp.Options(), State(), batch))
 
 
-# By the loss's name: its value and its gradient.
+# By the loss's name: the formulas of its value and its gradient.
 FORMULAS = {"cross-entropy": ("−Σ y log softmax(z)", "softmax(z) − y"), "mse": ("½ Σ ‖z − y‖²", "z − y")}
 
 
@@ -72,7 +72,7 @@ def initial(setting: Setting) -> Iterator[Check]:
 
 
 def _initial(label: str, source: str, init: str, weight: Floats, bias: Floats | None = None) -> Iterator[Check]:
-    """Check an initial weight of shape (in, out) or (k, k, C, O), and a bias that has its fan_in."""
+    """Check an initial weight of shape (in, out) or (k, k, C, O), and a bias drawn with its fan_in."""
     fan_in, fan_out = int(np.prod(weight.shape[:-1])), int(np.prod(weight.shape[:-2])) * weight.shape[-1]
     matrix = weight.reshape(fan_in, -1)
     if init == "orthogonal":
@@ -87,7 +87,7 @@ def _initial(label: str, source: str, init: str, weight: Floats, bias: Floats | 
     bound = fan_in**-0.5 if init == "kaiming-uniform" else 0.0
     yield checked(f"{label}largest initial bias", source, initialise.initial_bias, float(np.abs(bias).max()), bound)
     if bound:
-        # Of n numbers from U(−b, b), the root of their mean square scatters by 0.45/√n of b/√3.
+        # The root mean square of n numbers from U(−b, b) is b/√3, with a relative standard deviation of 0.45/√n.
         error = abs(float(np.sqrt(np.mean(bias**2))) / (bound / 3**0.5) - 1)
         yield checked(f"{label}spread of the initial bias, less 1", source, initialise.initial_bias, error,
                       5 * 0.45 / bias.size**0.5)  # fmt: skip
@@ -135,7 +135,7 @@ def passes(setting: Setting) -> Iterator[Check]:
 
 
 def backpropagation(setting: Setting) -> Iterator[Check]:
-    """Check BP's updates: the gradient of the loss in random directions, parameter by parameter; their definition."""
+    """Check BP's updates against slopes of the loss in random directions, parameter by parameter, and by definition."""
     network, few = setting.network, slice(FEW)
     batch = setting.pass_over(images=setting.images[few], labels=setting.labels[few])
     updates = exact(batch)
@@ -156,7 +156,7 @@ def updates_apart(actual: Updates, expected: Updates) -> float:
 
 
 def _loss_from(setting: Setting, batch: Batch, first: int, weight: Array, bias: Array) -> float:
-    """Return what the loss gains when a block's parameters change, run on from that block."""
+    """Return the change of the loss when a block's parameters change, with the network run on from that block."""
     network = setting.network
     weights, biases = [weight, *network.weights[first + 1 :]], [bias, *network.biases[first + 1 :]]
     rest = Network(network.blocks[first:], weights, biases)
@@ -166,7 +166,7 @@ def _loss_from(setting: Setting, batch: Batch, first: int, weight: Array, bias: 
 
 
 def copies(setting: Setting) -> Iterator[Check]:
-    """Check a batch of the run's size, copies of the small one and cut into more slices: so many times the updates."""
+    """Check that n copies of the small batch, up to the run's size and so in more slices, give n times its updates."""
     small = setting.batch
     affordable = int(COPIES_FLOPS / (3 * sum(map(block_flops, setting.network.blocks))))
     times = max(2, min(setting.batch_size, affordable) // len(small))
@@ -182,7 +182,7 @@ def copies(setting: Setting) -> Iterator[Check]:
                   updates_apart(exact(large), expected), PASS)  # fmt: skip
     if setting.rule is bp.RULE:
         return
-    # A batch of this size may be cut, solved for or inverted in other ways.
+    # A batch of this size may be cut, solved for or inverted in a different way.
     own, larger = setting.propose(), setting.propose(setting.pass_over(images=images, labels=labels))
     error = min(
         updates_apart(larger, [(factor * weight, factor * bias) for weight, bias in own])
@@ -193,9 +193,9 @@ def copies(setting: Setting) -> Iterator[Check]:
 
 
 def _room(setting: Setting, updates: Updates) -> float:
-    """Return what roundings may do to the updates of a rule that inverts: several times what those of images do.
+    """Return how far rounding may move the updates of a rule that inverts: a multiple of the effect of rounded images.
 
-    Inverses magnify roundings, the more so after the nudges of GAIT-prop's literal form; 0 for other rules.
+    Inverses magnify rounding errors, the more so after the nudges of GAIT-prop's literal form; 0 for other rules.
     """
     if not setting.rule.inverts:
         return 0.0
@@ -204,7 +204,7 @@ def _room(setting: Setting, updates: Updates) -> float:
 
 
 def threads(setting: Setting) -> Iterator[Check]:
-    """Check the passes on one thread and on three."""
+    """Check that the passes have the same bits on one thread and on three."""
     if not setting.experiment.plan.backend.on_host:
         return
     results = []

@@ -22,13 +22,13 @@ from arraytp.training.compare import angle_degrees
 WAY = (0.0, 0.5, 1.0)
 INVERSE = 1e-10
 TINY = 1e-12
-# LAPACK's estimate is rarely too small by more than 3.
+# LAPACK's estimate is rarely too small by more than a factor of 3.
 ESTIMATE = 2.0
 ORTHOGONAL = 1e-8
 
 
 def round_trips(setting: Setting) -> Iterator[Check]:
-    """Check solving with W and the inverse of every block, as W is, drifted, and far off, where it has LU factors."""
+    """Check solving with W and every block's inverse, for W as it is, drifted, and far off, where it has LU factors."""
     if not setting.rule.inverts:
         return
     for when, batch in (
@@ -49,7 +49,7 @@ def _inverses(setting: Setting, batch: Batch) -> Mapping[int, solve.Factors | so
 
 
 def _pseudo_inverse(setting: Setting, at: At, inverse: solve.PseudoInverse, when: str) -> Iterator[Check]:
-    """Check a gradient through W⁺ against NumPy's of the singular values; shapes of the batch decide how it goes."""
+    """Check a gradient through W⁺ against NumPy's pinv; the batch's shapes decide how the fast engine computes it."""
     w, u = host(as_matrix(at.weight)), setting.normal(at.s_next.shape, 52, at.n)
     number = float(np.linalg.cond(w)) ** 2
     through = setting.put(np.ascontiguousarray(np.linalg.pinv(w).T).reshape(at.weight.shape))
@@ -68,7 +68,7 @@ def _round_trip(setting: Setting, batch: Batch, at: At, factors: solve.Factors, 
     error = apart(solve.right_solve(factors, rows) @ matrix, rows)
     yield checked(f"{label}: solving x W = y{when}", "x W = y", solve.right_solve, error, INVERSE * number)
     z, y, _ = plain.block_forward(at.block, at.weight, at.bias, at.s)
-    # What saturation takes of an activation's digits, its inverse cannot give back.
+    # The inverse of an activation cannot recover the digits that saturation has taken.
     room = INVERSE * number / float(reference.slope(host(z), at.block.activation.name).min() + TINY)
     back = plain.block_inverse(at.block, solve.factor(matrix), at.bias, y, at.s)
     for function, x in ((plain.block_inverse, back), (fast.inverse, at.inverse(factors, y))):
@@ -83,7 +83,7 @@ def _round_trip(setting: Setting, batch: Batch, at: At, factors: solve.Factors, 
 
 
 def conditions(setting: Setting) -> Iterator[Check]:
-    """Check the estimate of every condition number, which is never too large, and show it."""
+    """Check the estimate of every condition number, which must not be too large, and report the number."""
     if not setting.rule.inverts:
         return
     for n, inverse in _inverses(setting, setting.pass_over()).items():
@@ -95,19 +95,19 @@ def conditions(setting: Setting) -> Iterator[Check]:
         estimate, w = float(solve.condition(solve.factor(matrix))), host(matrix)
         true = _condition(w)
         yield checked(f"{block.label}: condition number of W", "‖W‖·‖W⁻¹‖", solve.condition, true)
-        # Too large it never is, but for the roundings of an inverse.
+        # It is never too large, except for the rounding of an inverse.
         error = abs(true / estimate - 1) if estimate <= true * (1 + TINY * true) * (1 + ORTHOGONAL) else math.inf
         yield checked(f"{block.label}: true condition over estimate, − 1", "‖W‖·‖W⁻¹‖", solve.condition, error,
                       ESTIMATE)  # fmt: skip
 
 
 def _condition(w: Floats) -> float:
-    """Return ‖W‖·‖W⁻¹‖, norms the largest sum of a row."""
+    """Return ‖W‖·‖W⁻¹‖ in the largest-row-sum norm."""
     return float(np.abs(w).sum(axis=1).max() * np.abs(np.linalg.inv(w)).sum(axis=1).max())
 
 
 def to_orthogonal(setting: Setting) -> Iterator[Check]:
-    """Check the angle to BP now, and as drifted W goes back to its polar factor, where W⁻¹ is Wᵀ."""
+    """Check the angle to BP now, and on the way of a drifted W back to its polar factor, where W⁻¹ is Wᵀ."""
     if not setting.rule.inverts:
         return
     batch, function = setting.pass_over(), setting.rule.updates or setting.rule.targets
@@ -116,7 +116,7 @@ def to_orthogonal(setting: Setting) -> Iterator[Check]:
     ):
         yield checked(f"{block.label}: angle to BP now, degrees", "W⁻¹ in place of Wᵀ", function,
                       angle_degrees(weight, gradient))  # fmt: skip
-    # The difference form is BP with W⁻¹, or W⁺, in place of Wᵀ; of other rules nothing is known there.
+    # The difference form is BP with W⁻¹, or W⁺, in place of Wᵀ; for other rules no value is known there.
     is_bp, options = setting.rule.updates is gait_prop.updates, setting.rule.compared(setting.options)
     if is_bp:
         options = replace(setting.options, form="difference", rescale_updates=True)

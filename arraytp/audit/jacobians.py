@@ -1,4 +1,4 @@
-"""Jacobians by definition: of the logits by s^n, which DRL learns; how those of F and G overlap (Theorem 4.2)."""
+"""Jacobians by definition: of the logits in s^n, which DRL learns; how those of F and G overlap (Theorem 4.2)."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from arraytp.audit.check import Floats, host
 from arraytp.audit.setting import Setting
 from arraytp.model.blocks import Block
 
-# Of every class there is a backward pass, and a row of a Jacobian.
+# Every class takes a backward pass, and adds a row to the Jacobians.
 MOST_CLASSES = 20
 
 
 def jacobians(setting: Setting, most: int = MOST_CLASSES) -> dict[int, Floats]:
-    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), for n = 1 … N−1; none of more classes."""
+    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), for n = 1 … N−1; none for more classes."""
     network, (count, classes) = setting.on_host(), setting.batch.logits.shape
     if classes > most:
         return {}
@@ -61,6 +61,6 @@ def _per_tap(block: Block, values: Floats) -> Floats:
 
 
 def expected_gradient(omega: Floats, theta: Floats, n: Floats, m: Floats, count: int) -> Floats:
-    """Return the limit of the mean gradient of L-DRL's loss over σ², for a batch of `count`: 2/B (ωM − θN)."""
+    """Return the limit of L-DRL's mean gradient divided by σ², for a batch of `count` samples: 2/B (ωM − θN)."""
     gradient: Floats = 2 / count * (omega * m - theta * n)
     return gradient

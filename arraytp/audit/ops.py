@@ -18,7 +18,7 @@ from arraytp.ops import conv, dense, noise, patches, pool
 from arraytp.ops.activations import Activation
 from arraytp.options import Conv
 
-# Of the batch: operations treat samples alike.
+# How many samples of the batch are used: operations treat all alike.
 SAMPLES = 2
 # ELU's and tanh's inverses lose the digits that saturation has taken.
 INVERSE = 1e-9
@@ -102,7 +102,7 @@ def _adjoints(setting: Setting, n: int, block: Block, x: Array) -> Iterator[Chec
 
 
 def _window_error(block: Block, layer: Conv) -> float:
-    """Return how many numbers of a window are not what the layer's options say."""
+    """Return how many numbers of a window differ from what the layer's options say."""
     window = block.window
     assert window is not None
     wrong = 0
@@ -148,7 +148,7 @@ def activation(setting: Setting) -> Iterator[Check]:
 
 
 def _derivative_error(setting: Setting, z: Floats, f: Activation) -> float:
-    """Return the largest error of f' against central differences, at values that lie apart from the kink at 0."""
+    """Return the largest error of f' against central differences, at values away from the kink at 0."""
     h = 1e-5
     z = z[np.abs(z) > 2 * h]
     s = f(setting.put(z.copy()))
@@ -219,7 +219,7 @@ def gaussian_noise(setting: Setting) -> Iterator[Check]:
 
 
 def tensor_cores(setting: Setting) -> Iterator[Check]:
-    """State what products in float32 lose where the config lets them round their factors to TF32's 11 bits."""
+    """Check the error of float32 products where the config lets them round their factors to TF32's 11 bits."""
     if not setting.config.tf32:
         return
     for n, block in enumerate(setting.network.blocks):

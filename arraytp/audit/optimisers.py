@@ -21,9 +21,9 @@ from arraytp.optim import at_block
 from arraytp.options import Cosine, Staircase
 
 STEPS = 2
-# Of the sums of a few steps, each the difference of numbers a million times larger.
+# Rounding errors of the sum of a few steps, each the difference of numbers a million times larger.
 SUMS = 1e-8
-# What is nothing beside a learning rate.
+# Rates below this share of the initial learning rate are negligible.
 FLOOR = 1e-6
 
 
@@ -38,7 +38,7 @@ def steps(setting: Setting) -> Iterator[Check]:
     start = [host(array).copy() for array in theta]
     regularised_weights = {2 * n for n in regularised(network.blocks, options.orthogonality_on)}
     expected, moments = [array.copy() for array in start], [[] for _ in start]  # type: ignore[var-annotated]
-    # The last of the steps is then one with the regulariser.
+    # So that the last of the steps has the regulariser.
     before = state.step = max(options.orthogonality_every - STEPS, 0)
     for t in range(before + 1, before + STEPS + 1):
         gradients = [setting.normal(array.shape, 60, t, p) * 0.1 for p, array in enumerate(theta)]
@@ -56,7 +56,7 @@ def steps(setting: Setting) -> Iterator[Check]:
     for n, block in enumerate(network.blocks):
         error = worst(*(apart(host(theta[p]) - start[p], expected[p] - start[p]) for p in (2 * n, 2 * n + 1)))
         yield checked(f"{block.label}: {STEPS} steps of {options.name}", formula, optim.apply_updates, error, SUMS)
-    # SGD without momentum keeps none.
+    # SGD without momentum keeps no moments.
     pairs = zip(state.moments, moments, strict=True)
     error = worst(*(apart(a, b) for kept, known in pairs for a, b in zip(kept, known, strict=False)))
     yield checked("number of steps and moments kept", "t, v | m, u", optim.apply_updates,
@@ -70,9 +70,9 @@ def _regulariser(strength: float, theta: Floats) -> Floats:
 
 
 def orthogonality(setting: Setting) -> Iterator[Check]:
-    """Check E and the regulariser's gradient of every regularised block, W drifted.
+    """Check E and the regulariser's gradient for every regularised block, with W drifted.
 
-    The gradient is held against finite differences of λ‖WWᵀ − I‖², or λ‖WᵀW − I‖² of a W with more rows than columns.
+    The gradient is compared with finite differences of λ‖WWᵀ − I‖², or λ‖WᵀW − I‖² if W has more rows than columns.
     """
     strength, on = setting.config.optimizer.orthogonality, setting.config.optimizer.orthogonality_on
     if not strength:
@@ -104,7 +104,7 @@ def _excess(w: Floats) -> Floats:
 
 
 def schedule(setting: Setting) -> Iterator[Check]:
-    """Check the learning rate of the first, the middle and the last epochs and, for each, of steps of the warm-up."""
+    """Check the learning rate in first, middle and last epochs and, for each, at several steps of the warm-up."""
     options, config = setting.config.schedule, setting.config
     length = options.t_max if isinstance(options, Cosine) else config.train.epochs
     epochs = {0, 1, length // 2, length, length + 5}

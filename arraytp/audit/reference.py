@@ -1,6 +1,6 @@
-"""Definitions written out on NumPy arrays, with nothing of the package's operations in them.
+"""Definitions written out on NumPy arrays, without any of the package's operations.
 
-Slow and plain: sums over the kernel's taps, loops over a pool's windows, formulas of z itself.
+Slow and plain: sums over the kernel's taps, loops over a pool's windows, formulas in terms of z itself.
 """
 
 import itertools
@@ -115,7 +115,7 @@ def max_pool(s: Floats, window: Window) -> tuple[Floats, Index]:
 
 
 def unpool(t: Floats, index: Index, window: Window, mode: str) -> Floats:
-    """Return t where the maxima were: windows write in row-major order, over what was written before or added to it."""
+    """Return t where the maxima were: windows write in row-major order, and overwrite earlier values or add to them."""
     height, width = window.height + window.top + window.bottom, window.width + window.left + window.right
     image = np.zeros((len(t), height, width, t.shape[-1]))
     b, c = np.ix_(np.arange(len(t)), np.arange(t.shape[-1]))
@@ -167,7 +167,7 @@ def block_forward(block: Block, weight: Floats, bias: Floats, x: Floats) -> tupl
 def block_backward(
     block: Block, ds: Floats, z: Floats, index: Index | None, x: Floats, through: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """Return dW, db and dx of a block, auxiliary units having ds = 0; the weight `through` carries ds back to x."""
+    """Return dW, db and dx of a block, with ds = 0 for auxiliary units; the weight `through` carries ds back to x."""
     full = np.zeros((len(ds), *block.out_shape))
     full[..., : block.next_shape[-1]] = ds.reshape(len(ds), *block.next_shape)
     df = full if block.pool is None or index is None else unpool(full, index, block.pool, "accumulate")
@@ -187,7 +187,7 @@ def forward(network: Network, x: Floats) -> tuple[list[Floats], list[Floats], li
 
 
 def handed_on(network: Network, s: list[Floats], n: int) -> Floats:
-    """Return what block n takes of `s`: without the auxiliary units of the block before."""
+    """Return the input of block n: s[n] without the auxiliary units of the block before."""
     return s[n] if n == 0 else s[n][..., : network.blocks[n - 1].next_shape[-1]]
 
 
@@ -209,7 +209,7 @@ def smoothed(options: Loss, labels: Index, classes: int) -> Floats:
 
 
 def loss(options: Loss, logits: Floats, labels: Index) -> float:
-    """Return −Σ y log p, p by the definition of softmax, or ½ Σ ‖z − y‖², or its mean, sample by sample."""
+    """Return −Σ y log p with p = softmax(z), or ½ Σ ‖z − y‖², or its mean, sample by sample."""
     total = 0.0
     for z, y in zip(logits, smoothed(options, labels, logits.shape[1]), strict=True):
         if options.name == "mse":
@@ -220,7 +220,7 @@ def loss(options: Loss, logits: Floats, labels: Index) -> float:
 
 
 def loss_change(options: Loss, logits: Floats, base: Floats, labels: Index) -> float:
-    """Return how much larger `loss` is than at the logits `base`, to rounding of the change's own size.
+    """Return the change of `loss` from the logits `base`, accurate to the rounding of the change itself.
 
     log Σ exp(z) − log Σ exp(z0) = log(1 + Σ p0 (exp(z − z0) − 1)); ‖z − y‖² − ‖z0 − y‖² = ⟨z − z0, z + z0 − 2y⟩.
     """

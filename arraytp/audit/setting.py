@@ -1,11 +1,11 @@
 """What is audited: a config's network, data and rule in float64, on a small batch of its training images.
 
-Two things are changed so that a check can tell right from wrong, and only in what the checks of the math compute with,
-never where the run itself is repeated:
+Two things are changed so that a check can tell right from wrong, but only for the checks of the maths, never where the
+run itself is repeated:
 
-- the images are dithered by a tenth of their spread: in areas of one colour the elements of a max-pool's window are
-  equal, and which of them is the maximum, and with it every derivative, would be a matter of rounding;
-- the biases, 0 at first with some initialisations, are moved, so that losing one shows.
+- the images are dithered by a tenth of their standard deviation: in areas of one colour the elements of a max-pool's
+  window are equal, so that rounding would decide which is the maximum, and with it every derivative;
+- the biases, 0 at first with some initialisations, are moved, so that a missing one shows.
 """
 
 from contextlib import closing
@@ -35,7 +35,7 @@ from arraytp.training.build import build_planned
 from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan
 
-# Two chunks of noise and several samples a lane where that is cheap.
+# Where that is cheap, enough samples for two chunks of noise and several samples per lane.
 BATCH, SMALL_BATCH, CHEAP_FLOPS = 20, 4, 1e8
 # So that an audit of a set of many gigabytes does not read all of it for one batch.
 MOST_MEGABYTES, POOL_IMAGES = 512, 256
@@ -45,7 +45,7 @@ DITHER, BIAS = 0.1, 0.1
 
 @dataclass
 class Setting:
-    """What checks work on; they change nothing of it.
+    """What the checks work on; they do not change it.
 
     The `experiment` is in its initial state; `raw` (B, H, W, C) and `labels` (B,) are its first batch. `images` are
     dithered, `network` has its biases moved, and `batch` is a pass over both by the fast engine, `workspace`, with
@@ -73,17 +73,17 @@ class Setting:
 
     @property
     def options(self) -> Any:
-        """The rule's options, few iterations of feedback training."""
+        """The rule's options, with few iterations of feedback training."""
         return self.config.rule
 
     @property
     def unpool(self) -> Unpool | None:
-        """The options' way of unpooling, None for a rule that does not unpool."""
+        """The options' mode of unpooling; None for a rule that does not unpool."""
         return getattr(self.options, "unpool", None)
 
     @property
     def plain(self) -> Batch:
-        """The same pass, in the hands of the plain engine."""
+        """The same pass, with the plain engine."""
         return replace(self.batch, engine=Plain(self.batch.engine.backend))
 
     def pass_over(
@@ -93,7 +93,7 @@ class Setting:
         labels: Array | None = None,
         threads: int | None = None,
     ) -> Batch:
-        """Return a pass by the fast engine with arrays of its own; of this network, images and labels if not given."""
+        """Return a pass by a new fast engine; network, images and labels are this setting's if not given."""
         engine = fast_engine(self.workspace.backend, threads)
         network, images = network or self.network, self.images if images is None else images
         forward = engine.forward(network, images)
@@ -106,7 +106,7 @@ class Setting:
         return copied(self.rule.propose(options or self.options, state, batch or self.batch))
 
     def generator(self, *key: int) -> np.random.Generator:
-        """Return random numbers for a check."""
+        """Return a random generator for a check."""
         return np.random.default_rng((self.config.seed, *key))
 
     def normal(self, shape: tuple[int, ...], *key: int) -> Array:
@@ -114,7 +114,7 @@ class Setting:
         return self.put(self.generator(*key).standard_normal(shape))
 
     def put(self, array: NDArray[Any]) -> Array:
-        """Return a host array as one of the backend."""
+        """Return a host array as an array of the backend."""
         return self.experiment.plan.backend.asarray(array)
 
     def state(self) -> State:
@@ -122,24 +122,24 @@ class Setting:
         return self.experiment.rule_state.copy()
 
     def on_host(self) -> Network:
-        """Return `network` with arrays of the host, for the references."""
+        """Return `network` with host arrays, for the references."""
         return hosted(self.network)
 
 
 def hosted(network: Network) -> Network:
-    """Return a network with arrays of the host."""
+    """Return a network with host arrays."""
     return Network(network.blocks, [host(w) for w in network.weights], [host(b) for b in network.biases])
 
 
 def copied(updates: Updates) -> Updates:
-    """Return updates as arrays of their own: those of a rule are overwritten by its next ones."""
+    """Return copies of updates: a rule's next updates overwrite its last."""
     return [(weight.copy(), bias.copy()) for weight, bias in updates]
 
 
 def small(config: Config, flops: int, count: int) -> Config:
     """Return the config for an audit: float64, a small batch, few iterations of feedback training.
 
-    `flops` is of a forward pass of one sample, `count` the number of training images.
+    `flops` are those of a forward pass of one sample, `count` is the number of training images.
     """
     batch = min(BATCH if BATCH * flops <= CHEAP_FLOPS else SMALL_BATCH, count)
     data = replace(
@@ -163,10 +163,10 @@ def _few_iterations(options: Any) -> Any:
 
 
 def prepare(planned: Plan) -> Setting:
-    """Build what is audited, of the plan of the config as it is.
+    """Build the setting of an audit from the plan of the unchanged config.
 
-    UserError if the data is damaged; NonFiniteError, which names the first block, if an output on the first batch is
-    not finite.
+    UserError if the data is damaged; NonFiniteError if the first batch or a block's output on it is not finite; names
+    the first that is not.
     """
     flops = sum(map(block_flops, planned.blocks))
     config = small(planned.config, flops, planned.train_images)
@@ -196,7 +196,7 @@ def _check_finite(experiment: Experiment, images: Array, engine: Fast) -> None:
     outputs = engine.forward(experiment.network, images).outputs
     labels = ["input", *(f"output of {block.label}" for block in experiment.network.blocks)]
     for label, values in zip(labels, [images, *outputs], strict=True):
-        # Sums of squares shall be finite, too.
+        # Sums of squares must be finite, too.
         if not np.isfinite(np.square(host(values)).sum()):
             raise NonFiniteError(
                 f"{experiment.config.name}: not finite on the first batch: {label}; see data.normalize and network.init"

@@ -1,4 +1,4 @@
-"""The run itself: its steps are the audited parts in order, with the same bits again, and a checkpoint restores all."""
+"""The run itself: its steps do the audited parts in order, repeat bit for bit, and a checkpoint restores everything."""
 
 import math
 import tempfile
@@ -25,13 +25,13 @@ from arraytp.training.experiment import Experiment
 
 THREADS = 3
 PARTS = "weight", "bias"
-# Of angles by two formulas.
+# How far angles by two formulas may be apart.
 DEGREES = 1e-6
 RUN = {"position": {"step": 1, "loss": 0.1 + 0.2}}
 
 
 def repetition(setting: Setting) -> Iterator[Check]:
-    """Check two steps of two runs; on one thread and three; and once more from a checkpoint after the first."""
+    """Check that steps have the same bits in two runs, on one and three threads, and resumed from a checkpoint."""
     first, second = fresh(setting, THREADS), fresh(setting, THREADS)
     _step(setting, first, 0)
     with tempfile.TemporaryDirectory(prefix="arraytp-audit-") as folder:
@@ -62,7 +62,7 @@ def repetition(setting: Setting) -> Iterator[Check]:
 
 
 def by_hand(setting: Setting) -> Iterator[Check]:
-    """Check two steps of a run: forward pass, feedback, update, regulariser and optimiser put together one by one."""
+    """Check two steps of a run against forward pass, feedback, update, regulariser and optimiser, one by one."""
     run, moments = fresh(setting, THREADS), [[] for _ in setting.network.parameters()]  # type: ignore[var-annotated]
     for number in range(2):
         before = _arrays(run)
@@ -83,7 +83,7 @@ def by_hand(setting: Setting) -> Iterator[Check]:
 def _expected(
     setting: Setting, run: Experiment, number: int, moments: list[list[Floats]]
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Return θ and the rule's arrays after a step from where a run is; `moments`, of θ, are changed."""
+    """Return θ and the rule's arrays after the next step of a run; θ's `moments` are changed."""
     rule, options, optimizer, put = setting.rule, setting.options, setting.config.optimizer, setting.put
     weights, biases = (
         [put(host(array).copy()) for array in each] for each in (run.network.weights, run.network.biases)
@@ -97,7 +97,7 @@ def _expected(
         train(rule.feedback, options, state, batch, setting.workspace)
     updates, regulariser = setting.propose(batch, state=state), strength_at(optimizer, number)
     if regulariser:
-        # The package's own, to the bit: of an orthogonal W it is rounding alone, which Adam makes steps of.
+        # The package's own, bit for bit: for an orthogonal W it is rounding alone, which Adam turns into steps.
         errors, on = GramErrors(setting.workspace, network), optimizer.orthogonality_on
         add_orthogonality(regulariser, network, [weight for weight, _ in updates], errors, setting.workspace, on)
     theta, decay = {}, 0.0 if rule.shared_decay is None else rule.shared_decay(options)
@@ -117,7 +117,7 @@ def _expected(
 
 
 def angles(setting: Setting) -> Iterator[Check]:
-    """Check the angles of a step to BP and to Gauss–Newton targets, at the options that rules are compared at."""
+    """Check the angles of a step to BP and to Gauss–Newton targets, with the options that rules are compared at."""
     run, compared, config = fresh(setting), setting.options, setting.config.compare
     if hasattr(compared, "compare_beta"):
         compared = replace(compared, beta=compared.compare_beta)
@@ -168,7 +168,7 @@ def _differing(a: dict[str, Floats], b: dict[str, Floats]) -> int:
 
 
 def evaluation(setting: Setting) -> Iterator[Check]:
-    """Check the first batch of the test split, scored twice."""
+    """Check that the first batch of the test split, scored twice, gets the same scores."""
     experiment = fresh(setting)
     scores = []
     for _ in range(2):

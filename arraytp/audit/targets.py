@@ -1,4 +1,4 @@
-"""Targets, and updates by targets: by definition where it is known, and as gradients of the local losses."""
+"""Targets, and updates by targets: against their definition where it is known, and gradients of the local losses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ from arraytp.model.passes import Batch
 from arraytp.rules import drl
 from arraytp.training.compare import angle_degrees
 
-# What points downhill is less than this from BP's direction, in degrees.
+# A direction that points downhill is less than this from BP's, in degrees.
 DOWNHILL = 90.0
 
 
@@ -28,7 +28,7 @@ def targets(setting: Setting) -> Iterator[Check]:
         return
     deltas = _deltas(setting, setting.batch)
     error = worst(*(apart(a, b) for a, b in zip(deltas, _deltas(setting, setting.plain), strict=True)))
-    # What inverts W or subtracts nearly equal numbers has checks of its own.
+    # Rules that invert W or subtract nearly equal numbers have checks of their own.
     yield checked("all blocks: t − s, fast engine against plain", "the same", rule.targets, error,
                   None if rule.inverts else SUMS)  # fmt: skip
     source, define = TARGETS.get(rule.targets, ("", None))
@@ -37,7 +37,7 @@ def targets(setting: Setting) -> Iterator[Check]:
     for n, delta, expected in zip(reversed(range(last + 1)), deltas, define(setting), strict=True):
         error, tolerance = apart(delta.reshape(expected.shape), expected), SUMS
         if expected.any():
-            # The definition subtracts numbers as large as s: of a small t − s it leaves few digits.
+            # The definition subtracts numbers as large as s, which leaves a small t − s few digits.
             s = np.abs(host(setting.batch.at(n).s_next)).max()
             tolerance = max(SUMS, SUBTRACTED * max(1.0, float(s)) / float(np.abs(expected).max()))
         yield checked(f"{setting.network.blocks[n].label}: t − s of its output", "Eq. 3" if n == last else source,
@@ -51,7 +51,7 @@ def _deltas(setting: Setting, batch: Batch) -> list[Floats]:
 
 
 def local_updates(setting: Setting) -> Iterator[Check]:
-    """Check the update of every block as the gradient of its local loss, the target constant; and that loss itself."""
+    """Check that every block's update is the gradient of its local loss, the target constant, and check that loss."""
     rule, options, batch = setting.rule, setting.options, setting.batch
     if rule.local_update is None or rule.local_loss is None:
         return
@@ -82,10 +82,11 @@ def _s_next(setting: Setting, n: int, weight: Array, bias: Array) -> Array:
 
 
 def descent(setting: Setting) -> Iterator[Check]:
-    """Check that targets lead downhill: that of the output, and what a block passes down where ω is its forward weight.
+    """Check that targets point downhill: the output's, and those that blocks pass down with ω as the forward weight.
 
-    The latter holds for targets that are s itself where the loss has no gradient, by a rule that trains an ω for every
-    forward weight but the first. Other targets have no such property, nor ReLU at its zeros: the line informs.
+    The latter holds for targets that equal s where the loss has no gradient, in a rule that trains an ω for every
+    forward weight but the first. Other targets have no such property, nor has ReLU at its zeros: there the line is
+    informational.
     """
     rule, batch = setting.rule, setting.batch
     if rule.targets is None or not batch.dlogits.any():
@@ -113,9 +114,9 @@ def descent(setting: Setting) -> Iterator[Check]:
 
 
 def direct_matching(setting: Setting) -> Iterator[Check]:
-    """Check how far DRL's Q^n is from the transposed Jacobian of the logits by s^n, now and at its optimum.
+    """Report how far DRL's Q^n is from the transposed Jacobian of the logits in s^n, now and at the loss's optimum.
 
-    For small noise the loss is ‖J Q − I‖², J of shape (size, classes), least for Q = (Σ JᵀJ)⁻¹ Σ Jᵀ.
+    For small noise the loss is ‖J Q − I‖², J of shape (size, classes), minimised by Q = (Σ JᵀJ)⁻¹ Σ Jᵀ.
     """
     trained = setting.rule.feedback
     if trained is None or trained.begin is not drl.begin or setting.options.hidden:

@@ -1,8 +1,9 @@
-"""Theorems 4.2 and 4.3 of the DTP paper as numbers, and how well the Jacobians of F and G match.
+"""Theorems 4.2 and 4.3 of the DTP paper, checked numerically, and how well the Jacobians of F and G match.
 
-4.2: the mean of the L-DRL gradient over σ² goes to its closed form as one over the root of the number of samples.
-4.3: with ω = θ the updates over β go to a limit, linearly in β. It is that of the product of the ∂G, and BP's where
-f' is the same at s as at z and unpooling overwrites nothing.
+4.2: the mean of the L-DRL gradient, divided by σ², converges to its closed form as one over the root of the number of
+samples.
+4.3: with ω = θ the updates divided by β converge to a limit, linearly in β. The limit is the update by the product of
+the ∂G, and BP's update where f' is the same at s as at z and unpooling overwrites nothing.
 """
 
 import math
@@ -27,13 +28,13 @@ from arraytp.rules import dtp, ldrl
 from arraytp.rules.feedback import module_pairs
 from arraytp.training.compare import angle_degrees
 
-# Below the gaps between the elements of max-pools' windows, above what rounding leaves of differences.
+# Below the gaps between the elements of max-pools' windows, above the rounding errors of differences.
 SIGMA = 1e-10
 MOST_NOISES, LEAST_NOISES, FLOPS = 512, 64, 1e10
 GROUPS = 64
-# How often a correct gradient may be found wrong, were the scatter known and the same in all directions.
+# The probability of rejecting a correct gradient, if the scatter were known and the same in all directions.
 CHANCE = 1e-6
-# It is found from so few groups, and where one direction dominates many weak ones a χ² has too short a tail.
+# But the scatter is estimated from few groups, and a χ² has too short a tail if one direction dominates many weak ones.
 LEAST_EXCESS = 3.0
 EXPONENT = 0.15
 BETAS = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -67,7 +68,7 @@ def jacobian_matching(setting: Setting) -> Iterator[Check]:
             squares = (weight * (weight * M - 2 * theta * N) + theta**2 * P).sum()
             residual = math.sqrt(max(squares, 0.0) / (theta**2 * P).sum())
             yield checked(f"{block.label}: JMC ‖∂G − ∂Fᵀ‖/‖∂F‖ {when}", "JMC", At.jacobian_overlap, residual)
-        # With ω at the optimum already there is nothing to be relative to but the terms.
+        # Relative to the gradient's terms: with ω already at the optimum the gradient itself is 0.
         size = 2 / len(setting.batch) * np.abs(theta * N).max()
         expected = expected_gradient(omega, theta, N, M, len(setting.batch))
         now, least = (_expected_gradient(setting, n, computed[0], weight) for weight in (omega, optimum))
@@ -77,13 +78,13 @@ def jacobian_matching(setting: Setting) -> Iterator[Check]:
 
 
 def _expected_gradient(setting: Setting, n: int, computed: tuple[Array, Array], omega: Floats) -> Floats:
-    """Return the package's expected gradient over σ², given N and M."""
+    """Return the package's expected gradient divided by σ², given N and M."""
     a, b = (2 / len(setting.batch) * sums for sums in reversed(computed))
     return host(ldrl.expected_gradient(setting.batch.at(n), setting.put(omega), a, b)).copy()
 
 
 def theorem_4_2(setting: Setting) -> Iterator[Check]:
-    """Check that the mean of L-DRL's gradients goes to the closed form as one over the root of the samples."""
+    """Check that the mean of L-DRL's gradients converges to the closed form as one over the root of the samples."""
     if setting.rule.feedback is None or setting.rule.feedback.begin is not ldrl.begin:
         return
     for n, block in enumerate(setting.network.blocks[1:], start=1):
@@ -111,11 +112,11 @@ def theorem_4_2(setting: Setting) -> Iterator[Check]:
 
 
 def shrinking(squares: Sequence[float], error: float) -> tuple[float, float]:
-    """Return how many times the mean's squared error exceeds what groups of samples promise, and how many it may.
+    """Return the ratio of the mean's squared error to what groups of samples predict, and the tolerance of the ratio.
 
-    `squares` are ‖mean of the group − limit‖² of groups of equal size, `error` is ‖mean of all − limit‖. Its square is
-    that of a group over the number of groups, give or take chance: about a χ² of as many degrees of freedom as makes
-    the groups' scatter. One unit has few, so that an exponent fitted to a single path would be off by half.
+    `squares` are ‖mean of the group − limit‖² of groups of equal size, `error` is ‖mean of all − limit‖. Its expected
+    square is that of a group divided by the number of groups; it varies roughly as a χ² with the degrees of freedom
+    that the groups' scatter implies. One unit has few, so an exponent fitted to a single path would be off by half.
     """
     mean, variance = float(np.mean(squares)), float(np.var(squares))
     if mean == 0:
@@ -126,7 +127,7 @@ def shrinking(squares: Sequence[float], error: float) -> tuple[float, float]:
 
 
 def theorem_4_3(setting: Setting) -> Iterator[Check]:
-    """Check updates over β with ω = θ for small β: their limit, its distance to BP, and how they get there."""
+    """Check updates divided by β, with ω = θ: their limit for small β, its distance to BP, and their convergence."""
     rule, blocks = setting.rule, setting.network.blocks
     if rule.targets is not dtp.targets or rule.local_update is not dtp.local_update:
         return
@@ -151,12 +152,12 @@ def theorem_4_3(setting: Setting) -> Iterator[Check]:
 
 
 def _approach(setting: Setting, limit: list[Floats]) -> Iterator[Check]:
-    """Check that updates over β go to their limit linearly in β."""
+    """Check that updates divided by β converge to their limit linearly in β."""
     blocks, pairs = setting.network.blocks, [zip(_over_beta(setting, beta), limit, strict=True) for beta in BETAS]
     errors = np.array([[np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in of_beta] for of_beta in pairs])
     for n, (block, of_block) in enumerate(zip(blocks, errors.T, strict=True)):
         above = {b.activation for b in blocks[n + 1 :]}
-        # With nothing curved above, a block is at its limit for every β; leaky units that cross their kink jump.
+        # With nothing curved above, a block is at its limit for every β; leaky ReLU units that cross their kink jump.
         if not any(f.curved for f in above) or any(not f.curved and f.derivative is not None for f in above):
             continue
         if of_block[0] > FAR:
@@ -166,14 +167,14 @@ def _approach(setting: Setting, limit: list[Floats]) -> Iterator[Check]:
 
 
 def _over_beta(setting: Setting, beta: float) -> list[Floats]:
-    """Return the weight updates over β, with ω = θ."""
+    """Return the weight updates divided by β, with ω = θ."""
     options, state = replace(setting.options, beta=beta, divide_by_beta=True), setting.state()
     state.weights |= {n: setting.network.weights[n] for n in range(1, len(setting.network))}
     return [host(weight) for weight, _ in setting.propose(options=options, state=state)]
 
 
 def _limit(setting: Setting) -> list[Floats]:
-    """Return the limit of the weight updates over β for small β: δ^n = ω ∘ (f'(u) ⊙ unpool(δ^{n+1})), u = unpool(s)."""
+    """Return the limit of the weight updates / β for small β: δ^n = ω ∘ (f'(u) ⊙ unpool(δ^{n+1})), u = unpool(s)."""
     network, mode = setting.on_host(), setting.unpool
     zs, s, indices = reference.forward(network, host(setting.images))
     delta, updates = -len(setting.labels) * host(setting.batch.dlogits), []

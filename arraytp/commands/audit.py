@@ -59,13 +59,13 @@ def command(
 
 
 def _plans(path: Path, overrides: list[str], variant: str | None) -> dict[str, Plan]:
-    """Check every variant that is to be audited before any is."""
+    """Plan all variants to be audited, which checks them, before any is audited."""
     configs = load_config(path, overrides, variant).variants
     return {name or config.name: plan_variant(path, name, config) for name, config in configs.items()}
 
 
 def _audited(name: str, planned: Plan) -> list[Line]:
-    """Return all lines; on a terminal, tell meanwhile where the audit is."""
+    """Return all lines, showing the audit's progress on a terminal."""
     lines: list[Line] = []
     console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
     with console.status(f"{name}: auditing") as status:
@@ -121,7 +121,7 @@ def _cells(check: Check) -> tuple[str, ...]:
 
 
 def _fitting(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of the columns that a terminal has room for; elsewhere, of all."""
+    """Return the table's lines, with the columns that fit on a terminal; elsewhere, with all."""
     columns, room = list(HEADERS), shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for unwanted in ("", "function", "by", "tolerance"):
         columns = [header for header in columns if header != unwanted]

@@ -1,4 +1,4 @@
-"""`arraytp bench`: where the time of a training step goes, against what this machine's matrix product could do."""
+"""`arraytp bench`: where the time of a training step goes, against this machine's peak rate of matrix products."""
 
 import statistics
 import time
@@ -50,7 +50,7 @@ def command(
     """Time training steps of CONFIG, every variant in turn.
 
     Prints milliseconds by part, GFLOP/s of the matrix products, the fraction of what one large matrix product reaches
-    on this machine, and peak memory. Started by mpiexec or srun, also what share of a step goes to sums over ranks.
+    on this machine, and peak memory. Under mpiexec or srun, also the share of a step that sums over ranks take.
     """
     if json_path is not None:
         check_json(json_path, "milliseconds")
@@ -62,7 +62,7 @@ def command(
     check_ranks(ranks, ranks, list(plans.values()))
     for name, planned in plans.items():
         with failing_together(ranks, name, limited=not planned.backend.on_host), warnings.catch_warnings():
-            # What is not finite is named by `measure`.
+            # `measure` reports weights that are not finite.
             warnings.simplefilter("ignore", RuntimeWarning)
             try:
                 figures[name] = measure(planned, steps, ranks)
@@ -76,9 +76,9 @@ def command(
 
 
 def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Time training steps of a plan: median milliseconds of each part and of the step, rates, memory in MB.
+    """Time training steps of a plan: median milliseconds of each part and their sum, rates, memory in MB.
 
-    `ranks` share the steps. Times are this rank's, but those of sums the mean of all, and GFLOP/s of all together.
+    `ranks` share the steps. Times are this rank's, but those of sums are means over ranks; GFLOP/s are of all ranks.
     """
     config, sums = planned.config, _TimedSums(ranks, planned.backend.synchronize)
     experiment = build_planned(planned, ranks=sums if ranks.size > 1 else ranks)
@@ -88,7 +88,7 @@ def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
         with closing(experiment.train_loader.batches(epoch)) as batches:
             last = _time_epoch(experiment, batches, seconds, steps + WARM_UP, sums)
         epoch += 1
-    # Of weights alone, which are the same on every rank.
+    # Only weights are checked, which are the same on every rank.
     if not all(finite_blocks(experiment.network)):
         done = len(seconds["load"])
         raise NonFiniteError(f"{config.name}: not finite after {done} steps; a smaller optimizer.lr may help")
@@ -137,7 +137,7 @@ def peak_rate(experiment: Experiment) -> float:
 
 
 def _feedback_rates(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Return GFLOP/s of the products of feedback training, block by block, on a batch."""
+    """Return GFLOP/s of the matrix products of feedback training on a batch, block by block."""
     feedback, rates = experiment.rule.feedback, {}
     if feedback is None:
         return {}
@@ -169,7 +169,7 @@ class _Laps:
 
 
 class _TimedSums:
-    """Ranks that note how long their sums take, in which each waits for the slowest."""
+    """Ranks that time their sums, including the wait for the slowest rank."""
 
     def __init__(self, ranks: Ranks, synchronize: Callable[[], None]) -> None:
         self._ranks, self._synchronize = ranks, synchronize
@@ -183,7 +183,7 @@ class _TimedSums:
         self._time(self._ranks.sum, *arguments, **options)
 
     def begin_sum(self, buffer: Array) -> Callable[[], None]:
-        # Without waiting for the device, whose work a sum may overlap.
+        # Does not wait for the device, whose work may overlap with the sum.
         self.count += 1
         return partial(self._time, self._ranks.begin_sum(buffer), counts=0)
 

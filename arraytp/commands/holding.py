@@ -1,4 +1,4 @@
-"""Result folders that a command holds, so that no other writes to them."""
+"""Result folders that a process holds, so that no other writes to them."""
 
 import errno
 import resource
@@ -12,14 +12,14 @@ from arraytp.disk import HeldError, open_locked, remove_locked
 from arraytp.errors import UserError
 
 LOCK_NAME = ".arraytp-run"
-# Where this process must not write, it can do no harm.
+# A folder that this process cannot write to needs no lock.
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-# Files that a run may have open besides: shards, modules that are being loaded, pipes.
+# Files that a run may have open besides its locks: shards, modules being imported, pipes.
 _OTHER_FILES = 256
 
 
 class Holds(ExitStack):
-    """While entered, the folders taken are this process's own; each holds a file `.arraytp-run` for so long."""
+    """Reserve the folders taken for this process while entered; each contains a file `.arraytp-run` meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Holds(ExitStack):
 
 
 def _allow_files(count: int) -> None:
-    """Let this process have so many files open at a time, or as many as the system lets it have."""
+    """Let this process have `count` files open at a time, or as many as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < most:

@@ -62,7 +62,7 @@ def _is_page(path: Path) -> bool:
 
 
 def _page() -> ModuleType:
-    """Import what draws the page; Bokeh need not be installed."""
+    """Return the module that draws the page; UserError if Bokeh is not installed."""
     try:
         return importlib.import_module("arraytp.report.page")
     except ImportError as error:

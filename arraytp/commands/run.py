@@ -45,7 +45,7 @@ OWN_FIGURES = (*RUN_FIGURES, *STUDY_FIGURES)
 
 @dataclass(frozen=True)
 class Asked:
-    """What the options say of all jobs."""
+    """Options that apply to all jobs."""
 
     resume: bool
     fresh: bool
@@ -54,7 +54,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run of one variant: what to train, where its results go, and whether by the plain primitives."""
+    """One run of one variant: what to train, where its results go, and whether to use the plain primitives."""
 
     plan: Plan
     label: str
@@ -82,7 +82,7 @@ class Job:
 def _checked_seeds(
     _context: click.Context, _parameter: click.Parameter, value: str | None
 ) -> int | tuple[int, ...] | None:
-    """Return how many seeds, or which."""
+    """Return the number of seeds, or the seeds themselves."""
     if value is None:
         return None
     numbers = [word.strip() for word in value.removesuffix(",").split(",")]
@@ -168,7 +168,7 @@ def command(
 
 
 def _hold(jobs: Sequence[Job], asked: Asked, held: Holds) -> None:
-    """Take the folders, see that nothing in them would be overwritten, and say what is worth knowing."""
+    """Hold the folders, check that nothing in them would be overwritten, and print the notes of the plans."""
     for job in jobs:
         held.take(job.folder)
     _check_folders(jobs, asked.resume, asked.fresh)
@@ -186,7 +186,7 @@ def _jobs(
     plain: bool,
     seeds: int | tuple[int, ...] | None,
 ) -> list[Job]:
-    """Check the variants of a file, or `only` one, before any starts; of several configs each has a folder in `out`."""
+    """Return the jobs of a file's variants, or of `only` one; with `several` configs, each has a folder in `out`."""
     file = load_config(path, overrides, only)
     folder = Path("results", file.name) if out is None else out / file.name if several else out
     jobs = []
@@ -217,7 +217,7 @@ def _refuse_one_place_twice(jobs: Sequence[Job]) -> None:
 
 
 def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
-    """Refuse what would overwrite results or mix those of two configs."""
+    """Refuse jobs that would overwrite results or mix those of two configs."""
     for job in jobs:
         if job.folder.exists() and not job.folder.is_dir():
             raise UserError(f"{job.folder}: is a file; --out needs a folder")
@@ -247,17 +247,17 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
 
 
 def _lost_checkpoint(job: Job) -> bool:
-    """Tell whether a run that has finished would be trained from its beginning, and not go on."""
+    """Tell whether a finished run that is to go on would start over, because its checkpoint is missing."""
     there = (job.folder / "summary.json").exists() and not (job.folder / "checkpoint.h5").exists()
     return there and not job.finished
 
 
 def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, everyone: Ranks, ranks: Ranks) -> int:
-    """Do all jobs and return the exit status; of several, a run that fails does not keep the others."""
+    """Do all jobs and return the exit status; if one of several runs fails, the others go on."""
     if ranks is everyone:
         return _run_some(jobs, jobs, stop, asked, held, ranks, list(jobs) if asked.fresh else [])
     assert isinstance(everyone, Mpi)
-    # Each group holds the folder of its own run.
+    # From here on, each group holds the folders of its own runs.
     held.close()
     left = []
     if asked.fresh and everyone.rank == 0:
@@ -266,7 +266,7 @@ def _run_all(jobs: Sequence[Job], stop: StopRequest, asked: Asked, held: Holds, 
                 _clear(job)
             except OSError:
                 left.append(number)
-    # What is in the way is told of by the group whose turn it is.
+    # The group that takes such a job tries to clear it again, and reports why it cannot.
     uncleared = [jobs[number] for number in everyone.broadcast(left)]
     turns, interrupted, status = everyone.turns(ranks), None, 0
     stop.elsewhere = turns.heard
@@ -295,7 +295,7 @@ def _run_some(
 ) -> int:
     status, grouped = 0, mine is not jobs
     for job in mine:
-        # A group clears its own job alone.
+        # A group clears only its own job.
         clears = [each for each in uncleared if each is job] if grouped else uncleared
         try:
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
@@ -311,7 +311,7 @@ def _run_some(
 
 
 def _do(job: Job, uncleared: list[Job], stop: StopRequest, asked: Asked, held: Holds, ranks: Ranks) -> None:
-    """Do a job; before the first that can begin, the former results of all `uncleared` ones go."""
+    """Do a job; before the first that can begin, remove the former results of all `uncleared` jobs."""
     first = ranks.rank == 0
     if ranks.broadcast(agreed(ranks, lambda: first and asked.resume and job.finished)):
         if first:
@@ -320,7 +320,7 @@ def _do(job: Job, uncleared: list[Job], stop: StopRequest, asked: Asked, held: H
                 _draw(job)
         return
     with warnings.catch_warnings():
-        # The loop looks at loss and weights itself; NumPy's remarks on overflow would bury what it says.
+        # The loop checks loss and weights itself; NumPy's warnings of overflow would bury its messages.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
             run = None
@@ -345,10 +345,10 @@ def _do(job: Job, uncleared: list[Job], stop: StopRequest, asked: Asked, held: H
 
 
 def _claim(job: Job, uncleared: list[Job], asked: Asked, held: Holds) -> None:
-    """Make a job's folder and keep others out; another command may have come first since it was looked at.
+    """Make and hold a job's folder, and check it again: another command may have written to it since the first check.
 
-    The former results of all `uncleared` jobs go at once, so that none of them passes for a finished one after a stop.
-    What is in the way of another job than this is told of when its turn comes.
+    The former results of all `uncleared` jobs are removed at once, so that none of them passes for finished after a
+    stop. A problem with another job's folder is reported when its turn comes.
     """
     for each in [each for each in uncleared if each is not job]:
         with suppress(OSError, UserError):
@@ -357,7 +357,7 @@ def _claim(job: Job, uncleared: list[Job], asked: Asked, held: Holds) -> None:
             uncleared.remove(each)
     own = job in uncleared
     if own:
-        # It has one turn: if that fails, the others' do not clear what someone else may have written since.
+        # Cleared in its own turn or not at all: later jobs must not remove what someone else may have written since.
         uncleared.remove(job)
     _take(job, asked.resume, own, held)
     if own:
@@ -378,7 +378,7 @@ def _clear(job: Job) -> None:
 
 
 def _train(job: Job, run: Run | None, stop: StopRequest, asked: Asked, ranks: Ranks) -> None:
-    """Train a run to its end, or do a study, whose seeds that are done stay as they are.
+    """Train a run to its end, or do a study, keeping the seeds that are already done.
 
     The folder is not touched before the run is known to start.
     """
@@ -397,7 +397,7 @@ def _train(job: Job, run: Run | None, stop: StopRequest, asked: Asked, ranks: Ra
 
 
 def _draw(job: Job) -> None:
-    """Write what a finished job's folder has besides its numbers."""
+    """Write the figures of a finished job, and the table of a study."""
     if job.study:
         write_study([job.folder], job.folder)
     else:
@@ -405,7 +405,7 @@ def _draw(job: Job) -> None:
 
 
 def _begin(job: Job, quiet: bool) -> None:
-    """Let the folder be that of a run which has not finished, and name it."""
+    """Mark the folder as that of an unfinished run, and print its name."""
     if not quiet:
         click.echo(f"{job.label}: results go to {job.folder}", err=True)
     (job.folder / "summary.json").unlink(missing_ok=True)
@@ -413,7 +413,7 @@ def _begin(job: Job, quiet: bool) -> None:
 
 
 def _drawn(job: Job) -> bool:
-    """Tell whether the folder's figures are of its present results, and not of a run before."""
+    """Tell whether the folder's figures show its present results, and not those of an earlier run."""
     figure = job.folder / "figures" / (LAST_STUDY_FIGURE if job.study else LAST_FIGURE)
     try:
         return figure.stat().st_mtime_ns >= (job.folder / "summary.json").stat().st_mtime_ns
@@ -422,17 +422,17 @@ def _drawn(job: Job) -> bool:
 
 
 def _write_config(job: Job) -> None:
-    """Write config.yml, unless it says the very same; someone may have edited it."""
+    """Write config.yml unless it already has exactly this content; someone may have edited it."""
     path, content = job.folder / "config.yml", dump_config(job.plan.config).encode()
     if not path.exists() or path.read_bytes() != content:
         write_file(path, content)
 
 
 def _report(batches: list[list[Job]]) -> None:
-    """Print one table of all results, and one a study; draw a comparison where a config has variants."""
+    """Print one table of all results and one per study; draw a comparison of each config's runs if it has several."""
     alike = [[job for job in batch if job.study is kind] for batch in batches for kind in (True, False)]
     for jobs in filter(None, alike):
-        # A run that could not begin has left none, and a study that failed has no summary to draw.
+        # A run that could not begin has no config.yml, and a study that failed has no summary.json to draw.
         needed, home = "summary.json" if jobs[0].study else "config.yml", jobs[0].home
         folders = [job.folder for job in jobs if (job.folder / needed).exists()]
         if not folders:
@@ -456,9 +456,9 @@ def _report(batches: list[list[Job]]) -> None:
 
 
 def _command_to_resume() -> str:
-    """Return the command line that this process was started with, --resume instead of --fresh, and its launcher.
+    """Return the command line that started this process, with its launcher, and with --resume instead of --fresh.
 
-    That may be of a script that lets a rule do what other code does: `arraytp run` would go on without it.
+    A script that changes a rule to mimic other code is named itself: `arraytp run` would go on without the change.
     """
     script, *words = sys.argv
     program = ["arraytp", words.pop(0)] if words[:1] == ["run"] else ["python", script]

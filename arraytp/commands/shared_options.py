@@ -1,4 +1,4 @@
-"""Options that several commands have: overrides of a config, folders, and `--json FILE` for the figures they print."""
+"""Options that several commands share: overrides of a config, folders, and `--json FILE` for the numbers they print."""
 
 import json
 import os
@@ -18,7 +18,7 @@ DTYPE = click.option("--dtype", type=click.Choice(["float32", "float64"]), help=
 
 
 def _one_variant(_context: click.Context, _parameter: click.Parameter, names: tuple[str, ...]) -> str | None:
-    """Return the variant that is named, if one is; UserError for two, of which click would take the last."""
+    """Return the variant named, if any; UserError if there are several, of which click would take the last."""
     if len(names) > 1:
         raise UserError(f"--variant: given {len(names)} times ({', '.join(names)}); give one, or none to take all")
     return names[0] if names else None
@@ -30,17 +30,17 @@ SET = click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE"
 
 
 def overriding(function: Function) -> Function:
-    """Add all of the options to a command, which takes `backend`, `dtype` and `overrides`."""
+    """Add all overriding options to a command, which takes `backend`, `dtype` and `overrides`."""
     return BACKEND(DTYPE(SET(function)))
 
 
 def overriding_but_dtype(function: Function) -> Function:
-    """Add the options to a command that chooses the number format itself; it takes `backend` and `overrides`."""
+    """Add the overriding options to a command that chooses the dtype itself; it takes `backend` and `overrides`."""
     return BACKEND(SET(function))
 
 
 def settings(overrides: Sequence[str], backend: str | None, dtype: str | None = None) -> list[str]:
-    """Return what the options say as `load_config` takes it."""
+    """Return the options as overrides for `load_config`."""
     collected = [*overrides]
     collected += [f"backend={backend}"] if backend else []
     collected += [f"dtype={dtype}"] if dtype else []
@@ -48,7 +48,7 @@ def settings(overrides: Sequence[str], backend: str | None, dtype: str | None = 
 
 
 def check_folder(_context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    """Return the folder that an option or argument names, as click's callback; UserError for a blank name."""
+    """Return the folder that an option or argument names, as a click callback; UserError if the name is blank."""
     if value is None:
         return None
     name = (parameter.metavar or "DIR").rstrip(".") if isinstance(parameter, click.Argument) else parameter.opts[0]
@@ -58,12 +58,12 @@ def check_folder(_context: click.Context, parameter: click.Parameter, value: str
 
 
 def check_folders(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Path, ...]:
-    """Return the folders of an argument that takes several; as `check_folder`."""
+    """Return the folders of an argument that takes several, each checked as in `check_folder`."""
     return tuple(path for value in values if (path := check_folder(context, parameter, value)) is not None)
 
 
 def check_json(path: Path, key: str) -> None:
-    """Refuse a path that cannot be written, or that holds anything but figures, whose entries all have `key`."""
+    """Refuse a path that cannot be written, or a file other than an earlier result, whose entries all have `key`."""
     wrong = "an earlier result of this command; only such are overwritten"
     check_output("--json", path, "figures.json", lambda: not path.is_file() or _holds_figures(path, key), wrong)
 
@@ -81,7 +81,7 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
     content = (json.dumps(json_safe(figures), indent=2, ensure_ascii=False) + "\n").encode()
     try:
         if path.exists() and not path.is_file():
-            # A pipe that nobody reads from is not waited for.
+            # Does not block on a pipe that nobody reads.
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:
                 os.set_blocking(file.fileno(), True)
                 file.write(content)

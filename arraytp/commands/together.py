@@ -18,9 +18,9 @@ _OF_CONFIG = ("config", "configs", "backend", "dtype", "overrides")
 
 
 def all_ranks() -> Ranks:
-    """Return the processes of this command; UserError, on all alike, if they were given others, or other options.
+    """Return the processes of this command; UserError, on all of them, if their commands or options differ.
 
-    Configs may have another path on another machine: `check_ranks` compares what they say.
+    Configs may have different paths on different machines: `check_ranks` compares their content.
     """
     everyone, context = world(), click.get_current_context()
     options = [each for each in context.command.params if each.name not in _OF_CONFIG]
@@ -37,7 +37,7 @@ def all_ranks() -> Ranks:
 
 
 def grouped(everyone: Ranks, ranks_per_run: int | None) -> Ranks:
-    """Return the ranks that share this one's runs: all, or a group of so many, of which they must be a multiple."""
+    """Return the ranks that share this one's runs: all, or a group of `ranks_per_run`, which divides their number."""
     if ranks_per_run is None or ranks_per_run == everyone.size:
         return everyone
     if everyone.size == 1:
@@ -54,7 +54,7 @@ def grouped(everyone: Ranks, ranks_per_run: int | None) -> Ranks:
 
 
 def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
-    """Refuse, on all ranks alike, ranks that would have nothing to do or were given different things."""
+    """Raise UserError, on all ranks, if some would have nothing to do or were given other configs or data."""
     if everyone.size == 1:
         return
     given = everyone.gather([(plan.config, plan.dataset.digest) for plan in plans])
@@ -83,11 +83,11 @@ def check_ranks(everyone: Ranks, ranks: Ranks, plans: Sequence[Plan]) -> None:
 
 @contextmanager
 def failing_together(ranks: Ranks, label: str, limited: bool = False) -> Iterator[None]:
-    """Let an error of any rank end what is done while this is entered, on all ranks, and then go on.
+    """While entered, let an error of any rank end the work on all of them, which can then go on together.
 
-    All raise the same UserErrors or RunError, which names the run and the rank; the traceback of an error that nobody
-    foresaw is printed, too. One process alone has its own error. If `limited`, the same goes for ranks whose others do
-    not come within seconds, as those that wait on a device for NCCL.
+    All raise the same UserErrors or RunError, which names the run and the rank; the traceback of an unforeseen error is
+    printed, too. A single process raises its own error. With `limited`, so does a rank that the others do not join
+    within seconds, for example because they wait for NCCL on a device.
     """
     if ranks is ALONE:
         yield
@@ -96,7 +96,7 @@ def failing_together(ranks: Ranks, label: str, limited: bool = False) -> Iterato
     told = None
     try:
         yield
-        # The first rank may fail in what it alone does in the end.
+        # Wait for all: the first rank may fail in what it alone does at the end.
         ranks.gather(None)
     except FailedElsewhereError as error:
         problem = error

@@ -1,4 +1,4 @@
-"""`arraytp trace`: one training step of a config, every number of it written down."""
+"""`arraytp trace`: write every number of one training step of a config to a file."""
 
 import warnings
 from contextlib import closing
@@ -42,12 +42,12 @@ def command(
 ) -> None:
     """Do the first training step of CONFIG and write every number of it to an HDF5 file.
 
-    Inputs, weights, noise, activations, targets, updates, BP's gradients and the weights afterwards; docs/trace.md has
-    the layout.
+    The file holds inputs, weights, noise, activations, targets, updates, BP's gradients and the weights afterwards;
+    docs/trace.md describes its layout.
     """
     check_replaceable(out)
     loaded = load_one(config, settings(overrides, backend, dtype), variant)
-    # The arrays of a trace are those of the batch as a whole.
+    # A trace holds arrays of the whole batch, which exact mode would cut into parts.
     whole = replace(loaded, train=replace(loaded.train, exact=False))
     experiment = build_planned(plan_variant(config, variant or "", whole))
     for note in experiment.plan.notes:
@@ -57,7 +57,7 @@ def command(
     with closing(experiment.train_loader.batches(0)) as batches:
         images, labels = next(batches) if batch is None else read_batch(batch, experiment)
     with StopRequest() as stop, warnings.catch_warnings():
-        # What is not finite is named below.
+        # The first array that is not finite is reported below.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
             not_finite = write_trace(out, experiment, images, labels, noise=not no_noise, stop=stop)

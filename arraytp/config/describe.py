@@ -1,4 +1,4 @@
-"""What a key may hold, in words, read off its type annotation."""
+"""What a config key may hold, in words, derived from its type annotation."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _LONGEST_VALUE = 60
 
 
 def members(annotation: Any) -> list[Any]:
-    """Return the alternatives of an annotation, without None; an annotation without alternatives is its only one."""
+    """Return the alternatives of an annotation, without None; one that is not a union is its only alternative."""
     bare = _bare(annotation)
     if get_origin(bare) in (Union, UnionType):
         return [member for part in get_args(bare) if part is not NoneType for member in members(part)]
@@ -36,14 +36,14 @@ def keys(section: type) -> dict[str, Any]:
 
 
 def required_keys(section: type) -> list[str]:
-    """Return the keys without a default, and the one that tells the section from its alternatives."""
+    """Return the keys without a default, and the key that distinguishes the section from its alternatives."""
     tag = tag_of(section)
     needed = [field.name for field in fields(section) if field.default is MISSING and field.default_factory is MISSING]
     return needed if tag is None else [tag[0], *needed]
 
 
 def tag_of(section: type) -> tuple[str, str] | None:
-    """Return the key and value by which a section is chosen, such as ("name", "adam"); None for others."""
+    """Return the key and value by which a section is chosen, such as ("name", "adam"); None if there is none."""
     for key in ("name", "type"):
         values = get_args(annotation) if get_origin(annotation := keys(section).get(key)) is Literal else ()
         if len(values) == 1:
@@ -72,7 +72,7 @@ def allowed(annotation: Any) -> str:
 
 
 def entry_of(annotation: Any) -> Any:
-    """Return what the entries of a list may be."""
+    """Return the annotation of a list's entries."""
     return get_args(_bare(annotation))[0]
 
 
@@ -104,7 +104,7 @@ def example(annotation: Any) -> Tree:
 
 
 def flow(value: Tree, *, quoted: bool = True) -> str:
-    """Write a value on one line, as YAML reads it; long ones are cut."""
+    """Write a value on one line of YAML; long ones are truncated."""
     text = _flow(value, quoted)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
@@ -116,7 +116,7 @@ def _flow(value: Tree, quoted: bool) -> str:
         return "[" + ", ".join(_flow(entry, quoted) for entry in value) + "]"
     if value is None or isinstance(value, bool) or (quoted and isinstance(value, str)):
         return json.dumps(value, ensure_ascii=False)
-    # Python does not write integers of thousands of digits, but in powers of two.
+    # Python refuses to write integers of thousands of digits, except in bases that are powers of two.
     return hex(value) if isinstance(value, int) and value.bit_length() > 64 else str(value)
 
 
@@ -140,7 +140,7 @@ def _in_words(annotation: Any) -> str:
 
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
-    """Say the limits of a number: " from 0 to below 1"."""
+    """Return the bounds of a number in words: " from 0 to below 1"."""
     low = next((f"from {entry.ge}" for entry in metadata if isinstance(entry, Ge)), None)
     low = next((f"above {entry.gt}" for entry in metadata if isinstance(entry, Gt)), low)
     high = next((f"to {entry.le}" for entry in metadata if isinstance(entry, Le)), None)

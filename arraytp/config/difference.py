@@ -1,4 +1,4 @@
-"""Whether two configs are of one run: what may change when a run goes on, and the first key that must not."""
+"""Whether two configs belong to one run: the keys that may change on resuming, and the first difference elsewhere."""
 
 from dataclasses import asdict
 from typing import Any
@@ -9,13 +9,13 @@ from arraytp.config.resolve import resolve
 from arraytp.config.schema import Config
 
 FREE_ON_RESUME = ("train.epochs", "train.steps", "train.checkpoint_minutes", "cuda_graphs", "device")
-"""A run may be prolonged, save more often or less, and go on where or how no number depends on it."""
+"""A resumed run may be prolonged, save more or less often, and change device or CUDA graphs: no number depends on these."""
 FREE_IN_A_STUDY = tuple(key for key in FREE_ON_RESUME if key not in ("train.epochs", "train.steps"))
-"""A study's seeds that are done are not prolonged, so that all have the same length."""
+"""Finished seeds of a study are not prolonged, so that all seeds have the same length."""
 
 
 def first_difference(stored: Config, asked: Config, free: tuple[str, ...] = FREE_ON_RESUME) -> str:
-    """Say in which key that is not `free` two configs differ first, and both values; "" if in none."""
+    """Name the first key not in `free` in which two configs differ, and both values; "" if there is none."""
     return _first(asdict(stored), asdict(asked), "", free)
 
 
@@ -31,5 +31,5 @@ def _first(stored: Any, asked: Any, path: str, free: tuple[str, ...]) -> str:
 
 
 def config_of(text: str, source: str) -> Config:
-    """Return the config that `dump_config` has written as text; a UserError names `source`."""
+    """Return the config that `dump_config` has written as text; error messages name `source`."""
     return resolve(parse_text(text, source, lambda _: source), "config", ()).variants[""]

@@ -1,4 +1,4 @@
-"""YAML 1.2 text to plain maps, lists and scalars, with the place of every key."""
+"""Reads YAML 1.2 text into plain maps, lists and scalars, with the place of every key."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Tree = Any
 
 _CORE = "tag:yaml.org,2002:"
 _MAXIMUM_DEPTH = 50
-# An alias of aliases of aliases is a short text that means more entries than memory holds.
+# With aliases of aliases, a short text can expand to more entries than memory holds.
 _MOST_ENTRIES = 100_000
-# Of one long text, too.
+# Aliases can repeat one long text, too.
 _MOST_CHARACTERS = 2**22
 _MOST_BYTES = 2**20
 
@@ -40,7 +40,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def encodable(text: str) -> bool:
-    """Tell whether text can be written as UTF-8; names of files and arguments need not be."""
+    """Tell whether text can be written as UTF-8, as file names and arguments sometimes cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ def encodable(text: str) -> bool:
 
 
 def read_document(path: str | Path) -> Document:
-    """Read a YAML file; UserError names file and line unless it is one YAML document in UTF-8."""
+    """Read a YAML file; UserError, with file and line, unless it is one YAML document in UTF-8."""
     try:
         content = read_small(Path(path), _MOST_BYTES)
     except FileNotFoundError:
@@ -69,8 +69,8 @@ def read_document(path: str | Path) -> Document:
 def parse_text(text: str, source: str, place: Callable[[int], str]) -> Document:
     """Parse one YAML 1.2 document.
 
-    `source` is what messages call the whole, `place` makes of a line's number, from 1, what they call that line.
-    UserError for what is no valid YAML, holds a key twice or a tag that configs do not use.
+    In messages, `source` names the whole text, and `place` turns a line's number, from 1, into the line's name.
+    UserError if the text is not valid YAML, holds a key twice or has a tag that configs do not use.
     """
     places: dict[KeyPath, str] = {}
     for number, content in enumerate(text.splitlines(), 1):
@@ -90,7 +90,7 @@ def parse_text(text: str, source: str, place: Callable[[int], str]) -> Document:
     except RecursionError:
         raise UserError(f"{source}: nested too deeply") from None
     except (ValueError, OverflowError) as error:
-        # Such as an escape of a character beyond the last one.
+        # For example an escape for a character beyond the last code point.
         raise UserError(f"{source}: not valid YAML: {error}") from None
     return Document(tree, places, source)
 
@@ -147,7 +147,7 @@ class _Reader:
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
                 raise UserError(f"{self._at(key_node)}: a key must be plain text, not a list or a map")
-            # A key is its own text, so that a variant may be called 0.10 or true.
+            # Keys are read as text, so that a variant may be called 0.10 or true.
             key = str(key_node.value)
             if key in tree:
                 first = self._places[*path, key]

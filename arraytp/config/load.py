@@ -1,4 +1,4 @@
-"""From a file to checked configs and back to text."""
+"""Reads checked configs from files, and writes configs as text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
@@ -26,12 +26,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | 
     overrides : sequence of str
         "key.path=value" each, as `--set` takes them; applied in order, after the variants' own overrides.
     variant : str, optional
-        The only variant to return; overrides are for it.
+        The only variant to return; overrides that name no variant then apply to it alone.
 
     Returns
     -------
     ConfigFile
-        Every variant, or the one that was asked for, checked, defaults filled in.
+        Every variant, or only `variant`, checked and with defaults filled in.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | 
 
 
 def load_one(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> Config:
-    """Read a config file that has no variants, or one variant of a file that has some; overrides are for that one.
+    """Read a config file that has no variants, or one variant of a file that has some, to which overrides then apply.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def parse_config(tree: Mapping[str, Tree], source: str = "config", overrides: Se
     tree : mapping
         What the YAML file would hold.
     source : str
-        What error messages call it; also the config's name unless the tree has one.
+        The tree's name in error messages; also the config's name unless the tree has one.
     overrides : sequence of str
         As in `load_config`.
 
@@ -100,7 +100,7 @@ def config_schema() -> dict[str, Any]:
     """Return the JSON schema of config files, for editors that complete and check keys while typing."""
     schema = schema_adapter().json_schema()
     schema["properties"]["variants"] = {"type": "object", "additionalProperties": {"type": ["object", "null"]}}
-    # A file with variants may leave required sections to them, but no part of an entry of a list.
+    # A file may leave required sections to its variants, but not a required key of a list's entry.
     del schema["required"]
     for section in (Conv, Dense):
         schema["$defs"][section.__name__]["required"].append("type")

@@ -1,4 +1,4 @@
-"""Laying one config tree upon another: variants and `--set`."""
+"""Merges one config tree into another, for variants and `--set`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,10 @@ def overlay(base: Mapping[str, Tree], over: Mapping[str, Tree]) -> dict[str, Tre
 
 
 def merge(base: Tree, over: Tree) -> Tree:
-    """Merge maps recursively; anything else, and a map that chooses something else, replaces `base`.
+    """Merge maps recursively; any other value, and a map that makes another choice, replaces `base`.
 
-    An optimiser of another `name`, a block of another `type`, or `blocks` where the base has a `name`, starts afresh:
-    what was set for the old choice means nothing to the new one.
+    An optimiser of another `name`, a block of another `type`, or `blocks` where the base has a `name`, starts afresh,
+    since settings for the old choice mean nothing to the new one.
     """
     if not isinstance(base, Mapping) or not isinstance(over, Mapping):
         return over
@@ -26,7 +26,7 @@ def merge(base: Tree, over: Tree) -> Tree:
 
 
 def _choice(tree: Mapping[str, Tree]) -> Tree:
-    """Return what a map chooses by `name`, `type` or `blocks`; None when it says nothing of it."""
+    """Return the choice that a map makes by `name`, `type` or `blocks`; None if it makes none."""
     for key in ("name", "type"):
         if tree.get(key) is not None:
             return (key, tree[key])
@@ -34,7 +34,7 @@ def _choice(tree: Mapping[str, Tree]) -> Tree:
 
 
 def assign(tree: Mapping[str, Tree], path: KeyPath, value: Tree) -> dict[str, Tree]:
-    """Return `tree` with `value` merged in at a key path; UserError if the path names no entry of a list."""
+    """Return `tree` with `value` merged in at a key path; UserError if the path names a list entry that is missing."""
     key = str(path[0])
     return {**tree, key: _assigned(tree.get(key), path, 1, value)}
 

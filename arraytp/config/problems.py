@@ -1,4 +1,4 @@
-"""What is wrong with a config tree, in the words of the person who wrote it."""
+"""What is wrong with a config tree, in the config's own terms."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ LARGEST_INTEGER = 2**63 - 1
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to repair: `text` continues a sentence that starts with the key; `absent` when the key is not there."""
+    """One thing to repair: `text` continues a sentence that starts with the key; `absent` if the key is missing."""
 
     path: KeyPath
     text: str
@@ -38,7 +38,7 @@ class Problem:
 
 
 def plain_problems(tree: Tree, path: KeyPath = ()) -> Iterator[Problem]:
-    """Yield what no config value can be: non-finite or huge numbers, text that cannot be written, foreign objects."""
+    """Yield what no config may hold: non-finite or huge numbers, text that UTF-8 cannot encode, foreign objects."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             if isinstance(key, str) and encodable(key):
@@ -67,14 +67,14 @@ def _scalar_fault(value: Tree) -> str | None:
 
 
 def explain(error: ValidationError, tree: Mapping[str, Tree]) -> list[Problem]:
-    """Translate what the schema refused.
+    """Translate the errors of schema validation into problems.
 
-    Unknown keys come first, since a misspelt key is also a missing one; the missing key is then left out.
+    Unknown keys come first. The key that a misspelt one stands for also counts as missing; this problem is left out.
     """
     spots = [(details, spot) for details in error.errors(include_url=False) if (spot := _locate(details["loc"], tree))]
     unknown = [_unknown_key(spot) for _, spot in spots if spot.unknown]
     guessed = {path for _, path in unknown}
-    # A list with a bad entry also counts as too short.
+    # Pydantic also reports a list with a bad entry as too short.
     above = {spot.path[:depth] for _, spot in spots for depth in range(len(spot.path))}
     others = [
         _problem(details, spot)
@@ -96,7 +96,7 @@ class _Spot:
 
 
 def _locate(loc: tuple[str | int, ...], tree: Tree) -> _Spot | None:
-    """Follow an error's location; None where it complains of an alternative that the config does not mean."""
+    """Follow an error's location; None if the error is about an alternative that the config does not choose."""
     spot = _Spot((), Config, tree)
     for step in loc:
         alternatives = members(spot.annotation)
@@ -181,7 +181,7 @@ def _hint(spot: _Spot) -> str:
 
 
 def _number(text: str, whole: bool) -> float | None:
-    """Return the finite number that a text would be without quotes; digits are those of YAML."""
+    """Return the finite number that text would be without quotes, None if it is none; YAML has only ASCII digits."""
     try:
         number = int(text) if whole else float(text)
         return number if text.isascii() and math.isfinite(number) else None

@@ -40,7 +40,7 @@ class ConfigFile:
 
 @cache
 def schema_adapter() -> TypeAdapter[Config]:
-    """Return what checks a tree against the schema; made on first use, since that takes a while."""
+    """Return the validator of the config schema; built on first use, since that takes a while."""
     return TypeAdapter(Config)
 
 
@@ -55,17 +55,17 @@ class _Override:
 
 @dataclass(frozen=True)
 class _Finding:
-    """A problem with its place, as printed; whether that tells which variant has it."""
+    """A problem with its place, as printed, and whether this text tells which variant has it."""
 
     text: str
     names_variant: bool
 
 
 def resolve(document: Document, name: str, overrides: Sequence[str], chosen: str | None = None) -> ConfigFile:
-    """Lay every variant and `--set` upon the file and check the results.
+    """Apply every variant and `--set` to the file's common settings and check the results.
 
-    With a `chosen` variant, what a `--set` says of all variants is said of that one only, whose rule may have keys that
-    no other's has; but a name is that of them all.
+    With a `chosen` variant, a `--set` that names no variant applies to that one only, since its rule may have keys that
+    the others' lack; but a `name` applies to them all.
     """
     base, variants = _split(document)
     sets = [_parse_override(text, list(variants)) for text in overrides]
@@ -91,7 +91,7 @@ def resolve(document: Document, name: str, overrides: Sequence[str], chosen: str
 
 
 def _split(document: Document) -> tuple[dict[str, Tree], dict[str, Mapping[str, Tree]]]:
-    """Separate what all variants share from each variant's own."""
+    """Separate the settings that all variants share from each variant's own."""
     if document.tree is None:
         raise UserError(f"{document.source}: empty; a config needs at least data, network, optimizer and train")
     if not isinstance(document.tree, Mapping):
@@ -106,7 +106,7 @@ def _split(document: Document) -> tuple[dict[str, Tree], dict[str, Mapping[str, 
 
 
 def _own(document: Document, name: Any, overrides: Tree) -> Mapping[str, Tree]:
-    """Return a variant's overrides if it and they are well named."""
+    """Return a variant's overrides; UserError if its name or one of their keys is not allowed."""
     path = ("variants", name)
     if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
         _refuse(document, path, "is not a variant name: use letters, digits, '.', '_' and '-', with no dot in front")
@@ -129,7 +129,7 @@ def _refuse(document: Document, path: KeyPath, text: str) -> NoReturn:
 
 
 def _parse_override(text: str, variants: Sequence[str]) -> _Override:
-    """Read one `--set`, given the names of the variants there are."""
+    """Parse one `--set`, given the names of the file's variants."""
     shown = f"--set {text}"
     key, equals, value = text.partition("=")
     if not equals or "" in key.strip().split("."):
@@ -138,7 +138,7 @@ def _parse_override(text: str, variants: Sequence[str]) -> _Override:
     steps: KeyPath = tuple(key.strip().split("."))
     if steps[0] != "variants":
         return _Override(None, steps, document)
-    # A variant's name may hold dots, so the names decide where it ends; the longest one wins.
+    # A variant's name may hold dots, so the known names decide where it ends; the longest match wins.
     rest = dotted(steps[1:]) + "."
     name = max((name for name in variants if rest.startswith(name + ".")), key=len, default=None)
     if name is None or rest == name + ".":
@@ -163,14 +163,14 @@ def _check(tree: Mapping[str, Tree]) -> Config | list[Problem]:
     if faults := list(plain_problems(tree)):
         return faults
     try:
-        # Reading JSON, strict mode takes a map for a dataclass and a list for a tuple, but still no text for a number.
+        # From JSON, strict mode accepts a map for a dataclass and a list for a tuple, but still no text for a number.
         return schema_adapter().validate_json(json.dumps(_with_own_feedback(tree), default=dict))
     except ValidationError as error:
         return explain(error, tree)
 
 
 def _with_own_feedback(tree: Mapping[str, Tree]) -> Mapping[str, Tree]:
-    """Fill in what `rule.feedback` leaves out by the rule's own defaults, which are not those of every rule."""
+    """Fill in what `rule.feedback` leaves out with the rule's own defaults, which differ from rule to rule."""
     rule = tree.get("rule")
     if not (isinstance(rule, Mapping) and isinstance(rule.get("feedback"), Mapping) and str(rule.get("name")) in RULES):
         return tree
@@ -202,10 +202,10 @@ class _Places:
             source = entry.document.source
             given.update({(*entry.path, *path): source for path in ((), *entry.document.places)})
             for depth in range(1, len(entry.path)):
-                # A number or text on its way it has replaced by a map.
+                # The override has replaced a number or text on its path by a map.
                 replaced = any(_has_scalar(tree, entry.path[:depth]) for tree in trees)
                 (given if replaced else opened)[entry.path[:depth]] = source
-        # At one depth the first layer that knows a path wins; what a --set opened on its way is last.
+        # At each depth, the first layer that has a path wins; maps that a --set only passed through come last.
         layers = (given, own, document.places, opened)
         # List indices as text, as `--set` has them.
         self._layers = [({tuple(map(str, path)): layer[path] for path in layer}, layer is own) for layer in layers]
@@ -214,7 +214,7 @@ class _Places:
         self._source = document.source
 
     def finding(self, problem: Problem) -> _Finding:
-        """Put the place before a problem: that of its key or, if the key is missing, of the map around it."""
+        """Prefix a problem with the place of its key or, if the key is missing, of the map around it."""
         path = tuple(map(str, problem.path))
         for place in _lookups(path, problem.absent):
             for layer, is_own in self._layers:
@@ -222,24 +222,24 @@ class _Places:
                     key = dotted(("variants", self._variant, *path) if is_own else path)
                     return _Finding(f"{layer[place]}: {key} {problem.text}", is_own)
                 if layer is self._given and place[:-1] in layer:
-                    # The map around it is a --set's, whatever stands in the file.
+                    # The map around it comes from a --set, whatever the file has there.
                     break
         return _Finding(f"{self._source}: {dotted(path)} {problem.text}", False)
 
 
 def _lookups(path: tuple[str, ...], absent: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the keys whose places serve for a problem at `path`, the best first."""
+    """Yield the keys whose place can stand for that of a problem at `path`, the best first."""
     if absent:
         path = path[:-1]
         if path:
-            # A key that is missing is missing from what the name or type beside it chose.
+            # A missing key is required by the choice that the name or type beside it made.
             yield from ((*path, "name"), (*path, "type"))
     for depth in range(len(path), 0, -1):
         yield path[:depth]
 
 
 def _report(findings: Mapping[_Finding, Sequence[str]], variants: int) -> list[str]:
-    """Return messages, one a line; one that holds for only some variants, and does not say so, names them."""
+    """Return the messages; one that holds for only some variants names them, unless its text does already."""
     lines = [
         finding.text
         if finding.names_variant or len(names) >= variants

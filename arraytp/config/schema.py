@@ -1,4 +1,4 @@
-"""The sections of a config: what each key may hold and what it is when left out."""
+"""The sections of a config: what each key may hold, and its default."""
 
 import unicodedata
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ from arraytp.options import (
 )
 from arraytp.rules import RuleOptions, bp
 
-# File systems take 255 bytes.
+# File systems allow 255 bytes.
 LONGEST_NAME = 200
 STRICT = {"extra": "forbid", "strict": True}
 
 
 def _checked_name(name: str) -> str:
-    """Refuse what cannot name a result folder."""
+    """Refuse a name that a result folder cannot have."""
     if name.startswith(".") or any(sign in "/\\" or unicodedata.category(sign) == "Cc" for sign in name):
         raise ValueError("must be usable as a folder's name: no slashes or control characters, no dot in front")
     if not name.strip():
@@ -65,7 +65,7 @@ class Normalize:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images, and what happens to them before the network sees them."""
+    """The images, and what happens to them before they reach the network."""
 
     dataset: Annotated[str, MinLen(1), Field(examples=["fashion-mnist-10k"])]
     normalize: Literal["dataset", "none"] | Normalize = "dataset"
@@ -77,7 +77,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What the logits cost, and how the losses of a batch's samples become one number."""
+    """The loss of the logits, and how the losses of a batch's samples are reduced to one number."""
 
     name: Literal["cross-entropy", "mse"] = "cross-entropy"
     reduction: Literal["mean", "sum"] = "mean"
@@ -86,9 +86,9 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, how many images at a time, and how many are held out; without `validation` the test split evaluates.
+    """Training length, batch sizes and images held out; without `validation`, the test split is evaluated instead.
 
-    With `score_train` each epoch ends with a score of all training images, instead of a mean over the epoch's batches.
+    With `score_train`, each epoch ends by scoring all training images, instead of averaging over the epoch's batches.
     """
 
     epochs: Annotated[Border, Field(examples=[10])]
@@ -103,9 +103,9 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """How often the rule's update is measured against backpropagation's; 0 is never.
+    """How often, in steps, the rule's update is compared with backpropagation's; 0 is never.
 
-    `against` may name Gauss-Newton targets (rule gnt) besides, of this `damping`.
+    `against` may also name Gauss-Newton targets (rule gnt), with this `damping`.
     """
 
     every: Border = 100
@@ -115,7 +115,7 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Instead of a run, for `seeds` seeds: feedback alone on one batch, θ frozen, or the drift of θ from orthogonality.
+    """A study instead of a run, of `seeds` seeds: feedback on one batch, θ frozen, or drift of θ from orthogonality.
 
     See `arraytp.training.study` and `arraytp.training.drift`; `rounds` and `biases` are for feedback.
     """
@@ -147,5 +147,5 @@ class Config:
     compare: Compare = Compare()
     study: Study | None = None
 
-    # Holds for the sections, too: unknown keys and text for numbers are errors.
+    # Applies to the sections, too: unknown keys and text for numbers are errors.
     __pydantic_config__ = STRICT

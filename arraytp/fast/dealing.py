@@ -1,11 +1,13 @@
-"""Work on θ alone, dealt out among ranks: each does some of the tasks, and gets what the others' tasks wrote.
+"""Deal out work that depends on θ alone among the ranks: each runs some of the tasks and receives the others' results.
 
-Largest first, each task goes to the rank that has least to do so far. That pays if the operations saved (W in all, W_r
-on rank r, so W − max W_r) take longer than sending all results, P numbers padded to equal segments:
+Tasks are assigned largest first, each to the rank with the least work so far. Dealing out pays if the operations saved
+(W in total, W_r on rank r, hence W − max W_r) take longer than exchanging all results, P numbers with the ranks'
+segments padded to equal length:
 
     W − max W_r > `OPERATIONS_PER_NUMBER` · threads of a rank · P
 
-Shapes alone decide, so all ranks decide alike. A task's result does not depend on which rank computes it.
+The decision depends on shapes alone, so all ranks reach the same one. A task's result does not depend on the rank that
+computes it.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,21 +18,21 @@ from arraytp.backend import Array
 from arraytp.fast.parallel import Task, Workspace
 
 OWNER = "dealing"
-# 50 GFLOP/s of a thread in single precision against 4 bytes at 1 GB/s between two processes; 25 against 8 in double.
+# In single precision a thread does 50 GFLOP/s and a number has 4 bytes, in double 25 and 8; 1 GB/s between processes.
 OPERATIONS_PER_NUMBER = 200
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A task and what it alone writes.
+    """A task and the arrays that it alone writes.
 
     Parameters
     ----------
     operations, size : int
-        Of the task, and elements that it writes.
+        The task's operations, and the number of elements that it writes.
     task : () → object
     arrays : () → sequence of arrays of any strides
-        What the task has written, or room for it.
+        The arrays that the task has written, or on other ranks those that take its results.
     """
 
     operations: int
@@ -45,9 +47,9 @@ def piece(operations: int, task: Task, out: Array) -> Piece:
 
 
 def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: Any) -> None:
-    """Do all tasks, on several ranks each some of them where that is faster; `dtype` is that of most arrays.
+    """Run all tasks, dealt out among the ranks where that is faster; `dtype` is that of most arrays.
 
-    All ranks call this together with tasks of the same sizes.
+    All ranks must call this together, with tasks of the same sizes.
     """
     pieces, ranks = sorted(pieces, key=lambda each: each.operations, reverse=True), workspace.ranks
     hands = deal(pieces, ranks.size)
@@ -66,10 +68,10 @@ def run_dealt(workspace: Workspace, pieces: Sequence[Piece], dtype: Any) -> None
 
 
 def agreed_numbers(workspace: Workspace, numbers: list[float], operations: int, size: int) -> list[float]:
-    """Return numbers by which all ranks choose between tasks: the first rank's, if such tasks could be dealt out.
+    """Return the numbers by which all ranks choose their tasks: rank 0's, if the tasks could be dealt out.
 
-    Each has them from its own processor, and those of another kind may round them to the other side of a threshold.
-    `operations` are the most that all tasks can have, and `size` the fewest numbers that they write.
+    Each rank computes them itself, and a different kind of processor may round them to the other side of a threshold.
+    `operations` is an upper bound on the operations of all tasks, `size` a lower bound on the numbers that they write.
     """
     if not _deals(workspace) or operations <= OPERATIONS_PER_NUMBER * workspace.rank_threads * size:
         return numbers
@@ -82,7 +84,7 @@ def _deals(workspace: Workspace) -> bool:
 
 
 def deal(pieces: Sequence[Piece], ranks: int) -> list[list[Piece]]:
-    """Give each piece to the rank with least to do so far, the first of several."""
+    """Give each piece to the rank with the least work so far; ties go to the first rank."""
     hands: list[list[Piece]] = [[] for _ in range(ranks)]
     for each in pieces:
         min(hands, key=_operations).append(each)
@@ -90,7 +92,7 @@ def deal(pieces: Sequence[Piece], ranks: int) -> list[list[Piece]]:
 
 
 def pays(hands: Sequence[Sequence[Piece]], threads_times_numbers: float) -> bool:
-    """Tell whether dealing out saves more time than sending the results takes."""
+    """Tell whether dealing out saves more time than exchanging the results takes."""
     loads = [*map(_operations, hands)]
     return sum(loads) - max(loads) > OPERATIONS_PER_NUMBER * threads_times_numbers
 

@@ -24,7 +24,7 @@ OWNER = "device"
 
 
 class Device(Fast):
-    """An `arraytp.model.passes.Engine` of a device."""
+    """An `arraytp.model.passes.Engine` for a device."""
 
     def product(self, a: Array, b: Array, out: Array) -> Array:
         """See `Batch.product`."""
@@ -73,7 +73,7 @@ class Device(Fast):
             return dweight, dbias, None
         carrier: Array = through
         if through.shape != block.weight_shape:
-            # Of the units that are handed on alone.
+            # `through` has only the units that are handed on: auxiliary ones get zeros.
             carrier = self.room("through", block.weight_shape, s.dtype)
             carrier[...] = 0
             carrier[..., : through.shape[-1]] = through
@@ -107,7 +107,7 @@ class Device(Fast):
         return self.transposed(at.block, omega, a, own.array("transposed", at.s.shape, at.s.dtype))
 
     def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
-        """Return N and M: their values at every position by one kernel each, summed over samples, then over a tap's."""
+        """Return N and M: one kernel each for the values at every position, then sums over samples and each tap."""
         block, s = at.block, at.output
         values = self.room("overlap", (2, len(s), *block.pre_shape), s.dtype)
         kernels.slope_products(block.activation, block.pool, s, at.index, unpool, values[0], values[1])
@@ -119,11 +119,11 @@ class Device(Fast):
         return Iterations(self, at, unpool, training)
 
     def room(self, name: object, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return memory that the next call with this name takes again."""
+        """Return memory that the next call with this name reuses."""
         return self.of(OWNER).array(name, shape, dtype)
 
     def rows(self, block: Block, x: Array, name: object = "rows") -> Array:
-        """Return the rows of x that a weight's matrix is multiplied with; in scratch of this name."""
+        """Return x as the rows that multiply a weight's matrix; those of a convolution are in scratch of this name."""
         if block.window is None:
             return x.reshape(len(x), -1)
         window, matrix_rows = block.window, block.window.kernel**2 * block.in_shape[-1]
@@ -161,7 +161,7 @@ class Iterations:
         self._products = 0
 
     def noise(self, k: int) -> dict[str, Array]:
-        """Return the k-th noise; it stays until that of k + 2 is drawn."""
+        """Return the k-th noise; it stays valid until noise k + 2 is drawn."""
         if self._drawn is None or self._drawn[0] != k:
             batch = self._at.batch
             drawn = {
@@ -241,7 +241,7 @@ class Iterations:
         return self._rows[1]
 
     def _next(self, primitive: str, shape: tuple[int, ...]) -> Array:
-        """Return room for the next result of a primitive: the caller's until the iteration ends."""
+        """Return memory for the next result of a primitive; it is the caller's until the iteration ends."""
         self._given += 1
         return self._array((primitive, self._given), shape)
 
@@ -250,5 +250,5 @@ class Iterations:
 
 
 def fast_engine(backend: Backend = NUMPY, threads: int | None = None) -> Fast:
-    """Return the fast engine of a backend: that of the host or that of a device; arguments as of `Workspace`."""
+    """Return the fast engine for a backend: `Fast` on the host, `Device` on a device; arguments as for `Workspace`."""
     return Fast(backend, threads) if backend.on_host else Device(backend)

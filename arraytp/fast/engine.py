@@ -1,4 +1,4 @@
-"""The fast engine: every primitive in slices that fit a cache, shared by threads, in arrays that are made once."""
+"""The fast engine: every primitive in slices that fit a cache, shared by threads, in arrays that are allocated once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from arraytp.model.passes import At, Gradients, Iterations, NoiseAndProducts, Th
 from arraytp.ops.solve import LU, Cholesky, PseudoInverse
 from arraytp.options import Unpool
 
-# Tasks of element-wise work on a batch.
+# How many tasks element-wise work on a batch is cut into.
 SLICES = 4
 
 

@@ -1,7 +1,7 @@
-"""Factors of weights, once per step and block: for W⁻¹ those of W, for W⁺ those of the smaller of WWᵀ and WᵀW.
+"""Factorise the weights once per step and block: W itself for W⁻¹, the smaller of WWᵀ and WᵀW for W⁺.
 
-A nearly semi-orthogonal W gets Cholesky factors, W⁻¹ = Wᵀ(WWᵀ)⁻¹, any other gets LU and a check of its condition.
-`arraytp.fast.inverse` solves with them.
+A nearly semi-orthogonal W gets a Cholesky factor, W⁻¹ = Wᵀ(WWᵀ)⁻¹; any other gets LU factors and a check of its
+condition number. `arraytp.fast.inverse` solves with them.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ OWNER = "factors"
 
 
 def inverses(workspace: Workspace, batch: Batch) -> Mapping[int, Factors]:
-    """Factorise the weight matrix of every block but the first, one task a block: `Batch.inverses`."""
+    """Factorise the weight matrix of every block but the first, one task per block: `Batch.inverses`."""
     return Factorising(workspace, batch.network, batch.gram_errors).finished()
 
 
@@ -46,12 +46,13 @@ def pseudo_inverses(workspace: Workspace, batch: Batch, ridge: float) -> Mapping
 
 
 def begin(workspace: Workspace, network: Network) -> Begun:
-    """Launch what the step before asked for, on a device: `Batch.begun` of the next.
+    """Launch on a device the factorisations that the previous step asked for: `Batch.begun` of the next step.
 
-    The host reads the numbers by which it chooses and refuses while the device computes what was launched meanwhile.
+    The host reads the numbers that decide which factors are used, and whether a matrix is refused as ill-conditioned,
+    while the device computes what has been launched since.
     """
     asked = dict(workspace.near)
-    # Emptied in place: the workspaces beside this one have the same.
+    # Cleared in place: the workspaces that `beside` returned share this dictionary.
     workspace.near.clear()
     if not asked:
         return {}
@@ -70,23 +71,23 @@ def begin(workspace: Workspace, network: Network) -> Begun:
 
 
 class Factorising:
-    """Cholesky factors of I + E + rI near semi-orthogonal matrices, LU factors of the others, a task a block.
+    """Cholesky factors of I + E + rI for nearly semi-orthogonal matrices, LU factors for the others; a task per block.
 
-    Ranks deal the tasks out. On a device the host would wait for ‖E‖, which the choice goes by, and again for the
-    condition numbers. So it launches all of them by a choice that it takes to be the right one, reads both at once, and
-    begins again if it was not.
+    The tasks are dealt out among the ranks. On a device the host would have to wait for ‖E‖, which decides between the
+    two, and again for the condition numbers. So it guesses the choice, launches everything, reads both at once, and
+    factorises again if the guess was wrong.
 
     Parameters
     ----------
     workspace : Workspace
     network : Network
     errors : GramErrors
-        Of it.
+        E of the network's weights.
     ridge : float, optional
-        r: for factors of the smaller Gram matrix in place of those of W.
+        r; if given, the smaller Gram matrix plus rI is factorised in place of W.
     begun : pair of maps of n, optional
-        The choice to begin with, and ‖E‖; by default the choice is the last one for this r, if there is any. Not on the
-        host.
+        The guessed choice, and ‖E‖; on a device only. By default ‖E‖ is computed here, and the guess is the last choice
+        for this r, if there is one.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Factorising:
             self._read = workspace.backend.reading([*self._measured(), *self._conditions.values()])
 
     def finished(self) -> Mapping[int, Factors]:
-        """Return the factors by n; raises as `Batch.inverses`. A step that compares updates asks for them twice."""
+        """Return the factors by n; raises as `Batch.inverses`. Cached: a step that compares updates asks twice."""
         if self._finished is None:
             self._finished = self._finish()
         return self._finished
@@ -150,13 +151,13 @@ class Factorising:
         return [self._norms[n] for n in self._order]
 
     def _choice(self, norms: list[float]) -> dict[int, bool]:
-        """Return which matrices are near semi-orthogonal ones."""
+        """Return, by n, whether the matrix is nearly semi-orthogonal."""
         least = sum(e.size for e in self._errors.values())
         agreed = agreed_numbers(self._workspace, norms, sum(map(self._operations, self._order)), least)
         return {n: norm <= NEAR_ORTHOGONAL for n, norm in zip(self._order, agreed, strict=True)}
 
     def _factorise(self, near: Mapping[int, bool]) -> None:
-        """Factorise by a choice, and estimate the condition numbers of what has LU factors."""
+        """Factorise as `near` says, and estimate the condition numbers of the matrices with LU factors."""
         self._near, self._factors, self._conditions = near, {}, {}
         run_dealt(self._workspace, [self._task(n) for n in self._order], self._network.weights[0].dtype)
         far = {n: held for n in self._order if isinstance(held := self._factors[n], LU)}
@@ -194,7 +195,7 @@ class Factorising:
         return [held.lu.T, held.pivots, held.norm, *([held.matrix] if of_gram else [])]
 
     def _operations(self, n: int) -> int:
-        """Return the operations for LU factors, the most that there can be."""
+        """Return the operations for LU factors, an upper bound for either kind."""
         side = len(self._errors[n])
         longest: int = max(self._matrix(n).shape)
         return 2 * side**3 // 3 + (self._ridge is not None) * 2 * side**2 * longest

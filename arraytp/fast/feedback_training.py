@@ -1,14 +1,13 @@
 """The iterations of feedback training on one block and batch, in slices shared by threads.
 
-A rule brings `iterate`, its iteration on some samples in the primitives of `arraytp.model.passes.Samples`. Here they
-are computed, and what all iterations share is computed once per batch: θ ∘ s and a(s^{n+1}). While one iteration is
-computed the next one's noise is drawn.
+A rule supplies `iterate`, one iteration on some samples, written in the primitives of `arraytp.model.passes.Samples`.
+This module computes the primitives; θ ∘ s and a(s^{n+1}), which all iterations share, are computed once per batch. The
+next iteration's noise is drawn while the current iteration is computed.
 
-The batch is cut into lanes, fixed parts of it. The products x ⋆ d are summed up in one of two ways. *By lanes*, for
-convolutions of many positions: each lane runs `iterate` on slices that fit a cache and sums up its own gradient
-(`LaneSums`). *Gathered*, for dense blocks and convolutions of small maps: the factors x and d of all products and all
-samples are gathered above each other first; one long product, whose rows are shared by the threads, then gives the
-gradient (`Gathered`).
+The batch is cut into fixed parts, the lanes. The products x ⋆ d are summed in one of two ways. *By lanes*, for
+convolutions with many positions: each lane runs `iterate` on slices that fit a cache and sums its own gradient
+(`LaneSums`). *Gathered*, for dense blocks and convolutions on small maps: the factors x and d of all products and all
+samples are stacked first; one long product, whose rows the threads share, then gives the gradient (`Gathered`).
 """
 
 import math
@@ -29,12 +28,12 @@ from arraytp.options import Unpool
 OWNER = "feedback training"
 ROW_TILES = 8
 TILED_SIZE = 1 << 16
-# Positions a column of the weight from which on lanes are the better way.
+# With more positions in the batch per column of the weight than this, summing by lanes is faster.
 POSITIONS_PER_COLUMN = 4
 
 
 def noise(workspace: Workspace, out: Array, sigma: float, first: int, *key: int) -> Array:
-    """Fill an array with N(0, σ²) by a key and return it: `Batch.noise`."""
+    """Fill an array with the N(0, σ²) noise of a key and return it: `Batch.noise`."""
     workspace.run(_drawing(workspace, out, sigma, first, *key))
     return out
 
@@ -50,7 +49,7 @@ class Iterations:
     Parameters
     ----------
     workspace : Workspace
-        Holds everything until the next `Iterations` are made.
+        Holds all arrays until the next `Iterations` is created.
     at : At
     unpool, training
         See `At.iterations`.
@@ -81,13 +80,13 @@ class Iterations:
         write_input(at.block, t, None if at.index is None else at.index[part], self.unpool, self.a[part], scratch)
 
     def noise(self, k: int) -> dict[str, Array]:
-        """Return the k-th noise, drawn ahead or now; it stays until that of k + 2 is drawn."""
+        """Return the k-th noise, drawing it unless it was drawn ahead; valid until noise k + 2 is drawn."""
         if k not in self._drawn:
             self.workspace.run(self._draw(k))
         return self._drawn[k]
 
     def _draw(self, k: int) -> list[Task]:
-        """Return tasks that draw the k-th noise, unless there is none or it is drawn already."""
+        """Return tasks that draw the k-th noise; no tasks if there is no such noise or it is drawn already."""
         if k >= self.training.noises or k in self._drawn:
             return []
         # Every other iteration's noise shares a buffer.
@@ -105,7 +104,7 @@ class Iterations:
         Raises
         ------
         ValueError
-            If `iterate` adds more or fewer products than were announced: some would be those of before.
+            If `iterate` adds more or fewer products than announced: the sum would miss some, or include stale ones.
         """
         noises, samples, scalar = self.noise(k), len(self.s), omega.dtype.type
         epsilon, eta = noises["epsilon"], noises["eta" if "eta" in noises else "epsilon"]
@@ -147,18 +146,18 @@ class Slice:
         self.index = None if at.index is None else at.index[part]
         # How many products were taken, and whether anything was added to the bias.
         self.taken, self.has_bias = 0, False
-        # How many results each primitive has given: they stay apart, so that a rule may hold as many as it likes.
+        # How many results each primitive has returned: each has its own memory, so that a rule may hold any number.
         self._given = {"F": 0, "a": 0, "transposed": 0}
-        # The x whose rows were made last, and for which product; the d whose stack was.
+        # The last x, the number of the product that its rows were made for, and the rows; the last d and its stack.
         self._rows: tuple[Array, int, Array] | None = None
         self._stack: tuple[Array, Array] | None = None
 
     def F(self, epsilon: Array) -> tuple[Array, Array | None]:
         """Return F^n(s^n + ε) and the maxima of its pool; bias and f come after the pool, as in a forward pass."""
         shared, block, index = self._shared, self._shared.at.block, None
-        # With a pool z itself is not given away: it takes the memory of the next a.
+        # With a pool, z itself is not returned: it uses the memory of the next a.
         z = self._array("F" if block.pool is None else "a", "z", block.pre_shape)
-        # It may take the memory of the stack.
+        # `add_affine` may overwrite the memory of the stack.
         self._stack = None
         shared.products.add_affine(self._rows_of(epsilon), shared.theta, shared.z[self.part], z, self.scratch)
         s = z
@@ -182,7 +181,7 @@ class Slice:
 
     def transposed(self, omega: Array, d: Array) -> Array:
         """Return ω ∘ d."""
-        # It may take the memory of the rows.
+        # `transposed` may overwrite the memory of the rows.
         self._rows = None
         self._given["transposed"] += 1
         return self._shared.products.transposed(self._stack_of(d), omega, self.scratch, key=self._given["transposed"])
@@ -197,7 +196,7 @@ class Slice:
         self.add(x, d, -1)
 
     def add_bias(self, r: Array) -> None:
-        """Add r, summed over positions, to the samples' parts of the bias."""
+        """Add r, summed over positions, to each sample's part of the bias's gradient."""
         if self._biases is None:
             return
         parts = r.reshape(len(r), -1, self._biases.shape[-1])
@@ -213,12 +212,12 @@ class Slice:
         return array_module(r).dot(flat, flat)
 
     def _array(self, primitive: str, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
-        """Return room for the next result of a primitive."""
+        """Return memory for the next result of a primitive."""
         key = primitive, self._given[primitive], name
         return self.scratch.of(OWNER).array(key, (len(self.s), *shape), dtype or self.s.dtype)
 
     def _rows_of(self, x: Array) -> Array:
-        """Return the rows of x, where the next product takes them from."""
+        """Return the rows of x, stored where the next product reads them."""
         if self._rows is None or self._rows[0] is not x or self._rows[1] != self.taken:
             rows = self._shared.products.rows(x, self.scratch, self._sums.room(self))
             self._rows = x, self.taken, rows
@@ -233,7 +232,7 @@ class Slice:
 
 
 class LaneSums:
-    """The products x ⋆ d, summed up lane by lane."""
+    """The products x ⋆ d, summed lane by lane."""
 
     def __init__(self, shared: Iterations, omega: Array, lanes: int) -> None:
         self._batch, self._products = len(shared.at.batch), shared.products
@@ -273,11 +272,11 @@ class Gathered:
         return slice(samples.part.start * self._sample_rows, samples.part.stop * self._sample_rows)
 
     def room(self, samples: Slice) -> Array | None:
-        """Return where the rows of the next product's x are to be; None for a product too many."""
+        """Return where to write the rows of the next product's x; None for more products than announced."""
         return self._x[samples.taken, self._rows(samples)] if samples.taken < len(self._x) else None
 
     def add(self, samples: Slice, sign: int, rows: Array, stacked: Array) -> None:
-        """Take the factors of a product, whose rows are in their room."""
+        """Store sign · d of a product; the rows of its x are in place already."""
         if samples.taken < len(self._d):
             out = self._d[samples.taken, self._rows(samples)]
             array_module(stacked).multiply(stacked, stacked.dtype.type(sign), out=out)

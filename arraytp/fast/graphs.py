@@ -1,10 +1,11 @@
 """Parts of a training step as CUDA graphs: the host launches one graph instead of a hundred kernels.
 
 A graph repeats the launches of the run that it was captured from: the same kernels on the same memory with the same
-numbers. So what differs from step to step must be written to fixed memory first: the images and labels, and
-`arraytp.fast.parallel.Workspace.number`. Kernels, order and results are those of a run without graphs, bit for bit.
+scalar arguments. So everything that differs from step to step must be written to fixed memory first: images, labels,
+and the numbers of `arraytp.fast.parallel.Workspace.number`. Kernels, order and results are those of a run without
+graphs, bit for bit.
 
-A part is one graph, or several: on several ranks, a graph ends at each sum over ranks, which is not captured.
+A part is one graph, or several on several ranks, where a graph ends at each sum over ranks, which is not captured.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -17,13 +18,13 @@ from arraytp.ops.solve import Cholesky, Factors, PseudoInverse
 
 R = TypeVar("R")
 Launches = list[Callable[[], object]]
-# Graphs of so many sets of arrays; more come only where arrays are at new places in every step.
+# For how many sets of arrays graphs are kept; more occur only if the arrays have new addresses in every step.
 MOST = 64
 
 
 @dataclass
 class _Known:
-    """A part that has run with some arrays: how many buffers there were then, what does it again, what it returned."""
+    """A part that has run with some arrays: how many buffers there were then, launches that repeat it, its result."""
 
     made: int
     launches: Launches | None = None
@@ -36,9 +37,9 @@ class Graphs:
     Parameters
     ----------
     workspace : Workspace
-        Whose buffers the parts compute in.
+        Holds the buffers that the parts compute in.
     on : bool
-        Whether anything is captured: on a device only.
+        Whether to capture anything; on a device only.
 
     Attributes
     ----------
@@ -49,12 +50,12 @@ class Graphs:
     def __init__(self, workspace: Workspace, on: bool) -> None:
         self.on, self.refused, self._said = on, dict[str, str](), set[str]()
         self._workspace, self._known = workspace, dict[Any, _Known]()
-        # Of the part that is being captured.
+        # Launches of the part that is being captured.
         self._launches: Launches | None = None
         if on:
             workspace.captured, workspace.between = self.run, self.between
             xp = workspace.backend.xp
-            # The legacy stream cannot be captured, and one that waits for it would end a capture.
+            # The legacy stream cannot be captured, and a stream that synchronises with it would end a capture.
             self._stream = xp.cuda.Stream(non_blocking=True)
 
     def takes(self, part: str) -> bool:
@@ -62,37 +63,36 @@ class Graphs:
         return self.on and part not in self.refused
 
     def news(self) -> list[str]:
-        """Return what there is to say of parts that are not captured, each once."""
+        """Return a message for each part whose capture failed, unless an earlier call has returned it."""
         fresh = [part for part in self.refused if self.on and part not in self._said]
         self._said.update(fresh)
         return [f"{part}: not captured as a CUDA graph: {self.refused[part]}" for part in fresh]
 
     def run(self, part: str, arrays: Sequence[Array], work: Callable[[], R], samples: Hashable = None) -> R:
-        """Return what `work` returns: it runs the first time, is captured the second, and launched from then on.
+        """Return what `work` returns; it runs the first time, is captured the second, and is launched from then on.
 
-        A part of a part that is being captured is captured with it.
+        A part within a part that is being captured is captured with it.
 
         Parameters
         ----------
         part : str
-            What it is a part of.
+            Name of the part.
         arrays : sequence of arrays
-            Those that `work` reads and writes besides the workspace's buffers. With others a graph of its own is
-            captured.
+            Those that `work` reads and writes besides the workspace's buffers. Every set of arrays has its own graph.
         work : () → object
             Launches kernels and changes nothing on the host but the workspace. A graph returns the same arrays with
-            each launch. Where a capture fails the workspace's buffers are dropped, as nothing was computed into them,
+            each launch. If a capture fails, the workspace's buffers are dropped, since nothing was computed into them,
             and `work` is called again.
         samples : hashable, optional
-            Which of the batch `work` computes with, if not all: on several ranks its `arraytp.ranks.Part`. Of others a
-            graph of its own is captured.
+            Which samples of the batch `work` computes with, if not all: on several ranks its `arraytp.ranks.Part`.
+            Every value has its own graph.
         """
         if self._launches is not None or not self.takes(part):
             return work()
         key = part, samples, *((array.data.ptr, array.shape) for array in arrays)
         known, made = self._known.get(key), self._workspace.made
         if known is None or known.made != made:
-            # Of buffers that have grown the former memory is no longer theirs.
+            # A buffer that has grown has new memory, which a graph captured before would not use.
             returned = work()
             if len(self._known) >= MOST:
                 self._known.clear()
@@ -108,7 +108,7 @@ class Graphs:
         return known.returned  # type: ignore[no-any-return]
 
     def between(self, work: Callable[[], object]) -> None:
-        """Do what no graph can do: in a part that is captured, between what came before and what comes after."""
+        """Run work that no graph can capture; during a capture, end the graph, queue the work, begin a new graph."""
         if self._launches is None:
             work()
             return
@@ -116,7 +116,7 @@ class Graphs:
         self._stream.begin_capture()
 
     def _capture(self, part: str, known: _Known, work: Callable[[], object]) -> Launches | None:
-        """Capture a part, and return what does it, None if that failed."""
+        """Capture a part and return its launches; None if that failed."""
         backend = self._workspace.backend
         with self._stream, backend.xp.cuda.using_allocator(backend.graph_pool(part).malloc):
             self._stream.begin_capture()
@@ -136,7 +136,7 @@ class Graphs:
 
 
 def arrays_of(factors: Factors | PseudoInverse) -> list[Array]:
-    """Return the arrays that are read where one solves by factors, but those of the network."""
+    """Return the arrays that solving with these factors reads; those of the network may be left out."""
     if isinstance(factors, PseudoInverse):
         return arrays_of(factors.gram)
     return [factors.triangle] if isinstance(factors, Cholesky) else [factors.matrix, factors.lu, factors.pivots]

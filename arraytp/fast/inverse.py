@@ -1,8 +1,8 @@
-"""Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), and W⁺ of any, by threads.
+"""Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), and W⁺ of any, on threads.
 
 `arraytp.model.plain.block_inverse` is the plain form. `arraytp.fast.factors` factorises W once per step and block.
-Dense blocks and the literal form solve for each row if there are few; otherwise the needed part of W⁻¹ is formed.
-For W⁺, only dense blocks choose.
+Dense blocks and GAIT-prop's literal form solve for each row if there are few rows; otherwise the part of W⁻¹ that is
+needed is formed. For W⁺, dense blocks have the same choice; convolutions always form it.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,12 @@ from arraytp.ops.solve import (
 
 OWNER = "inverse"
 SLICES = 4
-# Measured: 64 rows a slice take a sixth longer.
+# Measured: slices of 64 rows take a sixth longer.
 SOLVE_ROWS = 128
 
 
 def inverse(workspace: Workspace, at: At, factors: Factors, y: Array) -> Array:
-    """Return the input with which the block's output would be y: `At.inverse`."""
+    """Return the input for which the block's output would be y: `At.inverse`."""
     block, x, order = at.block, at.s, len(factors.matrix)
     out = workspace.of((OWNER, at.batch.results, at.n)).array("x", x.shape, x.dtype)
     formed = y.size // len(x) * _count(at) > order**2
@@ -63,7 +63,7 @@ def backward_through_inverse(
 ) -> Gradients:
     """Return dW, db and (D ⊙ ds) W⁻¹: `At.backward` with W⁻¹ in place of Wᵀ.
 
-    Auxiliary units have ds = 0, so that only the rows of W⁻¹ count that belong to units that are handed on.
+    Auxiliary units have ds = 0, so only the rows of W⁻¹ that belong to the units handed on are needed.
     """
     block, x, units = at.block, at.s, at.block.next_shape[-1]
     if block.window is not None or _count(at) >= units:
@@ -111,21 +111,21 @@ def carry(workspace: Workspace, at: At, d: Array, inverse: PseudoInverse) -> Arr
 
 
 def _for_all_parts(at: At, name: str, form: Callable[[], Array]) -> Array:
-    """Return what depends on θ alone; for several parts of a batch, which are computed alone, formed only once."""
+    """Return what `form` computes from θ alone; several parts of a batch, each computed alone, share one copy."""
     if len(at.batch.every) == 1:
         return form()
-    # The next block's takes the same memory.
+    # A copy, since the next block's takes the same memory.
     formed: Array = at.batch.once((name, at.n), lambda _: form().copy())
     return formed
 
 
 def is_formed(at: At, inverse: PseudoInverse) -> bool:
-    """Tell whether W⁺ is formed: for convolutions, and for as many samples as W⁺ has rows to be solved for."""
+    """Tell whether W⁺ is formed: for convolutions, and if forming it solves for no more rows than there are samples."""
     return at.block.window is not None or _count(at) >= max(inverse.matrix.shape)
 
 
 def _count(at: At) -> int:
-    """Return by how many samples to choose: those of the pass, or all ranks' where parts are computed together."""
+    """Return the number of samples that decides: that of the pass, or of all ranks if parts are computed together."""
     part = at.batch.part
     return len(at.batch) if part is not None and part.together else len(at.s)
 
@@ -188,7 +188,7 @@ def first_rows(workspace: Workspace, factors: Factors, count: int, dealt: bool =
 
 
 def _form(workspace: Workspace, rows: Array, task: Callable[[slice], None], dealt: bool) -> None:
-    """Let `task` write slices of the rows of an inverse, on each rank or dealt out."""
+    """Let `task` write the rows of an inverse slice by slice, all of them on every rank or dealt out."""
     parts, width = _row_slices(workspace, len(rows)), rows.shape[1]
     pieces = [piece(2 * (part.stop - part.start) * width**2, partial(task, part), rows[part]) for part in parts]
     if dealt:
@@ -198,7 +198,7 @@ def _form(workspace: Workspace, rows: Array, task: Callable[[slice], None], deal
 
 
 def _solve_rows(workspace: Workspace, solve: Callable[[Array], Array], rows: Array) -> None:
-    """Replace the rows by what `solve` makes of them."""
+    """Replace the rows, in place, by the result of `solve`."""
 
     def task(part: slice) -> None:
         before = rows[part]
@@ -209,7 +209,7 @@ def _solve_rows(workspace: Workspace, solve: Callable[[Array], Array], rows: Arr
 
 
 def _alone(workspace: Workspace) -> list[slice]:
-    """Return the rows of each part of a batch that are computed at once, if there are such, without parts of none."""
+    """Return the rows of each non-empty part if several parts of a batch are computed at once, else an empty list."""
     return [rows for rows in workspace.part_rows if rows.start < rows.stop]
 
 
@@ -218,7 +218,7 @@ def _row_slices(workspace: Workspace, count: int) -> list[slice]:
 
 
 def _other_windows(workspace: Workspace, block: Block, x: Array) -> Array:
-    """Return n_x − 1 of a convolution: windows over each pixel besides the first."""
+    """Return n_x − 1 for a convolution with n_x windows over each pixel; None for a dense block."""
     window = block.window
     if window is None:
         return None

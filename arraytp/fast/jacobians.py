@@ -1,9 +1,9 @@
 """Products with the logits' Jacobians, for direct feedback and Gauss-Newton targets, never holding a whole batch's.
 
-J^n_b, of shape (C, D), is the Jacobian of sample b's C logits in its hidden s^n of size D. All J of all hidden s^n come
-from the same C backward passes, without gradients of weights; a slice of samples goes through all classes at once.
-It is shorter in a convolution than in the dense blocks after it, whose products need enough rows to be worth BLAS's
-copy of W.
+J^n_b, of shape (C, D), is the Jacobian of sample b's C logits with respect to its hidden s^n of size D. The J of all
+hidden s^n come from the same C backward passes, without weight gradients; a slice of samples goes through all classes
+at once. Slices are shorter in a convolution than in the dense blocks after it, whose products need enough rows to be
+worth BLAS's copy of W.
 """
 
 import math
@@ -18,7 +18,7 @@ from arraytp.model.passes import At, Batch
 from arraytp.ops.solve import damped_gauss_newton
 
 OWNER = "jacobians"
-# What the patches of a convolution's samples, or the gradients of a dense block's, of all classes, may take.
+# Limits on the patches of a slice in a convolution, and on its gradients in a dense block, over all classes.
 PATCH_BYTES, DENSE_BYTES = 16 << 20, 2 << 20
 DEVICE_BYTES = 1 << 29
 Sums = Mapping[int, tuple[Array, Array]]
@@ -83,9 +83,10 @@ def _jacobians(batch: Batch, walk: Walk, part: slice, scratch: Buffers) -> Itera
 
 
 def _down(walk: Walk, ds: Array, part: slice, scratch: Buffers) -> Iterator[tuple[int, slice, Array]]:
-    """Yield what `_jacobians` does from the walk's first block on, the gradients of whose output are given.
+    """Yield as `_jacobians` does, from the walk's first block on, given the gradients `ds` of that block's output.
 
-    They are of shape (C, samples, D), and those of its input hold while the blocks before it go slice by slice.
+    `ds` is of shape (C, samples, D). The gradients of the block's input stay valid while the blocks before it are
+    computed slice by slice.
     """
     if not walk:
         return
@@ -108,7 +109,7 @@ def _length(products: Products, ds: Array, on_host: bool) -> int:
 
 
 def _unit_gradients(part: slice, batch: Batch, scratch: Buffers) -> Array:
-    """Return for every class its unit vector for every sample, of shape (C, samples, C)."""
+    """Return the unit vector of every class for every sample, of shape (C, samples, C)."""
     logits = batch.logits
     ds = scratch.of(OWNER).array("units", (logits.shape[1], part.stop - part.start, logits.shape[1]), logits.dtype)
     ds[...] = array_module(logits).eye(logits.shape[1], dtype=logits.dtype)[:, None]
@@ -116,7 +117,7 @@ def _unit_gradients(part: slice, batch: Batch, scratch: Buffers) -> Array:
 
 
 def _back(at: At, products: Products, matrix: Array, ds: Array, part: slice, scratch: Buffers) -> Array:
-    """Return the logits' gradients of s^n, of shape (C, samples, D), given those of s^{n+1}."""
+    """Return the gradients of the logits in s^n, of shape (C, samples, D), given those in s^{n+1}."""
     block, s = at.block, at.output[part]
     own, shape, units = scratch.of(OWNER), (len(ds), *s.shape), block.next_shape[-1]
     df, index = own.array("df", shape, s.dtype), None

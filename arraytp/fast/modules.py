@@ -1,4 +1,4 @@
-"""The feedback modules G^n in slices shared by threads: `arraytp.model.feedback` holds them plainly.
+"""The feedback modules G^n in slices shared by threads; `arraytp.model.feedback` has the plain form.
 
 All activations have f(0) = 0, so that f(unpool(t)) = unpool(f(t)) unless values add up.
 """
@@ -49,7 +49,7 @@ def feedback(workspace: Workspace, at: At, omega: Array, bias: Array, t: Array, 
 
 
 def transposed(workspace: Workspace, at: At, omega: Array, inputs: Callable[[slice, Array], None]) -> Array:
-    """Return ω ∘ a of s^n's shape; `inputs` writes a of some samples. Samples are shared by threads."""
+    """Return ω ∘ a, of s^n's shape; `inputs` writes a of some samples. Threads share the samples."""
     block, like = at.block, at.s
     batch, own = len(like), workspace.of((OWNER, at.batch.results, at.n))
     out = own.array("transposed", (batch, *block.in_shape), like.dtype)
@@ -74,7 +74,7 @@ def transposed(workspace: Workspace, at: At, omega: Array, inputs: Callable[[sli
 def write_input(block: Block, t: Array, index: Array | None, mode: Unpool, out: Array, scratch: Buffers) -> None:
     """Write a(t) = f(unpool(t)) to `out` (samples, *pre_shape); t (samples, *out_shape) is overwritten.
 
-    f comes first where no values add up, for f(0) = 0.
+    f is applied before unpooling where no values add up, since f(0) = 0.
     """
     if block.pool is None or index is None:
         block.activation(t, out=out)
@@ -87,7 +87,7 @@ def write_input(block: Block, t: Array, index: Array | None, mode: Unpool, out: 
 
 
 def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Buffers) -> None:
-    """Write t where the pool's maxima were to `out`; the last of several values for one pixel stays."""
+    """Write t to `out` at the positions of the pool's maxima; of several values for one pixel the last stays."""
     if block.pool is None or index is None:
         out[...] = t
     else:
@@ -95,5 +95,5 @@ def _unpool(block: Block, t: Array, index: Array | None, out: Array, scratch: Bu
 
 
 def _adds_up(block: Block, mode: Unpool) -> bool:
-    """Tell whether unpooling adds up values that meet in one pixel: only then f(unpool(t)) is not unpool(f(t))."""
+    """Tell whether unpooling adds up values in one pixel: only then can f(unpool(t)) differ from unpool(f(t))."""
     return block.pool is not None and mode == "accumulate" and overlaps(block.pool)

@@ -1,7 +1,7 @@
-"""Keeping weight matrices near semi-orthogonal ones (GP paper, 2.1 and 2.3): E and the regulariser.
+"""Keep weight matrices nearly semi-orthogonal (GP paper, 2.1 and 2.3): E and the regulariser.
 
-E = WWᵀ − I, or WᵀW − I of a matrix with more rows than columns (`arraytp.ops.excess`), is used in
-the gradient and by rules that invert W. `GramErrors` computes it once per step for both.
+E = WWᵀ − I, or WᵀW − I for a matrix with more rows than columns (`arraytp.ops.excess`), is used in the regulariser's
+gradient and by rules that invert W. `GramErrors` computes it once per step for both.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from arraytp.ops.excess import add_excess_product, excess_rows, is_tall
 from arraytp.options import SGD, Adam, Regularised
 
 OWNER = "orthogonality"
-# Two tasks for a matrix of order 1024, so that threads end together; measured: 5 % slower than one for E, 2 % for E W.
+# Two tasks at order 1024, so that threads end together; measured: 5 % slower than one task for E, 2 % for E W.
 PART = 512
 
 
 class GramErrors:
-    """E^n of a network's matrices, as `arraytp.ops.excess` has it.
+    """E^n of a network's matrices, as defined in `arraytp.ops.excess`.
 
     Each is computed when it is first asked for: half a product, since E is symmetric. The arrays are valid until those
     of another network are asked for.
@@ -31,9 +31,9 @@ class GramErrors:
     ----------
     workspace : Workspace
     network : Network
-        Its weights must stay as they are meanwhile.
+        Its weights must not change meanwhile.
     computed : map of n to array, optional
-        Those that are computed already.
+        The E^n that are computed already.
     """
 
     def __init__(self, workspace: Workspace, network: Network, computed: Mapping[int, Array] | None = None) -> None:
@@ -81,8 +81,9 @@ def add_orthogonality(
 ) -> None:
     """Add λ·4 E W, or λ·4 W E, the gradient of λ‖E‖², to that of the loss (GP paper; there W is square).
 
-    E = WWᵀ − I, or WᵀW − I if W has more rows than columns. 2 K O min(K, O) operations a matrix of K rows and O columns
-    besides those of E. λ stands beside g as it is: the authors' values go with the loss summed over the batch.
+    E = WWᵀ − I, or WᵀW − I if W has more rows than columns. This takes 2 K O min(K, O) operations per matrix of K rows
+    and O columns, besides those of E. λ is not scaled to the loss's reduction: the authors' values are for the loss
+    summed over the batch.
 
     Parameters
     ----------
@@ -90,9 +91,9 @@ def add_orthogonality(
         λ.
     network : Network
     weight_gradients : list of arrays of the weights' shapes and dtype, C-contiguous
-        Those of the regularised blocks are added to in place, others left.
+        Those of the regularised blocks are changed in place, the others are left as they are.
     errors : GramErrors
-        Of the network's present weights.
+        E of the network's present weights.
     workspace : Workspace
     on : {"square", "all-but-first"}
         See `regularised`.

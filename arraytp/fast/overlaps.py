@@ -1,4 +1,4 @@
-"""N and M of Theorem 4.2 in slices shared by threads: passes over s^{n+1}, no patches and no product over samples.
+"""N and M of Theorem 4.2 in slices shared by threads: passes over s^{n+1}, without patches or products over samples.
 
 `arraytp.model.feedback.jacobian_overlap` is the plain form. With D_F = f'(z), read off s^{n+1}, and
 D_G = f'(u) at the maximum's position, u = unpool(s^{n+1}):
@@ -22,7 +22,7 @@ from arraytp.ops.pool import find_maxima, overlaps
 from arraytp.options import Unpool
 
 OWNER = "overlaps"
-# Numbers of s^{n+1} that a slice works on.
+# Elements of s^{n+1} in a slice.
 SLICE_ELEMENTS = 1 << 16
 
 
@@ -60,23 +60,23 @@ def _add(block: Block, s: Array, index: Array | None, mode: Unpool, maps: Array,
     elif mode == "overwrite":
         slope = _slope(block, s) * _kept(maxima, len(s) * pixels, scratch.of(OWNER))
     else:
-        # What meets in a pixel adds up there.
+        # Values that meet in one pixel add up there.
         u = np.bincount(maxima.reshape(-1), s.reshape(-1), len(s) * pixels).astype(s.dtype)
         slope = _slope(block, u[maxima])
-    # All samples' values of one position add up.
+    # Places within a sample, so that all samples' values at one position add up.
     np.remainder(maxima, pixels, out=maxima)
     for i, values in enumerate((f.backward(slope, s), slope * slope)):
         maps[i] += np.bincount(maxima.reshape(-1), values.reshape(-1), pixels)
 
 
 def _slope(block: Block, u: Array) -> Array:
-    """Return f'(u), which f's derivative reads off f(u)."""
+    """Return f'(u), which `derivative` computes from f(u)."""
     f = block.activation
     return np.ones_like(u) if f.derivative is None else f.derivative(f(u))
 
 
 def _kept(maxima: Array, pixels: int, own: Buffers) -> Array:
-    """Tell which outputs' values unpooling keeps: the last of those that name one pixel."""
+    """Tell which outputs' values unpooling keeps: the last of those whose maximum is at the same pixel."""
     numbers = np.arange(maxima.size, dtype=np.int32).reshape(maxima.shape)
     owner = own.array("owner", (pixels,), np.int32)
     owner[maxima.reshape(-1)] = numbers.reshape(-1)
@@ -84,7 +84,7 @@ def _kept(maxima: Array, pixels: int, own: Buffers) -> Array:
 
 
 def per_tap(block: Block, sums: Array, own: Buffers) -> Array:
-    """Return sums over those positions whose tap lies inside the image, given those at the positions, (P · Q · O,)."""
+    """Return each tap's sum over positions where it lies inside the image, given sums per position, (P · Q · O,)."""
     window = block.window
     if window is None:
         return sums[None]

@@ -23,20 +23,20 @@ from arraytp.backend import NUMPY, Array, Backend
 from arraytp.ranks import ALONE, Ranks
 
 Task = Callable[[], object]
-# Lanes sum up gradients of their own; tiles share a product.
+# Each lane sums up its own gradient; tiles are parts of one product.
 LANES, LANE_BYTES = 4, 4 << 20
 TILES, TILE_WIDTH = 4, 256
 
 
 class Buffers:
-    """Arrays that are made at first use and used again: scratch and results, not state.
+    """Arrays that are allocated at first use and reused: scratch and results, not state.
 
-    Every module that computes asks for buffers of its own, `of` its name, so that "rows" means nothing to others.
+    Every module that computes has its own buffers, `of` its name, so that its "rows" are no other module's.
     """
 
     def __init__(self, backend: Backend, made: list[int] | None = None) -> None:
         self.backend = backend
-        # How many arrays there have been, among all owners.
+        # How many arrays have been allocated so far, over all owners.
         self.made = [0] if made is None else made
         self._flat: dict[Any, Array] = {}
         self._cached: dict[Any, Array] = {}
@@ -57,19 +57,19 @@ class Buffers:
         return self._flat[key][:size].reshape(shape)
 
     def cached(self, name: Hashable, length: int, make: Callable[[], Array]) -> Array:
-        """Return the first `length` rows of the array that `make` made for this name; a longer one where needed."""
+        """Return the first `length` rows of this name's array; `make` makes it at first use or if it is too short."""
         if name not in self._cached or len(self._cached[name]) < length:
             self._cached[name] = make()
             self.made[0] += 1
         return self._cached[name][:length]
 
     def filled(self, name: Hashable, shape: Sequence[int], dtype: Any, value: float) -> Array:
-        """Return an array that held `value` everywhere when it was made; for borders that are never written to."""
+        """Return an array that was filled with `value` when it was allocated; for borders that are never written to."""
         key = (name, tuple(shape[1:]), np.dtype(dtype), value)
         return self.cached(key, shape[0], lambda: self.backend.xp.full(shape, value, dtype=dtype))
 
     def forget(self) -> None:
-        """Drop all arrays, so that they are made anew."""
+        """Drop all arrays, so that they are allocated anew."""
         for held in (self._flat, self._cached, self._owned):
             held.clear()
         self.made[0] += 1
@@ -97,10 +97,10 @@ class Workspace:
         self.threads = (threads or default_threads()) if backend.on_host else 1
         self._pool = ThreadPoolExecutor(self.threads - 1, "arraytp") if self.threads > 1 else None
         self.shared, self._thread, self._scratch = Buffers(backend), threading.local(), list[Buffers]()
-        # Of workspaces beside this one, and of all of them.
+        # The buffers of the workspaces that `beside` returned, and buffers that all of them share.
         self._beside, self._held = list[Buffers](), Buffers(backend, self.shared.made)
         self.most_lanes = LANES
-        # The rows of each part of a batch that are computed at once (`arraytp.ranks.Part.rows`), if there are such.
+        # The rows of each part if several parts of a batch are computed at once (`arraytp.ranks.Part.rows`).
         self.part_rows: Sequence[slice] = ()
         self.ranks: Ranks = ALONE
         self.rank_threads = self.threads
@@ -109,14 +109,14 @@ class Workspace:
         self._numbers: dict[Hashable, float] = {}
         # (part, arrays, work) → what `work` returns: `arraytp.fast.graphs.Graphs.run`, if there are any graphs.
         self.captured: Callable[[str, Sequence[Array], Callable[[], Any]], Any] = _launched
-        # What no graph can do: `arraytp.fast.graphs.Graphs.between`.
+        # Runs work that no graph can capture: `arraytp.fast.graphs.Graphs.between`.
         self.between: Callable[[Callable[[], object]], object] = _done
-        # By the r of a ridge inverse, None for W⁻¹: the n whose weights were near semi-orthogonal ones when last asked.
+        # By r of the ridge inverse, None for W⁻¹: for each n, whether W^n was nearly semi-orthogonal when last asked.
         self.near: dict[float | None, Mapping[int, bool]] = {}
 
     @property
     def scratch(self) -> Buffers:
-        """What the present thread alone writes to."""
+        """The buffers that only the current thread writes to."""
         if not hasattr(self._thread, "scratch"):
             self._thread.scratch = Buffers(self.backend, self.shared.made)
             self._scratch.append(self._thread.scratch)
@@ -125,7 +125,7 @@ class Workspace:
     def beside(self) -> Self:
         """Return a workspace for one of several parts of a batch: on the same threads, with results of its own.
 
-        Numbers are those of all parts.
+        All parts share the arrays of `number`.
         """
         other = copy.copy(self)
         other.shared, other.most_lanes = Buffers(self.backend, self.shared.made), 1
@@ -134,7 +134,7 @@ class Workspace:
         return other
 
     def deal_among(self, ranks: Ranks) -> None:
-        """Let these ranks share what depends on θ alone (`arraytp.fast.dealing`); all of them call this together."""
+        """Let these ranks share work that depends on θ alone (`arraytp.fast.dealing`); all must call this together."""
         self.ranks, self.rank_threads = ranks, max(ranks.gather(self.threads))
 
     @property
@@ -150,7 +150,7 @@ class Workspace:
 
     @property
     def made(self) -> int:
-        """How many arrays the buffers have made so far: while it stays, they are where they were."""
+        """How many arrays the buffers have allocated so far: while it does not change, no buffer has moved."""
         return self.shared.made[0]
 
     def number(self, name: Hashable, value: float, dtype: Any) -> Array:
@@ -162,15 +162,15 @@ class Workspace:
         return held
 
     def forget(self) -> None:
-        """Drop all buffers and numbers; whoever holds an array keeps it."""
+        """Drop all buffers and numbers; arrays that are still referenced elsewhere stay valid."""
         for buffers in self._all:
             buffers.forget()
         self._numbers.clear()
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks and wait for them; those of a task one after another.
+        """Run all tasks and wait for them; if called from within a task, run them one after another.
 
-        After an error no task is begun, and it is raised when none runs any more.
+        After an error no further task is started, and the error is raised once no task is running.
         """
         if not self.backend.on_host or self.busy:
             for task in tasks:
@@ -240,7 +240,7 @@ def tiles(count: int) -> list[slice]:
 
 
 def asked_threads() -> int | None:
-    """Return the number in `OMP_NUM_THREADS`, of a list the first; None unless it is positive."""
+    """Return the number in `OMP_NUM_THREADS`, the first one of a list; None unless it is positive."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) or None if first.isascii() and first.isdecimal() else None
 
@@ -252,7 +252,7 @@ def default_threads() -> int:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Hold the BLAS libraries to one thread per caller, as threadpoolctl's own limit does in three times the time."""
+    """Hold the BLAS libraries to one thread per caller, in a third of the time that threadpoolctl's own limit takes."""
     libraries = _blas().lib_controllers
     former = [library.get_num_threads() for library in libraries]
     for library in libraries:

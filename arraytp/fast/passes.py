@@ -6,7 +6,7 @@ What differs from the plain functions, and why the numbers agree:
 - Bias and activation come after the pool, on fewer elements: max(f(z + b)) = f(max(z) + b) since f is non-decreasing.
   ReLU's zeros are made equal before (`Activation.tie`), so that the first of them wins as in the plain pass. If
   saturation rounds two z of a window to the same f(z), this pass takes the larger z.
-- f' is read off s.
+- f' is computed from s.
 - Patches are built again for the gradient of the weight: cheaper than keeping them (measured: a tenth of the product).
 - The gradients of a stride-1 convolution sum over kernel rows and columns separately (`arraytp.fast.products.Split`).
 - On the host the adjoint of pooling scatters to the maxima; on a device, where scattered additions have no fixed
@@ -30,7 +30,7 @@ from arraytp.ops.patches import Window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_pool_scatter, window_corners
 
 OWNER = "passes"
-# How many multiplications of a product are worth waking threads for: fewer take less time than that.
+# Products of fewer multiplications than this take less time than waking threads.
 SHARED = 1 << 20
 
 
@@ -102,7 +102,7 @@ def _conv_forward(
 
 
 def backward(workspace: Workspace, at: At, ds: Array, through: Array | None, scale: float | Array | None) -> Gradients:
-    """Return dW, db and ds^n: `At.backward` with a weight, or nothing, that carries the gradient back."""
+    """Return dW, db and ds^n: `At.backward` for a `through` that is an array or None."""
     own, block, s = workspace.of((OWNER, at.batch.results, at.n)), _handing_on(at.block), at.s
     dweight = own.array("dweight", at.block.weight_shape, s.dtype)
     dbias = own.array("dbias", at.block.weight_shape[-1:], s.dtype)
@@ -141,7 +141,7 @@ def _dense_backward(
 def _backward_of_parts(
     workspace: Workspace, x: Array, dz: Array, through: Array | None, out: tuple[Array, Array, Array | None]
 ) -> None:
-    """Do the same for parts of a batch: gradients as sums of those of each, in pairs."""
+    """Do as `_dense_backward` for several parts of a batch: gradients are pairwise sums of those of the parts."""
     dweight, dbias, dx = out
     rows = workspace.part_rows
 
@@ -161,12 +161,12 @@ def _backward_of_parts(
 
 
 def row_product_tasks(rows: Sequence[slice], a: Array, b: Array, out: Array) -> list[Task]:
-    """Cut the columns of a product whose rows are those of parts of a batch."""
+    """Return tasks for the columns of a product whose rows belong to several parts of a batch."""
     return [partial(rows_times, rows, a, b[:, tile], out[:, tile]) for tile in tiles(b.shape[1])]
 
 
 def _product_of_few(workspace: Workspace, dz: Array, through: Array, dx: Array) -> None:
-    """Write dz throughᵀ of the few samples of a part: BLAS copies W for every product, and fastest untransposed."""
+    """Write dz throughᵀ for a part's few samples as (through dzᵀ)ᵀ: BLAS's copy of W is fastest untransposed."""
     own = workspace.scratch.of(OWNER)
     columns, out = own.array("columns", dz.T.shape, dz.dtype), own.array("dx columns", dx.T.shape, dx.dtype)
     columns[...] = dz.T
@@ -203,7 +203,7 @@ def _conv_backward(
         for part in slices(parts[number].stop, group, parts[number].start):
             df = scaled_backward(at, part, ds, scale, own)
             rows = df.reshape(-1, df.shape[-1])
-            # As a product with ones the sum is several times as fast.
+            # Computed as a product with ones, the sum is several times as fast.
             lane_bias[number] += own.filled("ones", (len(rows),), df.dtype, 1.0) @ rows
             dz = pool_adjoint(block, df, _index(at, part), scratch)
             for inner in slices(len(dz), length):
@@ -251,7 +251,7 @@ def scaled_backward(at: At, part: slice, ds: Array, scale: float | Array | None,
 
 
 def scaled(ds: Array, scale: float | Array, out: Array) -> Array:
-    """Write ds times a number, or times one number a sample, to `out` and return it."""
+    """Write ds times a number, or times one number per sample, to `out` and return it."""
     out[...] = ds
     out *= ds.dtype.type(scale) if isinstance(scale, float) else scale.reshape(-1, *[1] * (ds.ndim - 1))
     return out
@@ -264,7 +264,7 @@ def product(workspace: Workspace, a: Array, b: Array, out: Array) -> Array:
 
 
 def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
-    """Cut the longer side of the result: each task then copies the smaller factor whole, and of the larger its part."""
+    """Cut the longer side of the result: each task then copies the whole smaller factor, and its part of the larger."""
     if a.size * b.shape[1] < SHARED:
         return [partial(matmul, a, b, out)]
     if len(a) > b.shape[1]:
@@ -273,14 +273,14 @@ def _product_tasks(a: Array, b: Array, out: Array) -> list[Task]:
 
 
 def pool(z: Array, window: Window, out: Array, index: Array, scratch: Buffers) -> None:
-    """Write the maxima of z, of shape (samples, H, W, C), and their places to `out` and `index`."""
+    """Write the maxima of z, of shape (samples, H, W, C), and their places in the windows to `out` and `index`."""
     own = scratch.of(OWNER)
     elements = own.array("elements", (window.kernel**2, *out.shape), z.dtype)
     max_pool_forward(z, window, out, index, border(own, z, window, -np.inf), elements)
 
 
 def pool_adjoint(block: Block, ds: Array, index: Array | None, scratch: Buffers) -> Array:
-    """Return ds, of shape (samples, *out_shape), at the maxima's places: of shape (samples, *pre_shape)."""
+    """Return ds, of shape (samples, *out_shape), placed at the pool's maxima, in shape (samples, *pre_shape)."""
     if block.pool is None or index is None:
         return ds
     if array_module(ds) is not np:
@@ -291,7 +291,7 @@ def pool_adjoint(block: Block, ds: Array, index: Array | None, scratch: Buffers)
 
 
 def places(shape: Sequence[int], window: Window, scratch: Buffers) -> tuple[Array, Array]:
-    """Return the corners of all windows, and room for the places of their maxima, both of shape (samples, P, Q, C)."""
+    """Return the corners of all windows, and memory for their maxima's places, both of shape (samples, P, Q, C)."""
     own = scratch.of(OWNER)
     make = partial(window_corners, shape[0], window, shape[-1])
     return own.cached(("corners", window, shape[-1]), shape[0], make), own.array("places", shape, np.intp)

@@ -6,7 +6,7 @@ With R = `rows`(x), V = `stack`(d) and M = `matrix`(ω),
 
 `Patches` uses whole patches and col2im, or a dense block's samples as rows. For a convolution of
 stride 1, `Split` sums over the kernel's rows and columns separately (`arraytp.ops.conv.split_matrix`); its arrays
-are k times as large as an image, patches k² times.
+are k times as large as an image, whereas patches are k² times as large.
 """
 
 import math
@@ -22,12 +22,12 @@ from arraytp.ops.conv import as_matrix, can_split, split_matrix
 from arraytp.ops.patches import Window, add_row_patches, add_stacked_rows, col2im, im2col, row_patches, stack_rows
 
 OWNER = "products"
-# A pass: what one product of a slice reads, and what element-wise operations work on.
+# In a pass: the bytes that one product of a slice reads, and those that element-wise operations work on.
 PATCH_BYTES, SPLIT_BYTES, GROUP_BYTES = 2 << 20, 4 << 20, 2 << 20
-# An iteration of feedback training, whose slices go through four products.
+# In an iteration of feedback training, whose slices go through four products.
 ITERATION_BYTES = 8 << 20
 GEMM_ROWS = 512
-# How many numbers of a product are compared before they are taken for those of its rows alone.
+# How many numbers are compared before one product is taken to have the bits of the products of its rows' parts.
 COMPARED = 1 << 10
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
@@ -35,16 +35,16 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def border(own: Buffers, x: Array, window: Window, value: float) -> Array | None:
-    """Return room for x, of shape (samples, H, W, C), within a border of `value`; None where the window has none."""
+    """Return memory for x, of shape (samples, H, W, C), in a border of `value`; None if the window has no border."""
     if window.bordered == x.shape[1:3]:
         return None
     return own.filled(("border", window), (len(x), *window.bordered, x.shape[-1]), x.dtype, value)
 
 
 class Patches:
-    """The products by whole patches, or by a dense block's rows.
+    """The products with whole patches, or with a dense block's samples as rows.
 
-    Results lie in scratch buffers that the next call of the same method takes again.
+    Results lie in scratch buffers that the next call of the same method reuses.
 
     Parameters
     ----------
@@ -53,11 +53,11 @@ class Patches:
     Attributes
     ----------
     sum_shape : tuple of int
-        Of Rᵀ V.
+        Shape of Rᵀ V.
     sample_rows : int
         How many rows a sample has in R and V.
     row_width : int
-        How many numbers a row of R has, and of V where that is as large: what bounds a slice of samples.
+        Numbers in a row of R, and for `Split` in a row of V, which is as large; it bounds a slice of samples.
     """
 
     def __init__(self, block: Block) -> None:
@@ -70,7 +70,7 @@ class Patches:
         return as_matrix(weight)
 
     def rows(self, x: Array, scratch: Buffers, out: Array | None = None) -> Array:
-        """Return R: the patches of x, of shape (samples · P · Q, k·k·C); of a dense block x as it is, or a copy."""
+        """Return R: the patches of x, of shape (samples · P · Q, k·k·C); for a dense block x as it is, or a copy."""
         own, window = scratch.of(OWNER), self.window
         if window is None:
             flat = x.reshape(len(x), -1)
@@ -95,7 +95,7 @@ class Patches:
     ) -> Array:
         """Return ω ∘ d = col2im(d ωᵀ), of shape (samples, *in_shape), in `out` or in scratch of this key.
 
-        It may take the memory of `rows`.
+        It may overwrite the memory of `rows`.
         """
         own, window, samples = scratch.of(OWNER), self.window, len(stacked) // self.sample_rows
         if window is None:
@@ -112,12 +112,12 @@ class Patches:
         return out
 
     def fold(self, weight: Array) -> Array:
-        """Return a view of an array of a weight's shape in the axes of Rᵀ V: as it is, over (i, j, c) and (o)."""
+        """Return a view of an array of a weight's shape with the axes of Rᵀ V: as it is, over (i, j, c) and (o)."""
         return weight
 
 
 class Split:
-    """The same of a convolution of stride 1, its kernel's rows and columns summed over apart; methods as `Patches`'."""
+    """The products of a stride-1 convolution, summed over kernel rows and columns separately; methods as `Patches`'."""
 
     def __init__(self, block: Block, window: Window) -> None:
         self.block, self.window = block, window
@@ -146,7 +146,7 @@ class Split:
         return stack_rows(d, window, out, tall)
 
     def add_affine(self, rows: Array, matrix: Array, base: Array, out: Array, scratch: Buffers) -> None:
-        """Write base + the rows' parts, each added where it belongs."""
+        """Write base + θ ∘ x to `out`, adding each row's contributions where they belong."""
         stacked = scratch.of(OWNER).array("stacked", (len(rows), len(matrix)), out.dtype)
         matmul(rows, matrix.T, stacked)
         out[...] = base
@@ -155,7 +155,7 @@ class Split:
     def transposed(
         self, stacked: Array, matrix: Array, scratch: Buffers, out: Array | None = None, key: object = 0
     ) -> Array:
-        """Return the sum of the row patches V · ω."""
+        """Return ω ∘ d: the row patches V M, added up where they came from."""
         own, window, samples = scratch.of(OWNER), self.window, len(stacked) // self.sample_rows
         patches = own.array("rows", (len(stacked), matrix.shape[1]), stacked.dtype)
         matmul(stacked, matrix, patches)
@@ -172,7 +172,7 @@ Products = Patches | Split
 
 
 def split_products(block: Block) -> Products:
-    """Return the products of a block with the kernel split where it can be."""
+    """Return `Split` for a block whose kernel can be split, else `Patches`."""
     if block.window is not None and can_split(block.window):
         return Split(block, block.window)
     return Patches(block)
@@ -181,10 +181,10 @@ def split_products(block: Block) -> Products:
 def pass_slices(products: Products, batch: int, itemsize: int, lanes: int) -> tuple[int, int]:
     """Return how many samples go through a block together, and how many of them through one product.
 
-    Of several lanes two at least have work.
+    With several lanes, at least two get work.
 
-    What one product reads shall fit the cache, yet have rows enough. Element-wise operations work on the larger group:
-    short ones would leave the threads waiting for the interpreter.
+    What one product reads should fit the cache, but must have enough rows. Element-wise operations work on the larger
+    group: short ones would leave the threads waiting for the interpreter.
     """
     sample_bytes = products.sample_rows * products.row_width * itemsize
     limit = SPLIT_BYTES if isinstance(products, Split) else PATCH_BYTES
@@ -202,7 +202,7 @@ def iteration_slice(products: Products, batch: int, itemsize: int) -> int:
 
 
 def rows_times(rows: Sequence[slice], a: Array, b: Array, out: Array) -> None:
-    """Write a b to `out`, to the bits of products of these rows of a alone: at once, where BLAS gives those bits."""
+    """Write a b to `out` with the bits of separate products of these rows of a; as one product if BLAS gives them."""
     lengths = tuple(each.stop - each.start for each in rows)
     layouts = tuple((each.shape, each.strides) for each in (a, b, out))
     if len(rows) < 2 or rows_are_as_alone(lengths, layouts, a.dtype):
@@ -214,10 +214,10 @@ def rows_times(rows: Sequence[slice], a: Array, b: Array, out: Array) -> None:
 
 @cache
 def rows_are_as_alone(lengths: tuple[int, ...], layouts: tuple[Layout, ...], dtype: np.dtype) -> bool:
-    """Tell whether a product of so many rows has the bits of products of some of them, tried on random numbers.
+    """Tell whether one product has the bits of separate products of `lengths` of its rows, tried on random numbers.
 
-    In which order BLAS adds depends on shapes and strides, of a, b and the result, not on numbers. But two orders may
-    round a number alike, so that a small product is tried until `COMPARED` numbers are.
+    The order in which BLAS adds depends on the shapes and strides of a, b and the result, not on the numbers. But two
+    orders may round a number alike, so a small product is repeated until about `COMPARED` numbers have been compared.
     """
     generator, ends = np.random.default_rng(0), np.cumsum(lengths)
     for _ in range(max(1, COMPARED // math.prod(layouts[-1][0]))):
@@ -233,14 +233,14 @@ def rows_are_as_alone(lengths: tuple[int, ...], layouts: tuple[Layout, ...], dty
 def _laid_out(
     generator: np.random.Generator, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype
 ) -> Array:
-    """Return random numbers in an array of these strides."""
+    """Return random numbers in an array of this shape and these strides."""
     last = sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     flat = generator.standard_normal(last // dtype.itemsize + 1).astype(dtype)
     return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
 
 def summed_in_pairs(rows: Sequence[slice], write: Callable[[slice, Array], None], out: Array, scratch: Buffers) -> None:
-    """Write the sum, in the order of `arraytp.ranks.pairwise`, of what `write` writes of each of these rows."""
+    """Write the sum, in the order of `arraytp.ranks.pairwise`, of what `write` writes for each of these slices."""
     if len(rows) == 1:
         write(rows[0], out)
         return

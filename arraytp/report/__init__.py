@@ -1,4 +1,4 @@
-"""Result folders read back: tables and figures that compare runs. Reads files only, never a live run."""
+"""Tables and figures that compare runs, made from result folders only, never from a live run."""
 
 from arraytp.report.figures import write_comparison, write_figures
 from arraytp.report.reading import Result, read_result, read_results

@@ -1,4 +1,4 @@
-"""Angles of a rule's updates to BP's and GNT's, summarised over a run. Undefined ones are counted, never filled in."""
+"""Angles of a rule's updates to BP's and GNT's, summarised over a run; undefined ones are counted, never filled in."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SHOWN_AS_ZERO = 0.05
 
 @dataclass(frozen=True)
 class Reference:
-    """What updates are compared with: its short name, and the column of angles.csv."""
+    """A rule that updates are compared with: its short name, and the column of angles.csv."""
 
     name: str
     column: str
@@ -25,15 +25,15 @@ BP, GNT = Reference("BP", "angle_deg"), Reference("GNT", "gnt_angle_deg")
 
 
 def references(results: Sequence[Result]) -> list[Reference]:
-    """Return what any of the runs was compared with."""
+    """Return the references that any of the runs was compared with."""
     return [BP, GNT] if any(result.against_gnt for result in results) else [BP]
 
 
 @dataclass(frozen=True)
 class BlockAngle:
-    """One block's angles over a run, in degrees: mean and standard deviation of defined ones, NaN without any.
+    """One block's angles over a run, in degrees: mean and standard deviation of the defined ones, NaN without any.
 
-    `undefined` of the `measured` are NaN: an update that is zero or not finite has no direction.
+    Of the `measured` angles, `undefined` are NaN: an update that is zero or not finite has no direction.
     """
 
     mean: float
@@ -43,9 +43,9 @@ class BlockAngle:
 
 
 def block_angles(result: Result, reference: Reference = BP) -> list[BlockAngle]:
-    """Return the summary of every block, from the input's on; of several seeds, of the means that they have."""
+    """Return the summary of every block, from the input's on; with several seeds, that of their means."""
     if result.seeds:
-        # One that was stopped early may have measured no block yet, or not all.
+        # A seed that was stopped early may have measured no block yet, or not all.
         each = [angles for run in result.seeds if (angles := block_angles(run, reference))]
         return [_over_seeds(angles) for angles in zip(*each, strict=False)]
     block, angle = result.angles["block"], result.angles[reference.column]
@@ -74,10 +74,10 @@ def block_series(
 
 
 def hidden_mean(result: Result, reference: Reference = BP) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the steps and the mean angle in degrees of the blocks below the output, or of an only block.
+    """Return the steps and the mean angle in degrees of the hidden blocks, or of the only block.
 
-    The output block is left out because most rules give it BP's own update. A step at which one of the
-    blocks has no angle has no mean either: it is NaN.
+    The output block is left out because most rules give it BP's own update. At a step where one of the
+    blocks has no angle, the mean is NaN.
     """
     hidden = max(len(result.blocks) - 1, 1)
     rows = result.angles["block"] < hidden
@@ -86,7 +86,7 @@ def hidden_mean(result: Result, reference: Reference = BP) -> tuple[NDArray[np.f
 
 
 def has_angles(result: Result, reference: Reference = BP) -> bool:
-    """Say whether there are angles to show: any measured; of BP to itself, any above rounding."""
+    """Tell whether there are angles to show: any measured or, for BP against itself, any above rounding error."""
     angles = result.angles[reference.column]
     if reference is GNT:
         return angles.size > 0 and result.against_gnt
@@ -94,12 +94,12 @@ def has_angles(result: Result, reference: Reference = BP) -> bool:
 
 
 def common_blocks(results: Sequence[Result]) -> list[str]:
-    """Return `common_labels` of runs."""
+    """Return the `common_labels` of runs."""
     return common_labels([result.blocks for result in results])
 
 
 def common_labels(networks: Sequence[list[str]]) -> list[str]:
-    """Return block labels for a comparison: the networks' own where they agree, `block n` for every place where not."""
+    """Return block labels for a comparison: the networks' own if they agree, otherwise `block n` for all."""
     count = max(map(len, networks), default=0)
     named = [labels for labels in networks if labels != numbered_blocks(len(labels))]
     longest = max(named, key=len, default=[])

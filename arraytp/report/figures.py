@@ -22,7 +22,7 @@ from arraytp.report.seeds import averaged
 from arraytp.report.style import RC, Look, legend_columns, literal, looks, rule_colour, wrapped
 from arraytp.report.tables import csv_table, markdown_table
 
-# Accuracies of more are clearer by epochs.
+# With more epochs, accuracy is clearer over epochs than over steps.
 _FEW_EPOCHS = 5
 RUN_FIGURES = ("learning_curves.png", "angles_over_time.png", "feedback_angles.png", "angles_per_block.png")
 LAST_FIGURE = RUN_FIGURES[-1]
@@ -34,9 +34,9 @@ _TITLE_WIDTH = 76
 def write_figures(result: Result | Path | str, out: Path | str | None = None) -> list[Path]:
     """Write one run's learning_curves.png, angles_per_block.png and, where measured, angles_over_time.png.
 
-    Where feedback weights pair with forward weights, feedback_angles.png besides. They go to the folder `out`, made
-    where missing, or to `figures` in the result folder. Returns the files. UserError as `read_result`; also when they
-    cannot be written.
+    If feedback weights were compared with forward weights, feedback_angles.png is written, too. The files go to the
+    folder `out`, created if missing, or to `figures` in the result folder. Returns their paths. Raises UserError as
+    `read_result` does, and also if a file cannot be written.
     """
     run = result if isinstance(result, Result) else read_result(result)
     folder = Path(out) if out is not None else run.path / "figures"
@@ -51,9 +51,9 @@ def write_figures(result: Result | Path | str, out: Path | str | None = None) ->
 
 
 def write_comparison(results: Sequence[Result], out: Path | str) -> list[Path]:
-    """Write comparison.png, comparison.md and comparison.csv of several runs into the folder `out`; return the files.
+    """Write comparison.png, comparison.md and comparison.csv of several runs into the folder `out`; return the paths.
 
-    UserError if they cannot be written.
+    Raises UserError if they cannot be written.
     """
     folder = Path(out)
     with matplotlib.rc_context(RC):
@@ -64,7 +64,7 @@ def write_comparison(results: Sequence[Result], out: Path | str) -> list[Path]:
 
 
 def learning_curves(result: Result) -> Figure:
-    """Draw loss and accuracy over the epochs, training dashed, test solid."""
+    """Draw loss and accuracy over the epochs, training dashed, test or validation solid."""
     figure = new_figure(9.6, 3.9, f"{literal(result.label)}: loss and accuracy")
     left, right = figure.subplots(1, 2)
     colour = rule_colour(result)
@@ -115,11 +115,11 @@ def _over_time(result: Result, what: str, drawing: Sequence[Callable[[Axes, Resu
 
 
 def comparison(results: Sequence[Result]) -> Figure:
-    """Draw the angle over the steps, the largest panel; the angle per block; train and test accuracy over the epochs.
+    """Draw panels of the angle over the steps (the largest), the angle per block, and accuracies over the epochs.
 
-    Where no run has more than a few epochs, accuracy is over the steps instead. Where updates were compared with GNT's,
-    too, one more has that angle over the steps. Runs of several seeds are one line with a band of mean ± standard
-    deviation.
+    If no run has more than a few epochs, training accuracy is drawn over the steps instead. If updates were also
+    compared with GNT's, another panel shows that angle over the steps. Runs of several seeds are one line with a band
+    of mean ± standard deviation.
     """
     results = [replace(result, label=literal(result.label)) for result in averaged(results)]
     given, blocks = looks(results), common_blocks(results)
@@ -150,7 +150,7 @@ def comparison(results: Sequence[Result]) -> Figure:
     }
     if with_gnt:
         titles |= {"A": "Angle to BP's update, mean of hidden blocks", "E": "Angle to GNT's, mean of hidden blocks"}
-    # In the order of reading.
+    # The panels are lettered in reading order.
     for letter, (panel, axes) in zip("ABCDE", drawn.items(), strict=False):
         axes.set_title(f"$\\bf{{{letter}}}$   {titles[panel]}")
     example = drawn["C"]
@@ -169,14 +169,14 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def save_figure(figure: Figure, path: Path, remedy: str = ELSEWHERE) -> Path:
-    """Write a figure as PNG, and as `write_bytes` does."""
+    """Write a figure as PNG with `write_bytes`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return write_bytes(buffer.getvalue(), path, remedy)
 
 
 def write_bytes(content: bytes, path: Path, remedy: str = ELSEWHERE) -> Path:
-    """Write a file, its folder made where missing, and return its path; UserError with the remedy if that cannot be."""
+    """Write a file, creating its folder if missing, and return its path; raise UserError with the remedy on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)

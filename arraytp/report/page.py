@@ -1,6 +1,6 @@
-"""One HTML page that compares runs, for people who look: sortable table, curves with values, angles, configs, machines.
+"""One interactive HTML page that compares runs: sortable table, curves with values, angles, configs, machines.
 
-Bokeh draws it and its script is part of the page, so that the page needs no network.
+Bokeh draws it, and Bokeh's script is part of the page, so that the page needs no network.
 """
 
 from collections.abc import Iterator, Sequence
@@ -78,7 +78,7 @@ def write_page(results: Sequence[Result], path: Path) -> Path:
 def _angle_series(
     runs: Sequence[Result], given: Sequence[Look], reference: Reference
 ) -> dict[str, list[tuple[Series, Look, str]]]:
-    """Return by block, and of the hidden blocks' mean, the angles of the runs that have any."""
+    """Return the angles of all runs that have any, for the mean of the hidden blocks and for each block."""
     shown = [(run, look) for run, look in zip(runs, given, strict=True) if has_angles(run, reference)]
     angles = {"mean of the hidden blocks": [(hidden_mean(run, reference), look, run.label) for run, look in shown]}
     for n, block in enumerate(common_blocks(runs)):
@@ -87,7 +87,7 @@ def _angle_series(
 
 
 def _lines(series: Sequence[tuple[Series, Look, str]], x: str, y: str, width: int) -> Any:
-    """Draw lines that show their values where the pointer is; a click on a run's name in the legend hides it."""
+    """Draw lines that show their values at the pointer; a click on a run's name in the legend hides the run."""
     plot = figure(width=width, height=340, x_axis_label=x, y_axis_label=y, tools="pan,wheel_zoom,box_zoom,reset,save")
     for (steps, values), look, label in series:
         data = {"x": steps, "y": values, "run": [label] * len(steps)}
@@ -103,7 +103,7 @@ def _lines(series: Sequence[tuple[Series, Look, str]], x: str, y: str, width: in
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Any:
-    """Return a table that a click on a column's name sorts; columns without any value are left out."""
+    """Return a table that can be sorted by a click on a column's name; columns without any value are left out."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     rows = [{key: row.get(key, "") for key in keys} for row in rows]
     names = [name for name in keys if any(row[name] not in (None, "") for row in rows)]
@@ -130,7 +130,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def _differences(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return a row for every key that the runs' configs do not agree about."""
+    """Return a row for every key in which the runs' configs differ."""
     flat = [dict(_flat(result.config)) for result in results]
     keys = sorted({key for config in flat for key in config})
     rows: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""The panels figures are made of: each draws results into given axes, gaps where a number is undefined."""
+"""The panels of figures: each draws results into given axes, with gaps where a number is undefined."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def angle_bars(axes: Axes, results: Sequence[Result], looks: Sequence[Look], blocks: Sequence[str]) -> None:
-    """Draw each block's mean angle over the run as bars, one a run, with the standard deviation."""
+    """Draw each block's mean angle and standard deviation over the run, one bar per run."""
     shown = [(result, look) for result, look in zip(results, looks, strict=True) if has_angles(result)]
     if not shown:
         note(axes, _no_angles(results))
@@ -52,7 +52,7 @@ def angle_bars(axes: Axes, results: Sequence[Result], looks: Sequence[Look], blo
 
 
 def angle_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], reference: Reference = BP) -> None:
-    """Draw the mean angle of the blocks below the output over the training steps, one line a run."""
+    """Draw the mean angle of the hidden blocks over the training steps, one line per run."""
     shown = [(result, look) for result, look in zip(results, looks, strict=True) if has_angles(result, reference)]
     series = [(hidden_mean(result, reference), look, result.label) for result, look in shown]
     _draw_angles(axes, series, _no_angles(results, reference), _to(reference))
@@ -62,7 +62,7 @@ def angle_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], re
 
 
 def block_lines(axes: Axes, result: Result, reference: Reference = BP) -> None:
-    """Draw one run's angle over the training steps, one line a block."""
+    """Draw one run's angle over the training steps, one line per block."""
     looks = [Look(colour) for colour in shades(len(result.blocks))]
     named = enumerate(zip(looks, result.blocks, strict=True))
     series = [(block_series(result, n, reference), look, label) for n, (look, label) in named]
@@ -71,7 +71,7 @@ def block_lines(axes: Axes, result: Result, reference: Reference = BP) -> None:
 
 
 def feedback_lines(axes: Axes, result: Result) -> None:
-    """Draw one run's angle between feedback and forward weights over the training steps, one line a block."""
+    """Draw one run's angle between feedback and forward weights over the training steps, one line per block."""
     looks, table = [Look(colour) for colour in shades(len(result.blocks))], result.feedback
     series = [
         ((table["step"][rows], table["angle_deg"][rows]), looks[n], result.blocks[n])
@@ -104,7 +104,7 @@ def _number_steps(axes: Axes) -> None:
 
 
 def _draw_series(axes: Axes, steps: NDArray[np.float64], angles: NDArray[np.float64], look: Look, label: str) -> None:
-    """Draw a line; where measurements are many, pale, with their running mean over it."""
+    """Draw a line; if there are many measurements, draw it pale, with their running mean on top."""
     marker = "o" if steps.size <= _MOST_MARKED else ""
     if steps.size <= _MOST_RAW:
         axes.plot(steps, angles, color=look.colour, linestyle=look.dash, marker=marker, markersize=3.5, label=label)
@@ -114,7 +114,7 @@ def _draw_series(axes: Axes, steps: NDArray[np.float64], angles: NDArray[np.floa
 
 
 def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Return the mean of each value and its `reach` defined neighbours on either side; NaN stays NaN."""
+    """Return the mean of each value and the defined ones among `reach` neighbours on either side; NaN stays NaN."""
     window = np.ones(2 * reach + 1)
     defined = np.isfinite(values)
     total = np.convolve(np.where(defined, values, 0.0), window, mode="full")[reach : reach + values.size]
@@ -123,7 +123,7 @@ def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]
 
 
 def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], column: str, ylabel: str) -> None:
-    """Draw one column of metrics.csv over the epochs, one line a run; {split} in it is what each was evaluated on."""
+    """Draw a column of metrics.csv over the epochs, one line per run; {split} in it is the run's evaluation split."""
     drawn = [
         epoch_line(axes, result, look, column.format(split=result.split), result.label)
         for result, look in zip(results, looks, strict=True)
@@ -132,7 +132,7 @@ def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], co
 
 
 def step_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look]) -> None:
-    """Draw training accuracy over the steps, one line a run, and the test accuracy at the end of each as a ring."""
+    """Draw training accuracy over the steps, one line per run, and its last test or validation accuracy as a ring."""
     for result, look in zip(results, looks, strict=True):
         steps, last = result.steps["step"], (result.summary or {}).get("steps", np.nan)
         _draw_series(axes, steps, result.steps["train_top1"], look, result.label)
@@ -145,7 +145,7 @@ def step_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look]) -> 
 
 
 def epoch_line(axes: Axes, result: Result, look: Look, column: str, label: str, alpha: float = 1.0) -> bool:
-    """Draw one column of one run; say whether there was anything to draw."""
+    """Draw one column of one run; return whether there was anything to draw."""
     epochs, values = result.metrics["epoch"], result.metrics[column]
     if np.isnan(values).all():
         return False
@@ -165,7 +165,7 @@ def _band(axes: Axes, series: Sequence[Series], look: Look) -> None:
 
 
 def finish_epochs(axes: Axes, results: Sequence[Result], ylabel: str, drawn: bool) -> None:
-    """Label axes over epochs, or say that they are empty."""
+    """Label the axes over epochs, or note that there is nothing to draw."""
     if not drawn:
         note(axes, "not measured")
         return
@@ -185,7 +185,7 @@ def _no_angles(results: Sequence[Result], reference: Reference = BP) -> str:
 
 
 def _angle_limits(axes: Axes, highest: float) -> None:
-    """Start at 0°; mark the right angle when it is near, since it is what an unrelated update has."""
+    """Start the axis at 0°; if angles come near 90°, mark it as the angle of an unrelated update."""
     if highest <= 0.55 * _RIGHT_ANGLE:
         axes.set_ylim(0, max(highest * 1.1, 1.0))
         return

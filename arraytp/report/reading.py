@@ -21,9 +21,9 @@ from arraytp.training import tables
 
 Columns = dict[str, NDArray[np.float64]]
 
-# A walk over so many takes a second.
+# Walking over so many files and folders takes a second.
 _MOST_ENTRIES = 100_000
-# Labels are made for so many, and for no number that damage has left.
+# More than any network has; a larger number comes from damage, and must not have labels made for it.
 _MOST_BLOCKS = 10_000
 
 
@@ -31,10 +31,10 @@ _MOST_BLOCKS = 10_000
 class Result:
     """One run's result folder.
 
-    `metrics`, `steps`, `angles` and `feedback` are the columns of the CSV files, float64 (rows,), without rows where
-    the file is missing; `config` and `summary` the parsed config.yml and summary.json, None while the run has not
-    finished. Of runs of several seeds taken together (`arraytp.report.seeds`), `seeds` are the runs that the numbers
-    are means of, and `missing` the labels of those that have not finished.
+    `metrics`, `steps`, `angles` and `feedback` are the columns of the CSV files, float64 (rows,), without rows if the
+    file is missing. `config` and `summary` are the parsed config.yml and summary.json; `summary` is None while the run
+    has not finished. In the mean of several seeds (`arraytp.report.seeds`), `seeds` are the runs that were averaged,
+    and `missing` the labels of those that have not finished.
     """
 
     path: Path
@@ -55,12 +55,12 @@ class Result:
 
     @property
     def split(self) -> str:
-        """What every epoch was evaluated on: the split test, or validation."""
+        """The split that every epoch was evaluated on: test or validation."""
         return "validation" if self.config["train"].get("validation") else "test"
 
     @property
     def against_gnt(self) -> bool:
-        """Whether updates were compared with those by Gauss-Newton targets, too."""
+        """Whether updates were also compared with those by Gauss-Newton targets."""
         compare = self.config.get("compare")
         against = compare.get("against") if isinstance(compare, dict) else None
         return isinstance(against, list) and "gnt" in against
@@ -77,14 +77,15 @@ class Result:
 
     @property
     def blocks_are_named(self) -> bool:
-        """Whether the run has written labels of its blocks, as it does at its end."""
+        """Whether the run has written labels for its blocks, which it does at its end."""
         return bool((self.summary or {}).get("blocks"))
 
     @property
     def blocks(self) -> list[str]:
-        """Short labels of the blocks from the input's on; of a run that has written none, those that were measured.
+        """Short labels of the blocks, from the input's on.
 
-        These are called as the config's network does, or `block n` where it does not have as many.
+        If the run has written none, these are labels for the measured blocks: those of the config's network or, if it
+        has another number of blocks, `block n`.
         """
         if self.summary and self.blocks_are_named:
             return list(self.summary["blocks"])
@@ -95,12 +96,12 @@ class Result:
 
 
 def numbered_blocks(count: int) -> list[str]:
-    """Return labels of blocks that have none, counted from 0 as in every file."""
+    """Return labels for blocks without labels of their own, counted from 0 as in every file."""
     return [f"block {n}" for n in range(count)]
 
 
 def _planned_labels(network: Any) -> list[str]:
-    """Return the labels of a config's network, none of one that this version does not know."""
+    """Return the block labels of a config's network, none for a network that this version does not know."""
     name, blocks = (network.get("name"), network.get("blocks")) if isinstance(network, dict) else (None, None)
     if isinstance(blocks, list):
         return block_labels([block["type"] for block in blocks if isinstance(block, dict) and "type" in block])
@@ -110,9 +111,9 @@ def _planned_labels(network: Any) -> list[str]:
 def read_results(folders: Sequence[Path | str]) -> list[Result]:
     """Read the result folders among `folders` and those at any depth inside the others, such as a run's variants.
 
-    Labels are the paths from the folders' common parent on. Inside a folder BP comes first, since the other rules are
-    measured against it, then the names' order; studies beside runs are left out. UserError as `read_result`; also for a
-    folder that neither is one nor holds one.
+    Labels are paths relative to the folders' common parent. Inside a folder BP comes first, since the other rules are
+    measured against it, then the others by name; studies beside runs are left out. Raises UserError as `read_result`
+    does, and also for a folder that neither is nor contains a result folder.
     """
     paths = {real(path): path for folder in folders for path in _expand(Path(folder))}
     parent = common_parent(list(paths))
@@ -135,12 +136,12 @@ def _expand(folder: Path) -> list[Path]:
 
 
 def splits_of(results: Sequence[Result]) -> str:
-    """Return what the epochs of these runs were evaluated on, as "test or validation"."""
+    """Return the splits that these runs' epochs were evaluated on, such as "test or validation"."""
     return " or ".join(sorted({result.split for result in results}))
 
 
 def in_order(paths: Iterable[Path], folder: Path) -> list[Path]:
-    """Return the paths inside a folder in the order of tables: BP first, then the names' own."""
+    """Return the paths inside a folder in the order of tables: BP first, then by name, with lr-2 before lr-10."""
     return sorted(paths, key=lambda path: [(name != "bp", _natural(name)) for name in path.relative_to(folder).parts])
 
 
@@ -153,7 +154,7 @@ def _is_study(folder: Path) -> bool:
 
 
 def _holding_results(folder: Path) -> Iterator[Path]:
-    """Yield the folders at any depth that hold a config.yml; links are not followed, nor folders that are closed."""
+    """Yield the folders at any depth that hold a config.yml; links and unreadable folders are skipped."""
     seen = 0
     for place, folders, files in os.walk(folder):
         seen += len(folders) + len(files)
@@ -171,11 +172,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_result(folder: Path | str, label: str | None = None) -> Result:
-    """Read one result folder; the run may be unfinished. The label is the folder's name when left out.
+    """Read one result folder; the run may be unfinished. By default, the label is the folder's name.
 
-    The folder holds config.yml and, of a run that has ended, metrics.csv; other files may be missing. While there is no
-    summary.json, a last CSV line without its line end is one that is being written, and is left out. UserError if this
-    is no result folder, or that of a study, or if a file is damaged; it names the file and the line.
+    The folder must hold config.yml and, if the run has finished, metrics.csv; other files may be missing. While there
+    is no summary.json, a last CSV line without a line end is still being written, and is left out. Raises UserError if
+    this is not a result folder, if it holds a study, or if a file is damaged; the message names the file and the line.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -232,16 +233,16 @@ def _check_blocks(path: Path, table: Columns) -> None:
 
 
 def _check_range(path: Path, table: Columns, names: Sequence[str], most: float) -> None:
-    """Refuse what is no percentage, or no angle."""
+    """Refuse numbers that are not between 0 and `most`: percentages up to 100, angles up to 180."""
     for name in names:
         for line, value in enumerate(table[name], start=2):
-            # Rounding may leave a little.
+            # Rounding may exceed the limits a little.
             if not (math.isnan(value) or -0.001 <= value <= most + 0.001):
                 raise UserError(f"{path}, line {line}: {name} is {value:g}, not from 0 to {most:g} (undefined is nan)")
 
 
 def _check_ends(result: Result) -> None:
-    """Hold a finished run's tables against its summary: one that was cut at a line's end looks whole by itself."""
+    """Check a finished run's tables against its summary: a table cut at the end of a line looks complete by itself."""
     summary, epochs = result.summary or {}, result.metrics["epoch"]
     written = {name for name in ("metrics", "steps", "angles", "feedback") if (result.path / f"{name}.csv").is_file()}
     if result.summary is not None:
@@ -327,10 +328,10 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def read_csv(path: Path, expected: Sequence[str], key: Sequence[str], unfinished: bool) -> Columns:
-    """Read the expected columns of a table; those of a missing file are empty. UserError names file and line.
+    """Read the expected columns of a table; those of a missing file are empty. A UserError names file and line.
 
-    `key` are columns of whole numbers ≥ 0, the first never decreasing, together never repeated. While `unfinished`, a
-    last line without its end is left out.
+    The columns `key` hold whole numbers ≥ 0; the first never decreases, and no combination occurs twice. While
+    `unfinished`, a last line without a line end is left out.
     """
     if not path.is_file():
         return {name: np.empty(0) for name in expected}

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed, taken together: means, and standard deviations over the seeds.
+"""Means and standard deviations over runs that differ only in their seed.
 
 Such runs lie in folders `seed-<n>` beside each other, as `arraytp run --seeds` writes them. Standard deviations are
 those of a sample, with n − 1.
@@ -25,7 +25,7 @@ SEED_COLUMNS = ("variant", "seed", "final_test_top1", "final_test_top5", "best_t
 def averaged(results: Sequence[Result]) -> list[Result]:
     """Return the results with runs of several seeds replaced by one that has their means and holds them as `seeds`.
 
-    Means are over the finished runs where there are any.
+    Only finished runs are averaged, unless there are none.
     """
     groups: dict[tuple[Path, str], list[Result]] = {}
     for result in results:
@@ -34,13 +34,13 @@ def averaged(results: Sequence[Result]) -> list[Result]:
 
 
 def _beside(result: Result) -> Path:
-    """Return the folder that holds a run's seeds; of a run that is alone its own."""
+    """Return the folder that holds the seeds of a run, or the run's own folder if it is not one of several seeds."""
     place = real(result.path)
     return place.parent if SEED.fullmatch(place.name) else place
 
 
 def _settings(result: Result) -> str:
-    """Return what runs of several seeds have in common."""
+    """Return the config without its seed as text, which is the same for all seeds."""
     return repr({**result.config, "seed": None})
 
 
@@ -73,28 +73,28 @@ def _mean_columns(tables: Sequence[Columns]) -> Columns:
 
 
 def over_seeds(values: Sequence[Floats] | Floats) -> tuple[Floats, Floats]:
-    """Return mean and standard deviation over runs, as far as all of them go; undefined where one is."""
+    """Return mean and standard deviation over runs, up to the length of the shortest; NaN where any value is NaN."""
     length = min(map(len, values))
     stacked = np.stack([each[:length] for each in values])
-    # A diverged run's losses may be too large for their squares.
+    # The squares of a diverged run's losses may overflow.
     with np.errstate(over="ignore", invalid="ignore"):
         return stacked.mean(axis=0), deviation(stacked)
 
 
 def deviation(values: Floats) -> Floats:
-    """Return the standard deviation over the first axis, that of the runs; one run has none, NaN."""
+    """Return the standard deviation over the first axis, that of the runs; NaN for a single run."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
 
 
 def each_seed(result: Result, number: Callable[[Result], float]) -> Floats:
-    """Return a number of every run of a result: of itself where it is one run."""
+    """Return a number for each of a result's seeds, or for the result itself if it is a single run."""
     return np.array([number(run) for run in result.seeds or (result,)])
 
 
 def seeds_table(results: Sequence[Result], latest: Sequence[Result], home: Path) -> str:
     """Return seeds.csv, a row for every run in a folder [<variant>/]seed-<n> of `home`.
 
-    Cells of a run that has not finished are empty. Runs beside those that were run last are left out if they have other
+    Cells of a run that has not finished are empty. Runs beside the `latest` ones are left out if they have other
     settings.
     """
     settings = {_beside(result): _settings(result) for result in latest}
@@ -102,7 +102,7 @@ def seeds_table(results: Sequence[Result], latest: Sequence[Result], home: Path)
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SEED_COLUMNS)
     for result in results:
-        # A folder's own name; where links lead elsewhere, theirs.
+        # The folder's real path or, if a link leads out of `home`, the link's path.
         place = real(result.path)
         inside = place.relative_to(own) if place.is_relative_to(own) else result.path.relative_to(home)
         match = SEED.fullmatch(inside.name)

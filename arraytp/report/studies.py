@@ -29,12 +29,12 @@ AGAIN = "--resume draws it again"
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study's folder holds; arrays begin with the axis of the seeds.
+    """The contents of a study's folder.
 
     `updates` (seeds, N) is the angle between the rule's and BP's update of every block, in degrees, after the last
-    round. `angle` and `distance` (seeds, R, blocks with feedback) are between ω and θ after so many `iterations` (R,),
-    NaN where there is nothing to compare; of a study of drift, angle to BP's update and drift ‖WWᵀ − I‖/√K of all
-    blocks.
+    round. `angle` and `distance` (seeds, R, blocks with feedback) are those between ω and θ after each number of
+    `iterations` (R,), NaN where there is nothing to compare. In a study of drift they are the angle to BP's update and
+    the drift ‖WWᵀ − I‖/√K of all blocks, and `iterations` are training steps.
     """
 
     label: str
@@ -49,9 +49,9 @@ class StudyResult:
 
 
 def write_study(folders: Sequence[Path], out: Path) -> str:
-    """Write study.md, figures/updates.png and figures/alignment.png of one or several studies; return the table.
+    """Write study.md and the figures of one or several studies into the folder `out`; return the table.
 
-    UserError if a folder's files are missing or damaged, or the new ones cannot be written.
+    Raises UserError if a folder's files are missing or damaged, or if the new ones cannot be written.
     """
     studies = _alike([read_study(folder) for folder in folders])
     table = study_table(studies)
@@ -67,7 +67,7 @@ def write_study(folders: Sequence[Path], out: Path) -> str:
 
 
 def _alike(studies: Sequence[StudyResult]) -> list[StudyResult]:
-    """Let all have updates of as many blocks, NaN where a network has fewer."""
+    """Pad `updates` with NaN, so that all studies have the same number of blocks."""
     count = max(len(study.blocks) for study in studies)
     return [
         replace(study, updates=np.pad(study.updates, ((0, 0), (0, count - len(study.blocks))), constant_values=np.nan))
@@ -115,7 +115,7 @@ def _read_summary(path: Path) -> tuple[dict[str, Any], Floats]:
 
 
 def _read_tables(paths: list[Path], columns: Sequence[str]) -> list[Columns]:
-    """Return the tables of all seeds, which have the same steps and blocks."""
+    """Return the tables of all seeds, which must have the same steps and blocks."""
     tables = []
     for path in paths:
         remedy = f"delete {path.parent}, and --resume does the seed again"
@@ -138,7 +138,7 @@ def _read_tables(paths: list[Path], columns: Sequence[str]) -> list[Columns]:
 
 
 def study_table(studies: Sequence[StudyResult]) -> str:
-    """Return a Markdown table: a row a study, mean ± standard deviation over the seeds."""
+    """Return a Markdown table with one row per study, mean ± standard deviation over the seeds."""
     blocks = common_labels([study.blocks for study in studies])
     kinds = {study.drift for study in studies}
     last = ["ω to θ, last block (°)", "distance"]
@@ -162,7 +162,7 @@ def study_table(studies: Sequence[StudyResult]) -> str:
 
 
 def update_figure(studies: Sequence[StudyResult]) -> Any:
-    """Draw the angle between the rule's and BP's update: a group a study, a bar a block (DTP paper, Figure 3)."""
+    """Draw the angle between the rule's and BP's update, a group per study, a bar per block (DTP paper, Figure 3)."""
     figure = new_figure(
         max(6.0, 1.5 * len(studies) + 2.5), 4.2, "Angle between the rule's update and BP's, mean ± s.d."
     )
@@ -197,16 +197,16 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
         _band(right, study.iterations, study.distance[:, :, position], colour, label)
     left.set(xlabel="iterations of feedback training", ylabel="angle (°)", ylim=(0, None))
     right.set(xlabel="iterations of feedback training", ylabel="relative distance", ylim=(0, None))
-    # Given as they are: Matplotlib itself leaves out names that begin with an underscore.
+    # Passed explicitly, because Matplotlib leaves out labels that begin with an underscore.
     labels = [str(line.get_label()) for line in left.lines]
     figure.legend(left.lines, labels, loc="outside lower center", ncols=min(len(labels), 3) or 1)
     return figure
 
 
 def drift_figure(studies: Sequence[StudyResult]) -> Any:
-    """Draw each block's angle to BP's update over its drift, a panel a study, the mean over seeds (GP paper, Figure 5).
+    """Draw each block's angle to BP's update over its drift, means over seeds, a panel per study (GP paper, Figure 5).
 
-    The first block is drawn over the second's drift if it has none, its matrix not being square.
+    If the first block has no drift because its matrix is not square, it is drawn over the drift of the second.
     """
     figure = new_figure(3.6 * len(studies), 3.8, "Angle to BP's update over the drift of the weights")
     panels = figure.subplots(1, len(studies), squeeze=False, sharey=True)[0]

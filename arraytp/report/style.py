@@ -1,4 +1,4 @@
-"""How figures look: one colour a rule in every figure, told apart by colour-blind readers too."""
+"""The look of figures: each rule has the same colour in all of them, distinguishable by colour-blind readers too."""
 
 import textwrap
 from collections import Counter
@@ -47,9 +47,9 @@ class Look:
 
 
 def looks(results: Sequence[Result]) -> list[Look]:
-    """Give every run its look: its rule's colour; runs of one rule differ in shade and dashes.
+    """Return the look of every run: its rule's colour; runs of one rule differ in shade and dashes.
 
-    Where all runs have the same rule, colour is free to tell them apart, from dark to light in their order.
+    If all runs have the same rule, colours distinguish the runs instead, from dark to light in their order.
     """
     if len({result.rule for result in results}) == 1 and len(results) > 1:
         return [Look(colour, _DASHES[n % len(_DASHES)]) for n, colour in enumerate(shades(len(results)))]
@@ -85,7 +85,7 @@ def wrapped(label: str, width: int = 46) -> str:
 
 
 def literal(label: str) -> str:
-    """Return a label in which dollars are drawn, and not taken for mathematics."""
+    """Escape the dollar signs of a label, so that Matplotlib draws them and does not take them for mathematics."""
     return label.replace("$", r"\$")
 
 
@@ -98,6 +98,6 @@ def legend_columns(labels: Sequence[str], width: int) -> int:
 
 
 def note(axes: Axes, text: str) -> None:
-    """Say in the middle of empty axes why they are empty."""
+    """Write in the middle of empty axes why they are empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=NOTE_COLOUR)
     axes.set_axis_off()

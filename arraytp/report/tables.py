@@ -1,4 +1,4 @@
-"""Tables that compare runs: for a reader as aligned text or Markdown, for programs as CSV with every digit."""
+"""Tables that compare runs: aligned text or Markdown for readers, CSV with every digit for programs."""
 
 import csv
 import io
@@ -29,10 +29,10 @@ _METRICS = ("train_loss", "train_top1", "train_top5", "test_loss", "test_top1", 
 
 
 def comparison_table(results: Sequence[Result], width: int | None = None) -> str:
-    """Return the comparison as aligned text: one row a run, then notes on what the numbers mean.
+    """Return the comparison as aligned text: one row per run, then notes on what the numbers mean.
 
-    Runs of several seeds are one row, mean ± standard deviation. Lines keep within `width` columns, by default those of
-    the terminal, 100 elsewhere: angles that do not fit beside the rest follow in tables of their own.
+    Runs of several seeds are one row, mean ± standard deviation. Lines have at most `width` characters, by default the
+    width of the terminal, or 100 without one; angles that do not fit beside the rest follow in tables of their own.
     """
     results = averaged(results)
     if width is None:
@@ -84,7 +84,7 @@ def _record(result: Result, blocks: Sequence[str], against: Sequence[Reference])
 
 
 def _cells(results: Sequence[Result]) -> list[list[str]]:
-    """Return the header and one row a run, as text; angles come last."""
+    """Return the header and one row per run, as text; angles come last."""
     blocks = common_blocks(results) if any(result.angles["block"].size for result in results) else []
     against = references(results)
     rows = [[*_HEADERS, *(f"{name} {_UNITS[reference]}" for reference in against for name in blocks)]]
@@ -150,7 +150,7 @@ def _epochs_done(result: Result) -> int:
 
 
 def _angles(result: Result, reference: Reference, count: int) -> list[BlockAngle | None]:
-    """Return the angles of so many blocks; None where the run has none or was not compared with this."""
+    """Return the angles of `count` blocks to a reference; None where the run has none."""
     angles = [] if reference is GNT and not result.against_gnt else block_angles(result, reference)[:count]
     return [*(angle if angle.measured else None for angle in angles), *[None] * (count - len(angles))]
 
@@ -186,7 +186,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _within(columns: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Return the columns as one table if it is no wider, else the angles in tables of their own, names repeated."""
+    """Return the columns as one table if it fits, else the angles in tables of their own that repeat the names."""
     tables, fixed = [[*columns]], len(_HEADERS)
     if _widest(_lines(columns)) > width:
         tables = [[*columns[:fixed]]]
@@ -209,7 +209,7 @@ def _widest(lines: Sequence[str]) -> int:
 
 
 def aligned(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Return the lines of a table: headers, a rule, rows; all columns but those in `left` end at their right edge."""
+    """Return the lines of a table: headers, a rule, rows; all columns except those in `left` are right-aligned."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
     for n, header in enumerate(headers):
         table.add_column(Text(header), justify="left" if n in left else "right")

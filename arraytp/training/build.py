@@ -1,4 +1,4 @@
-"""An experiment from a config or its plan."""
+"""Build an experiment from a config or its plan."""
 
 from arraytp import optim
 from arraytp.backend import Backend
@@ -19,16 +19,16 @@ from arraytp.training.plan import Plan, make_loader, plan
 
 
 def build(config: Config, backend: Backend | None = None, plain: bool = False) -> Experiment:
-    """Build an experiment in its initial state; UserError as `plan`, also if the data is damaged.
+    """Build an experiment in its initial state.
 
-    A `backend` may stand in for the one that the config names. `plain` computes with the primitives of
-    `arraytp.model.plain`.
+    `backend` overrides the one that the config names. With `plain`, the experiment computes with the primitives of
+    `arraytp.model.plain`. Raises UserError as `plan` does, and also if the data is damaged.
     """
     return build_planned(plan(config, backend), plain)
 
 
 def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> Experiment:
-    """Build the experiment of a plan, or one rank's of it; as `build`."""
+    """Build the experiment of a plan, or this rank's share of it; otherwise as `build`."""
     config, backend = planned.config, planned.backend
     backend.use_tf32(config.tf32)
     network = make_network(planned.blocks, config.network.init, config.seed, config.dtype, backend)
@@ -63,9 +63,9 @@ def build_planned(planned: Plan, plain: bool = False, ranks: Ranks = ALONE) -> E
 
 
 def _goes_together(planned: Plan) -> bool:
-    """Tell whether parts of a batch can be computed at once: by dense blocks and a rule that says so.
+    """Tell whether parts of a batch can be computed at once: all blocks are dense, and rule and comparison allow it.
 
-    A rule that trains feedback scales the gradients of each part itself.
+    Rules that train feedback do not, because they scale the gradients of each part themselves.
     """
     dense, rule = all(block.window is None for block in planned.blocks), RULES[planned.config.rule.name]
     return dense and rule.by_samples and rule.feedback is None and "gnt" not in planned.config.compare.against

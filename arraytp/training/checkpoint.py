@@ -6,10 +6,10 @@ attrs: format="arraytp-checkpoint", version=2
 /optimizer  attrs: step, feedback_step
 /optimizer/<parameter>/<moment>
 /run/state  JSON of the run's position and tables, as bytes
-/run/owner  JSON of the config, as YAML text, and the digest of the data set that the run is of, as bytes
+/run/owner  JSON of the run's config (as YAML text) and the digest of its data set, as bytes
 
-All arrays, those under /run too, have checksums (Fletcher-32), and HDF5's own structures, attributes among them, have
-others (its v110 layout).
+All arrays, including those under /run, have Fletcher-32 checksums. HDF5's own structures, including attributes, have
+the checksums of its v110 layout.
 """
 
 import json
@@ -32,17 +32,17 @@ from arraytp.training.experiment import Experiment
 from arraytp.training.plan import Plan
 
 FORMAT, VERSION = "arraytp-checkpoint", 2
-# Version 1 has the same layout, but counts direct feedback (rules dfa, drl) from 0.
+# Version 1 has the same layout, but numbers direct feedback weights (rules dfa, drl) from 0.
 READABLE = (1, VERSION)
 
 
 def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any]) -> None:
-    """Write a checkpoint as `write_file` does; `run` is what else is needed to go on, as JSON can hold it."""
+    """Write a checkpoint with `write_file`; `run` is the rest of the state needed to resume, serialisable as JSON."""
     backend = experiment.plan.backend
-    # In memory first: HDF5 takes the process with it when it cannot write a file to its end.
+    # Build the file in memory first: HDF5 crashes the process if it cannot write a file to its end.
     image = BytesIO()
     with h5py.File(image, "w", libver=("v110", "v110")) as file:
-        # Text of variable length would lie in a heap without a checksum, over whose damage HDF5 can loop for ever.
+        # Variable-length text would be stored in a heap without a checksum; if that is damaged, HDF5 can loop forever.
         file.attrs["format"], file.attrs["version"] = np.bytes_(FORMAT), VERSION
         _put_json(file, "run/state", run)
         plan = experiment.plan
@@ -55,9 +55,10 @@ def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any])
 
 
 def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
-    """Put a checkpoint's arrays into an experiment of the same config; return what was given as `run`.
+    """Load a checkpoint's arrays into an experiment of the same config; return the `run` that was stored with them.
 
-    UserError names the array if the file is missing, damaged, or of another network or rule.
+    Raises UserError if the file is missing or damaged, or if it belongs to another network or rule; in the
+    latter case, the message names the array.
     """
     with _opened(path) as file:
         arrays = {name: _dataset(path, file, name, array) for name, array in _arrays(experiment).items()}
@@ -70,7 +71,7 @@ def read_checkpoint(path: Path, experiment: Experiment) -> dict[str, Any]:
 
 
 def share_state(experiment: Experiment, run: Any) -> Any:
-    """Give the first rank's arrays and counts to all ranks; return its `run`."""
+    """Broadcast the first rank's arrays and counts to all ranks; return its `run`."""
     if experiment.ranks.size == 1:
         return run
     backend, arrays = experiment.plan.backend, _arrays(experiment)
@@ -84,15 +85,15 @@ def share_state(experiment: Experiment, run: Any) -> Any:
 
 
 def read_owner(folder: Path) -> tuple[Config, str]:
-    """Return the config that a folder's results are of, and the digest of their data, "" where nothing says it.
+    """Return the config of a folder's results and the digest of their data, "" if it is not recorded.
 
-    The checkpoint counts, not the config.yml beside it, which anyone may edit. UserError as `read_checkpoint`; also for
-    a config that this version of arraytp does not know.
+    The checkpoint takes precedence over the config.yml beside it, which anyone may edit. Raises UserError as
+    `read_checkpoint` does, and also for a config that this version of arraytp does not know.
     """
     path = folder / "checkpoint.h5"
     if path.exists():
         with _opened(path) as file:
-            # Those of the first versions do not say.
+            # Checkpoints of the first versions do not record their owner.
             if "run/owner" in file:
                 owner = _get_json(file, "run/owner")
                 return config_of(str(owner["config"]), f"{path}: its config"), str(owner["data"])
@@ -104,9 +105,9 @@ def read_owner(folder: Path) -> tuple[Config, str]:
 
 
 def check_owner(folder: Path, plan: Plan) -> None:
-    """Refuse to continue a run of another config or other data; data that have only moved are the same.
+    """Refuse to continue a run with another config or other data; data that have only moved count as the same.
 
-    UserError names the first key that differs and both values.
+    The UserError names the first key that differs and both values.
     """
     stored, digest = read_owner(folder)
     free = FREE_ON_RESUME if plan.config.study is None else FREE_IN_A_STUDY
@@ -123,12 +124,12 @@ def check_owner(folder: Path, plan: Plan) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
-    """Open a checkpoint to read from; errors of the system are none of the file's, and no reason to start over."""
+    """Open a checkpoint for reading; messages suggest starting over for damage, not for operating-system errors."""
     refuse_special(path)
     if not path.exists():
         raise UserError(f"{path}: there is no checkpoint to continue from; --fresh starts over")
     fresh = "the checkpoint is damaged ({}); --fresh starts over"
-    # Whole files replace each other: there is nothing to lock, and network file systems often cannot.
+    # Files are only ever replaced as a whole, so no lock is needed, and network file systems often have none.
     with telling_damage(path, "the checkpoint cannot be read: {}", fresh), h5py.File(path, locking=False) as file:
         if file.attrs.get("version") not in READABLE:
             raise UserError(f"{path}: not a checkpoint of this version ({FORMAT} {VERSION}); --fresh starts over")

@@ -13,7 +13,7 @@ from arraytp.optim import OptimizerState
 class Comparison(NamedTuple):
     """A rule's weight update of one block against BP's: angle in degrees and relative distance ‖a − b‖/‖b‖.
 
-    Where the config asks for it, also the angle to the update by Gauss-Newton targets.
+    If the config asks for it, also the angle to the update by Gauss-Newton targets.
     """
 
     block: int
@@ -30,8 +30,8 @@ class Comparison(NamedTuple):
 class FeedbackComparison(NamedTuple):
     """A feedback weight against the forward weight that it pairs with; NaN where it pairs with none.
 
-    `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN for rules that train none. For rules that know it, also the relative distance to
-    the optimum of the batch's feedback loss; NaN where the settings have none.
+    `ratio` is ‖ω‖ / ‖θ‖; `loss` is NaN where feedback was not trained. For rules that can compute the optimum of the
+    batch's feedback loss, `optimum_distance` is the relative distance to it; NaN where it has no closed form.
     """
 
     block: int
@@ -43,7 +43,7 @@ class FeedbackComparison(NamedTuple):
 
     @classmethod
     def of(cls, block: int, loss: Array | None, omega: Array, theta: Array | None) -> Self:
-        """Compare a feedback weight ω, and the loss that it was trained to, with the θ that it pairs with, if any."""
+        """Compare a feedback weight ω, whose last training loss was `loss`, with the θ that it pairs with, if any."""
         known = math.nan if loss is None else float(loss)
         if theta is None:
             return cls(block, known, math.nan, math.nan, math.nan)
@@ -58,7 +58,7 @@ class FeedbackComparison(NamedTuple):
 def angle_degrees(a: Array, b: Array) -> float:
     """Return the angle between two flattened arrays in degrees, computed in float64.
 
-    It is 0 of equal arrays, and NaN where it is undefined: one of the arrays is zero or not finite.
+    The angle is 0 for equal arrays, and NaN where it is undefined: one of the arrays is zero or not finite.
     """
     xp = array_module(a, b)
     u, v = a.reshape(-1).astype(xp.float64), b.reshape(-1).astype(xp.float64)
@@ -67,7 +67,7 @@ def angle_degrees(a: Array, b: Array) -> float:
         return float("nan")
     u /= norms[0]
     v /= norms[1]
-    # Kahan's formula: the arccos of the cosine loses half the digits near 0 and 180 degrees, 1e-6° to the last bit.
+    # Kahan's formula: near 0° and 180°, the arccos of the cosine loses half the digits; its last bit is 1e-6° there.
     return math.degrees(2 * math.atan2(_norm(u - v), _norm(u + v)))
 
 
@@ -89,7 +89,7 @@ def norm_ratio(a: Array, b: Array) -> float:
 
 
 def _norm(u: Array) -> float:
-    """Return ‖u‖; a plain sum, since that of the BLAS library depends on the number of its threads."""
+    """Return ‖u‖ by a plain sum, because the result of the BLAS library depends on its number of threads."""
     return math.sqrt(float(array_module(u).square(u).sum()))
 
 

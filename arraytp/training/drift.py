@@ -1,10 +1,10 @@
-"""A study of drift: how the angle to BP grows as square matrices drift from orthogonal ones (GP paper, 2.3).
+"""A study of drift: how the angle to BP grows as square matrices drift away from orthogonality (GP paper, 2.3).
 
-θ is trained as in a run; every `compare.every` steps and for every block n a row of drift.csv has, besides the loss,
+θ is trained as in a run. Every `compare.every` steps, drift.csv gets a row for each block n with, besides the loss,
 
-    angle_deg      between the block's update and BP's
-    own_deg        between what the block passes down, (D e) W⁻¹, and (D e) Wᵀ for the same e; NaN for block 0
-    drift_rms      root mean square of σ² − 1 over the singular values σ of the block's W: ‖WWᵀ − I‖/√K of K×K
+    angle_deg      angle between the block's update and BP's
+    own_deg        angle between (D e) W⁻¹, which the block passes down, and (D e) Wᵀ for the same e; NaN for block 0
+    drift_rms      root mean square of σ² − 1 over the singular values σ of the block's K×K W: ‖WWᵀ − I‖/√K
     drift_largest  the largest |σ² − 1|; both NaN for block 0 unless its W is square
 """
 
@@ -37,7 +37,7 @@ NONE = math.nan, math.nan
 
 
 def drift_seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
-    """Train one seed, write its drift.csv and return what its summary says."""
+    """Train one seed, write its drift.csv and return the entries of its summary."""
     config = planned.config
     experiment, table = build_planned(planned, plain), CsvTable(folder / "drift.csv", DRIFT_COLUMNS)
     table.restart([])
@@ -77,7 +77,7 @@ def _measure(experiment: Experiment, step: Step, table: CsvTable, at: tuple[int,
 
 
 def own_angles(experiment: Experiment, step: Step) -> list[float]:
-    """Return by how many degrees W⁻¹ turns what each block passes down, compared with Wᵀ; NaN for block 0."""
+    """Return the angle in degrees between what each block passes down by W⁻¹ and by Wᵀ; NaN for block 0."""
     batch = replace(step.batch, results="own")
     assert experiment.rule.inverses is not None
     e, inverses, angles = batch.dlogits, experiment.rule.inverses(experiment.config.rule, batch), []
@@ -100,13 +100,13 @@ def _handed_down(at: At, e: Array, through: Any) -> Array:
 
 
 def drift(weight: Array) -> tuple[float, float]:
-    """Return root mean square and largest absolute value of the eigenvalues of WWᵀ − I, or of the smaller WᵀW − I."""
+    """Return the RMS and the largest absolute value of the eigenvalues of WWᵀ − I, or of WᵀW − I if that is smaller."""
     w = np.asarray(as_matrix(weight))
     error = w.T @ w if is_tall(w) else w @ w.T
     order = len(error)
     error.reshape(-1)[:: order + 1] -= 1
     largest = np.abs(error).max()
-    # Of 0, of NaN and of order 1 it is that, and ARPACK would refuse them.
+    # ARPACK refuses a matrix that is zero, not finite or of order 1; the largest entry is already the answer then.
     if order > 1 and np.isfinite(largest) and largest:
         largest = abs(eigsh(error, k=1, v0=np.ones(order, w.dtype), tol=1e-3, return_eigenvectors=False)[0])
     return float(np.linalg.norm(error) / order**0.5), float(largest)

@@ -1,4 +1,4 @@
-"""Everything a run needs; one training step; one evaluation.
+"""Everything a run needs: its state, the training step and the evaluation.
 
 config → dataset → loader → (images, labels)
                                  ↓
@@ -62,21 +62,21 @@ class Experiment:
     optimizer_state : OptimizerState
     workspace : Workspace
     engines : tuple of Engine
-        Compute the passes and the rule's primitives: fast ones on the threads of `workspace`, or plain ones. One of the
-        whole batch, or of this rank's; in exact mode one of each of its parts.
+        Compute the passes and the rule's primitives: fast engines on the threads of `workspace`, or plain ones. There
+        is one for the whole batch or this rank's part of it; in exact mode, unless `together`, one for each part.
     train_loader, test_loader : Loader
     validation_loader : Loader or None
         Of the images that `train.validation` holds out.
     graphs : Graphs
-        The parts of a step that are captured on a device.
+        Captures parts of a step on a device.
     feedback_step : int
-        On how many batches feedback was trained; noise is keyed by it.
+        The number of batches that feedback was trained on; noise is keyed by it.
     ranks : Ranks
-        The processes that share every batch; the loaders give this one's part.
+        The processes that share every batch; the loaders yield this rank's part.
     together : bool
-        Whether exact mode computes all of a rank's parts at once, to the bits of each alone.
+        Whether exact mode computes all of a rank's parts at once, bit for bit as each part alone.
     stop_agreed : bool
-        Whether any of them wanted to stop when they last summed.
+        Whether any rank wanted to stop at the last sum over ranks.
     """
 
     plan: Plan
@@ -112,7 +112,7 @@ class Experiment:
 
     @property
     def length(self) -> tuple[int, int]:
-        """The steps of a whole training, and the epochs that they begin."""
+        """The number of steps of the whole training, and of epochs, the last of which may be cut short."""
         train, per_epoch = self.config.train, self.train_loader.steps_per_epoch
         whole = train.epochs * per_epoch
         steps = whole if train.steps is None else min(train.steps, whole)
@@ -127,9 +127,9 @@ class Experiment:
             As the loader gives them.
         labels : array of int64 of shape (B,)
         epoch : int
-            Counted from 0; the learning rate's schedule goes by it.
+            Counted from 0; determines the scheduled learning rate.
         size : int, optional
-            On several ranks: images of the whole batch, of which these are this rank's.
+            On several ranks, the number of images in the whole batch; `images` is this rank's part of it.
 
         Returns
         -------
@@ -139,7 +139,7 @@ class Experiment:
         Raises
         ------
         ValueError
-            If a label is none of the classes; on a device that is not looked at, since the host would have to wait.
+            If a label is not one of the classes; not checked on a device, because the host would have to wait.
         """
         with self.steady():
             step = self.forward(images, labels, size)
@@ -148,14 +148,14 @@ class Experiment:
         return step.score
 
     def steady(self) -> AbstractContextManager[None]:
-        """While entered, no bit depends on the number of threads, of what is computed outside of tasks, too.
+        """Return a context in which no bit depends on the number of threads, even for work outside of tasks.
 
-        But for the plain engine, which has no tasks and is left BLAS's threads, unless every part has its own bits.
+        The plain engine is exempt: it has no tasks and keeps BLAS's threads, except in exact mode.
         """
         return nullcontext() if isinstance(self.engine, Plain) and not self.exact else one_blas_thread()
 
     def forward(self, images: Array, labels: Array, size: int | None = None) -> Step:
-        """Run the network on a batch, or on this rank's part of one of `size` images; raises as `step`."""
+        """Run the network on a batch, or on this rank's part of a batch of `size` images; raises as `step`."""
         return self._forward(images, labels, size, begin(self.workspace, self.network))
 
     def _forward(self, images: Array, labels: Array, size: int | None, begun: Begun | None = None) -> Step:
@@ -178,20 +178,20 @@ class Experiment:
         ]
         if begun:
             batches[0] = replace(batches[0], begun=begun)
-        # Scores of several steps are read at once.
+        # A copy, because the scores of several steps are read at once.
         score = replace(score, totals=score.totals.copy())
         return Step(parts_of_batch(batches), score, [own.totals for *_, scores in passes for own in scores])
 
     def _pass(
         self, engine: Engine, part: Part | None, samples: tuple[Array, Array]
     ) -> tuple[ForwardPass, Array, list[Score]]:
-        """Run the network on a part of a batch, or several together; return ∂L/∂logits and the score of each, too."""
+        """Run the network on one part of a batch or several together; return ∂L/∂logits and each part's score, too."""
         images, labels = samples
         forward = engine.forward(self.network, images)
         return forward, *scores_of(self.config.loss, part, forward.logits, labels)
 
     def _in_place(self, array: Array) -> Array:
-        """Return what the loader gives where a graph finds it."""
+        """Return an array of the loader; with graphs, copied to the fixed memory that they read from."""
         if not self.graphs.on:
             return array
         held = self.workspace.of("batch").array(array.ndim, array.shape, array.dtype)
@@ -199,7 +199,7 @@ class Experiment:
         return held
 
     def _parts(self, count: int, size: int | None) -> Sequence[Part | None]:
-        """Return the parts that this rank computes of a batch, of which it has so many images."""
+        """Return the parts that this rank computes of a batch of `size` images, `count` of which it has."""
         if self.ranks.size == 1 and not self.exact:
             return [None]
         if self.ranks.size == 1:
@@ -209,14 +209,14 @@ class Experiment:
         return parts_of(self.ranks, size, self.exact, self.together)
 
     def train_feedback(self, step: Step, options: Any = None, observe: Observe | None = None) -> list[Array | None]:
-        """Let the rule train its feedback weights on a batch, or set those that follow from θ; θ stays.
+        """Train the rule's feedback weights on a batch, or set those that follow from θ; θ does not change.
 
-        `options` may stand in for those of the config; `observe` is told of every iteration.
+        `options` overrides the rule's options in the config; `observe` is called for every iteration.
 
         Returns
         -------
         list of arrays of shape (), or None for no iterations
-            The loss in the last iteration, per block with feedback; empty for rules without trained feedback.
+            The loss of the last iteration, per block with feedback; empty for rules without trained feedback.
         """
         rule, options = self.rule, options or self.config.rule
         if rule.feedback is None and rule.follow is None:
@@ -245,8 +245,8 @@ class Experiment:
     def updates(self, step: Step, stop: Callable[[], bool] = lambda: False) -> Updates:
         """Return the rule's update of every block without changing θ; errors as in `Rule.propose`.
 
-        On several ranks they are summed, and with them the step's score and whether any rank wants to stop, as `stop`
-        tells.
+        On several ranks the updates, the step's score and the ranks' wishes to stop are summed over all ranks; `stop`
+        returns this rank's wish.
         """
         batch, part = step.batch, step.batch.part
         others: list[list[Array]] = [[] for _ in step.totals]
@@ -255,7 +255,7 @@ class Experiment:
             others = [[totals, stops] for totals in step.totals]
         summing = partial(summed_updates, descend=self._descend, others=others, flags=1)
         if self.graphs.takes("updates"):
-            # A graph computes all that its rule asks for but the factors, whatever else was asked for before.
+            # A graph computes all that the rule asks for except the factors, even if it was computed before.
             arrays = [*self._arrays(batch), *self._inverses(batch), *chain(*others)]
             updates, summed = self.graphs.run("updates", arrays, lambda: summing(batch.afresh()), part)
         else:
@@ -267,18 +267,18 @@ class Experiment:
         return updates
 
     def _inverses(self, batch: Batch) -> list[Array]:
-        """Return the arrays of a rule's factors of weights, which the batch then has; a device is read for them."""
+        """Return the arrays of the rule's weight factors, which the batch then keeps; on a device, the host waits."""
         compute = self.rule.inverses or self.rule.factors
         made = {} if compute is None else compute(self.config.rule, batch)
         return [array for factors in made.values() for array in arrays_of(factors)]
 
     def _descend(self, batch: Batch) -> Iterator[Update]:
-        # By all threads, before the parts of a batch ask for them side by side.
+        # Compute the factors with all threads, before the parts of a batch ask for them side by side.
         self._inverses(batch)
         return self.rule.descend(self.config.rule, self.rule_state, batch)
 
     def agree_to_stop(self, stop: Callable[[], bool]) -> None:
-        """Let `stop_agreed` say whether any rank wants to stop, where a step's sum does not tell."""
+        """Set `stop_agreed` to whether any rank wants to stop, for steps whose sums do not include it."""
         if self.ranks.size > 1:
             stopping = np.full(1, float(stop()))
             self.ranks.sum(stopping)
@@ -295,13 +295,14 @@ class Experiment:
 
     @property
     def against_gnt(self) -> bool:
-        """Whether updates are compared with those by Gauss-Newton targets, too."""
+        """Whether updates are also compared with those by Gauss-Newton targets."""
         return "gnt" in self.config.compare.against
 
     def compare(self, step: Step, updates: Updates) -> list[Comparison]:
-        """Measure the rule's weight updates against BP's, and those of GNT if asked for, on the same weights and batch.
+        """Compare the rule's weight updates with BP's, and with GNT's if asked for, on the same weights and batch.
 
-        Rules that say so are measured at other options, such as a small β; `updates` stay as they are.
+        A rule can choose other options for the comparison (`Rule.compared`), such as a small β; `updates` stay as they
+        are.
         """
         own, options = updates, self.rule.compared(self.config.rule)
         if options != self.config.rule:
@@ -326,10 +327,10 @@ class Experiment:
         return self.rule.pairs(self.rule_state, self.network)
 
     def compare_feedback(self, losses: list[Array | None], step: Step | None = None) -> list[FeedbackComparison]:
-        """Measure every feedback weight against its forward weight; empty for rules whose weights pair with none.
+        """Compare every feedback weight with its forward weight; empty for rules whose weights pair with none.
 
-        `losses` are those that `train_feedback` returned, or empty. With a step, rules that know the optimum of its
-        batch are measured against that, too.
+        `losses` are those that `train_feedback` returned, or empty. Given a step, feedback weights are also compared
+        with the optimum of its batch's feedback loss, for rules that can compute it.
         """
         pairs, optimum = self.feedback_pairs(), self.rule.optimum
         found = [
@@ -343,7 +344,7 @@ class Experiment:
         return [each._replace(optimum_distance=far) for each, far in zip(found, distances, strict=True)]
 
     def apply(self, step: Step, updates: Updates, epoch: int = 0) -> None:
-        """Let the optimiser apply updates to the θ that the step's forward pass was computed with, and to its twins.
+        """Let the optimiser apply updates to the θ that the step's forward pass used, and to θ's `optim.Twins`.
 
         The optimiser's regulariser is added to the updates in place.
 
@@ -358,7 +359,7 @@ class Experiment:
         strength, on = strength_at(optimizer, self.optimizer_state.step), optimizer.orthogonality_on
         weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
         blocks = regularised(self.network.blocks, on) if strength else []
-        # So that the optimiser's graph finds them computed, whoever asked for them first.
+        # Compute E here, so that the optimiser's graph never does, whether or not the rule has asked for E.
         excesses = errors.of(blocks)
 
         def regularise() -> None:
@@ -389,7 +390,7 @@ class Experiment:
         state.step = t
 
     def evaluate(self, loader: Loader | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Score]:
-        """Score the test split, or that of another loader, batch by batch.
+        """Score the images of a loader, by default of the test split, batch by batch.
 
         `stop` tells whether this rank wants to stop, as in `updates`.
         """

@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, evaluation, angles, checkpoints, and going on where a run stopped."""
+"""The training loop: epochs of steps, evaluation, angles, checkpoints and resuming."""
 
 import math
 import platform
@@ -38,15 +38,15 @@ TABLES = ("metrics", "steps", "angles", "feedback")
 
 @dataclass
 class Position:
-    """Where a run stands, and what it has to remember of the epoch it is in.
+    """Where a run stands, and what it has to remember of its current epoch.
 
-    `epoch` counts finished epochs, `batch` the batches trained in the running one (all of them means that only the
-    evaluation is due), `step` those of the whole run. `passes` counts finished passes over the data, which key its
-    order: epochs of training and of feedback training alone. `feedback_epochs` and `feedback_batch` are how far the
-    latter, which come before the running epoch, have got.
+    `epoch` counts finished epochs, `batch` the batches trained in the current one (after all of them, only the
+    evaluation is due), `step` those of all epochs. `passes` counts finished passes over the data, in epochs of
+    training and of feedback training alone; it keys the order of the images. `feedback_epochs` and `feedback_batch` are
+    the progress of the feedback training alone that precedes the current epoch.
 
-    `seconds` is the wall time of the run so far, `train_seconds` that of the training steps alone, of `train_images`.
-    `totals` are of the running epoch, `recent` since the last row of steps.csv.
+    `seconds` is the wall time of the run so far, `train_seconds` that of the training steps alone, which trained on
+    `train_images`. `totals` are sums over the current epoch, `recent` since the last row of steps.csv.
     """
 
     epoch: int = 0
@@ -65,8 +65,8 @@ class Position:
 class Run:
     """A training run that writes a result folder: metrics.csv, steps.csv, angles.csv, feedback.csv, and others.
 
-    The folder exists, and the experiment is in its initial state. The display calls the run `label`; `quiet` shows
-    none. On several ranks each has a `Run`, and the first writes and shows.
+    The folder must exist, and the experiment must be in its initial state. The display calls the run `label`; `quiet`
+    turns it off. On several ranks each has a `Run`, and only the first writes files and shows progress.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, label: str, quiet: bool = False) -> None:
@@ -75,10 +75,10 @@ class Run:
         self.quiet = quiet or not self._writes
         self.position = Position()
         validated = experiment.validation_loader is not None
-        # What every epoch is evaluated on, and `best` chosen by.
+        # The split that every epoch is evaluated on and `best` is chosen by.
         self._split = "validation" if validated else "test"
         train = experiment.config.train
-        # What `train.score_train` scores after every epoch.
+        # The images that `train.score_train` scores after every epoch.
         self._trained = experiment.train_loader.in_order(train.eval_batch_size) if train.score_train else None
         knows = experiment.rule.optimum is not None
         columns = (
@@ -93,31 +93,31 @@ class Run:
         }
         self.metrics, self.steps, self.angles, self.feedback = self._tables.values()
         self._unread: list[Score] = []
-        # Of the last forward pass of training, while its arrays are valid.
+        # The last training step, while its arrays are valid.
         self._step: Step | None = None
-        # Whether the batch in work is one of an evaluation.
+        # Whether the current batch belongs to an evaluation.
         self.evaluating = False
         self._clock = time.monotonic()
         self._saved = self._clock
         self._long_steps = LongSteps(experiment)
 
     def start(self) -> None:
-        """Begin at the beginning."""
-        # Machines of different kinds may have drawn weights that differ in a last digit.
+        """Start the run from its beginning."""
+        # Machines of different kinds may have drawn initial weights that differ in the last digit.
         share_state(self.experiment, None)
         self._restart({name: [] for name in TABLES})
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint; rows of the tables that were written after it are dropped.
+        """Resume from the folder's checkpoint; table rows that were written after it are dropped.
 
-        UserError as `read_checkpoint` and `check_owner`; also if the config asks for fewer epochs or steps than are
-        trained. The folder is as it was then.
+        Raises UserError as `read_checkpoint` and `check_owner` do, and also if the config asks for fewer epochs or
+        steps than are trained already. The folder is unchanged then.
         """
         path, train = self.folder / "checkpoint.h5", self.experiment.config.train
         state = agreed(self.experiment.ranks, lambda: self._read(path) if self._writes else {})
         state = share_state(self.experiment, state)
         try:
-            # Checkpoints of versions before steps.csv have neither its rows nor its sums.
+            # Checkpoints written before steps.csv existed have neither its rows nor its sums.
             totals, recent = (Totals(**state["position"].pop(name, {})) for name in ("totals", "recent"))
             self.position = Position(**state["position"], totals=totals, recent=recent)
             steps = {} if "steps" in state else {"steps": self._steps_without_numbers()}
@@ -144,7 +144,7 @@ class Run:
         self._restart(rows)
 
     def _steps_without_numbers(self) -> list[str]:
-        """Return step and epoch of the rows that steps.csv should have by now."""
+        """Return the rows that steps.csv should have by now, with step and epoch alone."""
         every, per_epoch = self.experiment.config.compare.every, self.experiment.train_loader.steps_per_epoch
         measured = range(every, self.position.step + 1, every) if every else ()
         return [f"{step},{(step - 1) // per_epoch + 1}" for step in measured]
@@ -163,8 +163,8 @@ class Run:
     def train(self, stop: StopRequest) -> None:
         """Train to the last epoch, or to step `train.steps`, and write summary.json.
 
-        Interrupted after `stop` was requested and the checkpoint written; NonFiniteError if loss or weights are not
-        finite, and the last good checkpoint stays.
+        Raises Interrupted after `stop` was requested and the checkpoint written, and NonFiniteError if loss or weights
+        are not finite; then the last good checkpoint is kept.
         """
         position, per_epoch = self.position, self.experiment.train_loader.steps_per_epoch
         steps, epochs = self.experiment.length
@@ -190,7 +190,7 @@ class Run:
                 self._train_epoch(steps, stop, progress)
                 self._evaluate(position.epoch + 1, stop, progress)
                 if position.batch < per_epoch:
-                    # train.steps ends the run here; with more of them it can go on within this epoch.
+                    # train.steps ends the run here; with a larger value, it can resume within this epoch.
                     break
                 position.epoch, position.batch, position.totals = position.epoch + 1, 0, Totals()
                 position.passes, position.feedback_epochs = position.passes + 1, 0
@@ -201,12 +201,12 @@ class Run:
             self._write_summary()
 
     def _feedback_alone(self) -> tuple[int, int]:
-        """Return for how many epochs feedback is trained alone before the first epoch, and before each other one."""
+        """Return for how many epochs feedback is trained alone before the first epoch, and before each later one."""
         trained = self.experiment.rule.feedback
         return (0, 0) if trained is None else trained.epochs(self.experiment.config.rule)
 
     def _feedback_epochs(self, stop: StopRequest, progress: Progress) -> None:
-        """Do the epochs of feedback training alone that are due before the next epoch."""
+        """Train feedback alone for the epochs that are due before the next training epoch."""
         position, experiment = self.position, self.experiment
         first, between = self._feedback_alone()
         due, save = between if position.epoch else first, partial(self._stop, stop, progress)
@@ -230,7 +230,7 @@ class Run:
         mark = time.monotonic()
         with closing(experiment.train_loader.batches(position.passes, position.batch)) as batches:
             sized = zip(experiment.train_loader.sizes(position.batch), batches, strict=True)
-            # An epoch's batches are fewer than islice can count; the steps of a run may be more.
+            # The minimum, because a run may have more steps than islice can count; an epoch always has fewer.
             for size, (images, labels) in islice(sized, min(steps - position.step, per_epoch)):
                 until_updates = partial(self._until_updates, images, labels, size, stop)
                 step, losses, updates = self._long_steps.given_up(until_updates, stop, save)
@@ -247,12 +247,12 @@ class Run:
                     self.steps.append(position.step, position.epoch + 1, *position.recent.means())
                     position.recent = Totals()
                 if (stopping := self._stopping(stop)) or self._save_due():
-                    # Waits for what a device has not finished, which is training.
+                    # Waits for a device to finish its steps; this time counts as training.
                     self._read_scores(progress)
                 position.train_seconds += time.monotonic() - mark
                 self._pause(stopping, stop, progress)
                 mark = time.monotonic()
-        # A device has steps left to compute.
+        # A device may have steps left to compute.
         self._read_scores(progress)
         position.train_seconds += time.monotonic() - mark
 
@@ -264,13 +264,13 @@ class Run:
     def _until_updates(
         self, images: Array, labels: Array, size: int, stop: StopRequest
     ) -> tuple[Step, list[Array | None], Updates]:
-        """Do what of a step comes before the optimiser's."""
+        """Do the part of a step that precedes the optimiser's."""
         step, losses = self._until_feedback(images, labels, size)
         with self._located():
             return step, losses, self.experiment.updates(step, lambda: stop.requested)
 
     def _pause(self, stopping: bool, stop: StopRequest, progress: Progress) -> None:
-        """Between two batches: stop if that is asked for, or write a checkpoint if one is due."""
+        """Stop between two batches if requested, or write a checkpoint if one is due."""
         if stopping:
             self._stop(stop, progress)
         if self._save_due():
@@ -278,18 +278,18 @@ class Run:
             self._save()
 
     def _save_due(self) -> bool:
-        """Tell whether the last checkpoint is older than it may be."""
+        """Tell whether the last checkpoint is older than `train.checkpoint_minutes`."""
         minutes = self.experiment.config.train.checkpoint_minutes
         return self._writes and time.monotonic() - self._saved > 60 * minutes
 
     def _stopping(self, stop: StopRequest) -> bool:
-        """Tell whether to stop; on several ranks, whether any wanted to when they last summed."""
+        """Tell whether to stop; on several ranks, whether any rank wanted to at the last sum over ranks."""
         return stop.requested if self.experiment.ranks.size == 1 else self.experiment.stop_agreed
 
     def _train_feedback(self, step: Step) -> list[Array | None]:
         """Train feedback and return its losses; stop at once when it diverges.
 
-        On a device the losses are not read back for that.
+        On a device, where the losses would have to be read back, divergence is not checked here.
         """
         with self._located():
             losses = self.experiment.train_feedback(step)
@@ -302,9 +302,9 @@ class Run:
         return losses
 
     def _collect(self, score: Score, progress: Progress) -> None:
-        """Take a step's score; look at it now on the CPU, every so many steps on a device."""
+        """Store a step's score; read it at once on the CPU, every `DEVICE_STEPS_PER_READ` steps on a device."""
         self._unread.append(score)
-        # By the step, which is the same on all ranks; a checkpoint is read for by the first alone.
+        # Count steps, not unread scores: for a checkpoint, the first rank alone reads scores in between.
         if self.experiment.plan.backend.on_host or self.position.step % DEVICE_STEPS_PER_READ == 0:
             self._read_scores(progress)
 
@@ -327,8 +327,8 @@ class Run:
         progress.step(fresh.images, steps=len(scores), loss=loss, top1=top1)
 
     def _compare(self, step: Step, updates: Updates, losses: list[Array | None]) -> float:
-        """Write the angles to BP; return the seconds that it took, which are not the rule's."""
-        # What a device has not computed yet is training.
+        """Write the angles to BP; return the seconds that it took, which do not count as training."""
+        # Work that a device has not finished yet counts as training.
         self.experiment.plan.backend.synchronize()
         started = time.monotonic()
         position = self.position
@@ -339,7 +339,7 @@ class Run:
         return time.monotonic() - started
 
     def _evaluate(self, epoch: int, stop: StopRequest, progress: Progress) -> None:
-        """Evaluate the network and add the row of an epoch; a stop in between leaves both to the resumed run."""
+        """Evaluate the network and add the row of an epoch; if stopped in between, the resumed run does both."""
         position, config = self.position, self.experiment.config
         trained = self._scored(self._trained, stop, progress) if self._trained is not None else position.totals
         totals = self._scored(self.experiment.validation_loader, stop, progress)
@@ -353,7 +353,7 @@ class Run:
     def _test(self, stop: StopRequest, progress: Progress) -> None:
         """Score the test split, once, for the row of the last epoch.
 
-        The checkpoint has been written before: a run that goes on from there has not seen the test split yet.
+        The checkpoint was written before, so a run that resumes from it has not seen the test split yet.
         """
         means = self._scored(None, stop, progress).means()
         *rows, last = self.metrics.rows
@@ -380,13 +380,13 @@ class Run:
         self._read_scores(progress)
         self._save()
         position = self.position
-        # After the last epoch the test split is scored.
+        # The test split is scored after the last epoch, when `position.epoch` counts all epochs.
         where = f"epoch {min(position.epoch + 1, self.experiment.length[1])}, step {position.step}"
         number = max(self.experiment.ranks.gather(stop.signal))
         raise Interrupted(f"{self.label}: stopped in {where}; {self.folder / 'checkpoint.h5'} is written", number)
 
     def _save(self) -> None:
-        """Write the checkpoint, unless weights or moments are not finite: then the last good one must stay."""
+        """Write the checkpoint, or fail and keep the last good one if weights or moments are not finite."""
         experiment = self.experiment
         if not self._writes:
             return
@@ -396,7 +396,7 @@ class Run:
             if not is_finite(omega):
                 self._fail(f"after {self.position.step} steps", self._feedback_of(n))
         self._tick()
-        # The row of an epoch that train.steps cut short is written again, should the run go on.
+        # Leave out the row of an epoch that train.steps cut short: a resumed run writes it again.
         rows = {name: table.rows for name, table in self._tables.items()}
         rows["metrics"] = self.metrics.rows[: self.position.epoch + 1]
         state = {"position": asdict(self.position), **rows}
@@ -413,14 +413,14 @@ class Run:
 
     @contextmanager
     def _located(self) -> Iterator[None]:
-        """Let an error of the rule's own, which names block and numbers, also name run, step and checkpoint."""
+        """Add run, step and checkpoint to an error of the rule, which names block and numbers alone."""
         try:
             yield
         except NonFiniteError as error:
             raise type(error)(f"{self.label}: at step {self.position.step}: {error}; {self._saved_where()}") from None
 
     def _fail(self, when: str, culprit: str | None = None) -> None:
-        """Raise NonFiniteError that says when and in which block the numbers left the finite ones."""
+        """Raise a NonFiniteError that says when and in which block numbers became non-finite."""
         keys = ["rule.feedback.optimizer.lr", "rule.feedback.sigma"] if culprit else ["optimizer.lr"]
         if culprit is None and self.experiment.rule.feedback is not None:
             keys.append("rule.feedback.optimizer.lr")
@@ -435,9 +435,9 @@ class Run:
         return f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
 
     def _culprit(self) -> str:
-        """Name what is not finite, the first in the order of the forward pass.
+        """Name the first non-finite quantity in the order of the forward pass.
 
-        Outputs come before weights: an update that follows from a bad output spoils the weights of all blocks.
+        Outputs come before weights, because the update from one bad output spoils the weights of all blocks.
         """
         network = self.experiment.network
         names = [f"block {n} ({block.label})" for n, block in enumerate(network.blocks)]

@@ -1,4 +1,4 @@
-"""What can be said about a config before anything is computed: whether it fits its data set, network and backend."""
+"""Checks of a config before anything is computed: whether it fits its data set, network and backend."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from arraytp.options import Cosine, Staircase
 from arraytp.rules import RULES, gnt
 
 TEST_SPLITS = ("test", "val")
-# In image sides; a wider border leaves crops of nothing but edge pixels, and fits no memory in the end.
+# In image sides. A wider border gives crops of nothing but edge pixels and, in the end, exceeds the memory.
 MOST_CROP_PADDING = 10
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What can be checked about a config before anything is computed; `notes` are what the rule says of it."""
+    """A config that fits its data set, network and backend; `notes` are remarks on its rule and schedule."""
 
     config: Config
     backend: Backend
@@ -51,7 +51,7 @@ def plan_variant(path: Path, variant: str, config: Config) -> Plan:
 
 
 def plan(config: Config, backend: Backend | None = None) -> Plan:
-    """Check a config against its data set, network and backend; UserError if they cannot be had or do not fit."""
+    """Check a config against its data set, network and backend; UserError if one is unavailable or does not fit."""
     try:
         dataset = open_dataset(config.data.dataset)
     except UserError as error:
@@ -127,9 +127,9 @@ def plan(config: Config, backend: Backend | None = None) -> Plan:
 
 
 def _schedule_notes(config: Config, per_epoch: int) -> list[str]:
-    """Return a line for each rate that rises to the lowest of a cosine schedule, and for what begins after the end.
+    """Return remarks on a cosine schedule that raises the rate, and on settings that take effect only after the end.
 
-    That is the end of all epochs: who gives `train.steps` knows that the run ends early.
+    That is the end of all epochs: a user who sets `train.steps` knows that the run ends early.
     """
     schedule, optimizer, epochs = config.schedule, config.optimizer, config.train.epochs
     rates, steps, notes = optimizer.lr if isinstance(optimizer.lr, tuple) else (optimizer.lr,), epochs * per_epoch, []
@@ -138,7 +138,7 @@ def _schedule_notes(config: Config, per_epoch: int) -> list[str]:
             f"schedule.eta_min: {schedule.eta_min:g} is above optimizer.lr {min(rates):g}, so that the rate "
             "rises; set it to at most that"
         )
-    # Studies of feedback do not train.
+    # Without epochs, as in studies of feedback, nothing is trained.
     if epochs and schedule.warmup_steps > steps:
         notes.append(
             f"schedule.warmup_steps: {schedule.warmup_steps}, but train.epochs {epochs} is {steps} steps, so that the "
@@ -155,7 +155,7 @@ def _schedule_notes(config: Config, per_epoch: int) -> list[str]:
 
 
 def _check_numbers(value: Any, key: str, config: Config) -> None:
-    """Refuse numbers that are 0 or infinite once they are of the dtype that is computed in."""
+    """Refuse numbers that become 0 or infinite in the dtype of the computation."""
     dtype = config.dtype
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -167,7 +167,7 @@ def _check_numbers(value: Any, key: str, config: Config) -> None:
         limits = np.finfo(dtype)
         if abs(value) > float(limits.max):
             raise UserError(f"{key}: {value:g} is infinite in {dtype}; at most {limits.max:.1e}")
-        # CuPy's kernels take subnormal numbers of single precision for 0.
+        # CuPy's kernels flush subnormal numbers of single precision to 0.
         flushed = config.backend == "cupy" and dtype == "float32"
         if abs(value) < float(limits.tiny if flushed else limits.smallest_subnormal):
             place = f"{dtype} on a GPU" if flushed else dtype
@@ -175,7 +175,7 @@ def _check_numbers(value: Any, key: str, config: Config) -> None:
 
 
 def _check_tf32(config: Config) -> None:
-    """Refuse TF32 where there is none, or where it would spoil an inverse."""
+    """Refuse TF32 where it does not apply, or where it would spoil an inverse."""
     if not config.tf32:
         return
     if config.backend != "cupy" or config.dtype != "float32":
@@ -192,7 +192,7 @@ def _check_tf32(config: Config) -> None:
 
 
 def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:
-    """Refuse lists of the optimiser that have not one value per block."""
+    """Refuse lists of the optimiser that do not have one value per block."""
     for key in ("lr", "epsilon"):
         values = getattr(config.optimizer, key, None)
         if isinstance(values, tuple) and len(values) != len(blocks):
@@ -203,13 +203,13 @@ def _check_lists(config: Config, blocks: tuple[Block, ...]) -> None:
 
 
 def check_seeds(given: str, first: int, count: int) -> None:
-    """Refuse seeds, so many from the first on, beyond the largest; `given` is how messages call what asks for them."""
+    """Refuse `count` seeds from `first` on if they go beyond the largest; `given` is how messages call their source."""
     if first + count - 1 > LARGEST_INTEGER:
         raise UserError(f"{given}: from seed {first} on goes beyond the largest seed, {LARGEST_INTEGER}")
 
 
 def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None:
-    """Refuse a study of nothing, or on a batch larger than the train split."""
+    """Refuse a study that has nothing to measure, is exact, or takes a batch larger than the train split."""
     if config.study is None:
         return
     check_seeds(f"study.seeds: {config.study.seeds}", config.seed, config.study.seeds)
@@ -233,7 +233,7 @@ def _check_study(config: Config, blocks: tuple[Block, ...], images: int) -> None
 
 
 def _check_drift(config: Config, blocks: tuple[Block, ...]) -> None:
-    """Refuse a study of drift of a rule that inverts no weights, of no comparisons, or on a device."""
+    """Refuse a study of drift if no weights are inverted, nothing is compared or trained, or it runs on a device."""
     if not RULES[config.rule.name].inverts:
         inverting = ", ".join(name for name, rule in RULES.items() if rule.inverts)
         raise UserError(f"study.kind: drift: rule {config.rule.name} inverts no weights; use {inverting}")
@@ -260,7 +260,7 @@ def make_loader(
     training: bool,
     share: tuple[int, int] = (0, 1),
 ) -> Loader:
-    """Return the loader of a split of the data set or its division, or of one rank's share of it.
+    """Return the loader of a split of the data set or of its division, or of one rank's share of the split.
 
     Flip and crop are for training only.
     """

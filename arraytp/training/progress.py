@@ -1,4 +1,4 @@
-"""What a training run shows: a live line on a terminal or in a notebook, plain lines elsewhere, nothing when quiet.
+"""The display of a training run: a live line on a terminal or in a notebook, plain lines elsewhere, nothing when quiet.
 
 Everything goes to standard error, so that standard output holds results only.
 """
@@ -27,14 +27,14 @@ _SHORTEST_BAR, _LONGEST_BAR = 8, 32
 
 @dataclass
 class Meter:
-    """Where a run is and how fast it goes.
+    """Where a run stands and how fast it goes.
 
-    `epochs`, `steps_per_epoch` and `total_steps` are of the whole run; the last epoch may have fewer steps than the
-    others. `epoch` counts finished epochs, `step` the steps of the running one. Images, steps, tests and the seconds
-    they took are of this process only. Feedback is trained alone for `feedback_epochs` between two epochs;
-    `feedback_due` are its steps before the running one. `loss` and `top1`, in percent, are means over the
-    `measured_images` of the running epoch; `test_top1` is of the last finished one, on `split`. All are NaN while
-    there is none.
+    `epochs`, `steps_per_epoch` and `total_steps` refer to the whole run; the last epoch may have fewer steps than the
+    others. `epoch` counts finished epochs, `step` the steps of the current one. `images`, `steps`, `tests` and the
+    seconds they took refer to this process only. Feedback is trained alone for `feedback_epochs` between two epochs;
+    `feedback_due` counts its steps that are still due before the current epoch. `loss` and `top1` (in percent) are
+    means over the `measured_images` of the current epoch; `test_top1` is that of the last finished epoch, on `split`.
+    All three are NaN until they are known.
     """
 
     name: str
@@ -59,14 +59,14 @@ class Meter:
     test_top1: float = math.nan
 
     def measure(self, images: int, loss: float, top1: float) -> None:
-        """Take the mean loss and the accuracy of `images` more images into the running epoch's means."""
+        """Include the mean loss and the accuracy of `images` more images in the current epoch's means."""
         self.measured_images += images
         share = images / self.measured_images
         self.loss = loss if share == 1 else self.loss + share * (loss - self.loss)
         self.top1 = top1 if share == 1 else self.top1 + share * (top1 - self.top1)
 
     def images_per_second(self) -> float:
-        """Return the training speed in this process, evaluation left out; NaN before the first step."""
+        """Return the training speed in this process, without evaluation; NaN before the first step."""
         return self.images / self.seconds if self.seconds > 0 else math.nan
 
     def steps_done(self) -> int:
@@ -74,32 +74,32 @@ class Meter:
         return self.epoch * self.steps_per_epoch + self.step
 
     def steps_of_epoch(self) -> int:
-        """Return how many steps the running epoch has."""
+        """Return how many steps the current epoch has."""
         return min(self.steps_per_epoch, self.total_steps - self.epoch * self.steps_per_epoch)
 
     def steps_left(self) -> int:
-        """Return the steps to the end of the run."""
+        """Return the number of steps left in the run."""
         return max(self.total_steps - self.steps_done(), 0)
 
     def feedback_steps_left(self) -> int:
-        """Return the steps of feedback training alone to the end of the run."""
+        """Return the number of steps of feedback training alone that are left in the run."""
         return self.feedback_due + self.feedback_epochs * self.steps_per_epoch * max(self.epochs - self.epoch - 1, 0)
 
     def per_step(self) -> tuple[float, float]:
-        """Return the seconds of a step and of one of feedback alone, which is taken for as long until there is one.
+        """Return the seconds per training step and per step of feedback alone.
 
-        Both are NaN before the first step.
+        Until there is a step of feedback alone, it is assumed to take as long as a training step. NaN if unknown.
         """
         step = self.seconds / self.steps if self.steps else math.nan
         return step, self.feedback_seconds / self.feedback_steps if self.feedback_steps else step
 
     def training_left(self) -> float:
-        """Return the time to the end of the run, evaluations left out; NaN before the first step."""
+        """Return the seconds left in the run, without evaluations; NaN before the first step."""
         step, feedback = self.per_step()
         return self.steps_left() * step + self.feedback_steps_left() * feedback
 
     def seconds_left(self) -> float:
-        """Return the time to the end of the run, evaluations included; NaN before the first step."""
+        """Return the seconds left in the run, including evaluations; NaN before the first step."""
         per_test = self.test_seconds / self.tests if self.tests else 0.0
         return self.training_left() + max(self.epochs - self.epoch, 0) * per_test
 
@@ -107,10 +107,10 @@ class Meter:
 class Progress:
     """The display of one training run; use it as a context manager.
 
-    The epochs and steps are of the whole run; `steps_done` of them, by an earlier process too, are done, and
-    `test_top1` is that of its last finished epoch. Feedback is trained alone for `feedback_epochs` between two epochs.
-    `split` names what epochs are tested on. The display writes to `stream`, standard error when left out, and `clock`
-    returns seconds from an arbitrary origin.
+    `epochs`, `steps_per_epoch` and `steps` refer to the whole run, of which `steps_done` were done before this
+    process; `test_top1` is the accuracy of its last finished epoch. Feedback is trained alone for `feedback_epochs`
+    between two epochs. `split` names the split that epochs are tested on. The display writes to `stream`, by default
+    standard error, and `clock` returns seconds from an arbitrary origin.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Progress:
         self._quiet = quiet
         self._console = Console(file=cast(TextIO, _Reader(stream or sys.stderr or io.StringIO())), highlight=False)
         terminal = self._console.is_interactive and self._console.file.isatty()
-        # rich draws in a notebook by this package; without it, a note would stand in place of the line.
+        # rich needs this package to draw in a notebook; without it, a warning would take the place of the line.
         notebook = self._console.is_jupyter and find_spec("ipywidgets") is not None
         self._live = (
             Live(_Line(self.meter), console=self._console, auto_refresh=False, redirect_stdout=False)
@@ -164,8 +164,8 @@ class Progress:
     def step(self, images: int, *, steps: int = 1, loss: float | None = None, top1: float | None = None) -> None:
         """Count the images and steps since the last call; cheap enough for every step.
 
-        `loss` and `top1` are means of these images. Leave them out where reading them from a device would hold it up,
-        and give those of the whole interval at its end.
+        `loss` and `top1` are means over these images. Where reading them from a device would hold it up, call this
+        once for several steps.
         """
         meter, now = self.meter, self._clock()
         meter.seconds += now - self._last
@@ -183,7 +183,7 @@ class Progress:
             self._show(_running(meter))
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Close an epoch after its evaluation, given its row of metrics.csv; the time since the last step is its."""
+        """Close an epoch after its evaluation, which took the time since the last step; `row` is of metrics.csv."""
         meter, now = self.meter, self._clock()
         meter.tests += 1
         meter.test_seconds += now - self._last
@@ -220,7 +220,7 @@ class Progress:
 
 
 class _Reader:
-    """A stream whose reader may leave: nothing more is shown then, and the training goes on."""
+    """A stream whose reader may disappear: its output is then dropped, and the training goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -238,7 +238,7 @@ class _Reader:
 
 
 class _Line:
-    """The live line; room beside the texts goes to a bar, and a narrow terminal loses texts, the least wanted first."""
+    """The live line: spare width shows a progress bar; on a narrow terminal, the least important texts go first."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -262,7 +262,7 @@ class _Line:
 
 
 def _running(meter: Meter) -> list[str]:
-    """Return the pieces of the line inside an epoch; until the first step they speak of the last finished epoch."""
+    """Return the pieces of the line within an epoch; until the first step, they describe the last finished epoch."""
     epoch = min(meter.epoch + 1, meter.epochs) if meter.steps else meter.epoch
     pieces = [f"{meter.name}  epoch {epoch}/{meter.epochs}"]
     if meter.step:
@@ -282,7 +282,7 @@ def _finished(meter: Meter, row: Mapping[str, float]) -> list[str]:
 
 
 def forecast(meter: Meter) -> str:
-    """Say what the run will cost, by the steps so far."""
+    """Return a line that estimates the time left in the run, without evaluation, from the steps so far."""
     step, feedback = meter.per_step()
     what = f"{meter.steps_left():,} more steps × {step:.3g} s"
     if left := meter.feedback_steps_left():

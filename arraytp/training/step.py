@@ -16,16 +16,16 @@ from arraytp.rules.protocol import Update, Updates
 
 @dataclass(frozen=True)
 class Score:
-    """What a batch's logits are worth.
+    """Loss and accuracy of a batch.
 
     Parameters
     ----------
     loss : array of shape ()
-        By the config's reduction, of the computing backend.
+        Reduced as in the config; an array of the computing backend.
     totals : array of shape (3,), float64
-        Loss summed over the samples, and how many labels are the first and among the first five.
+        Loss summed over the samples, and the numbers of labels that are ranked first and among the first five.
     images : int
-        B.
+        B of the whole batch.
     """
 
     loss: Array
@@ -46,7 +46,7 @@ class Step:
     score : Score
         Of the batch before the update; on several ranks of this rank's samples, until `Experiment.updates` sums it.
     totals : list of arrays of shape (3,)
-        Of each of `batch.every`; of a part computed together, of each of its `rows`.
+        `Score.totals` of each of `batch.every`; for parts computed together, of each of `Part.rows`.
     """
 
     batch: Batch
@@ -62,7 +62,7 @@ def check_labels(labels: Array, classes: int) -> None:
 
 
 def samples_of(part: Part | None, parts: Sequence[Part | None], images: Array, labels: Array) -> tuple[Array, Array]:
-    """Return a part's images and labels of this rank's; a blank image where it has none."""
+    """Select a part's images and labels from those of this rank; a blank image if the part is empty."""
     if part is None or parts[0] is None:
         return images, labels
     if part.empty:
@@ -83,7 +83,7 @@ def scores_of(settings: Loss, part: Part | None, logits: Array, labels: Array) -
 
 
 def _score(settings: Loss, logits: Array, labels: Array, share: float, size: int) -> tuple[Array, Score]:
-    """Return ∂L/∂logits and the score of samples that are a share of a batch of `size`."""
+    """Return ∂L/∂logits and the score of samples that are the fraction `share` of a batch of `size`."""
     if not len(labels):
         return logits, Score(logits.sum(), np.zeros(3), size)
     loss, dlogits, totals = loss_and_score(
@@ -93,7 +93,7 @@ def _score(settings: Loss, logits: Array, labels: Array, share: float, size: int
 
 
 def summed_scores(scores: Sequence[Score]) -> Score:
-    """Return the score of all parts."""
+    """Return the sum of the scores of all parts."""
     first, *others = scores
     loss, totals = first.loss, first.totals
     for other in others:
@@ -102,7 +102,7 @@ def summed_scores(scores: Sequence[Score]) -> Score:
 
 
 def updates_of(batch: Batch, descend: Callable[[Batch], Iterator[Update]]) -> Updates:
-    """Return the update of every block, block 0 first, of all samples."""
+    """Return the update of every block, block 0 first, summed over all samples."""
     return summed_updates(batch, descend, [[] for _ in batch.every])[0]
 
 
@@ -112,7 +112,7 @@ def summed_updates(
     others: Sequence[Sequence[Array]],
     flags: int = 0,
 ) -> tuple[Updates, list[Array]]:
-    """Return updates, block 0 first, and other arrays of every part, summed over all samples; as `RankSums.add`."""
+    """Return the updates, block 0 first, and `others`, both summed over all samples as in `RankSums.add`."""
     if batch.part is None:
         return list(descend(batch))[::-1], []
     parameters = batch.network.parameters()

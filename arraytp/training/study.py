@@ -1,14 +1,14 @@
 """Studies of several seeds: feedback trained alone on one batch, θ random and frozen (DTP paper, Sections 5.1 and 5.2).
 
-A config with a section `study` of kind drift does `arraytp.training.drift` for every seed; one of kind feedback
+For a study of kind drift, every seed runs `arraytp.training.drift`. For a study of kind feedback, every seed runs
 
     θ random, [biases 0], one batch of train.batch_size images
     for round = 1 … rounds: the rule trains its feedback on the batch, rule.feedback.iterations at a time
 
-and writes into `seed-<n>` of its result folder, with steps counted in iterations: feedback.csv, after every round the
-angle and relative distance between ω and θ (the Jacobian matching condition, Figure 2); angles.csv, before the first
-and after the last round the angle between the rule's updates and BP's (the gradient matching property, Figure 3);
-summary.json when the seed is done. The folder's own summary.json collects all seeds.
+and writes to `seed-<n>` of the result folder, with steps counted in iterations: feedback.csv, the angle and relative
+distance between ω and θ before the first and after every round (the Jacobian matching condition, Figure 2); angles.csv,
+the angle between the rule's updates and BP's before the first and after the last round (the gradient matching property,
+Figure 3); and summary.json when the seed is done. The folder's own summary.json collects all seeds.
 """
 
 import json
@@ -49,13 +49,13 @@ def run_study(
     plain: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Do every seed that is not done yet, and write summary.json; the folder exists.
+    """Run every seed that is not done yet, and write summary.json; the folder must exist.
 
-    A seed's numbers depend on the config alone, so one that was stopped halfway is simply done again; and ranks share
-    no seed, but each does others, and the first writes summary.json.
+    A seed's numbers depend on the config alone, so a seed that was stopped halfway is simply run again. Each rank runs
+    its own seeds, and the first rank writes summary.json.
 
-    Interrupted when a stop was requested, and the seeds done so far stay; NonFiniteError if feedback weights diverge;
-    UserError if the summary of a seed that is done is damaged.
+    Raises Interrupted when a stop was requested, keeping the seeds done so far; NonFiniteError if feedback weights
+    diverge or, in a study of drift, the loss does; and UserError if the summary of a finished seed is damaged.
     """
     study = planned.config.study
     if study is None:
@@ -75,7 +75,7 @@ def run_study(
                 stopped = error.signal_number
                 break
             except NonFiniteError as error:
-                # The folder has variant and seed.
+                # The path names variant and seed.
                 raise type(error)(f"{place}: {error}") from None
             of_seed = {"seed": seeded.config.seed, "config": dump_config(seeded.config), "data": seeded.dataset.digest}
             of_seed |= {**measured, "seconds": round(time.monotonic() - started, 1)}
@@ -103,9 +103,9 @@ def run_study(
 
 
 def check_seeds_done(planned: Plan, folder: Path) -> None:
-    """Refuse to continue a study of which a seed that is done is damaged, or of another config or other data.
+    """Refuse to continue a study if a finished seed is damaged or has another config or other data.
 
-    UserError names the file and what differs.
+    The UserError names the file and what differs.
     """
     assert planned.config.study is not None
     for n in range(planned.config.study.seeds):
@@ -123,7 +123,7 @@ def _of_seed(planned: Plan, n: int) -> Plan:
 
 
 def _seed(planned: Plan, folder: Path, label: str, quiet: bool, plain: bool) -> dict[str, Any]:
-    """Train feedback on one seed's batch; write its tables and return what its summary says."""
+    """Train feedback on one seed's batch, write its tables and return the entries of its summary."""
     experiment = build_planned(planned, plain)
     with experiment.steady():
         return _studied(experiment, folder, label, quiet)
@@ -145,7 +145,7 @@ def _studied(experiment: Experiment, folder: Path, label: str, quiet: bool) -> d
     _measure_updates(experiment, step, angles, 0)
     losses = _measure_feedback(experiment, [], feedback, 0)
     per_round = _most_iterations(experiment)
-    # Rounds of no iterations would all be measured at the same one.
+    # Rounds without iterations would all have the same step in the tables.
     rounds = study.rounds if per_round else 0
     with Progress(label, 1, max(rounds, 1), quiet=quiet) as progress:
         for round_ in range(1, rounds + 1):
@@ -166,7 +166,7 @@ def _studied(experiment: Experiment, folder: Path, label: str, quiet: bool) -> d
 
 
 def _most_iterations(experiment: Experiment) -> int:
-    """Return how many iterations a round has for the block that has most."""
+    """Return the number of iterations per round of the block that has the most."""
     assert experiment.rule.feedback is not None
     training = experiment.rule.feedback.settings(experiment.config.rule)
     blocks = len(experiment.feedback_pairs())
@@ -193,7 +193,7 @@ def _measure_feedback(
 
 
 def _read_seed(path: Path, planned: Plan) -> dict[str, Any]:
-    """Read the summary of a seed that is done, without its config and digest; refuse one that is not of the plan."""
+    """Read the summary of a finished seed, without its config and digest; refuse one that does not fit the plan."""
     blocks = len(planned.blocks)
     try:
         seed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +205,7 @@ def _read_seed(path: Path, planned: Plan) -> dict[str, Any]:
         seed["seconds"] = float(seed["seconds"])
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
-    # Those of earlier versions do not say what they are of.
+    # Summaries of earlier versions record neither config nor data.
     stored, digest = seed.pop("config", None), seed.pop("data", planned.dataset.digest)
     there = config_of(str(stored), f"{path}: its config") if stored is not None else planned.config
     if difference := first_difference(there, planned.config, FREE_IN_A_STUDY):

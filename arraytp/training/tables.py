@@ -8,7 +8,7 @@ from arraytp.files import write_file
 METRICS_COLUMNS = (
     "epoch", "seconds", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
 )  # fmt: skip
-# With train.validation, after the others; those of the test split are then of the last epoch alone.
+# With train.validation, these follow the others; only the last epoch then has values for the test split.
 VALIDATION_COLUMNS = ("validation_loss", "validation_top1", "validation_top5")
 STEPS_COLUMNS = ("step", "epoch", "train_loss", "train_top1", "train_top5")
 ANGLES_COLUMNS = ("step", "epoch", "block", "angle_deg", "distance")
@@ -16,15 +16,15 @@ GNT_COLUMNS = ("gnt_angle_deg",)
 OPTIMUM_COLUMNS = ("optimum_distance",)
 DRIFT_COLUMNS = ("step", "block", "loss", "angle_deg", "own_deg", "drift_rms", "drift_largest")
 FEEDBACK_COLUMNS = ("step", "epoch", "block", "loss", "angle_deg", "distance", "ratio")
-# Not every table has them.
+# Tables of earlier versions, or without GNT, lack these.
 NEWER_COLUMNS = ("ratio", *GNT_COLUMNS)
 
 
 @dataclass
 class CsvTable:
-    """A CSV file that grows by `rows` of text; numbers are written so that they read back exactly.
+    """A CSV file that grows row by row; numbers are written so that they read back exactly.
 
-    Unless `written`, there is no file.
+    Unless `written`, the rows are kept in memory only.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class CsvTable:
             write_file(self.path, "".join(f"{line}\n" for line in (",".join(self.columns), *self.rows)).encode())
 
     def keep(self) -> None:
-        """Bring all rows to the disk, where added ones need not be yet: a summary must not outlive them."""
+        """Force all rows to disk, where appended ones may not be yet, because a summary must not outlive them."""
         self.restart(self.rows)
 
     def append(self, *values: float) -> None:

@@ -1,6 +1,6 @@
-"""One training step, every number of it, in one HDF5 file; docs/trace.md has the layout.
+"""Every number of one training step in one HDF5 file; docs/trace.md has the layout.
 
-Everything is written as it comes, so that memory holds one step's buffers and no more.
+Arrays are written as they are computed, so that memory holds one step's buffers and no more.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,13 +28,13 @@ from arraytp.training.experiment import Experiment
 from arraytp.training.step import Step
 
 FORMAT, VERSION = "arraytp-trace", 2
-# The noises of an iteration and the last part of their keys.
+# The noises of an iteration, and the last number of their keys.
 NOISES = {"epsilon": EPSILON, "eta": ETA}
 
 
 @dataclass
 class Sink:
-    """An open trace file; knows the first array that it was given with NaN or infinity in it, or ""."""
+    """An open trace file; `not_finite` names the first array with NaN or infinity in it, or is ""."""
 
     file: h5py.File
     backend: Backend
@@ -42,7 +42,7 @@ class Sink:
     not_finite: str = field(default="")
 
     def put(self, name: str, array: Array) -> None:
-        """Write an array of the backend, or a number, unless a signal has asked to stop."""
+        """Write an array of the backend, or a number; Interrupted if a stop was requested."""
         if self.stop.requested:
             raise Interrupted("arraytp: interrupted; no trace is written", self.stop.signal)
         values = self.backend.to_host(self.backend.xp.asarray(array))
@@ -51,7 +51,7 @@ class Sink:
         self.file.create_dataset(name, data=values)
 
     def describe(self, group: str, attributes: Mapping[str, Any]) -> None:
-        """Give a group, made if need be, attributes."""
+        """Set attributes of a group, creating it if needed."""
         self.file.require_group(group).attrs.update(attributes)
 
 
@@ -63,16 +63,16 @@ def write_trace(
     noise: bool = True,
     stop: StopRequest | None = None,
 ) -> str:
-    """Train on one batch and write down every number; a file of that name is replaced when the new one is complete.
+    """Train on one batch and write every number of it; an existing file is replaced when the new one is complete.
 
-    The experiment is in its initial state, weights aside, and has done one step afterwards. Images are (B, H, W, C) or
-    (B, D) of the config's dtype, labels (B,) int64. Without `noise`, only the keys of the noises of feedback training
-    are written. `stop` is looked at before each array.
+    The experiment must be in its initial state, apart from its weights, and has done one step afterwards. Images are
+    (B, H, W, C) or (B, D) of the config's dtype, labels (B,) int64. Without `noise`, only the keys of the noises of
+    feedback training are written. `stop` is checked before each array.
 
-    Returns the name of the first array that has NaN or infinity in it, or "". Nothing is written after NonFiniteError,
-    if the rule cannot go on, or Interrupted, when a stop was requested; after OSError the former file is still there.
+    Returns the name of the first array with NaN or infinity in it, or "". Raises NonFiniteError if the rule cannot go
+    on, Interrupted if a stop was requested, and OSError if the file cannot be written; an existing file then stays.
     """
-    # Through a Python file: HDF5's own can take the process with it when the disk is full.
+    # Through a Python file: HDF5's own can crash the process when the disk is full.
     with replacing(real(path)) as raw, h5py.File(raw, "w") as file:
         sink = Sink(file, experiment.plan.backend, stop or StopRequest())
         with experiment.steady():
@@ -122,7 +122,7 @@ def _weights(experiment: Experiment) -> dict[str, Array]:
 
 def _put_activations(sink: Sink, step: Step) -> None:
     for at in reversed(list(step.batch.down())):
-        # z is never stored by the fast pass.
+        # The fast forward pass does not store z.
         z, *_ = block_forward(at.block, at.weight, at.bias, at.s)
         sink.put(f"activations/{at.n}/pre", z)
         sink.put(f"activations/{at.n}/out", at.output)
@@ -152,7 +152,7 @@ def _put_targets(sink: Sink, experiment: Experiment, step: Step) -> None:
 
 
 def _put_updates(sink: Sink, experiment: Experiment, step: Step) -> Updates:
-    """Write the updates at the training β, and how they lie to BP's; return them."""
+    """Write the updates at the training β, BP's, and the angle and distance between them; return the former."""
     updates = experiment.updates(step)
     beta = getattr(experiment.config.rule, "beta", None)
     sink.describe("updates", {} if beta is None else {"beta": beta})
@@ -166,7 +166,7 @@ def _put_updates(sink: Sink, experiment: Experiment, step: Step) -> Updates:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse to write where there is no folder, or something other than a trace."""
+    """Refuse a path in a missing folder, or of an existing file that is not a trace."""
     check_output(
         "--out", path, "trace.h5", lambda: path.is_file() and _is_trace(path), "a trace; only traces are overwritten"
     )
@@ -183,10 +183,10 @@ def _is_trace(path: Path) -> bool:
 
 
 def read_weights(path: Path, experiment: Experiment) -> None:
-    """Put the weights of a checkpoint, or those under `weights` of a trace or a file laid out like one, in place.
+    """Load the weights of a checkpoint, or those under `weights` of a trace or a file laid out like one.
 
-    UserError names the array and what is needed if the file cannot be read, an array is missing, of another shape or
-    dtype, or there are more blocks.
+    Raises UserError if the file cannot be read or has more blocks, or if an array is missing or of another shape or
+    dtype; in the latter case, the message names the array and what is needed.
     """
     named = _weights(experiment)
     groups = _weight_groups(path)
@@ -200,7 +200,7 @@ def read_weights(path: Path, experiment: Experiment) -> None:
 
 
 def _weight_groups(path: Path) -> dict[str, str]:
-    """Return where a file has θ and the rule's feedback weights."""
+    """Return the groups of a file that hold θ and the rule's feedback weights."""
     with _readable(path) as file:
         if file.attrs.get("format") == np.bytes_(checkpoint.FORMAT):
             return {"forward": "network", "feedback": "rule/feedback"}
@@ -208,7 +208,7 @@ def _weight_groups(path: Path) -> dict[str, str]:
 
 
 def _refuse_more_blocks(path: Path, groups: Iterable[str], experiment: Experiment) -> None:
-    """Refuse weights of a longer network, whose first blocks alone would be another network."""
+    """Refuse weights of a network with more blocks: its first blocks alone are another network."""
     blocks = experiment.network.blocks
     with _readable(path) as file:
         for group in groups:
@@ -239,7 +239,7 @@ def read_batch(path: Path, experiment: Experiment) -> tuple[Array, Array]:
 
 
 def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> np.ndarray[Any, Any]:
-    """Return one array of a file, refusing it unless it is of the dtype and, if given, of the shape."""
+    """Return one array of a file; UserError unless it has the dtype and, if given, the shape."""
     with _readable(path) as file:
         item = file.get(name)
         array = np.asarray(item[()]) if isinstance(item, h5py.Dataset) else None
@@ -253,7 +253,7 @@ def _read(path: Path, name: str, shape: tuple[int, ...] | None, dtype: str) -> n
 
 @contextmanager
 def _readable(path: Path) -> Iterator[h5py.File]:
-    """Open a file to read from; what HDF5 cannot read in it is the user's to know."""
+    """Open an HDF5 file for reading; errors of reading it become UserErrors."""
     refuse_special(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
