@@ -1,1 +1,1 @@
-"""Packers: a source's official files in, a data set of arraytp out; one module per kind of source."""
+"""Packers, which turn a source's official files into a data set of arraytp; one module per kind of source."""

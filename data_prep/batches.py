@@ -1,8 +1,8 @@
 """Read the official pickled batches of CIFAR and ImageNet 32×32 without letting a pickle run any code.
 
-A pickle names the functions that build what it holds. In these files they are NumPy's for an array of bytes; each is
-answered here by a stand-in that keeps what it is given, and every other name is refused. NumPy itself sees nothing but
-the raw bytes and a shape that has been checked.
+A pickle names the functions that rebuild its content. In these files they are the ones for a NumPy array of bytes; each
+is replaced here by a stand-in that only keeps its arguments, and every other name is refused. NumPy itself receives
+nothing but the raw bytes and a checked shape.
 """
 
 import os
@@ -18,18 +18,18 @@ from arraytp.errors import UserError
 
 
 class _RefusedError(Exception):
-    """The pickle names what official batches do not."""
+    """The pickle names something that official batches do not."""
 
 
 class _Type:
-    """Stands for `numpy.dtype`: keeps the type's code and byte order."""
+    """Stand-in for `numpy.dtype`: keeps the type's code and byte order."""
 
     def __init__(self, code: Any = None, *_flags: Any) -> None:
         self.code = _text(code)
         self.order = "|"
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the byte order; fields and flags are of no meaning for numbers."""
+        """Keep the byte order; fields and flags have no meaning for numbers."""
         if isinstance(state, tuple) and len(state) > 1:
             self.order = _text(state[1])
 
@@ -39,7 +39,7 @@ def _text(value: Any) -> Any:
 
 
 class _Array:
-    """Stands for `numpy.ndarray` while it is built: keeps shape, type and raw content."""
+    """Stand-in for a `numpy.ndarray` under construction: keeps shape, type and raw content."""
 
     def __init__(self, *_initial: Any) -> None:
         self.state: Any = None
@@ -49,14 +49,14 @@ class _Array:
 
 
 def _from_buffer(content: Any, kind: Any, shape: Any, order: Any, *_axes: Any) -> _Array:
-    """Stand for `numpy._core.numeric._frombuffer`, as arrays are pickled by protocol 5."""
+    """Replace `numpy._core.numeric._frombuffer`, by which protocol 5 pickles arrays."""
     array = _Array()
     array.state = (1, shape, kind, order != "C", bytes(content) if isinstance(content, bytearray) else content)
     return array
 
 
 class _Bytes(bytes):
-    """Stands for `_codecs.encode`, which is how Python 3 writes bytes for Python 2."""
+    """Stand-in for `_codecs.encode`, by which Python 3 pickles bytes for Python 2."""
 
     def __new__(cls, text: Any, encoding: Any) -> Self:
         if not isinstance(text, str) or encoding != "latin1":
@@ -76,12 +76,12 @@ _ADMITTED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("numpy._core.numeric", "_frombuffer"): _from_buffer,
 }
 _INTEGERS = frozenset(f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8))
-# What the bytes in a batch come to at most: the largest of ImageNet 32×32 has 394 MB.
+# The limit on the bytes in a batch: the largest of ImageNet 32×32 has 394 MB.
 _MOST_BYTES = 2**29
 _LOOKED_AT = 2**22
 
 
-# The one in Python: that in C makes a table as long as the largest number that the pickle gives a value.
+# The Python implementation: the C one allocates a table as long as the largest memo index in the pickle.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in, or refuse."""
@@ -94,7 +94,7 @@ class _Unpickler(pickle._Unpickler):
     _encoded = 0
 
     def _encode(self, text: Any, encoding: Any) -> _Bytes:
-        """Make bytes of text, which a pickle may ask for again and again."""
+        """Encode text as bytes; the total is limited, because a pickle may request this again and again."""
         encoded = _Bytes(text, encoding)
         self._encoded += len(encoded)
         if self._encoded > _MOST_BYTES:
@@ -103,7 +103,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _Bounded:
-    """A file of which no more is asked for than is left."""
+    """A file that is never asked for more bytes than are left in it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._size = file, file.seek(0, os.SEEK_END)
@@ -117,14 +117,14 @@ class _Bounded:
 def read_batch(
     file: BinaryIO, where: Path | str, label_key: str, classes: int, first_label: int
 ) -> tuple[Images, Labels]:
-    """Read an official batch: a dict with `data`, an array (N, 3072) of bytes, and a list of labels, by `label_key`.
+    """Read an official batch: a dict with `data`, an array (N, 3072) of bytes, and labels under `label_key`.
 
     Labels in the file are `first_label` to `first_label + classes - 1`. Returns images (N, 32, 32, 3), a view that is
     not contiguous (the file has 1024 red, 1024 green and 1024 blue values in row-major order), and labels (N,) int64
     from 0.
 
-    UserError if the pickle names anything that such a batch does not hold, is damaged or truncated, or is no such
-    batch. OSError if it cannot be read.
+    UserError if the pickle names anything that such a batch does not, is damaged or truncated, or is not such a batch.
+    OSError if it cannot be read.
     """
     content = _load(file, where)
     data, labels = content.get("data"), content.get(label_key)
@@ -144,10 +144,10 @@ def _load(file: BinaryIO, where: Path | str) -> dict[str, Any]:
         file.seek(0)
         refuse_text_transfer(file.read(_LOOKED_AT), where)
         raise UserError(f"{where}: refused: the pickle {error}, which official batches do not") from None
-    # A read that fails says nothing of the file.
+    # A failed read does not mean that the file is damaged.
     except OSError:
         raise
-    # What a damaged pickle can raise is not documented, and is anything from EOFError to MemoryError.
+    # A damaged pickle can raise undocumented exceptions, anything from EOFError to MemoryError.
     except Exception as error:
         file.seek(0)
         refuse_text_transfer(file.read(_LOOKED_AT), where)
@@ -162,7 +162,7 @@ def _load(file: BinaryIO, where: Path | str) -> dict[str, Any]:
 
 
 def refuse_text_transfer(start: bytes, where: Path | str) -> None:
-    """Raise UserError for a damaged file whose every line end, in its first bytes, has been made one of Windows."""
+    """Raise UserError if every line end in the first bytes of a damaged file has become a Windows one."""
     ends = start.count(b"\n")
     if ends > 3 and start.count(b"\r\n") == ends:
         raise UserError(
@@ -201,7 +201,7 @@ def checked_labels(labels: Sequence[Any], count: int, classes: int, first_label:
     last = first_label + classes - 1
     for position, label in enumerate(labels):
         if type(label) is not int or not first_label <= label <= last:
-            # Lists of lists can be longer as text than memory.
+            # The text of nested lists may not fit into memory.
             shown = str(label)[:40] if isinstance(label, str | bytes | int | float) else f"a {type(label).__name__}"
             raise UserError(f"{where}: label {position} (from 0) is {shown!r}, expected {first_label} to {last}")
     return np.array(labels, np.int64) - first_label

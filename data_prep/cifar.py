@@ -33,8 +33,8 @@ willow_tree wolf woman worm
 class _Layout:
     """How a data set is laid out in its official files.
 
-    `folders` are those of the python and the binary version, `batches` the files of each split, without the ending;
-    in the binary version a row has `label_bytes` labels, the last of which counts.
+    `folders` are those of the python and the binary version, `batches` the files of each split, without the extension;
+    in the binary version a row has `label_bytes` labels, of which the last is used.
     """
 
     classes: tuple[str, ...]
@@ -70,9 +70,9 @@ def read_pickled(content: bytes, where: str, layout: _Layout) -> tuple[Images, L
 
 
 def read_binary(content: bytes, where: str, layout: _Layout) -> tuple[Images, Labels]:
-    """Read a batch of the binary version: rows of one label (CIFAR-100: coarse, fine) and 3072 pixels in planes.
+    """Read a batch of the binary version: rows of one label (CIFAR-100: coarse, fine) and 3072 values in colour planes.
 
-    UserError if the file has a part of a row, or a label is out of range.
+    UserError if the file is not a whole number of rows, or a label is out of range.
     """
     row_bytes = layout.label_bytes + _PIXELS
     if not content or len(content) % row_bytes:
@@ -84,7 +84,7 @@ def read_binary(content: bytes, where: str, layout: _Layout) -> tuple[Images, La
 
 
 def _find(files: Files, layout: _Layout) -> tuple[_Reader, dict[str, list[int]]]:
-    """Find the version that is there, in its folder or in `files.root` itself, and the rows of each split's files."""
+    """Find the version that exists, in its folder or in `files.root` itself, and the rows of each split's files."""
     for folder, ending, reader in ((layout.folders[0], "", read_pickled), (layout.folders[1], ".bin", read_binary)):
         for prefix in (f"{folder}/", ""):
             names = {split: [f"{prefix}{name}{ending}" for name in names] for split, names in layout.batches.items()}
@@ -103,8 +103,8 @@ def _find(files: Files, layout: _Layout) -> tuple[_Reader, dict[str, list[int]]]
 def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     """Pack official files, CIFAR-100 with its fine labels; train images are shuffled, test images keep their order.
 
-    `src` is a tar archive, or a folder with the official one in it, or the official folder itself. UserError if a file
-    is missing, damaged or hostile, a limit is more than there is, or `dst` is not free.
+    `src` is a tar archive, the official folder, or a folder that contains it. UserError if a file is missing, damaged
+    or hostile, a limit exceeds the number of images, or `dst` is not free.
     """
     check_limits(options, ("train", "test"))
     layout = LAYOUTS[source]

@@ -1,7 +1,7 @@
-"""Image files to RGB arrays of one size: the decoding that all packers of image files share.
+"""Decoding of image files to RGB arrays of one size, shared by all packers of image files.
 
-JPEG, PNG and WebP are recognised by their content, not by the name. Images are rotated as EXIF says if asked for. Grey,
-palette, CMYK and 16-bit images become RGB, colour profiles are not applied, and what is transparent is laid on white.
+JPEG, PNG and WebP are recognised by content, not by name. On request, images are rotated according to EXIF. Grey,
+palette, CMYK and 16-bit images become RGB, colour profiles are not applied, and transparency is composited on white.
 """
 
 import io
@@ -15,16 +15,16 @@ from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedIm
 from arraytp.data.shards import Images
 from arraytp.data_prep.options import Exif, Resize
 
-# Memory: an image takes 4 bytes a pixel, up to five times at once; all that are being decoded have no more together.
+# Limits memory: an image takes up to five copies of 4 bytes per pixel; all images being decoded share this limit.
 MAX_PIXELS = 2**26
-# Pillow takes a line of 2³¹ bits or more for a lack of memory; a pixel of a PNG has up to 64.
+# Pillow reports a line of 2³¹ bits or more as a lack of memory; a PNG's pixel has up to 64 bits.
 _MAX_SIDE = 2**24
 _FORMATS = (
     JpegImagePlugin.JpegImageFile.format,
     PngImagePlugin.PngImageFile.format,
     WebPImagePlugin.WebPImageFile.format,
 )
-# The byte of a PNG's header that says how many bits a value has.
+# The position of the byte in a PNG's header that gives the bits per value.
 _PNG_DEPTH = 24
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,18 +38,18 @@ _TURNS = {
 
 
 class BrokenImageError(Exception):
-    """A file that is no image that can be used; the message is the reason, without the file's name."""
+    """A file is not a usable image; the message is the reason, without the file's name."""
 
 
 class _Room:
-    """Pixels that may be decoded at once, by all threads."""
+    """The number of pixels that all threads together may decode at once."""
 
     def __init__(self, pixels: int) -> None:
         self._free, self._changed = pixels, threading.Condition()
 
     @contextmanager
     def taken(self, pixels: int) -> Iterator[None]:
-        """Wait for so many, and give them back."""
+        """Wait until `pixels` are free, take them, and give them back at the end."""
         with self._changed:
             self._changed.wait_for(lambda: pixels <= self._free)
             self._free -= pixels
@@ -66,9 +66,9 @@ _ROOM = _Room(MAX_PIXELS)
 
 @contextmanager
 def room_for(content: bytes) -> Iterator[None]:
-    """Hold room for an image file's pixels while it is worked on: threads together hold no more than `MAX_PIXELS`.
+    """Reserve an image file's pixels while it is processed: all threads together reserve at most `MAX_PIXELS`.
 
-    BrokenImageError as `decode`, from the file's header.
+    BrokenImageError like `decode`, but from the file's header alone.
     """
     with _breakage():
         pixels = _checked_pixels(Image.open(io.BytesIO(content), formats=_FORMATS))
@@ -77,7 +77,7 @@ def room_for(content: bytes) -> Iterator[None]:
 
 
 def _checked_pixels(image: Image.Image) -> int:
-    """Return how many pixels an image's header promises, if they are not too many, nor its sides too long."""
+    """Return the number of pixels stated in an image's header; BrokenImageError if it or a side is too large."""
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise BrokenImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
@@ -87,10 +87,10 @@ def _checked_pixels(image: Image.Image) -> int:
 
 
 def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
-    """Decode an image file: an opaque RGB image, turned upright as its EXIF orientation says, or not.
+    """Decode an image file to an opaque RGB image; with `exif` "apply", rotated by its EXIF orientation.
 
     BrokenImageError if it is not JPEG, PNG or WebP, is damaged or truncated, or has more than 2²⁶ pixels, or 2²⁴ on
-    a side; MemoryError.
+    a side; MemoryError if memory runs out.
     """
     with _breakage():
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
@@ -105,7 +105,7 @@ def decode(content: bytes, exif: Exif = "apply") -> Image.Image:
 def _breakage() -> Iterator[None]:
     try:
         yield
-    # Nothing is wrong with an image for which there is no memory.
+    # An image for which memory is lacking is not broken.
     except (BrokenImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -118,7 +118,7 @@ def _breakage() -> Iterator[None]:
 
 
 def _scale_transparent(image: Image.Image, depth: int) -> None:
-    """Bring a PNG's transparent grey or colour to the 8 bits that Pillow brings the pixels to."""
+    """Convert a PNG's transparent grey or colour to 8 bits, as Pillow converts the pixels."""
     transparent = image.info.get("transparency")
     if image.mode == "L" and isinstance(transparent, int):
         image.info["transparency"] = transparent * 255 // (2**depth - 1)
@@ -133,7 +133,7 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
-    # An image whose EXIF cannot be read is still an image.
+    # An image with unreadable EXIF is still usable.
     except Exception:
         return image
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -156,10 +156,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: Resize) -> Images:
-    """Bring an RGB image to a size, (H, W), bilinearly and with antialiasing where it becomes smaller.
+    """Resize an RGB image to `size`, (H, W), bilinearly and with antialiasing where it shrinks.
 
-    `resize` says whether to change its aspect, or to cut away what is too much at both ends of the longer side. Returns
-    an array of shape (H, W, 3), uint8.
+    `resize` says whether to change the aspect ratio, or to crop the longer side equally at both ends. Returns an array
+    of shape (H, W, 3), uint8.
     """
     height, width = size
     if image.size == (width, height):
@@ -167,7 +167,7 @@ def fit(image: Image.Image, size: tuple[int, int], resize: Resize) -> Images:
     box = None
     if resize == "shorter-crop":
         scale = min(image.width / width, image.height / height)
-        # Rounding must not lead out of the image: Pillow refuses that.
+        # Rounding must not move the box beyond the image, which Pillow refuses.
         kept_width, kept_height = min(scale * width, image.width), min(scale * height, image.height)
         left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
         box = (left, top, left + kept_width, top + kept_height)

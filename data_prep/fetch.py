@@ -1,7 +1,7 @@
-"""Fetch the official files of data sets that anyone may download, with the checksums that their publishers state.
+"""Fetch the official files of freely available data sets, and verify the checksums stated by their publishers.
 
-A file that arrives in part is kept beside its place as `.NAME.part`, and the next call asks the server for the rest. It
-gets its name when its checksum is right.
+A partial download is kept beside its destination as `.NAME.part`, and the next call requests the rest. The file gets
+its name once its checksum is right.
 """
 
 import importlib
@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class Source:
-    """Where files are: `addresses` of the folders that hold them, tried in turn; `files` gives the MD5 of each name."""
+    """Where files are: `addresses` of the folders that hold them, tried in turn; `files` maps each name to its MD5."""
 
     addresses: tuple[str, ...]
     files: Mapping[str, str]
@@ -69,7 +69,7 @@ SOURCES: Mapping[str, Source] = {
 
 
 def fetch(source: Source, folder: Path, progress: Progress) -> None:
-    """Fetch the files of a source that are not in a folder yet, or not with the right checksum.
+    """Fetch the files of a source that a folder lacks, or holds with a wrong checksum.
 
     UserError if Pooch is not installed, the folder cannot be written to, or no address has a file with the right
     checksum.
@@ -108,13 +108,13 @@ def _imported(name: str) -> Any:
 
 
 def _download(requests: Any, url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
-    """Complete a file, or leave in it what has arrived; `requests.RequestException` if the server ends too early."""
+    """Complete a partial file, keeping whatever arrives; `requests.RequestException` if the server ends too early."""
     present = part.stat().st_size if part.exists() else 0
-    # Files are to be had as they are: some servers unpack what is gzipped.
+    # Request files as they are: some servers decompress gzipped ones.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={present}-"} if present else {})
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as response:
         if present and response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            # Nothing is missing; the checksum tells whether it is right.
+            # No bytes are missing; the checksum tells whether the file is right.
             return
         response.raise_for_status()
         goes_on = response.status_code == HTTPStatus.PARTIAL_CONTENT

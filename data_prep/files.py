@@ -1,7 +1,7 @@
 """The files of a source, in a folder or in a tar archive; read in any order, from any thread.
 
-Nothing of an archive is ever written under a name that it gives: a compressed one is unpacked, whole, into a
-temporary file without a name, which is gone when the process ends, however it ends.
+Members of an archive are never written under the names they have in it: a compressed archive is decompressed as a whole
+into an unnamed temporary file, which disappears when the process ends, however it ends.
 """
 
 import bz2
@@ -28,9 +28,9 @@ from arraytp.errors import UserError
 
 MAX_DEPTH = 4
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# The largest official file of those that are read whole has 155 MB, and images of 2**26 pixels seldom more than 64.
+# The largest official file that is read whole has 155 MB, and images of 2**26 pixels seldom have more than 64 MB.
 MAX_FILE_BYTES = 2**28
-# Images hardly compress; small ones, padded by tar, shrink to a twentieth.
+# Images hardly compress, but small ones, padded by tar, shrink to a twentieth.
 _MOST_RATIO = 100
 _UNSUSPICIOUS = 2**28
 _MOST_HEADER = 2**24
@@ -47,10 +47,10 @@ _Member = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Files:
-    """Files by name: `names` are relative to `root`, with `/`, in the order of their text.
+    """Files by name: `names` are relative to `root`, separated by `/`, and sorted as strings.
 
-    `read` takes a row of `names` and returns the file's content; it raises OSError. `state` changes when an image file
-    or the archive does; other files may grow meanwhile, such as a log, or what is packed into a folder of the source.
+    `read` takes a row of `names` and returns the file's content, or raises OSError. `state` changes when an image file
+    or the archive does, but not when another file grows, such as a log or a data set packed into the source's folder.
     """
 
     root: Path
@@ -59,7 +59,7 @@ class Files:
     state: str
 
     def content(self, row: int) -> bytes:
-        """Return the content of a file that cannot be left out; UserError if it cannot be read."""
+        """Return the content of a file that is required; UserError if it cannot be read."""
         try:
             return self.read(row)
         except OSError as error:
@@ -74,10 +74,10 @@ class Files:
 
 @contextmanager
 def open_files(src: Path, dst: Path) -> Iterator[Files]:
-    """Open a folder, to a depth of four but for image files, or a tar archive: plain, gzip, xz or bzip2.
+    """Open a folder (image files at any depth, others to a depth of four), or a tar archive: plain, gzip, xz or bzip2.
 
-    A compressed archive is unpacked beside `dst`, or in the nearest of its parents that exists. UserError if `src` is
-    neither, is damaged or truncated, or holds what is not a plain file within it.
+    A compressed archive is decompressed beside `dst`, in its nearest existing parent folder. UserError if `src` is
+    neither, is damaged or truncated, or is an archive with members that are not plain files or lead out of it.
     """
     if src.is_dir():
         names = sorted(_walk(src, "", MAX_DEPTH))
@@ -102,7 +102,7 @@ def open_files(src: Path, dst: Path) -> Iterator[Files]:
 
 
 def _unpacker(src: Path, file: io.BufferedReader) -> Callable[[BinaryIO], io.BufferedIOBase] | None:
-    """Tell by its first bytes how an archive is packed; None if it is not."""
+    """Return the decompressor of an archive, recognised by its first bytes; None if it is not compressed."""
     try:
         start = file.peek(8)
     except OSError as error:
@@ -127,12 +127,12 @@ def _check_length(size: int) -> None:
 
 
 def is_image(name: str) -> bool:
-    """Tell by its ending whether a file is to be an image."""
+    """Return whether a file's extension is that of an image."""
     return name.lower().endswith(_IMAGE_SUFFIXES)
 
 
 def file_state(path: Path) -> str:
-    """Return size and time of the last change of a file, or that it cannot be looked at."""
+    """Return a file's size and time of last modification, or the reason why they cannot be read."""
     try:
         status = path.stat()
     except OSError as error:
@@ -141,7 +141,7 @@ def file_state(path: Path) -> str:
 
 
 def fingerprint(parts: Iterable[str]) -> str:
-    """Return the SHA-256 of texts."""
+    """Return the SHA-256 of a sequence of strings."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
@@ -160,13 +160,13 @@ def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
             for entry in entries:
                 name = folder + entry.name
                 if _is_folder(entry):
-                    # A link may lead back to where it is.
+                    # A symbolic link may lead back to a folder that contains it.
                     if depth > 1 or not entry.is_symlink():
                         yield from _walk(root, f"{name}/", depth - 1)
                 elif depth < 1 and not is_image(name):
                     continue
-                # To open a pipe would be to wait for its other end. A link to nothing, or to itself, is told of when it
-                # is read.
+                # Opening a pipe would wait for its other end. A link that is broken or leads to itself is listed, and
+                # reported when it is read.
                 elif (entry.is_symlink() and not os.path.exists(entry.path)) or entry.is_file():
                     yield name
     except OSError as error:
@@ -177,14 +177,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        # A link that leads to itself spoils no more than its own name.
+        # A link that leads to itself affects no other entry.
         if error.errno != errno.ELOOP:
             raise
         return False
 
 
 def _place_beside(dst: Path) -> Path:
-    """Return the folder that holds DST, or will; DST itself if it is a volume of its own, or its folder read-only."""
+    """Return the folder that holds DST, or will; DST itself if it is a separate volume or that folder is read-only."""
     beside = next(parent for parent in dst.parents if parent.is_dir())
     if dst.is_dir() and (not os.access(beside, os.W_OK) or beside.stat().st_dev != dst.stat().st_dev):
         return dst
@@ -192,7 +192,7 @@ def _place_beside(dst: Path) -> Path:
 
 
 def _unnamed_file(src: Path, folder: Path) -> IO[bytes]:
-    # Rather not in the data set's own: some network file systems keep a name for it, which a pack takes for another's.
+    # Preferably not in DST itself: some network file systems give it a name, which a pack takes for a foreign file.
     try:
         return tempfile.TemporaryFile(dir=folder)
     except OSError as error:
@@ -213,7 +213,7 @@ def _unpack(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
 
 
 def _copy(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
-    """Unpack an archive that begins as a tar archive does, and does not swell as images cannot."""
+    """Decompress an archive; UserError unless it begins like a tar archive and expands no more than images can."""
     head = packed.read(_BLOCK)
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
@@ -230,7 +230,7 @@ def _copy(src: Path, packed: io.BufferedIOBase, plain: IO[bytes]) -> None:
 
 
 class _Headers:
-    """A file to read a tar archive's headers from; one that promises to be larger than memory is damage."""
+    """A file to read a tar archive's headers from; a header of an implausibly large size counts as damage."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
@@ -243,10 +243,10 @@ class _Headers:
 
 @contextmanager
 def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
-    """Open plain tar archives, by their folders' names, as folders of one tree, without unpacking them.
+    """Open plain tar archives, given by folder name, as folders of one tree, without unpacking them.
 
-    A member `NAME.tar` of one of them counts as the folder `NAME` of what is in it. Messages name `root`. UserError as
-    `open_files`.
+    A member `NAME.tar` of an archive counts as a folder `NAME` with the members of that archive. Messages name `root`.
+    UserError like `open_files`.
     """
     index = _Index()
     with ExitStack() as opened:
@@ -256,7 +256,7 @@ def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from error
             for name, start, size in list(_members(str(path), file)):
-                # What another system's archiver leaves beside a file.
+                # AppleDouble files, which archivers of macOS add beside a file.
                 if PurePosixPath(name).name.startswith("._"):
                     continue
                 if name.endswith(".tar"):
@@ -268,7 +268,7 @@ def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
 
 
 class _Index:
-    """Where each file lies in plain tar archives, in about 100 bytes of memory for each."""
+    """The location of each file in plain tar archives, in about 100 bytes of memory per file."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -294,7 +294,7 @@ class _Index:
 
 
 def _members(where: str, file: IO[bytes], start: int = 0, stop: int | None = None) -> Iterator[_Member]:
-    """Yield the files of a plain tar archive that lies in a file from byte `start` to `stop`."""
+    """Yield the files of a plain tar archive that occupies a file from byte `start` to `stop`."""
     handle = file.fileno()
     stop = os.fstat(handle).st_size if stop is None else stop
     file.seek(start)
@@ -309,7 +309,7 @@ def _members(where: str, file: IO[bytes], start: int = 0, stop: int | None = Non
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise UserError(f"{where}: not a tar archive, or damaged ({error}); fetch it again") from error
-    # tarfile takes whatever it cannot read, or nothing at all, for the end.
+    # tarfile takes an unreadable header, or none at all, for the end of the archive.
     if end + _BLOCK > stop or os.pread(handle, _BLOCK, end) != bytes(_BLOCK):
         raise UserError(f"{where}: truncated or damaged archive at byte {end - start}; fetch it again")
 

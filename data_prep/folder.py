@@ -17,22 +17,22 @@ _SPLIT = re.compile("[a-z][a-z0-9_]*")
 
 
 def image_rows(files: Files) -> Iterable[tuple[int, str]]:
-    """Yield row and name of every image file; hidden files, and those in hidden folders, are no images."""
+    """Yield the row and name of every image file, except hidden files and those in hidden folders."""
     for row, name in enumerate(files.names):
         if is_image(name) and not any(part.startswith(".") for part in PurePosixPath(name).parts):
             yield row, name
 
 
 def in_order(classes: Collection[str]) -> list[str]:
-    """Return classes in alphabetical order; numbers in that of numbers, where 9 comes before 10."""
+    """Return classes in alphabetical order, or in numerical order, 9 before 10, if all are numbers."""
     return sorted(classes, key=int if all(name.isdecimal() for name in classes) else None)
 
 
 def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tuple[str, str]] | None = None) -> Plan:
-    """Take the first folder for the split, the second for the class; labels are the classes, `in_order`.
+    """Plan a tree split/class/image; a label is the class's position among the train classes, sorted by `in_order`.
 
-    Rows in `leave` are not looked at; `given` has split and class of rows that lie elsewhere. UserError if an image
-    lies elsewhere, there are no train images, or another split has a class that train has not.
+    Rows in `leave` are ignored; `given` holds the split and class of rows that lie elsewhere. UserError if any other
+    image lies elsewhere, there are no train images, or another split has a class without train images.
     """
     rows_of: dict[str, dict[str, list[int]]] = {}
     for row, name in image_rows(files):
@@ -66,7 +66,7 @@ def plan_tree(files: Files, leave: Container[int] = (), given: Mapping[int, tupl
 
 
 def _own_name(src: Path) -> str:
-    """Return the name of a folder, or that of an archive without its endings; UserError if no data set can have it."""
+    """Return the name of a folder, or of an archive without its extensions; UserError if it cannot name a data set."""
     last = Path(os.path.abspath(src)).name
     name = last if src.is_dir() else last.partition(".")[0]
     if not (name.strip() and name.isprintable()):
@@ -77,8 +77,8 @@ def _own_name(src: Path) -> str:
 def pack(src: Path, dst: Path, options: PackOptions) -> int:
     """Pack a tree of images; return how many broken files were skipped.
 
-    The data set has the name of `src` where `options` give none. UserError if it cannot have that, or as `plan_tree`,
-    `open_files` and `pack_images`.
+    The data set is named after `src` unless `options` gives a name. UserError if that is impossible, or like
+    `plan_tree`, `open_files` and `pack_images`.
     """
     name = options.name or _own_name(src)
     with open_files(src, dst) as files:

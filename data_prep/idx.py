@@ -31,10 +31,10 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> tuple[npt.NDArray[np.uint8], str]:
-    """Read an IDX file of unsigned bytes, gzipped or not; its header first, then no more than that promises.
+    """Read an IDX file of unsigned bytes, gzipped or not: its header first, then no more than the header states.
 
-    `shape` is what each entry must be: (28, 28) for images (N, 28, 28), () for labels (N,). Returns the array and the
-    SHA-256 of the content, unpacked. UserError if it is not such a file, is damaged, too short or too long.
+    `shape` is the shape of each entry: (28, 28) for images (N, 28, 28), () for labels (N,). Returns the array and the
+    SHA-256 of the decompressed content. UserError if it is not such a file, is damaged, too short or too long.
     """
     try:
         with path.open("rb") as raw:
@@ -58,7 +58,7 @@ def _read_idx(path: Path, file: io.BufferedIOBase, entry: tuple[int, ...]) -> tu
     if shape[0] > _MOST_ENTRIES:
         raise UserError(f"{path}: its header promises {shape[0]:,} entries, expected at most {_MOST_ENTRIES:,}")
     promised = int(np.prod(shape))
-    # A byte more would be too long; it also makes gzip look at its own checksum.
+    # One byte more shows that the file is too long; asking for it also makes gzip verify its own checksum.
     content = file.read(promised + 1)
     if len(content) != promised:
         short = len(content) < promised
@@ -84,11 +84,11 @@ def _checked_header(path: Path, start: bytes, dimensions: int) -> tuple[int, ...
 
 
 def find_file(folder: Path, split: str, kind: str) -> Path:
-    """Find an official file of a kind, `images` or `labels`, in either spelling, gzipped or not; UserError names it."""
+    """Find an official file of a kind, `images` or `labels`, in either spelling, gzipped or not; UserError if none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it should hold the four official files")
     dimensions = _DIMENSIONS[kind]
-    # Some copies name the labels after the images.
+    # Some copies name the labels `idx3`, like the images.
     numbers = (dimensions, 3) if kind == "labels" else (dimensions,)
     names = [
         f"{_PREFIXES[split]}-{kind}{dot}idx{number}-ubyte{end}"
@@ -124,7 +124,7 @@ def read_split(folder: Path, split: str, classes: int) -> tuple[Images, Labels, 
 def pack(source: str, src: Path, dst: Path, options: PackOptions) -> None:
     """Pack a folder of official files; train images are shuffled, test images keep the files' order.
 
-    UserError if a file is missing or damaged, a limit is more than there is, or `dst` is not free.
+    UserError if a file is missing or damaged, a limit exceeds the number of images, or `dst` is not free.
     """
     check_limits(options, _PREFIXES)
     classes = CLASSES[source]

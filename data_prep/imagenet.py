@@ -1,7 +1,7 @@
 """Pack ImageNet (ILSVRC 2012): train/<wnid>/ and val/, by class or flat with the devkit's ground truth.
 
-Or the official archives as they are: `ILSVRC2012_img_train.tar`, which holds a tar archive for each wnid,
-`ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz`. None of them is unpacked but the devkit.
+The official archives can also be packed as they are: `ILSVRC2012_img_train.tar`, which holds a tar archive for each
+wnid, `ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz`. Only the devkit is decompressed.
 """
 
 import io
@@ -41,7 +41,7 @@ _WNID = re.compile(r"n[0-9]{8}")
 
 
 class Document(NamedTuple):
-    """A file of the devkit: its name for messages, and what is in it."""
+    """A file of the devkit: its name for messages, and its content."""
 
     where: str
     content: bytes
@@ -58,7 +58,7 @@ def read_class_map(document: Document) -> dict[int, str]:
         pairs = list(_mat_pairs(document) if where.endswith(".mat") else _text_pairs(document))
     except UserError:
         raise
-    # What a damaged MATLAB file raises is not documented.
+    # The exceptions for a damaged MATLAB file are not documented.
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}: cannot be read as a class map: {text}") from error
@@ -74,7 +74,7 @@ def read_class_map(document: Document) -> dict[int, str]:
 def _mat_pairs(document: Document) -> Iterator[tuple[int, str]]:
     synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(document.content), squeeze_me=True)["synsets"])
     for synset in synsets:
-        # The numbers above belong to inner nodes of the hierarchy.
+        # Higher numbers belong to inner nodes of the hierarchy.
         if int(synset["num_children"]) == 0:
             yield int(synset["ILSVRC2012_ID"]), str(synset["WNID"])
 
@@ -119,8 +119,8 @@ def read_solution(document: Document) -> dict[int, str]:
 
 
 def read_val_labels(src: Path, devkit: Path | None, dst: Path) -> tuple[str, dict[int, str]]:
-    """Return where the labels of flat validation images are from, and number → wnid: Kaggle's, or the devkit's."""
-    # Kaggle's file lies beside ILSVRC/, whichever of the two folders was named.
+    """Return the source of the flat validation images' labels, Kaggle's file or the devkit, and number → wnid."""
+    # Kaggle's file lies beside ILSVRC/, whether `src` is the folder of both or lies within ILSVRC/.
     places = [] if devkit else [src / SOLUTION, *(parent / SOLUTION for parent in real(src).parents[:3])]
     solution = next((place for place in places if place.is_file()), None)
     if solution is not None:
@@ -138,9 +138,9 @@ def _devkit_documents(src: Path, devkit: Path | None, dst: Path) -> dict[str, Do
 
 
 def find_class_map(src: Path, devkit: Path | None, dst: Path) -> Document | None:
-    """Return the devkit's class map, from `devkit` or from the official places in `src`, if there is one.
+    """Return the devkit's class map, from `devkit` or from the official places in `src`; None if there is none.
 
-    UserError if it cannot be read, or is not in the `devkit` that was named.
+    UserError if it cannot be read, or if `devkit` is given but does not hold one.
     """
     documents = _devkit_documents(src, devkit, dst)
     class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
@@ -150,7 +150,7 @@ def find_class_map(src: Path, devkit: Path | None, dst: Path) -> Document | None
 
 
 def find_devkit(src: Path, devkit: Path | None, dst: Path) -> tuple[Document, Document]:
-    """Return the ground truth and the class map, from `devkit` or the official places in `src`; UserError without."""
+    """Return ground truth and class map, from `devkit` or the official places in `src`; UserError if one is missing."""
     documents = _devkit_documents(src, devkit, dst)
     truth = documents.get(TRUTH)
     class_map = next((documents[name] for name in CLASS_MAPS if name in documents), None)
@@ -167,7 +167,7 @@ def find_devkit(src: Path, devkit: Path | None, dst: Path) -> tuple[Document, Do
 
 
 def _documents(root: Path, dst: Path) -> dict[str, Document]:
-    """Read the devkit's files that a folder, its `data/` or an archive has, by their names."""
+    """Read the devkit's files in a folder, in its `data/` or in an archive; return them by name."""
     needed = (TRUTH, *CLASS_MAPS)
     if root.is_file():
         with open_files(root, dst) as files:
@@ -191,7 +191,7 @@ def _documents(root: Path, dst: Path) -> dict[str, Document]:
 
 @contextmanager
 def open_tree(src: Path, dst: Path) -> Iterator[Files]:
-    """Open train/ and val/: a folder or an archive of both, or a folder with the official archives; as `open_files`."""
+    """Open train/ and val/, like `open_files`: a folder or archive of both, or a folder with the official archives."""
     if (src / KAGGLE).is_dir():
         src = src / KAGGLE
     archives = {split: src / name for split, name in ARCHIVES.items() if (src / name).is_file()}
@@ -205,7 +205,7 @@ def open_tree(src: Path, dst: Path) -> Iterator[Files]:
 
 
 def _refuse_halves(src: Path, archives: Mapping[str, Path]) -> None:
-    """Raise UserError where one split is a folder and the other an official archive: `open_tree` would lose val."""
+    """Raise UserError if one split is a folder and the other an official archive: `open_tree` would leave out val."""
     folders = [split for split in ARCHIVES if (src / split).exists()]
     read, left = (folders, [*archives]) if "train" in folders else ([*archives], folders)
     if "train" in read and "val" in left and "val" not in read:
@@ -219,9 +219,9 @@ def _refuse_halves(src: Path, archives: Mapping[str, Path]) -> None:
 def plan_imagenet(files: Files, src: Path, devkit: Path | None, dst: Path) -> Plan:
     """Plan train/<wnid>/ and val/<wnid>/ or flat val/; labels are the wnids in alphabetical order.
 
-    Images may also lie flat in train/ and val/ with their wnids at the ends of their names. A flat test/, which has no
-    labels, is left alone. UserError if a class is not a wnid, the tree is neither layout, or the ground truth does not
-    fit the images.
+    Images may also lie flat in train/ and val/, with their wnids at the end of their names. A flat test/, which has no
+    labels, is ignored. UserError if a class is not a wnid (unless all classes are numbers), the tree has neither
+    layout, or the ground truth does not match the images.
     """
     flat, unlabelled, given = {}, set(), {}
     for row, name in image_rows(files):
@@ -254,9 +254,9 @@ def plan_imagenet(files: Files, src: Path, devkit: Path | None, dst: Path) -> Pl
 def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None) -> int:
     """Pack the official tree, 224×224 unless `options.size` says otherwise; return how many broken files were skipped.
 
-    UserError as `plan_imagenet`, `open_tree` and `pack_images`.
+    UserError like `plan_imagenet`, `open_tree` and `pack_images`.
     """
-    # As in every published run: the usual loaders leave EXIF alone, and few of the images have any.
+    # EXIF is ignored as in every published run: the usual loaders do not apply it, and few of the images have any.
     given = replace(options, name=options.name or "imagenet", size=options.size or SIZE, exif=options.exif or "ignore")
     with open_tree(src, dst) as files:
         plan = plan_imagenet(files, src, devkit, dst)

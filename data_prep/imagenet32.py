@@ -36,7 +36,7 @@ def _read(path: Path) -> tuple[Images, Labels]:
 
 
 def _find(src: Path) -> dict[str, list[Path]]:
-    """Find the files in a folder, or in the folders that the official archives make: one for train, one for val."""
+    """Find the files in a folder, or in those that the official archives extract to: one for train, one for val."""
     folders = (src, src / "Imagenet32_train", src / "Imagenet32_val")
     batches: dict[str, list[Path]] = {}
     for split, names in BATCHES.items():
@@ -62,7 +62,7 @@ def _spool(paths: list[Path], file: BinaryIO) -> Labels:
 
 
 def _in_order(file: BinaryIO, order: Labels) -> Iterator[tuple[Images, Labels]]:
-    """Read rows of a spooled file in any order, block by block: images and the rows they are."""
+    """Read the rows of a spooled file in a given order, block by block: yield the images and their rows."""
     for start in range(0, len(order), _BLOCK_IMAGES):
         rows = order[start : start + _BLOCK_IMAGES]
         content = b"".join(os.pread(file.fileno(), _IMAGE_BYTES, int(row) * _IMAGE_BYTES) for row in rows)
@@ -70,7 +70,7 @@ def _in_order(file: BinaryIO, order: Labels) -> Iterator[tuple[Images, Labels]]:
 
 
 def _classes(src: Path, devkit: Path | None, dst: Path) -> list[str]:
-    """Return the classes in the order of the files' numbers: wnids where a devkit says them, else the numbers."""
+    """Return the classes in the order of the files' numbers: wnids if there is a devkit, otherwise the numbers."""
     class_map = find_class_map(src, devkit, dst)
     if class_map is None:
         return [str(number) for number in range(1, CLASSES + 1)]
@@ -83,12 +83,12 @@ def _classes(src: Path, devkit: Path | None, dst: Path) -> list[str]:
 def pack(src: Path, dst: Path, options: PackOptions, devkit: Path | None = None) -> None:
     """Pack a folder of official files.
 
-    The classes are wnids where ImageNet's devkit is in `src` or `devkit`, so that the set can be compared with
-    ImageNet; otherwise they are named "1" to "1000", as the files number them.
+    The classes are wnids if ImageNet's devkit is in `src` or `devkit`, so that the set can be compared with ImageNet;
+    otherwise they are named "1" to "1000", as the files number them.
 
-    Memory holds one batch. Disk space for the pixels of a split is needed a second time while it is packed, in a file
-    without a name in `dst`. UserError if a file is missing, damaged or hostile, a limit is more than there is, or `dst`
-    is not free.
+    Memory holds one batch. While a split is packed, its pixels take disk space a second time, in an unnamed file in
+    `dst`. UserError if a file is missing, damaged or hostile, a limit exceeds the number of images, or `dst` is not
+    free.
     """
     check_limits(options, BATCHES)
     batches = _find(src)

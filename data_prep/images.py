@@ -24,7 +24,7 @@ from arraytp.errors import UnreadableError, UserError
 BLOCK_BYTES = 2**23
 _BLOCKS_AHEAD = 2
 _TASK_IMAGES = 16
-# What is wrong with one file alone; all else, such as a server that is gone, passes.
+# Errors of one file alone; all others, such as a lost server, are temporary failures of the system.
 _OWN_ERRORS = (
     errno.ENOENT,
     errno.ENOTDIR,
@@ -42,7 +42,7 @@ Broken = list[tuple[int, str]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which files are which images: `splits` maps a split to rows of `files.names` (n,) and labels (n,), int64."""
+    """The images of each split: `splits` maps a split to rows of `files.names` (n,) and labels (n,), int64."""
 
     files: Files
     classes: Sequence[str]
@@ -81,7 +81,7 @@ class _Decoder:
             self._fit_into(row, content, out)
 
     def _fit_into(self, row: int, content: bytes, out: Images) -> None:
-        # A function of its own: when it ends, before the room is given back, its images are gone.
+        # A separate function, so that its images are freed when it returns, before their room is given back.
         image = decode(content, self.options.exif or "apply")
         self._check_size(row, (image.height, image.width))
         out[...] = fit(image, self.size, self.options.resize)
@@ -95,7 +95,7 @@ class _Decoder:
 
 
 def _read(files: Files, row: int) -> bytes:
-    """Read an image file; BrokenImageError if this one cannot be read, UnreadableError if the system has failed."""
+    """Read an image file; BrokenImageError if only this one cannot be read, UnreadableError if the system fails."""
     try:
         return files.read(row)
     except OSError as error:
@@ -108,12 +108,13 @@ def _read(files: Files, row: int) -> bytes:
 
 
 def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, Any], workers: int | None = None) -> int:
-    """Decode the images of a plan, on all cores or by so many `workers`, and write the data set.
+    """Decode the images of a plan, on all cores or with `workers` threads, and write the data set.
 
-    `options.name` must be given; EXIF is applied unless `options.exif` says otherwise. `source` is what `dataset.json`
-    says of where the images are from; the packing's own settings are added. Returns the number of broken files, which
-    are listed in `skipped.csv`. UserError if too many are broken, images differ in size and none is given, or `dst` is
-    not free. UnreadableError or MemoryError for the system's failures, after which the same call goes on.
+    The data set is named "images" unless `options.name` is given; EXIF is applied unless `options.exif` says otherwise.
+    `source` describes the images' origin in `dataset.json`, and the settings of the packing are added to it. Returns
+    the number of broken files, which are listed in `skipped.csv`. UserError if too many files are broken, the images
+    differ in size and no size is given, or `dst` is not free. UnreadableError or MemoryError if the system fails; the
+    same call then resumes.
     """
     check_limits(options, plan.splits)
     chosen = {}
@@ -121,7 +122,7 @@ def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, A
         order = chosen_rows(split, labels, options)
         chosen[split] = rows[order], labels[order]
     with warnings.catch_warnings():
-        # Pillow warns of damaged EXIF data and the like, without the file's name; the image is good all the same.
+        # Pillow warns about damaged EXIF data and the like without naming the file; the image is usable nevertheless.
         warnings.filterwarnings("ignore", module="PIL")
         size = options.size or _first_size(plan, options.exif or "apply")
         decoder = _Decoder(plan.files, size, options)
@@ -144,8 +145,8 @@ def pack_images(plan: Plan, dst: Path, options: PackOptions, source: dict[str, A
 
 
 def _state(plan: Plan, chosen: Mapping[str, tuple[Rows, Labels]], options: PackOptions) -> str:
-    """Tell apart what the packing would take: files, their order and labels, and when it would give up."""
-    # By name: a file that is no image may come before them and move their rows.
+    """Return a fingerprint of what would be packed: files, their order and labels, and when packing would give up."""
+    # By name, not row: a new file that is not an image may shift the rows.
     orders = (
         f"{split} {label} {plan.files.names[row]}"
         for split, (rows, labels) in chosen.items()

@@ -1,4 +1,4 @@
-"""Options of every packer, and which images it takes in which order."""
+"""Options of every packer, and the choice and order of the images it takes."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ Exif = Literal["apply", "ignore"]
 class PackOptions:
     """How to pack; `limits` maps a split to how many of its images to take.
 
-    The last four are for packers that decode image files: `size` is (H, W), or None for the size the images have;
-    more than `max_skipped` broken files are an error; `exif` says whether images are turned as their EXIF data say,
-    None that the packer decides.
+    The last four are for packers that decode image files: `size` is (H, W), or None for the images' own
+    size; more than `max_skipped` broken files are an error; `exif` says whether images are rotated according to their
+    EXIF data, and None leaves this to the packer.
     """
 
     name: str | None = None
@@ -48,7 +48,7 @@ def take_evenly(labels: Labels, limit: int) -> npt.NDArray[np.int64]:
 def chosen_rows(split: str, labels: Labels, options: PackOptions) -> npt.NDArray[np.int64]:
     """Return the rows of a split to pack, in the order to pack them: train images are shuffled, others are not.
 
-    UserError if the split's limit is more than there is, or its shards are more than there are names for.
+    UserError if the split's limit exceeds its number of images, or its shards would outnumber the available names.
     """
     limit = options.limits.get(split, len(labels))
     if limit > len(labels):
@@ -63,7 +63,7 @@ def chosen_rows(split: str, labels: Labels, options: PackOptions) -> npt.NDArray
 
 
 def check_limits(options: PackOptions, splits: Collection[str]) -> None:
-    """Raise UserError where a limit names a split that is not there."""
+    """Raise UserError if a limit names a split that does not exist."""
     for split, limit in options.limits.items():
         if split not in splits:
             raise UserError(f"--limit {split}={limit}: there is no split {split!r}; the splits are {', '.join(splits)}")

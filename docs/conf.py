@@ -1,4 +1,4 @@
-"""The site: `sphinx-build -W docs build/site`. It needs no network to be read."""
+"""Configuration of the site, which is built by `sphinx-build -W docs build/site` and can be read without a network."""
 
 import sys
 from pathlib import Path
@@ -25,15 +25,15 @@ html_show_sourcelink = False
 html_copy_source = False
 html_show_copyright = False
 nitpicky = True
-# Types in docstrings are words, such as "array of shape (B, H, W, C)".
+# Types in docstrings are prose, such as "array of shape (B, H, W, C)".
 nitpick_ignore_regex = [("py:.*", ".*")]
-# Several classes have an attribute such as `path`; the docstring means its own.
+# Several classes have an attribute such as `path`; a docstring means the one of its own class.
 suppress_warnings = ["ref.python"]
 templates_path = ["_templates"]
 autosummary_generate = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-# A formula's rows end in \cr: Sphinx wraps those with \\ in an environment that takes no \tag.
+# The rows of a formula end in \cr: Sphinx wraps formulas with \\ in an environment that does not allow \tag.
 myst_enable_extensions = ["dollarmath"]
 # As deep as GitHub's, so that a link to a heading works in both places.
 myst_heading_anchors = 4

@@ -1,4 +1,4 @@
-"""Docstrings are written for a terminal: their symbols are not markup, and a module's docstring keeps its layout."""
+"""Render docstrings as written for a terminal: symbols are not markup, and a module's docstring keeps its layout."""
 
 import re
 from types import GenericAlias
@@ -20,7 +20,7 @@ def _plain(_app: Sphinx, what: str, _name: str, _object: Any, _options: Any, lin
 
 
 def _skip(_app: Sphinx, _what: str, _name: str, value: Any, skip: bool, _options: Any) -> bool:
-    """Leave out names of types, which have no docstring of their own."""
+    """Leave out type aliases, which have no docstring of their own."""
     return skip or isinstance(value, GenericAlias) or hasattr(value, "__metadata__")
 
 

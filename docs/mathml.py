@@ -1,4 +1,4 @@
-"""Formulas become MathML when the site is built: browsers draw it by themselves, without a script, font or network."""
+"""Convert formulas to MathML when the site is built: browsers render it without a script, font or network."""
 
 import html
 import re
@@ -9,14 +9,14 @@ from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
 _TAG = re.compile(r"\\tag\{(\d+)\}")
-# A limit has its condition below it; latex2mathml writes it as an index.
+# A limit has its condition below it; latex2mathml writes the condition as a subscript.
 _LIMIT = re.compile(r"<msub>(<mo>(?:lim|max|min)</mo>)(.*?)</msub>")
 
 
 def mathml(formula: str, display: str) -> str:
     """Return a LaTeX formula as MathML; display is "inline" or "block"."""
     made = convert(_TAG.sub("", formula), display=display)
-    # Only \left and \right ask for bars as high as what they enclose.
+    # Only \left and \right ask for bars that stretch to the height of what they enclose.
     made = re.sub("<mo>(&#x02016;|&#x0007C;)</mo>", r'<mo stretchy="false">\1</mo>', made)
     return _LIMIT.sub(r"<munder>\1\2</munder>", made) if display == "block" else made
 

@@ -1,6 +1,6 @@
-"""The tutorial as a notebook, from the page's own blocks: `python docs/notebook.py > tutorial.ipynb`, and on the site.
+"""Convert the tutorial page to a notebook, by `python docs/notebook.py > tutorial.ipynb` or when the site is built.
 
-It runs in a clone's root, where arraytp is installed already: the cells that install are tagged to be skipped.
+The notebook runs in the root of a clone with arraytp installed: the cells that install it are tagged to be skipped.
 """
 
 import re
@@ -29,7 +29,7 @@ def notebook() -> str:
 
 
 def _link(app: Sphinx, tree: nodes.document) -> None:
-    """Let the page's first paragraph end with a link to the notebook."""
+    """Append a link to the notebook to the page's first paragraph."""
     if app.env.docname == PAGE.stem:
         link = nodes.reference("", "The same as a notebook.", refuri=f"{PAGE.stem}.ipynb")
         next(iter(tree.findall(nodes.paragraph))).extend([nodes.Text(" "), link])

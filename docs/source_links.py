@@ -1,6 +1,6 @@
-"""Every `arraytp.module.name` of a page becomes a link to its source, which the site holds: one page per module.
+"""Link every `arraytp.module.name` on a page to its source, which the site contains as one page per module.
 
-A name that does not exist is a warning, and so an error of `sphinx-build -W`.
+A name that does not exist causes a warning, and so an error of `sphinx-build -W`.
 """
 
 import ast
@@ -30,7 +30,7 @@ def file_of(module: str) -> Path | None:
 
 
 def definitions(source: str) -> dict[str, int]:
-    """Return the first line, from 1, of everything that a module defines: "name", and "Class.name" within a class."""
+    """Return the first line, counted from 1, of each definition of a module: "name", or "Class.name" within a class."""
     found: dict[str, int] = {}
 
     def look(body: list[ast.stmt], prefix: str) -> None:
@@ -67,7 +67,7 @@ def source_of(name: str) -> tuple[str, str]:
 
 
 class LinkNames(SphinxPostTransform):
-    """Wraps the literals of a page that name something in arraytp into links to it."""
+    """Turns the literals of a page that name something in arraytp into links to its source."""
 
     default_priority = 50
 
@@ -89,12 +89,12 @@ class LinkNames(SphinxPostTransform):
 
 
 def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield a page per module of arraytp: its source, with an anchor at everything that it defines."""
+    """Yield a page per module of arraytp: its source, with an anchor at each definition."""
     for file in sorted((ROOT / "arraytp").rglob("*.py")):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         source = file.read_text(encoding="utf-8")
         lines = highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)).splitlines()
-        # The lexer drops empty lines at the start, of which no module has any.
+        # The lexer drops empty lines at the start, but no module has any.
         for name, line in definitions(source).items():
             lines[line - 1] = f'<span id="{name}"></span>{lines[line - 1]}'
         code = "\n".join(lines)

@@ -1,7 +1,7 @@
 """Flip, edge-padded crop and normalisation, on either array module; random numbers are drawn on the host.
 
-These are the readable definitions, and what runs on a device; `arraytp.data.prepare` computes the same on the host,
-faster.
+These functions are the readable definitions, and they run on a device; `arraytp.data.prepare` computes the same results
+faster on the host.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ Floats = npt.NDArray[np.float64]
 
 
 class Draws(NamedTuple):
-    """What is drawn for each image: `flips` (N,) bool; `rows`, `columns` (N,) int64, the corner of the crop."""
+    """Random draws for each image: `flips` (N,) bool; `rows`, `columns` (N,) int64, the top left corner of the crop."""
 
     flips: npt.NDArray[np.bool_]
     rows: npt.NDArray[np.int64]
     columns: npt.NDArray[np.int64]
 
     def part(self, start: int, stop: int) -> "Draws":
-        """Return the draws of some of the images."""
+        """Return the draws for images `start` to `stop` − 1."""
         return Draws(self.flips[start:stop], self.rows[start:stop], self.columns[start:stop])
 
 
@@ -46,14 +46,14 @@ def flip_images(images: Array, flips: Array) -> Array:
 
 
 def crop_images(images: Array, rows: Array, columns: Array, padding: int) -> Array:
-    """Crop each image to its own size out of itself padded by replicated edge pixels.
+    """Pad each image by replicating its edge pixels, then crop it to its original size.
 
-    `images` are (B, H, W, C), and so is what is returned, of the same dtype. `rows` and `columns`, (B,) int64 from 0 to
-    2·padding, are the corners of the crops in the images padded by `padding` pixels on every side.
+    `images` and the result are (B, H, W, C), of the same dtype. `rows` and `columns`, (B,) int64 from 0 to 2·padding,
+    are the top left corners of the crops in the images padded by `padding` pixels on every side.
     """
     xp = array_module(images, rows, columns)
     batch, height, width, channels = images.shape
-    # A pixel of the padding is the nearest pixel of the image, so clipped indices stand for the padded image.
+    # A padding pixel equals the nearest pixel of the image, so clipped indices replace an explicit padded image.
     y = xp.clip(xp.arange(height)[None, :] + rows[:, None] - padding, 0, height - 1)
     x = xp.clip(xp.arange(width)[None, :] + columns[:, None] - padding, 0, width - 1)
     line = xp.arange(batch)[:, None] * height + y

@@ -23,15 +23,15 @@ def worked_ahead(
     threads: int,
     ended: Callable[[list[Buffer]], None] = lambda free: None,
 ) -> Generator[Result, None, None]:
-    """Yield work(job, buffer) for each job in order, computed by threads that are up to two results ahead.
+    """Yield work(job, buffer) for each job in order, computed ahead of time by threads.
 
-    A result is valid until the next but one is requested; then its buffer is used again. `fill` is called before `work`
-    for the same job, for one job at a time and in their order; `work` for several at a time. There are `BUFFERS`
-    buffers: two for the results in use, two for those to come.
+    A result is valid until the next but one is requested; its buffer is then reused. For each job, `fill` is called
+    before `work`. Calls to `fill` run one at a time, in the order of the jobs; calls to `work` may run concurrently.
+    There are `BUFFERS` buffers: two for the results in use, two for those to come.
 
-    The threads end when the iterator is exhausted or closed, and an exception in one is raised here in place of the
-    result. `ended` is then called with the buffers of results that are not valid any more, once no thread works; never
-    where the garbage collector closes the iterator in one of them.
+    The threads end when the iterator is exhausted or closed; an exception in a thread is raised here in place of the
+    result. Once all threads have ended, `ended` is called with the buffers that hold no valid result. It is not called
+    if the garbage collector closes the iterator from within one of the threads.
     """
     workers: list[threading.Thread] = []
     pool = ThreadPoolExecutor(threads, "arraytp-loader", lambda: workers.append(threading.current_thread()))
@@ -61,7 +61,7 @@ def worked_ahead(
             if len(held) == _HELD:
                 free.append(held.popleft())
     finally:
-        # The garbage collector may close a forgotten iterator from one of the very threads.
+        # The garbage collector may close an abandoned iterator from within one of these threads.
         own = threading.current_thread() in workers
         pool.shutdown(wait=not own, cancel_futures=True)
         if not own:

@@ -1,7 +1,7 @@
-"""Arrays of a shard, as the writer stores them: in one piece, or gzipped in chunks of whole rows.
+"""Arrays of a shard, as the writer stores them: contiguous, or gzipped in chunks of whole rows.
 
-HDF5 unpacks all of a chunk, however large the result is. Here, a chunk may unpack to exactly the size that it should
-have, and no more. Layouts that the writer does not make, such as data stored in other files, are refused.
+HDF5 itself decompresses a whole chunk, however large the result. Here, a chunk must decompress to exactly its expected
+size. Layouts that the writer never produces, such as data stored in other files, are refused.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ _DEFLATE, _SHUFFLE = 1, 2
 
 
 def read_whole(dataset: h5py.Dataset) -> npt.NDArray[Any]:
-    """Read an array that is in one piece or in one chunk; ValueError if it is stored otherwise."""
+    """Read an array that is contiguous or a single chunk; ValueError if it is stored otherwise."""
     if dataset.chunks is None:
         piece_offset(dataset)
         return np.asarray(dataset[()])
@@ -24,7 +24,7 @@ def read_whole(dataset: h5py.Dataset) -> npt.NDArray[Any]:
 
 
 def piece_offset(dataset: h5py.Dataset) -> int:
-    """Return where an array that is in one piece begins in its file, in bytes."""
+    """Return the offset of a contiguous array in its file, in bytes; ValueError if the array is stored otherwise."""
     offset = dataset.id.get_offset()
     if offset is None:
         raise ValueError(f"{dataset.name} is not in the file in one piece")
@@ -32,7 +32,7 @@ def piece_offset(dataset: h5py.Dataset) -> int:
 
 
 def check_chunks(dataset: h5py.Dataset, rows: int) -> None:
-    """Raise ValueError unless an array is gzipped in chunks of so many rows."""
+    """Raise ValueError unless an array is gzipped in chunks of `rows` rows."""
     if dataset.chunks != (rows, *dataset.shape[1:]):
         raise ValueError(f"{dataset.name} is in chunks of {dataset.chunks}, expected {(rows, *dataset.shape[1:])}")
     if _filters(dataset) not in ([_DEFLATE], [_SHUFFLE, _DEFLATE]):
@@ -45,13 +45,13 @@ def _filters(dataset: h5py.Dataset) -> list[int]:
 
 
 def read_chunk(dataset: h5py.Dataset, first: int) -> bytes:
-    """Unpack the chunk that begins at a row of an array that `check_chunks` accepts; the last chunk is filled up."""
+    """Decompress the chunk that begins at row `first` of an array that passed `check_chunks`; the last is padded."""
     size = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
     mask, packed = dataset.id.read_direct_chunk((first, *(0 for _ in dataset.shape[1:])))
     unpacker = isal_zlib.decompressobj()
     try:
         content = unpacker.decompress(packed, size + 1)
-    # isal's own error has no type that a checker knows.
+    # Type checkers do not know isal's own exception class.
     except Exception as error:
         raise ValueError(f"{dataset.name} cannot be unpacked: {error}") from error
     if mask or len(content) != size or not unpacker.eof:

@@ -99,7 +99,7 @@ class Dataset:
         return room
 
     def read_into(self, split: str, start: int, images: Images, labels: Labels) -> None:
-        """Read len(images) rows from `start` on into C-contiguous arrays; else as `read`."""
+        """Read len(images) rows, beginning at `start`, into C-contiguous arrays; otherwise like `read`."""
         stop = start + len(images)
         for entry, end in self._entries(split):
             first = end - entry.count
@@ -110,7 +110,7 @@ class Dataset:
                 labels[low - start : high - start] = shard.labels[low - first : high - first]
 
     def pick(self, split: str, rows: Rows, images: Images, labels: Labels) -> None:
-        """Read increasing rows as `read_into` does; of checksum ranges that none of them lies in nothing is read."""
+        """Read increasing `rows` like `read_into`, skipping full checksum ranges that contain none of them."""
         apart = np.flatnonzero(np.diff(rows) > rows_per_range(int(np.prod(self.shape)))) + 1
         for first, stop in pairwise([0, *apart, len(rows)] if len(rows) else []):
             run, part = rows[first:stop] - rows[first], slice(first, stop)
@@ -121,13 +121,13 @@ class Dataset:
                 images[part], labels[part] = raw[run], known[run]
 
     def load(self, split: str) -> tuple[Images, Labels]:
-        """Read a whole split; as `read`."""
+        """Read a whole split, like `read`."""
         return self.read(split, 0, self._entries(split)[-1][1])
 
     def labels(self, split: str) -> Labels:
-        """Return the labels of a split, (N,) int64, as they stand in the files; reading a row's image verifies it.
+        """Return the labels of a split, (N,) int64, as stored; a label is verified only when its image is read.
 
-        UserError as `read` for a label out of range: whoever counts them needs no more room than there are classes.
+        UserError like `read`, or for a label out of range: counting the labels then takes one entry per class at most.
         """
         shards = [self._open(entry) for entry, _ in self._entries(split)]
         for shard in shards:
@@ -135,12 +135,12 @@ class Dataset:
         return np.concatenate([shard.labels for shard in shards])
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
-        """Return the row ranges (start, stop) that are cheap to read: whole checksum ranges, 256 rows or 8 MiB.
+        """Return row ranges (start, stop) that are cheap to read: whole checksum ranges, of 256 rows or 8 MiB.
 
-        Opens every shard of the split, so a damaged header shows here.
+        Opens every shard of the split, so a damaged header is reported here.
         """
         ranges = []
-        # More than the processor's caches hold would be fetched from memory again on its way into the pool.
+        # Larger chunks would not stay in the processor's caches until they are copied into the pool.
         rows = min(_READ_ROWS, max(1, _READ_BYTES // int(np.prod(self.shape))))
         for entry, end in self._entries(split):
             step = self._open(entry).range_rows
@@ -155,7 +155,7 @@ class Dataset:
                 yield from damage(self.folder / entry.file, entry, self.shape, len(self.classes))
 
     def _entries(self, split: str) -> list[tuple[ShardEntry, int]]:
-        """Each shard of the split with the row after its last."""
+        """Return each shard of the split with the row after its last."""
         if split not in self.manifest.splits:
             known = ", ".join(self.manifest.splits)
             raise UserError(f"{self.folder / FILE_NAME}: no split {split!r}, it has {known}")
@@ -177,8 +177,9 @@ def embedded_names() -> tuple[str, ...]:
 def open_dataset(name_or_path: str | Path) -> Dataset:
     """Open a data set that comes with the package, by name, or a folder made by `arraytp data pack`.
 
-    The name of an embedded one stands for it wherever a config is read: a folder that has the same name is `./NAME`.
-    UserError if there is no such data set, its `dataset.json` is damaged, or a shard is missing or of another length.
+    The name of an embedded data set means that data set in whatever folder a config is read: a folder of the same name
+    is `./NAME`. UserError if there is no such data set, its `dataset.json` is damaged, or a shard is missing or has the
+    wrong size.
     """
     dataset = find_dataset(name_or_path)
     for split in dataset.manifest.splits.values():
@@ -188,7 +189,7 @@ def open_dataset(name_or_path: str | Path) -> Dataset:
 
 
 def find_dataset(name_or_path: str | Path) -> Dataset:
-    """Open a data set without a look at its shards; else as `open_dataset`."""
+    """Open a data set without checking its shards; otherwise like `open_dataset`."""
     folder = _folder(name_or_path)
     return Dataset(folder, read_manifest(folder))
 

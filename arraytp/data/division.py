@@ -16,9 +16,9 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclass(frozen=True)
 class Division:
-    """The splits `train` and `validation` of a data set, read as a `Dataset` is.
+    """The splits `train` and `validation` of a data set, read like a `Dataset`.
 
-    `rows` are which rows of the data set's training split each has, increasing.
+    `rows` maps each split to its rows of the data set's training split, in increasing order.
     """
 
     dataset: Dataset
@@ -44,19 +44,19 @@ class Division:
         return len(self.rows[split]) * int(np.prod(self.shape))
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
-        """Return the positions (start, stop) of the split that lie in one chunk of the data set each."""
+        """Return the position ranges (start, stop) of the split, each within one chunk of the data set."""
         edges = [(start, stop) for start, stop in self.dataset.chunks(TRAIN)]
         positions = np.searchsorted(self.rows[split], edges)
         return [(int(start), int(stop)) for start, stop in positions if start < stop]
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
-        """Read the images and labels of some positions; else as `Dataset.read`."""
+        """Read the images and labels at positions `start` to `stop` − 1; otherwise like `Dataset.read`."""
         room = Room.of(stop - start, self.shape)
         self.pick(split, np.arange(start, stop), *room)
         return room
 
     def pick(self, split: str, positions: Rows, images: Images, labels: Labels) -> None:
-        """Read increasing positions; else as `Dataset.pick`."""
+        """Read increasing `positions`; otherwise like `Dataset.pick`."""
         self.dataset.pick(TRAIN, self.rows[split][positions], images, labels)
 
     def load(self, split: str) -> tuple[Images, Labels]:
@@ -68,17 +68,17 @@ class Division:
 
 
 def divide(dataset: Dataset, count: int) -> Division:
-    """Hold `count` images of the training split out; raises as `Dataset.read`."""
+    """Hold out `count` images of the training split; raises like `Dataset.read`."""
     held = held_out(dataset.labels(TRAIN), count)
     kept = np.setdiff1d(np.arange(dataset.counts[TRAIN]), held, assume_unique=True)
     return Division(dataset, {TRAIN: kept, VALIDATION: held})
 
 
 def held_out(labels: npt.NDArray[np.int64], count: int) -> Rows:
-    """Choose `count` of the rows at random in proportion to the classes: count · n_c/n rounded by largest remainders.
+    """Choose `count` rows at random, stratified by class: count · n_c/n of each, rounded by largest remainders.
 
-    They depend on labels and count alone, not on a run's seed, so all seeds, rules and settings have the same.
-    Increasing.
+    The rows, in increasing order, depend on labels and count alone, not on a run's seed, so all seeds, rules and
+    settings hold out the same images.
     """
     shares, remainders = np.divmod(count * np.bincount(labels), len(labels))
     shares[np.argsort(-remainders, kind="stable")[: count - shares.sum()]] += 1

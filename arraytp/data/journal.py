@@ -1,7 +1,7 @@
 """The journal of a pack: its settings and its finished shards, so that a killed pack can continue.
 
-The first line says what is packed, as a checksum; each further one, as JSON, tells of one finished shard. A line counts
-when it ends: a process that is killed while it writes loses that line and nothing else.
+The first line is a checksum of the settings; each further line describes one finished shard as JSON. Only a line that
+ends in a newline counts: a process that is killed while writing loses that line and nothing else.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ Skipped = tuple[SplitName, str, str]
 
 
 class Finished(BaseModel):
-    """A shard that is on the disk.
+    """A shard that is on disk.
 
-    `skipped` are the files left out since the shard before, in the order of the source; `sums` are over
-    all train images up to here, None before the first.
+    `skipped` are the files left out since the previous shard, in the order of the source; `sums` are over all train
+    images up to and including this shard, None before the first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,20 +35,20 @@ class Finished(BaseModel):
 
 
 class Journal:
-    """The journal in an open file; one of another `identity`, a JSON document, counts as empty."""
+    """The journal in an open file; a journal of another `identity`, a JSON document, counts as empty."""
 
     def __init__(self, file: BinaryIO, identity: Any) -> None:
         text = json.dumps(identity, sort_keys=True)
         self._file, self._head = file, hashlib.sha256(text.encode("ascii")).hexdigest().encode("ascii") + b"\n"
 
     def read(self) -> list[Finished]:
-        """Return what the journal tells, up to the first line that is not whole."""
+        """Return the finished shards, up to the first line that is incomplete or invalid."""
         self._file.seek(0)
         lines = iter(self._file.readlines())
         return list(_parsed(lines)) if next(lines, b"") == self._head else []
 
     def restart(self, finished: list[Finished]) -> None:
-        """Cut the journal behind the shards given, the first of those that `read` returned."""
+        """Truncate the journal after the `finished` shards, which are the first of those that `read` returned."""
         self._file.seek(0)
         if finished:
             for _ in range(1 + len(finished)):
@@ -59,7 +59,7 @@ class Journal:
             self._write(self._head)
 
     def append(self, finished: Finished) -> None:
-        """Add a shard, once it is on the disk."""
+        """Add a shard that is already on disk."""
         self._write(finished.model_dump_json().encode() + b"\n")
 
     def _write(self, line: bytes) -> None:

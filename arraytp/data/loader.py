@@ -28,7 +28,7 @@ _MOST_THREADS = 2
 
 
 class _Source(Protocol):
-    """Where an epoch's images lie: in rows of `images` (R, H, W, C) uint8 and `labels` (R,) int64."""
+    """The store of an epoch's images: rows of `images` (R, H, W, C) uint8 and `labels` (R,) int64."""
 
     @property
     def images(self) -> Images: ...
@@ -36,10 +36,10 @@ class _Source(Protocol):
     def labels(self) -> Labels: ...
 
     def claim(self, start: int, stop: int) -> Rows:
-        """Return the rows of some positions, which then stay as they are; called in the order of positions."""
+        """Return the rows of positions `start` to `stop` − 1, unchanged until released; called in order of position."""
 
     def release(self, rows: Rows) -> None:
-        """Give claimed rows back; called by any thread."""
+        """Release claimed rows; any thread may call this."""
 
 
 class _Memory(NamedTuple):
@@ -58,7 +58,7 @@ class _Memory(NamedTuple):
 
 @dataclass
 class _HostBuffer:
-    """Room for a batch, the rows it comes from, and the workspace of one thread."""
+    """Arrays for a batch, the rows of the source that it is read from, and the workspace of one thread."""
 
     rows: Rows
     images: npt.NDArray[Any]
@@ -67,7 +67,7 @@ class _HostBuffer:
 
 
 class _DeviceBuffer(NamedTuple):
-    """The ways of a batch's images and labels to the device."""
+    """The uploads of a batch's images and labels to the device."""
 
     images: Upload
     labels: Upload
@@ -77,8 +77,8 @@ class Loader:
     """The batches of one split of a data set.
 
     An epoch takes every image once; its last batch may be smaller. Batches are a function of (seed, epoch, position),
-    so an epoch can be entered at any batch. A split of at most `in_memory_bytes` is read and verified at once; a
-    larger one is streamed through a pool.
+    so an epoch can start at any batch. A split of at most `in_memory_bytes` is read and verified up front; a larger one
+    is streamed through a pool.
 
     Parameters
     ----------
@@ -87,28 +87,28 @@ class Loader:
     batch_size : int
     seed : int
     shuffle : bool
-        Otherwise images come in the files' order.
+        If false, images come in the files' order.
     mean, std : sequence of float, optional
         Of each channel, pixels in [0, 1]: images become (x/255 - mean)/std. By default x/255.
     flip : float
         Probability of mirroring left and right.
     crop_padding : int
-        Random crop out of the image padded by so many replicated edge pixels.
+        Number of replicated edge pixels added on every side before a random crop to the original size.
     dtype : dtype
-        Of the images: float32 or float64.
+        Dtype of the images: float32 or float64.
     in_memory_bytes : int
     pool_images : int
         Images in the pool when streaming.
     share : (rank, ranks)
-        Yield the part of each batch that belongs to one of several readers: they are disjoint, differ by at most one
-        image, and together, in the order of the ranks, are the batch.
+        Yield only one reader's part of each batch. The parts are disjoint, differ in size by at most one image, and
+        make up the batch when concatenated in the order of the ranks.
     backend : Backend
-        On a device, images cross the bus as uint8 and are augmented and normalised there.
+        On a device, images are transferred as uint8 and then augmented and normalised there.
 
     Raises
     ------
     UserError
-        No such split, a damaged shard, or `mean` and `std` that do not fit the channels.
+        If there is no such split, a shard is damaged, or `mean` or `std` is invalid or does not match the channels.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Loader:
         self._chunks = dataset.chunks(split)
         self._memory = None if self.streamed else dataset.load(split)
         self._stream: Any = None if backend.on_host else copy_stream(backend)
-        # What epochs that have ended leave to the next: the system takes its time to clear new memory.
+        # Memory of finished epochs, reused by the next: the system is slow to clear newly allocated memory.
         self._spare_memory: list[Room] = []
         self._spare_buffers: list[_HostBuffer] = []
 
@@ -155,11 +155,11 @@ class Loader:
         return -(-self.count // self.batch_size)
 
     def in_order(self, batch_size: int) -> "Loader":
-        """Return a loader of the same images in the files' order, neither flipped nor cropped, in the same memory."""
+        """Return a loader of the same images in the files' order, neither flipped nor cropped, sharing their memory."""
         loader = copy(self)
         loader.batch_size, loader._shuffle = batch_size, False
         loader._flip, loader._padding, loader._augments = 0.0, 0, False
-        # Buffers are as large as a batch, and those of a loader that crops have room for borders.
+        # Not shared: buffers have the size of a batch, and those of a loader that crops have room for borders.
         loader._spare_memory, loader._spare_buffers = [], []
         return loader
 
@@ -171,9 +171,9 @@ class Loader:
     def batches(self, epoch: int, start: int = 0) -> Batches:
         """Iterate over an epoch from batch `start` on.
 
-        Threads prepare up to two batches ahead; they end when the iterator is exhausted or closed, so wrap the
-        iterator in `contextlib.closing` where the loop may be left early. **A batch on the host is valid until the
-        next but one is requested**; then its memory is used again.
+        Threads prepare batches ahead of time; they end when the iterator is exhausted or closed, so wrap the iterator
+        in `contextlib.closing` if the loop may end early. **A batch on the host is valid until the next but one is
+        requested**; its memory is then reused.
 
         Yields
         ------
@@ -183,7 +183,7 @@ class Loader:
         Raises
         ------
         UserError
-            A shard is damaged; nothing of the damaged rows is yielded.
+            If a shard is damaged; damaged rows are never yielded.
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"batch {start} of an epoch with {self.steps_per_epoch}")
@@ -259,7 +259,7 @@ class Loader:
 
         def ended(_: list[_DeviceBuffer]) -> None:
             self._keep(source)
-            # The buffers' memory is about to be handed on, and copies of batches that nobody took may be on their way.
+            # The buffers' memory is about to be freed, and copies of batches never requested may still be in progress.
             stream.synchronize()
 
         ahead = worked_ahead(spans, fill, work, buffers, self._threads, ended)
@@ -276,14 +276,14 @@ class Loader:
                 yield batch
 
     def _most_images(self) -> int:
-        """Return how many images this reader's part of a batch has at most."""
+        """Return the largest number of images in this reader's part of a batch."""
         return -(-min(self.batch_size, self.count) // self._share[1])
 
     def _source(self, epoch: int, spans: list[_Span]) -> _Source:
-        """Return where an epoch's images at some positions come from."""
+        """Return the source of an epoch's images at the positions in `spans`."""
         if self._memory is None:
             plan = pool_plan(self._chunks, self._pool_images, self._seed, epoch, shuffle=self._shuffle)
-            # Each thread holds its part of a batch.
+            # Each thread may hold this reader's part of one batch.
             held = self._threads * self._most_images()
             memory = self._spare_memory.pop() if self._spare_memory else None
             return Pool(self.dataset, self.split, plan, spans, held, memory)

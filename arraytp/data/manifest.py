@@ -28,7 +28,7 @@ class _Model(BaseModel):
 
 
 class ShardEntry(_Model):
-    """One shard file: its images, its size in bytes, and the SHA-256 of its range checksums."""
+    """One shard file: its number of images, its size in bytes, and the SHA-256 of its range checksums."""
 
     file: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*-[0-9]{5}\.h5$")]
     count: Count
@@ -37,7 +37,7 @@ class ShardEntry(_Model):
 
 
 class SplitEntry(_Model):
-    """One split: its images and its shards in row order."""
+    """One split: its number of images, and its shards in row order."""
 
     count: Count
     shards: Annotated[list[ShardEntry], MinLen(1)]
@@ -53,8 +53,8 @@ class SplitEntry(_Model):
 class Manifest(_Model):
     """The content of `dataset.json`, without its own checksum.
 
-    `shape` is (H, W, C); `mean` and `std` are those of the train split per channel, pixels in [0, 1];
-    `source` says how the data set was made.
+    `shape` is (H, W, C); `mean` and `std` are per channel over the train split, pixels in [0, 1]; `source` says how the
+    data set was made.
     """
 
     format: Literal["arraytp-dataset"] = "arraytp-dataset"
@@ -89,13 +89,13 @@ def _checksum(document: dict[str, Any]) -> str:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Return the text of `dataset.json`, the same for the same manifest."""
+    """Return the text of `dataset.json`; equal manifests give the same text."""
     document = manifest.model_dump(mode="json")
     return json.dumps(document | {"checksum": _checksum(document)}, indent=2, ensure_ascii=True) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `dataset.json` of a folder; UserError if it is missing, of another version, damaged or wrong."""
+    """Read and check `dataset.json` of a folder; UserError if it is missing, of another version, damaged or invalid."""
     path = folder / FILE_NAME
     document = _read_document(path)
     if document.get("format") != FORMAT:

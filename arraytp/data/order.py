@@ -1,8 +1,8 @@
-"""In which order an epoch takes its images: a function of seed and epoch only, known before any image is read.
+"""The order in which an epoch takes its images: a function of seed and epoch only, known before any image is read.
 
-In memory an epoch is one permutation. Streamed, chunks of rows come in random order into a pool, and each chunk
-takes the places of as many randomly chosen images as have just left; the pool is planned with row numbers alone,
-so an epoch can be entered at any position.
+A split in memory is permuted as a whole. When streaming, chunks of rows enter a pool in random order, and each chunk
+replaces as many randomly chosen images, which leave the pool; the pool is planned from row numbers alone, so an epoch
+can start at any position.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,12 @@ def memory_order(count: int, seed: int, epoch: int, *, shuffle: bool) -> Rows:
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """An epoch of streaming.
+    """A streamed epoch.
 
-    `chunks` (K, 2) are first row and row after the last of each chunk, in the order of reading; the rows in this order
-    are the *arrivals*, `arrived` (K + 1,) of them before each chunk. The pool has `capacity` places: the arrivals of
-    the first whole chunks. `leaving` (N,) is the arrival that leaves at each position.
+    `chunks` (K, 2) holds the first row and the row after the last of each chunk, in the order of reading; the rows in
+    this order are the *arrivals*. `arrived` (K + 1,) counts the arrivals before each chunk and, last, all of them. The
+    pool has `capacity` places, which the first few chunks fill exactly. `leaving` (N,) is the arrival that leaves the
+    pool at each position.
     """
 
     chunks: Rows
@@ -37,9 +38,9 @@ class PoolPlan:
     leaving: Rows
 
     def due(self, chunk: int) -> int:
-        """Return the position before which a chunk must be in the pool, and after which it may come in.
+        """Return the position at which a chunk enters the pool, after the images at all earlier positions have left.
 
-        Zero for the chunks that fill the pool first.
+        Zero for the chunks that fill the pool initially.
         """
         return max(0, int(self.arrived[chunk + 1]) - self.capacity)
 
@@ -50,9 +51,10 @@ class PoolPlan:
 
 
 def pool_plan(chunks: Sequence[tuple[int, int]], pool_images: int, seed: int, epoch: int, *, shuffle: bool) -> PoolPlan:
-    """Plan an epoch of streaming of chunks (start, stop) that are all rows of the split, in order.
+    """Plan a streamed epoch over `chunks` (start, stop), which cover all rows of the split in order.
 
-    The pool holds at least `pool_images` images and one chunk; at most the split. Without `shuffle` rows come in order.
+    The pool holds at least `pool_images` images and at least the largest chunk, but no more than the split. Without
+    `shuffle`, the rows come in order.
     """
     table = np.array(chunks, np.int64)
     generator = stream(seed, "shuffle", epoch)

@@ -1,4 +1,4 @@
-"""The shuffle pool of a streamed epoch: images wait here between their chunk's reading and their turn."""
+"""The shuffle pool of a streamed epoch, where images wait for their turn after their chunk is read."""
 
 import threading
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from arraytp.data.shards import Room
 
 
 class Pool:
-    """The images of a streamed epoch at some positions; it reads ahead only as far as the plan says.
+    """The images of a streamed epoch at given positions, read ahead only as far as the plan requires.
 
-    A claimed image stays where it lies, in a row of `images` (R, H, W, C) and `labels` (R,), until that row is
-    released: so threads can use it there, while the next chunk comes into rows that are free.
+    A claimed image stays in its row of `images` (R, H, W, C) and `labels` (R,) until that row is released, so threads
+    can use it in place while the next chunk is read into free rows.
 
-    `spans` (start, stop) are the positions that will be claimed, in order; images at others are not read. At most
-    `held` images are claimed and not released. `memory` of an earlier pool of the split is used again unless it is too
-    small.
+    `spans` (start, stop) are the positions that will be claimed, in order; images at other positions do not enter the
+    pool. At most `held` claimed images may be unreleased at a time. `memory` of an earlier pool of the split is reused
+    unless it is too small.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Pool:
         self._chunk = Room.of(longest, dataset.shape)
 
     def claim(self, start: int, stop: int) -> Rows:
-        """Return the rows of the images at some positions, later ones with each call; UserError for damage."""
+        """Return the rows of positions `start` to `stop` − 1, later ones with each call; UserError for damaged data."""
         while self._next < len(self._plan.chunks) and self._plan.due(self._next) < stop:
             self._let_in(slice(*self._of_chunk[self._next : self._next + 2]))
             self._next += 1
         return self._row_of_arrival[self._plan.leaving[start:stop]]
 
     def release(self, rows: Rows) -> None:
-        """Give rows back that are not needed any more; any thread may."""
+        """Release rows that are no longer needed; any thread may call this."""
         with self._freeing:
             self._free = np.concatenate((self._free, rows))
 
     def _let_in(self, part: slice) -> None:
-        """Read a chunk's part of the arrivals into rows that are free."""
+        """Read one chunk's arrivals, the slice `part` of those needed, into free rows."""
         file_rows = self._file_rows[part]
         images, labels = self._chunk.images[: len(file_rows)], self._chunk.labels[: len(file_rows)]
         self._dataset.pick(self._split, file_rows, images, labels)

@@ -1,4 +1,4 @@
-"""The host's fast path from uint8 rows to a normalised batch: the definitions of `arraytp.data.augment` with buffers.
+"""The host's fast path from uint8 rows to a normalised batch: `arraytp.data.augment` with preallocated buffers.
 
 It works in slices that stay in the cache, copies whole image rows, and allocates no array of batch size.
 """
@@ -20,9 +20,9 @@ _PATTERN_VALUES = 2**14
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Scale and shift for a few rows of an image, or all: as many of its values as stay in the first two caches.
+    """Scale and shift for a few rows of an image, or all: as many values as fit into the first two cache levels.
 
-    Where all channels agree they are one number. A `shift` of None is 0.
+    If all channels agree, `scale` and `shift` are single numbers. A `shift` of None means 0.
     """
 
     values: int
@@ -53,7 +53,7 @@ class Normaliser:
 def normaliser(
     scale: npt.NDArray[np.float64], shift: npt.NDArray[np.float64], shape: tuple[int, int, int], dtype: npt.DTypeLike
 ) -> Normaliser:
-    """Prepare to normalise images of a shape (H, W, C); `scale` and `shift` (C,) as `augment.scale_and_shift` gives."""
+    """Return a normaliser of images (H, W, C); `scale` and `shift` (C,) are those of `augment.scale_and_shift`."""
     height, width, channels = shape
     rows = max(
         n for n in range(1, height + 1) if n == 1 or (height % n == 0 and n * width * channels <= _PATTERN_VALUES)
@@ -66,7 +66,7 @@ def normaliser(
 
 
 def gather(images: Images, rows: Rows, room: Images) -> Images:
-    """Return images[rows], in the first places of `room`."""
+    """Copy images[rows] into the first places of `room`, and return these."""
     # The rows are in range; with any other mode NumPy copies into a buffer first.
     return np.take(images, rows, axis=0, out=room[: len(rows)], mode="clip")
 
@@ -75,10 +75,11 @@ def gather(images: Images, rows: Rows, room: Images) -> Images:
 class Augmenter:
     """Flip and crop of at most `slice_images` images at a time.
 
-    `images` (n, H, W, C) takes them, in a room with `padding` pixels before and behind. Two views show it
-    otherwise: `pixels` (n, H, W), each of C bytes, and `windows`, whose element i is the W·C bytes from byte i of the
-    room on, so that cropping is one gather of whole image rows. Where a row is moved beyond its image's edge, the
-    gather brings pixels of another row, which are then overwritten by the edge's. `cropped` takes the result.
+    `images` (n, H, W, C) holds the input, in a buffer with `padding` extra pixels before and after. There are two
+    further views of the buffer: `pixels` (n, H, W), each of C bytes, and `windows`, whose element i is the W·C bytes
+    from byte i of the buffer on, so that cropping is one gather of whole image rows. Where a crop reaches beyond its
+    image's edge, the gather brings pixels of another row, which are then overwritten by the edge pixel. `cropped`
+    holds the result.
     """
 
     padding: int
@@ -88,7 +89,7 @@ class Augmenter:
     cropped: Images
 
     def __call__(self, draws: Draws) -> Images:
-        """Return the first images of `images`, as many as are drawn for, flipped and cropped; they are overwritten."""
+        """Flip and crop the first len(draws.flips) images of `images`, which are overwritten; return the result."""
         count, height, width, channels = len(draws.flips), *self.images.shape[1:]
         _mirror(self.images, np.flatnonzero(draws.flips))
         if not self.padding:
@@ -104,7 +105,7 @@ class Augmenter:
     def _replicate_edges(
         self, cropped: npt.NDArray[np.void], y: npt.NDArray[np.int64], moved: npt.NDArray[np.int64]
     ) -> None:
-        """Write the pixels of the padding: y (n, H) is the row that each row was taken from."""
+        """Write the padding pixels left and right of the image; `y` (n, H) is the row that each row was taken from."""
         width = cropped.shape[2]
         for step in range(1, self.padding + 1):
             beyond = min(step, width)
@@ -116,7 +117,7 @@ class Augmenter:
 
 
 def _mirror(images: Images, which: npt.NDArray[np.intp]) -> None:
-    """Mirror some of the images in place; channel by channel, as pixels are short to copy."""
+    """Mirror the images `which` in place, channel by channel: copying pixels of a few bytes each would be slow."""
     taken = images[which]
     mirrored = np.empty_like(taken)
     for channel in range(images.shape[3]):
@@ -125,7 +126,7 @@ def _mirror(images: Images, which: npt.NDArray[np.intp]) -> None:
 
 
 def augmenter(shape: tuple[int, int, int], padding: int) -> Augmenter:
-    """Make the workspaces for images of a shape (H, W, C)."""
+    """Allocate the workspaces for images of a shape (H, W, C)."""
     height, width, channels = shape
     count = slice_images(shape)
     margin = padding * channels
@@ -138,5 +139,5 @@ def augmenter(shape: tuple[int, int, int], padding: int) -> Augmenter:
 
 
 def slice_images(shape: tuple[int, int, int]) -> int:
-    """Return how many images of a shape (H, W, C) are worked on at a time."""
+    """Return how many images of a shape (H, W, C) are processed at a time."""
     return max(1, _SLICE_BYTES // int(np.prod(shape)))

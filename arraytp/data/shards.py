@@ -2,7 +2,7 @@
 
 `checksums[r]` is the CRC-32 of range r's image bytes followed by its labels as little-endian int64; a range is
 `range_rows` consecutive rows. Every range is verified when it is read, and `dataset.json` holds the SHA-256 of
-`checksums`, so a shard in another's place is noticed too.
+`checksums`, so a shard that was replaced by another is detected too.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ ReadRows = Callable[[int, int, Images], None]
 
 
 class Room(NamedTuple):
-    """Room for images (n, H, W, C) uint8 and their labels (n,) int64."""
+    """Memory for images (n, H, W, C) uint8 and their labels (n,) int64."""
 
     images: Images
     labels: Labels
 
     @classmethod
     def of(cls, count: int, shape: tuple[int, int, int]) -> "Room":
-        """Make room for so many images of a shape."""
+        """Allocate memory for `count` images of a shape (H, W, C)."""
         return cls(np.empty((count, *shape), np.uint8), np.empty(count, np.int64))
 
 
@@ -80,10 +80,10 @@ def rows_per_range(image_bytes: int) -> int:
 
 
 def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool) -> ShardEntry:
-    """Write images (N, H, W, C) and labels (N,) as `arraytp.files.write_file` does, not to stay in the system's cache.
+    """Write images (N, H, W, C) and labels (N,) by `arraytp.files.write_file`, and drop the file from the page cache.
 
-    The bytes depend on the arguments and on the HDF5 and zlib libraries only. `compression` gzips in chunks of one
-    range each; otherwise the images lie in the file as they are. Returns what `dataset.json` says about the shard.
+    The bytes depend on the arguments and on the HDF5 and zlib libraries only. With `compression`, images are gzipped in
+    chunks of one range each; otherwise they are stored contiguously. Returns the shard's entry in `dataset.json`.
     """
     rows = rows_per_range(images[0].nbytes)
     starts = range(0, len(images), rows)
@@ -93,9 +93,9 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
     # Shuffling bytes helps labels of eight bytes; pixels have one byte, so there is nothing to shuffle.
     image_layout = packed | {"chunks": (chunk, *images.shape[1:])} if compression else {}
     label_layout = packed | {"shuffle": True, "chunks": (len(labels),)} if compression else {}
-    # In memory first: HDF5 cannot close a file in order once the disk is full, and may end the process.
+    # In memory first: once the disk is full, HDF5 cannot close a file cleanly, and may abort the process.
     image = io.BytesIO()
-    # The v110 layout carries checksums over HDF5's own structures.
+    # The v110 format has checksums over HDF5's own structures.
     with h5py.File(image, "w", libver=("v110", "v110")) as file:
         file.attrs["format"] = FORMAT
         file.attrs["version"] = VERSION
@@ -109,10 +109,10 @@ def write_shard(path: Path, images: Images, labels: Labels, *, compression: bool
 
 
 def _leave_cache(path: Path) -> None:
-    """Let the system's cache forget a file, whose memory then takes the next one.
+    """Drop a file from the page cache, so that the next file can reuse its memory.
 
-    A data set larger than memory would push everything else out; and where the machine is virtual, memory that is
-    touched for the first time costs more than decoding does.
+    A data set larger than memory would evict everything else; and on a virtual machine, touching memory for the first
+    time costs more than decoding.
     """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
@@ -124,7 +124,7 @@ def _digest(checksums: npt.NDArray[np.uint32]) -> str:
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:
-    """Raise UserError unless a shard is there and as long as `dataset.json` says."""
+    """Raise UserError unless a shard exists and has the size given in `dataset.json`."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -169,13 +169,13 @@ def _images_offset(file: h5py.File) -> int | None:
 
 
 def _opened(path: Path) -> h5py.File:
-    # Finished shards are never written to; and many network file systems have no locks to give.
+    # Finished shards are never written to, and many network file systems do not support locks.
     return h5py.File(path, "r", locking=False)
 
 
 def _check_header(path: Path, file: h5py.File, entry: ShardEntry, shape: tuple[int, int, int]) -> None:
-    # Whose file it is shows in its checksums below. The text of `format` is for other readers: HDF5 keeps it in a heap
-    # without a checksum, and can loop for ever over a damaged one.
+    # The checksums below identify the file. The text of `format` is for other readers and is not read here: HDF5 keeps
+    # it in a heap without a checksum, and can loop forever over a damaged one.
     version = file.attrs.get("version")
     if version != VERSION:
         raise UserError(f"{path}: shard version {version} is unknown, this arraytp reads version {VERSION}")
@@ -213,9 +213,9 @@ def read_rows(shard: Shard, start: int, stop: int, out: Images) -> None:
 
 
 def damage(path: Path, entry: ShardEntry, shape: tuple[int, int, int], classes: int) -> Iterator[str]:
-    """Read a whole shard and yield a line for each damaged range of rows, or one where it cannot be opened.
+    """Read a whole shard and yield a line for each damaged range of rows, or one line if it cannot be opened.
 
-    UnreadableError if the system does not let it be read.
+    UnreadableError if the system fails to read it.
     """
     try:
         shard = open_shard(path, entry, shape, classes)
@@ -245,7 +245,7 @@ def _verify(shard: Shard, first: int, last: int, images: Images) -> None:
 
 
 def check_labels(shard: Shard, first: int, last: int) -> None:
-    """Raise UserError for a label out of range in rows first … last − 1; it names the row."""
+    """Raise UserError, which names the row, for a label out of range in rows first … last − 1."""
     labels = shard.labels[first:last]
     wrong = np.flatnonzero((labels < 0) | (labels >= shard.classes))
     if len(wrong):
@@ -260,8 +260,8 @@ def check_labels(shard: Shard, first: int, last: int) -> None:
 def _reader(shard: Shard) -> Iterator[ReadRows]:
     """Yield a function that reads rows into an array.
 
-    Files are opened for each call: no handle outlives a fork, and plain reads notice a file that became shorter,
-    where a memory map would kill the process.
+    The file is opened anew for each call, so no handle is carried across a fork. Plain reads detect a file that was
+    truncated meanwhile, where a memory map would kill the process.
     """
     if shard.offset is None:
         with _telling_damage(shard.path, f"rows 0 to {shard.count - 1}"):

@@ -1,4 +1,4 @@
-"""Mean and standard deviation per channel, exact: from integer sums of the pixel values and of their squares."""
+"""Exact mean and standard deviation per channel, from integer sums of the pixel values and of their squares."""
 
 import math
 from typing import NamedTuple
@@ -6,22 +6,22 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# Float32 holds every whole number to 2²⁴; the squares of 258 values are less at most.
+# Float32 represents every integer up to 2²⁴, which the sum of 258 squared pixel values does not exceed.
 _EXACT = 2**24 // 255**2
-# Long enough for NumPy's sums over rows, and 256 KiB of floats stay in the cache.
+# Rows are long enough for NumPy to sum over them efficiently, and 256 KiB of floats stay in the cache.
 _ROW_VALUES = 2**12
 _SLICE_VALUES = 2**16
 
 
 class PixelSums(NamedTuple):
-    """`pixels` of each channel, and the sums over them of their `values` (C,) and `squares` (C,)."""
+    """The number of `pixels` per channel, and the sums of their `values` (C,) and `squares` (C,)."""
 
     pixels: int
     values: tuple[int, ...]
     squares: tuple[int, ...]
 
     def plus(self, other: "PixelSums") -> "PixelSums":
-        """Return the sums over both."""
+        """Return the sums over both sets of images."""
         values = (a + b for a, b in zip(self.values, other.values, strict=True))
         squares = (a + b for a, b in zip(self.squares, other.squares, strict=True))
         return PixelSums(self.pixels + other.pixels, tuple(values), tuple(squares))
@@ -30,7 +30,7 @@ class PixelSums(NamedTuple):
 def pixel_sums(images: npt.NDArray[np.uint8]) -> PixelSums:
     """Sum the pixel values of images (N, H, W, C).
 
-    By float32 sums of so few rows that they are exact: three times as fast as sums of integers.
+    Float32 sums over few enough rows are exact, and three times as fast as integer sums.
     """
     count, height, width, channels = images.shape
     length = width * channels * (height if height * width * channels <= _ROW_VALUES else 1)

@@ -1,7 +1,7 @@
-"""Write a data set's folder: shards as the images come, `dataset.json` last, so half a data set cannot be opened.
+"""Write a data set's folder: shards as images arrive, `dataset.json` last, so a partial data set cannot be opened.
 
-A pack that was killed goes on where it stopped: finished shards are verified and kept, and the packer begins at the
-first image that is in none of them.
+A pack that was killed resumes where it stopped: finished shards are verified and kept, and the packer continues with
+the first image that is in none of them.
 """
 
 import csv
@@ -38,10 +38,10 @@ _OWN_FILES = re.compile(r"([a-z][a-z0-9_]*-[0-9]{5}\.h5|dataset\.json|skipped\.c
 
 @dataclass(frozen=True)
 class Description:
-    """What a data set is, before its images are known: the fields of `dataset.json` that the packer gives.
+    """A data set before its images are known: the fields of `dataset.json` that the packer provides.
 
-    `fingerprint` changes with all else that decides which images come in which order, such as the state of the source's
-    files; a pack that was killed is taken up only where it is the same.
+    `fingerprint` changes with everything else that determines the images and their order, such as the state of the
+    source's files; a pack that was killed resumes only if it is unchanged.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Description:
 
 
 class DatasetWriter:
-    """Takes images split by split and writes them as shards; memory holds two, and the file of one.
+    """Takes images split by split and writes them as shards; memory holds two shards, and the file of one.
 
     A thread writes one shard while the next is being filled. Use it through `writing`, which finishes or cleans up.
     """
@@ -82,14 +82,14 @@ class DatasetWriter:
         self._storing: Future[None] | None = None
 
     def taken(self, split: str) -> int:
-        """Return how many of the split's rows an earlier call has done, skipped files included."""
+        """Return how many of the split's rows an earlier call has processed, skipped files included."""
         skipped = sum(name == split for name, _, _ in self.skipped)
         return skipped + sum(entry.count for entry in self._splits.get(split, []))
 
     def add(self, split: str, images: Images, labels: Labels) -> None:
         """Append images (n, H, W, C) uint8 and labels (n,) integer, in this order, to a split.
 
-        A split is finished when another one is begun. UserError for images of another shape or labels out of range.
+        A split is finished once another one is begun. UserError for images of another shape or labels out of range.
         """
         if not len(images) and split in self._splits:
             return
@@ -106,9 +106,9 @@ class DatasetWriter:
                 self._write_shard()
 
     def skip(self, split: str, path: str, reason: str) -> None:
-        """Note a file that was left out in place of the split's next image, for `skipped.csv`."""
+        """Record for `skipped.csv` a file that was left out in place of the split's next image."""
         self._turn_to(split)
-        # Names of files need not be text.
+        # File names need not be valid text.
         self.skipped.append((split, path.encode("utf-8", "backslashreplace").decode("utf-8"), reason))
 
     def _turn_to(self, split: str) -> None:
@@ -133,7 +133,7 @@ class DatasetWriter:
             )
 
     def _write_shard(self) -> None:
-        """Hand what is filled to the thread, once it has written the shard before."""
+        """Hand the filled shard to the thread, once the thread has written the previous one."""
         if not self._filled:
             return
         self._await_shard()
@@ -162,7 +162,7 @@ class DatasetWriter:
         self._thread.shutdown()
 
     def finish(self) -> Manifest:
-        """Write the remaining images, `skipped.csv` if files were, and `dataset.json`; UserError for an empty split."""
+        """Write the remaining images, `skipped.csv` if needed, and `dataset.json`; UserError for an empty split."""
         self._write_shard()
         self._await_shard()
         empty = [split for split in ("train", *self._splits) if not self._splits.get(split)]
@@ -196,14 +196,13 @@ def writing(
 ) -> Iterator[DatasetWriter]:
     """Write a data set: `with writing(...) as writer: writer.add(...)`; the block's end writes `dataset.json`.
 
-    The block begins each split at row `writer.taken(split)`: a call that was killed or interrupted, or that found no
-    room on the disk, no memory or no server, leaves its finished shards without `dataset.json`, and the next call for
-    the same data set goes on after them and ends with the same bytes. An exception for another reason removes what was
-    written.
+    The block must begin each split at row `writer.taken(split)`: a call that was killed or interrupted, or that ran out
+    of disk space or memory or lost its server, leaves its finished shards without `dataset.json`, and the next call for
+    the same data set continues after them and ends with the same bytes. Any other exception removes what was written.
 
-    `folder` is new, empty, or left by a call that did not finish; what is left of another data set is replaced. A shard
-    has `shard_images` images, by default as many as 64 MiB hold. UserError if the folder holds something else, is being
-    written by another process or cannot be written, or if memory cannot hold two shards.
+    `folder` is new, empty, or left by a call that did not finish; leftovers of another data set are replaced. A shard
+    has `shard_images` images, by default as many as fit into 64 MiB. UserError if the folder holds something else, is
+    being written by another process or cannot be written, or if memory cannot hold two shards.
     """
     shard_images = shard_images or max(1, SHARD_BYTES // int(np.prod(description.shape)))
     versions = {"arraytp": __version__, "hdf5": h5py.version.hdf5_version, "zlib": zlib.ZLIB_RUNTIME_VERSION}
@@ -216,13 +215,13 @@ def writing(
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_files(folder)
         with _locked_marker(folder) as marker:
-            # Another process may have finished between the first look and the lock.
+            # Another process may have finished between the first check and the lock.
             _refuse_foreign_files(folder)
             journal = Journal(marker, identity)
             finished = _sound_shards(folder, description, journal.read())
             if (folder / FILE_NAME).exists() and not finished:
                 if not marker.seek(0, os.SEEK_END):
-                    # The other process has removed its own.
+                    # This marker is our own, new and empty: the process that finished has removed its marker.
                     (folder / _MARKER).unlink()
                 raise UserError(_occupied(folder))
             journal.restart(finished)
@@ -249,7 +248,7 @@ def _two_rooms(folder: Path, shard_images: int, shape: tuple[int, int, int]) -> 
 
 
 def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
-    """Yield the writer and finish; after an error that comes back with the same input, remove what was written."""
+    """Yield the writer and finish; remove what was written after an error that the same input would cause again."""
     try:
         try:
             yield writer
@@ -265,7 +264,7 @@ def _written(writer: DatasetWriter) -> Iterator[DatasetWriter]:
 
 
 def _sound_shards(folder: Path, description: Description, finished: list[Finished]) -> list[Finished]:
-    """Return the first of the finished shards, up to one whose file is not as it was written."""
+    """Return the finished shards that precede the first whose file is not as it was written."""
     for number, shard in enumerate(finished):
         if any(damage(folder / shard.entry.file, shard.entry, description.shape, len(description.classes))):
             return finished[:number]
@@ -284,10 +283,10 @@ def _occupied(folder: Path) -> str:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    # A network file system keeps a name for a file that is removed but open, such as an archive that is unpacked here.
+    # A network file system keeps a name for a removed file that is still open, such as an archive unpacked here.
     names = sorted(path.name for path in folder.iterdir() if not _REMOVED.fullmatch(path.name))
     leftovers = _MARKER in names
-    # With the marker still there, the call that wrote the data set was killed at its very end.
+    # If the marker is still there, the call that wrote the data set was killed at its very end.
     if FILE_NAME in names and not leftovers:
         raise UserError(_occupied(folder))
     foreign = [name for name in names if name != _MARKER and not (leftovers and _OWN_FILES.fullmatch(name))]
@@ -296,7 +295,7 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 
 def _locked_marker(folder: Path) -> BinaryIO:
-    """Open the journal; on a file system without locks nothing keeps a second pack out."""
+    """Open and lock the journal; on a file system without locks, nothing keeps a second pack out."""
     try:
         return open_locked(folder / _MARKER)[0]
     except HeldError:

@@ -1,1 +1,1 @@
-"""What the papers say: blocks, networks, feedback modules, and the plain form of every primitive."""
+"""The models as the papers define them: blocks, networks, feedback modules, and the plain form of every primitive."""

@@ -57,7 +57,7 @@ NAMED = {
 
 
 def layers_of(network: NetworkOptions, classes: int) -> list[Layer]:
-    """Return the layers that the config names or lists; its `activation` replaces that of a named net's hidden ones."""
+    """Return the layers that the config names or lists; `activation` replaces that of a named net's hidden layers."""
     if network.blocks is not None:
         return list(network.blocks)
     if network.name is None:
@@ -101,13 +101,13 @@ def plan_network(network: NetworkOptions, input_shape: Shape, classes: int) -> t
 def square(layers: Sequence[Layer], blocks: tuple[Block, ...]) -> list[Layer]:
     """Give every layer but the first the auxiliary units that make its weight matrix square (GP paper, 2.2.3).
 
-    What is passed on stays as it is: a convolution of C channels has k²·C in all.
+    The units passed on stay the same; a convolution with C input channels gets k²·C channels in all.
 
     Parameters
     ----------
     layers : sequence of Conv or Dense options
     blocks : tuple of Block
-        Of these layers.
+        The blocks of these layers.
 
     Raises
     ------

@@ -34,9 +34,9 @@ class Block:
         (k, k, C, O) or (in, out).
     activation : Activation
     window, pool : Window or None
-        Of the convolution and of the max-pool.
+        The windows of the convolution and of the max-pool.
     auxiliary : int
-        How many units at the end of the output's last axis are kept but not handed on.
+        Number of units at the end of the output's last axis that are kept but not handed on.
     """
 
     label: str
@@ -69,9 +69,9 @@ class Network:
     ----------
     blocks : tuple of Block
     weights : list of arrays
-        Of the blocks' `weight_shape`.
+        One per block, of its `weight_shape`.
     biases : list of arrays
-        Of shape (O,) or (out,).
+        One per block, of shape (O,) or (out,).
     """
 
     blocks: tuple[Block, ...]
@@ -87,7 +87,7 @@ class Network:
         return [array for pair in zip(self.weights, self.biases, strict=True) for array in pair]
 
     def named(self, group: str) -> dict[str, Array]:
-        """Return the parameters by the names that files have for them: <group>/<n>/<weight or bias>."""
+        """Return the parameters by their names in files: <group>/<n>/<weight or bias>."""
         names = (f"{group}/{n}/{part}" for n in range(len(self)) for part in ("weight", "bias"))
         return dict(zip(names, self.parameters(), strict=True))
 
@@ -102,12 +102,12 @@ def block_flops(block: Block) -> int:
 
 
 def adjoint_flops(block: Block) -> int:
-    """Return the operations of either adjoint for one sample: the map's, less what auxiliary units have no part in."""
+    """Return the FLOPs of either adjoint for one sample: those of the affine map without its auxiliary units."""
     return block_flops(block) * block.next_shape[-1] // block.out_shape[-1]
 
 
 def backward_flops(blocks: tuple[Block, ...]) -> int:
-    """Return the operations of a backward pass for one sample: two products a block, one in the first."""
+    """Return the FLOPs of a backward pass for one sample: two products per block, one in the first."""
     flops = [adjoint_flops(block) for block in blocks]
     return 2 * sum(flops) - flops[0]
 

@@ -18,7 +18,7 @@ from arraytp.options import Unpool
 
 
 def unpooled(block: Block, t: Array, index: Array | None, unpool: Unpool) -> Array:
-    """Return t, of shape (B, *out_shape), where the pool's maxima were: (B, *pre_shape); t itself without a pool."""
+    """Return t, of shape (B, *out_shape), put at the pool's maxima: (B, *pre_shape); t itself without a pool."""
     return t if block.pool is None else max_unpool(t, index, block.pool, unpool)
 
 
@@ -74,7 +74,7 @@ def input_difference(block: Block, s: Array, delta: Array, index: Array | None, 
 
 
 def jacobian_overlap(block: Block, s: Array, index: Array | None, unpool: Unpool) -> tuple[Array, Array]:
-    """Return what Theorem 4.2 needs of the two Jacobians of a batch, both of weight_shape's (k, k, 1, O) or (1, out).
+    """Return N and M, which Theorem 4.2 needs of a batch's two Jacobians, both of shape (k, k, 1, O) or (1, out).
 
     With D_F = f'(z) at the output's own position and D_G = f'(unpooled s) there (0 where another output overwrote it),
     ⟨∂Fᵀ, ∂G⟩ = Σ θ ω N and ‖∂G‖² = Σ ω² M, with N = Σ D_F D_G and M = Σ D_G² over samples and over those positions
@@ -117,10 +117,10 @@ def _slopes(block: Block, s: Array, index: Array | None, unpool: Unpool) -> tupl
     if block.pool is None:
         return forward, slope
     number = xp.arange(1, s.size + 1, dtype=xp.float64).reshape(s.shape)
-    # Which output each position took its value from, if that matters: the others have no part in G.
     seen = picked(block, slope, index)
     if unpool == "accumulate":
         return forward, seen
+    # The output whose value each position kept; those that were overwritten have no part in G.
     owner = picked(block, max_unpool(number, index, block.pool, "overwrite"), index)
     return forward, seen * (owner == number)
 

@@ -50,7 +50,7 @@ def initial_weight(init: str, shape: tuple[int, ...], seed: int, purpose: str, *
     ----------
     init : {"kaiming-uniform", "xavier-normal", "orthogonal"}
         kaiming-uniform is PyTorch's layer default U(−1/√fan_in, 1/√fan_in); xavier-normal has standard deviation
-        √(2 / (fan_in + fan_out)); orthogonal is the QR factor of a Gaussian matrix, for a kernel of its (K, O) matrix.
+        √(2 / (fan_in + fan_out)); orthogonal is the Q factor of a Gaussian matrix, (K, O) for a kernel.
     shape : tuple of int
         (k, k, C, O) or (in, out); fan_in = k·k·C, fan_out = k·k·O.
     seed : int

@@ -1,4 +1,4 @@
-"""Check what can be inverted (GP paper, Equation 3); errors name the block and what would help."""
+"""Checks that blocks can be inverted (GP paper, Equation 3); errors name the block and what would help."""
 
 import math
 
@@ -10,7 +10,7 @@ from arraytp.model.blocks import Block
 
 
 def check_invertible(rule: str, blocks: tuple[Block, ...]) -> None:
-    """Refuse blocks after the first that have no inverse, in the name of a rule.
+    """Refuse blocks after the first that have no inverse; the message names the rule that needs it.
 
     Raises
     ------
@@ -39,9 +39,9 @@ GRAM = "the Gram matrix of the weights"
 
 
 def check_range(block: Block, n: int, y: Array) -> None:
-    """Refuse outputs y of block n that its activation cannot have, and that f⁻¹ would make infinite or NaN.
+    """Refuse outputs y of block n outside its activation's range, which f⁻¹ would make infinite or NaN.
 
-    Only ELU and tanh are looked at: the other activations reach every number.
+    Only ELU and tanh are checked: the other invertible activations reach every number.
 
     Raises
     ------
@@ -62,12 +62,12 @@ def check_range(block: Block, n: int, y: Array) -> None:
 
 
 def check_condition(block: Block, n: int, dtype: np.dtype, condition: float, what: str = "the weight matrix") -> None:
-    """Refuse a weight matrix of block n, or `what` else of it, that its dtype cannot invert.
+    """Refuse a matrix of block n, described by `what`, that cannot be inverted in its dtype.
 
     Raises
     ------
     IllConditionedError
-        If the condition number is beyond 1 / machine epsilon; names the block and the number.
+        If the condition number exceeds 1 / machine epsilon; names the block and the number.
     """
     most = 1 / np.finfo(dtype).eps
     if condition > most:

@@ -1,9 +1,9 @@
 """One pass of a network over a batch, as learning rules see it, and the primitives that rules are written in.
 
 A rule is given a `Batch` and walks its blocks: `batch.down()` yields an `At` for each, n = N−1 … 0, which knows block
-n's arrays by the papers' symbols and has the primitives as methods. What computes them is an `Engine`:
+n's arrays by the papers' symbols and has the primitives as methods. An `Engine` computes them:
 `arraytp.model.plain` in readable operations on the whole batch, `arraytp.fast.engine` in slices that fit a cache. A
-rule does not know which it is given.
+rule does not know which of them it uses.
 """
 
 import threading
@@ -32,7 +32,7 @@ Begun = dict[tuple[Any, ...], Callable[[], Any]]
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What a forward pass leaves.
+    """The results of a forward pass.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Batch:
-    """One pass over a batch, and ∂L/∂logits: all that a rule computes from.
+    """One pass over a batch, and ∂L/∂logits: all that a rule's computations start from.
 
     Parameters
     ----------
@@ -64,24 +64,24 @@ class Batch:
         Computes the primitives and holds the arrays of their results.
     network : Network
     forward : ForwardPass
-        Of the batch, with the network's present weights.
+        The batch's forward pass with the network's current weights.
     dlogits : array of shape (B, classes)
         ∂L/∂s^N; that of auxiliary units is 0, here as in every block.
     seed : int
-        The run's; noise is keyed by it.
+        The run's seed; noise is keyed by it.
     number : int
-        On how many batches feedback was trained before; noise is keyed by it.
+        Number of batches on which feedback was trained before; noise is keyed by it.
     results : str
-        Names the arrays that results are written to. Those of a block's primitive are valid until its next call under
-        the same name, or the next pass; `feedback`, `feedback_difference` and `carry` share theirs.
+        Names the arrays that results are written to. The results of a block's primitive are valid until its next call
+        under the same name, or the next pass; `feedback`, `feedback_difference` and `carry` share an array.
     part : Part, optional
-        Where the arrays are of some samples of a batch alone: of which. Noise is keyed by a sample's place there.
+        Which samples of a batch the arrays hold, if not all. Noise is keyed by a sample's place in the whole batch.
     others : sequence of Batch
-        Of the first part, the other ones. See `parts_of_batch`.
+        For the first part, the other parts; see `parts_of_batch`.
     leader : weak reference to a Batch, optional
-        Of the other parts, the first.
+        For the other parts, the first one.
     begun : map of name to () → object
-        What was begun before the pass of what is computed once, by the names that it is kept by.
+        Computations for `once` that were begun before the pass, by name; calling one returns its result.
     lock : RLock
         Held while the first part computes what all parts need.
     """
@@ -100,7 +100,7 @@ class Batch:
     lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __len__(self) -> int:
-        """B, the number of samples, of all ranks: what means are over."""
+        """B, the number of samples on all ranks, over which means are taken."""
         return len(self.dlogits) if self.part is None else self.part.size
 
     @property
@@ -110,7 +110,7 @@ class Batch:
 
     @property
     def share(self) -> float:
-        """The share of these samples in the batch: in sums over ranks, the weight of what is not a sum over samples."""
+        """The share of these samples in the batch: in sums over ranks, the weight of terms not summed over samples."""
         return 1.0 if self.part is None else self.part.count / self.part.size
 
     @property
@@ -121,7 +121,7 @@ class Batch:
         return lead, *lead.others
 
     def replaced(self, **changes: Any) -> "Batch":
-        """Return the batch with other values of some fields, in all of its parts."""
+        """Return the batch with some fields replaced, in all of its parts."""
         return parts_of_batch([replace(each, **changes) for each in self.every])
 
     def sums(self, name: str, size: int, dtype: Any) -> RankSums:
@@ -130,9 +130,10 @@ class Batch:
         return RankSums([each.part for each in self.every if each.part is not None], flat, self.engine)
 
     def summed(self, arrays: Sequence[Sequence[Array]], name: str, flags: int = 0) -> list[Array]:
-        """Return sums over the samples of each of `every` as sums over those of all ranks; as `RankSums.add`.
+        """Return the sums over all ranks of arrays that each part in `every` has summed over its own samples.
 
-        They are summed in the first array's dtype. Without ranks they are the arrays themselves.
+        Arguments are as for `RankSums.add`. The sums have the first array's dtype; without ranks, they are the arrays
+        themselves.
         """
         if self.part is None:
             (own,) = arrays
@@ -156,23 +157,23 @@ class Batch:
             yield At(self, n)
 
     def array(self, name: str, shape: Shape) -> Array:
-        """Return an array of the pass's dtype with undefined content; the same memory for the same name."""
+        """Return an uninitialised array of the pass's dtype; the same memory for the same name."""
         return self.engine.array((self.results, name), shape, self.dlogits.dtype)
 
     def product(self, a: Array, b: Array, name: str) -> Array:
-        """Return the matrix product a b, in `array` of that name."""
+        """Return the matrix product a b in the `array` of that name."""
         return self.engine.product(a, b, self.array(name, (len(a), b.shape[1])))
 
     def noise(self, name: str, shape: Shape, sigma: float, *key: int) -> Array:
-        """Return N(0, σ²) by a key, after the run's seed and the batch's number, in `array` of that name."""
+        """Return N(0, σ²) noise, keyed by seed, batch number and `key`, in the `array` of that name."""
         return self.engine.noise(self.array(name, shape), sigma, self.first, self.seed, self.number, *key)
 
     def in_slices(self, compute: Callable[[slice], None]) -> None:
-        """Let `compute` do slices of the samples until all are done: element-wise work that several threads share."""
+        """Call `compute` on slices that cover all samples: element-wise work that several threads share."""
         self.engine.in_slices(len(self.dlogits), compute)
 
     def run_on(self, n: int, s: Array) -> Array:
-        """Return the logits of the network run on from s^n = s; valid until the next call."""
+        """Return the logits that the network computes from s^n = s on; valid until the next call."""
         return self.engine.forward(self.network.rest(n), s, "run on").logits
 
     @property
@@ -185,9 +186,9 @@ class Batch:
     def jacobian_sums(self) -> "Mapping[int, tuple[Array, Array]]":
         """Σ_b J_b J_bᵀ, of shape (C, C), and Σ_b J_b, of shape (C, D), of every hidden s^n; computed once.
 
-        J_b of shape (C, D) is the Jacobian of the logits of sample b in its s^n.
+        J_b, of shape (C, D), is the Jacobian of sample b's logits with respect to its s^n.
         """
-        # Not a cached_property: up to Python 3.11 one holds a lock of all batches while it sums over ranks.
+        # Not a cached_property: up to Python 3.11 it would hold a lock shared by all batches during the sum over ranks.
         if "jacobians" not in self._sums:
             own = side_by_side(self.engine, [partial(each.engine.jacobian_sums, each) for each in self.every])
             self._sums["jacobians"] = self._summed_pairs(own, "jacobians")
@@ -195,7 +196,7 @@ class Batch:
 
     @cached_property
     def _sums(self) -> "dict[str, Mapping[int, tuple[Array, Array]]]":
-        """Sums over samples that were asked for, by name."""
+        """The sums over samples computed so far, by name."""
         return {}
 
     def jacobian_overlap(self, n: int, unpool: Unpool) -> tuple[Array, Array]:
@@ -261,7 +262,7 @@ class Batch:
         return inverses
 
     def once(self, name: tuple[Any, ...], compute: "Callable[[Batch], Any]") -> Any:
-        """Return what the first part computes for all, which may ask for it side by side."""
+        """Return what the first part computes for all parts, which may request it concurrently."""
         lead = self.every[0]
         with lead.lock:
             if name not in lead._kept:
@@ -270,21 +271,21 @@ class Batch:
 
     @cached_property
     def _kept(self) -> dict[tuple[Any, ...], Any]:
-        """What was computed once, by name."""
+        """The results of `once`, by name."""
         return {}
 
     def afresh(self) -> "Batch":
-        """Return the batch as if nothing had been computed once but factors of weights."""
+        """Return the batch without anything computed so far, except factors of weights."""
         other = self.replaced(begun={})
         other._kept.update({name: held for name, held in self._kept.items() if name[0] == "inverses"})
         return other
 
 
 def parts_of_batch(batches: Sequence[Batch]) -> Batch:
-    """Let the parts of a batch that this process computes know of each other; return the first, which leads.
+    """Link the parts of a batch that this process computes; return the first, which leads.
 
-    Each part is computed alone. What depends on θ alone is computed by the first for all of them. The first must be
-    held while another is used: they do not hold each other, so that what it has computed is freed with it.
+    Each part is computed separately, but the first computes for all what depends on θ alone. Keep a reference to the
+    first while another is in use: the others hold only a weak one, so that its results are freed with it.
     """
     others: list[Batch] = []
     first = replace(batches[0], others=others, leader=None)
@@ -293,7 +294,7 @@ def parts_of_batch(batches: Sequence[Batch]) -> Batch:
 
 
 def side_by_side(engine: "Engine", works: Sequence[Callable[[], T]]) -> list[T]:
-    """Return what each work for a part of a batch returns; several are done at a time."""
+    """Return the results of `works`, one per part of a batch; several run at a time."""
     if len(works) == 1:
         return [works[0]()]
     done: dict[int, T] = {}
@@ -314,11 +315,11 @@ class At:
         The pass.
     n : int
     block : Block
-        What is fixed about it.
+        Its fixed properties.
     weight, bias : arrays of shape weight_shape and (O,) or (out,)
         W^n and b^n.
     s : array of shape (B, *in_shape)
-        s^n, which the block takes; a dense block's may have more axes.
+        s^n, the block's input; a dense block's may have more axes.
     s_next : array of shape (B, *next_shape)
         s^{n+1}, which the block hands on.
     output : array of shape (B, *out_shape)
@@ -345,15 +346,15 @@ class At:
             What carries the gradient back to s^n: W itself (BP), a fixed random matrix (FA), W⁻¹ or W⁺ in place of Wᵀ
             (GAIT-prop). Without it, and for block 0, there is no gradient of s^n.
         scale : float or array of shape (B,), optional
-            What ds is multiplied by first, as a whole or sample by sample.
+            The factor by which ds is first multiplied, as a whole or sample by sample.
         """
         return self.batch.engine.backward(self, ds, through if self.n > 0 else None, scale)
 
     def carry(self, d: Array, inverse: PseudoInverse) -> Array:
-        """Return (unpool d) W⁺, of s^n's shape: without overlaps the p with the least ‖p W − unpool d‖² + r ‖p‖².
+        """Return (unpool d) W⁺, of s^n's shape: without overlaps, the p that minimises ‖p W − unpool d‖² + r ‖p‖².
 
-        For r = 0, the smallest p of those with the least ‖p W − unpool d‖². Patches that overlap add up, and so do
-        windows of the pool.
+        For r = 0, it is the minimiser of ‖p W − unpool d‖² with the smallest norm. Overlapping patches add up, and so
+        do overlapping windows of the pool.
 
         Parameters
         ----------
@@ -380,7 +381,7 @@ class At:
         return self.batch.engine.feedback_difference(self, omega, delta, unpool)
 
     def inverse(self, factors: Factors, y: Array) -> Array:
-        """Return the input, of s^n's shape, with which the block's output would be y (GP paper, Equation 3).
+        """Return the input, of s^n's shape, for which the block's output would be y (GP paper, Equation 3).
 
         Parameters
         ----------
@@ -400,14 +401,14 @@ class At:
         return self.batch.engine.forward(network, x, "alone").outputs[0]
 
     def outer(self, x: Array, y: Array, name: str, omega: Array | None = None) -> tuple[Array, Array | None]:
-        """Return xᵀy, of shape weight_shape, over the rows of x's patches; and yωᵀ, of s^n's shape, where ω is given.
+        """Return xᵀy, of shape weight_shape, with x as its patch matrix, and yωᵀ, of s^n's shape, where ω is given.
 
         Parameters
         ----------
         x : array of s^n's shape
         y : array of shape (B, *pre_shape)
         name : str
-            Names the arrays of the results, which are valid until the next call with it.
+            Names the arrays of the results, which are valid until the next call with this name.
         omega : array of shape weight_shape, optional
         """
         network = Network((_without_pool(self.block, LINEAR),), [self.weight], [self.bias])
@@ -426,7 +427,7 @@ class At:
 
 
 def _without_pool(block: Block, activation: Activation) -> Block:
-    """Return the block that hands on all of f(z)."""
+    """Return the block with this activation, no pool and no auxiliary units, so that it hands on all of f(z)."""
     return replace(block, activation=activation, pool=None, auxiliary=0, out_shape=block.pre_shape)
 
 
@@ -439,16 +440,16 @@ class GramErrors(Protocol):
 
 @dataclass(frozen=True)
 class NoiseAndProducts:
-    """What iterations of feedback training on a block need.
+    """The noise and the number of products in iterations of feedback training on a block.
 
     Parameters
     ----------
     sigma : float
         σ of the noise.
     noises : int
-        How many noises will be drawn.
+        Number of noises that will be drawn.
     products : int
-        How many products x ⋆ d `iterate` adds or subtracts.
+        Number of products x ⋆ d that `iterate` adds or subtracts.
     output_noise : bool
         Whether there is an η of s^{n+1}'s shape besides ε of s^n's.
     """
@@ -459,15 +460,15 @@ class NoiseAndProducts:
     output_noise: bool
 
     def kinds(self, s: Array, s_next: Array) -> Mapping[str, tuple[int, Array]]:
-        """Return, by the name of each noise, the kind that it is keyed by, and the array that it is as large as."""
+        """Return, by the name of each noise, its kind, which is part of its key, and an array of its shape."""
         return {"epsilon": (EPSILON, s)} | ({"eta": (ETA, s_next)} if self.output_noise else {})
 
 
 class Samples(Protocol):
-    """Some samples of block n in an iteration of feedback training: what a rule's `iterate` is written in.
+    """Some samples of block n in an iteration of feedback training, and the primitives of a rule's `iterate`.
 
-    Arrays that primitives return are the caller's to overwrite until they are given to `transposed`, `add` or
-    `subtract`; other arrays are not.
+    The caller may overwrite arrays that primitives return until it passes them to `transposed`, `add` or `subtract`; it
+    must not overwrite other arrays.
     """
 
     @property
@@ -495,7 +496,7 @@ class Samples(Protocol):
     def transposed(self, omega: Any, d: Array) -> Array:
         """Return ω ∘ d, the transposed affine map, of shape (samples, *in_shape), for d of shape (samples, *pre_shape).
 
-        `omega` is what `iterate` is given.
+        `omega` is the argument of `iterate`.
         """
 
     def add(self, x: Array, d: Array) -> None:
@@ -505,7 +506,7 @@ class Samples(Protocol):
         """Subtract x ⋆ d from the sum over samples."""
 
     def add_bias(self, r: Array) -> None:
-        """Add r, of shape (samples, *in_shape), summed over samples and positions, to the sum of G's bias."""
+        """Add r, of shape (samples, *in_shape), summed over samples and positions, to the sum for G's bias."""
 
     def square(self, r: Array) -> Array:
         """Return ‖r‖², of shape ()."""
@@ -521,7 +522,7 @@ has no noise of the output.
 
 @dataclass(frozen=True)
 class Sums:
-    """The result of an iteration: sums for weight and bias (None without one) times 2/B, of what it returned times 1/B.
+    """The result of an iteration: 2/B times the sums for weight and bias (if any), 1/B times what `iterate` returned.
 
     The arrays are valid until the next iteration.
     """
@@ -542,15 +543,15 @@ class Iterations(Protocol):
 
 
 class Engine(Protocol):
-    """What computes the primitives; their meaning is `Batch`'s and `At`'s."""
+    """Computes the primitives, which `Batch` and `At` define."""
 
     backend: Backend
 
     def beside(self) -> "Engine":
-        """Return an engine for one of several parts of a batch: on the same threads, with results of its own."""
+        """Return an engine for one of several parts of a batch: on the same threads, with its own result arrays."""
 
     def run(self, tasks: Sequence[Callable[[], object]]) -> None:
-        """Do tasks, several at a time."""
+        """Run tasks, several at a time."""
 
     def array(self, name: object, shape: Shape, dtype: Any) -> Array:
         """See `Batch.array`."""
@@ -562,10 +563,10 @@ class Engine(Protocol):
         """See `Batch.in_slices`."""
 
     def between(self, work: Callable[[], object]) -> object:
-        """Do what ranks do together, which no graph of a device can (`arraytp.fast.graphs`)."""
+        """Do work that involves all ranks, which a device's graph cannot capture (`arraytp.fast.graphs`)."""
 
     def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
-        """Fill an array with N(0, σ²) by a key, `arraytp.ops.noise.gaussian` from a first sample on, and return it."""
+        """Fill an array with N(0, σ²) noise from sample `first` on and return it; see `arraytp.ops.noise.gaussian`."""
 
     def forward(self, network: Network, x: Array, name: str = "forward") -> ForwardPass:
         """Run the network on a batch; arrays of the result are valid until the next call with this name."""

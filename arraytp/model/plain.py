@@ -1,4 +1,4 @@
-"""Every primitive in its readable form, on the whole batch at a time: the reference for tests of `arraytp.fast`.
+"""Every primitive in its readable form, on the whole batch at once: the reference for tests of `arraytp.fast`.
 
 `arraytp run --plain` trains with it. First come functions of one block, then `Plain`, the engine built from them.
 """
@@ -96,7 +96,7 @@ def block_backward(
 def block_inverse(block: Block, factors: Factors, bias: Array, y: Array, x: Array) -> Array:
     """Return G(y) with G(F(x)) = x of one square block without pool, plainly: f⁻¹, −b, W⁻¹, col2im (GP paper, 2.2.2).
 
-    Overlapping patches add up to n_x ⊙ x, n_x windows over each pixel; (n_x − 1) ⊙ x of the forward pass is taken off.
+    Overlapping patches add up to n_x ⊙ x, n_x windows over each pixel; (n_x − 1) ⊙ x of the forward pass is subtracted.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def block_inverse(block: Block, factors: Factors, bias: Array, y: Array, x: Arra
 
 
 def pad_auxiliary(block: Block, handed_on: Array) -> Array:
-    """Return an array of shape (B, *next_shape) with zeros for the auxiliary units: shape (B, *out_shape)."""
+    """Return an array of shape (B, *next_shape) padded to (B, *out_shape) with zeros for the auxiliary units."""
     if not block.auxiliary:
         return handed_on
     xp = array_module(handed_on)
@@ -143,7 +143,7 @@ class Plain:
         return self
 
     def run(self, tasks: Iterable[Callable[[], object]]) -> None:
-        """Do one after another."""
+        """Run the tasks one after another."""
         for task in tasks:
             task()
 
@@ -152,7 +152,7 @@ class Plain:
         return self.backend.xp.empty(shape, dtype=dtype)
 
     def product(self, a: Array, b: Array, out: Array) -> Array:
-        """Write a b."""
+        """Write the matrix product a b to `out`."""
         out[...] = a @ b
         return out
 
@@ -161,7 +161,7 @@ class Plain:
         compute(slice(0, count))
 
     def between(self, work: Callable[[], object]) -> None:
-        """Do it: nothing is captured."""
+        """Do the work directly: no graph is captured."""
         work()
 
     def noise(self, out: Array, sigma: float, first: int, *key: int) -> Array:
@@ -186,7 +186,7 @@ class Plain:
         if scale is not None:
             ds = ds * (ds.dtype.type(scale) if isinstance(scale, float) else scale.reshape(-1, *[1] * (ds.ndim - 1)))
         if isinstance(through, LU | Cholesky):
-            # W⁻¹ in place of Wᵀ is W⁻ᵀ in place of W.
+            # To replace Wᵀ by W⁻¹ is to replace W by W⁻ᵀ.
             through = inverse_rows(through, slice(0, len(through.matrix))).T.reshape(block.weight_shape)
         elif isinstance(through, PseudoInverse):
             through = _transposed(block, through)
@@ -209,7 +209,7 @@ class Plain:
         return feedback.transposed(at.block, omega, d).reshape(at.s.shape)
 
     def iterations(self, at: At, unpool: Unpool, training: NoiseAndProducts) -> "PlainIterations":
-        """Return what iterations need."""
+        """Return what the iterations share."""
         return PlainIterations(at, unpool, training)
 
     def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
@@ -226,7 +226,7 @@ class Plain:
         return {n: damped_gauss_newton(j, batch.dlogits, damping) for n, j in self._jacobians(batch).items()}
 
     def _jacobians(self, batch: Batch) -> dict[int, Array]:
-        """Return J of every sample, of shape (B, C, D), from one backward pass a class."""
+        """Return J of every sample, of shape (B, C, D), from one backward pass per class."""
         xp, classes = array_module(batch.logits), batch.logits.shape[1]
         jacobians: dict[int, list[Array]] = {n: [] for n in range(1, len(batch.network))}
         for c in range(classes):
@@ -261,18 +261,18 @@ class Plain:
         return inverses
 
     def inverse(self, at: At, factors: Factors, y: Array) -> Array:
-        """Return the input that y belongs to."""
+        """Return the input for which the output would be y."""
         return block_inverse(at.block, factors, at.bias, y, at.s)
 
 
 def _transposed(block: Block, inverse: PseudoInverse) -> Array:
-    """Return (W⁺)ᵀ, of weight_shape: W⁺ in place of Wᵀ is (W⁺)ᵀ in place of W."""
+    """Return (W⁺)ᵀ, of weight_shape: to replace Wᵀ by W⁺ is to replace W by (W⁺)ᵀ."""
     rows = transposed_rows(inverse, slice(0, max(inverse.matrix.shape)))
     return (rows if is_tall(inverse.matrix) else rows.T).reshape(block.weight_shape)
 
 
 class PlainGramErrors:
-    """E = WWᵀ − I, or WᵀW − I, as it reads."""
+    """E = WWᵀ − I, or WᵀW − I, computed as written."""
 
     def __init__(self, network: Network) -> None:
         self._network = network

@@ -10,12 +10,12 @@ from arraytp.ops.activations import ACTIVATIONS
 from arraytp.ops.patches import make_window
 from arraytp.ops.pool import MAX_POOL_KERNEL
 
-# In numbers; beyond it NumPy cannot even say how many bytes are missing.
+# In elements; for a larger array NumPy cannot even say how many bytes are missing.
 LARGEST_WEIGHT = 2**50
 
 
 def plan_blocks(layers: Sequence[options.Conv | options.Dense], input_shape: Shape) -> tuple[Block, ...]:
-    """Chain layers from the input's shape on.
+    """Chain layers, starting from the input's shape.
 
     Parameters
     ----------

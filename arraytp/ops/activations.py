@@ -1,7 +1,7 @@
 """Element-wise activations s = f(z): f, f' computed from s, f⁻¹, exact differences, range (docs/math/notation.md).
 
-Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. Two things follow. Max-pooling commutes with f
-once `Activation.tie` has made equal all z that f maps to one value. And f' can be computed from s, so z is not kept.
+Every f here is non-decreasing, and strictly increasing wherever f' ≠ 0. So max-pooling commutes with f once
+`Activation.tie` has made all z equal that f maps to the same value, and f' can be computed from s, so z is not kept.
 All have f(0) = 0.
 """
 
@@ -21,19 +21,19 @@ class Activation:
     Parameters
     ----------
     name : str
-        As configs have it.
+        The name in configs.
     forward : (z, out) → s
         f(z); `out`, of z's shape, is where to write and may be z itself, or None.
     derivative : s → D, or None
         D = f'(z) computed from s = f(z); None stands for 1 everywhere.
     difference : (s, δ) → array
-        f(s + δ) − f(s), to rounding of its own size where f has no curvature between the two.
+        f(s + δ) − f(s), accurate relative to its own size where f has no curvature between the two.
     inverse : s → z, or None
         z with f(z) = s, not finite outside `range`; None where f has no inverse.
     inverse_difference : (s, δ) → array, or None
         f⁻¹(s + δ) − f⁻¹(s), as exact as `difference`.
     range : (float, float)
-        The numbers between which f's values lie, neither of them included.
+        Bounds of f's values, both exclusive.
     curved : bool
         Whether f has curvature anywhere.
     flat_below_zero : bool
@@ -74,9 +74,9 @@ class Activation:
         return array_module(ds).multiply(ds, self.derivative(s), out=out)
 
     def tie(self, z: Array, bias: Array) -> None:
-        """Make all those z equal, in place, whose f(z + bias) is the same: ReLU's zeros.
+        """Make all z with the same f(z + bias) equal, in place: those that ReLU maps to 0.
 
-        Pooling them finds the first maximum of f(z + bias) then. The other activations increase strictly.
+        Pooling z then finds the first maximum of f(z + bias). The other activations increase strictly.
 
         Parameters
         ----------
@@ -105,7 +105,7 @@ def _leaky_relu(z: Array, out: Array | None) -> Array:
 
 def _leaky_relu_derivative(s: Array) -> Array:
     """Return 1 for s ≥ 0, else 0.1."""
-    # A sum, since NumPy casts truth values slowly in other operations; 0.9 + 0.1 rounds to 1 in both dtypes.
+    # A sum, since NumPy casts booleans slowly in other operations; 0.9 + 0.1 rounds to 1 in both dtypes.
     slope = s.dtype.type(LEAKY_SLOPE)
     return (s >= 0) * (s.dtype.type(1) - slope) + slope
 
@@ -194,13 +194,13 @@ def _elu_inverse_difference(s: Array, delta: Array) -> Array:
     """Return, below 0, log(1 + s + δ) − log(1 + s) = log(1 + δ / (1 + s))."""
     xp, one = array_module(s), s.dtype.type(1)
     quotient = delta / (xp.minimum(s, s.dtype.type(0)) + one)
-    # It is at −1 or below only where s is above 0, and this is not taken.
+    # The quotient is −1 or below only where s is above 0, and there `below` is not used.
     below = xp.log1p(xp.where(quotient > -one, quotient, s.dtype.type(0)))
     return _piecewise_difference(lambda t, _: _elu_inverse(t), s, delta, below)
 
 
 def _elu_difference(s: Array, delta: Array) -> Array:
-    """Return, below 0, exp(s + δ) − exp(s), the larger of the two factored out so that nothing overflows."""
+    """Return, below 0, exp(s + δ) − exp(s), with the larger term factored out so that nothing overflows."""
     xp = array_module(s)
     larger = xp.exp(xp.minimum(xp.maximum(s, s + delta), s.dtype.type(0)))
     return _piecewise_difference(_elu, s, delta, -larger * xp.expm1(-xp.absolute(delta)) * xp.sign(delta))
@@ -209,9 +209,10 @@ def _elu_difference(s: Array, delta: Array) -> Array:
 def _piecewise_difference(
     forward: Callable[[Array, Array | None], Array], s: Array, delta: Array, below: Array
 ) -> Array:
-    """Return f(s + δ) − f(s) of an f that is z above 0: δ if both are, `below` if both are below, else as it reads.
+    """Return f(s + δ) − f(s) for an f with f(z) = z above 0.
 
-    Subtracting the two values everywhere would leave rounding errors of the size of s, which drown a small δ in
+    It is δ if both arguments are at least 0, and `below` if both are below 0; only otherwise are the two values
+    subtracted. Subtracting them everywhere would leave rounding errors of the size of s, which drown a small δ in
     float32.
     """
     xp, zero = array_module(s), s.dtype.type(0)

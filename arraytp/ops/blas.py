@@ -22,7 +22,7 @@ def blas(name: str, *arguments: str | int | float | np.ndarray) -> None:
     Parameters
     ----------
     name : {"syrk", "symm", "potrf", "potrs"}
-        Without the letter of the type, which is that of the arrays.
+        Without the type letter, which follows from the arrays.
     arguments : letters, int, float and arrays of two axes, of one dtype
         In the routine's order, without leading dimensions and INFO. The routine is column-major: a row-major array is
         passed as its transpose, so "L" (lower) names the upper triangle here.
@@ -30,7 +30,7 @@ def blas(name: str, *arguments: str | int | float | np.ndarray) -> None:
     Raises
     ------
     ValueError
-        If an array's rows are not contiguous each, or the dtypes differ.
+        If the rows of an array are not contiguous, or the dtypes differ.
     numpy.linalg.LinAlgError
         If the routine fails, as potrf does for a matrix that is not positive definite.
     """

@@ -64,7 +64,7 @@ def conv_backward_input(dz: Array, weight: Array, window: Window) -> Array:
 
 
 def can_split(window: Window) -> bool:
-    """Tell whether `split_matrix` serves a window: stride 1, no border beyond k − 1."""
+    """Tell whether `split_matrix` applies to a window: stride 1, no border beyond k − 1."""
     border = max(window.top, window.bottom, window.left, window.right)
     return window.stride == 1 and border < window.kernel
 
@@ -77,7 +77,7 @@ def split_matrix(weight: Array) -> Array:
         dx = add_row_patches(V · matrix),  dW = Rᵀ V  as an array (j, c, i from last to first, o)
 
     which equal `conv_backward_input` and `conv_backward_weight`: the sum over the kernel's rows is in V, that over its
-    columns in R and its adjoint. Both are k times as large as an image, where its patches are k² times.
+    columns in R and its adjoint. Both are k times as large as an image, whereas its patch matrix is k² times as large.
     """
     turned = array_module(weight).ascontiguousarray(weight[::-1].transpose(0, 3, 1, 2))
     return turned.reshape(weight.shape[0] * weight.shape[3], -1)

@@ -1,9 +1,9 @@
-"""E, how far a matrix is from a semi-orthogonal one: what the regulariser, W⁻¹ and W⁺ share.
+"""E, the deviation of a matrix from semi-orthogonality, which the regulariser, W⁻¹ and W⁺ share.
 
 Dimensions: W has K rows and O columns. E = WWᵀ − I of order n = K unless W is tall, K > O; then E = WᵀW − I of order
-n = O. So E is of the smaller side, and 0 where W's rows, or columns, are orthonormal. It is symmetric: on the host it
-is an array of which only the entries on and above the diagonal are computed and read, the others stay 0; on a device
-the whole of it is computed.
+n = O. So its order is W's smaller side, and E = 0 if W's rows (columns, if tall) are orthonormal. It is symmetric: on
+the host, only the entries on and above the diagonal are computed and read, and the others stay 0; on a device, all
+entries are computed.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def excess_rows(w: Array, rows: slice, out: Array) -> None:
         W.
     rows : slice
     out : array of shape (n, n), C-contiguous
-        E; on the host zeros below the diagonal, which are left so.
+        E; on the host, its entries below the diagonal must be 0 and stay so.
     """
     n, height = len(out), rows.stop - rows.start
     if array_module(w) is not np:
@@ -42,7 +42,7 @@ def excess_rows(w: Array, rows: slice, out: Array) -> None:
 
 
 def excess_norm(excess: Array) -> Array:
-    """Return ‖E‖ of shape (), the root of the sum of all squared entries; NaN or infinite where E has such."""
+    """Return the Frobenius norm ‖E‖, of shape (); NaN or infinite if E has such entries."""
     xp, flat = array_module(excess), excess.reshape(-1)
     squares = xp.dot(flat, flat)
     if xp is not np:
@@ -52,9 +52,9 @@ def excess_norm(excess: Array) -> Array:
 
 
 def add_excess_product(factor: float, excess: Array, w: Array, part: slice, out: Array) -> None:
-    """Add a part of factor · E W, or of factor · W E where W is tall, to that of `out`, in place.
+    """Add a part of factor · E W, or of factor · W E where W is tall, to the same part of `out`, in place.
 
-    W and `out` are of shape (K, O), C-contiguous; the part is of the longer side: columns of E W, rows of W E.
+    W and `out` are of shape (K, O), C-contiguous; the part lies along the longer side: columns of E W, rows of W E.
     """
     n, length = len(excess), part.stop - part.start
     if is_tall(w):

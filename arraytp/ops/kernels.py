@@ -1,7 +1,7 @@
 """Fused element-wise kernels of a device, one launch each: all but products, inverses and sums over a batch.
 
-A function runs its kernel on CuPy arrays. On other arrays it runs its array twin, the same in operations of
-`arraytp.ops`, which is what tests hold the kernel against. Arrays are C-contiguous; results are written to `out`.
+On CuPy arrays, a function launches its kernel. On other arrays, it computes the same with operations of `arraytp.ops`,
+against which tests check the kernel. Arrays are C-contiguous; results are written to `out`.
 
 Dimensions: B batch, (H, W) input size, (P, Q) output size, C channels, k kernel.
 """
@@ -18,8 +18,8 @@ from arraytp.ops.patches import Window
 from arraytp.ops.pool import max_pool_backward, max_pool_forward, max_unpool
 from arraytp.options import Unpool
 
-# f(z), f' read off s, and f(s + δ) − f(s) of every activation, as `arraytp.ops.activations` has them. A comparison with
-# NaN is false, so that the branch for "not below 0" hands NaN on.
+# f(z), f' computed from s, and f(s + δ) − f(s) of every activation, as in `arraytp.ops.activations`. A comparison with
+# NaN is false, so the branch for "not below 0" propagates NaN.
 _ACROSS = "(s >= 0 && s + d >= 0) ? d : (s < 0 && s + d < 0) ? ({below}) : f(s + d) - f(s)"
 _FUNCTIONS = {
     "linear": ("z", "T(1)", "d"),
@@ -36,7 +36,7 @@ template <typename T> __device__ T slope(T s) {{ return {1}; }}
 template <typename T> __device__ T difference(T s, T d) {{ return {2}; }}
 template <typename T> __device__ T tied(T z, T least) {{ return z < least ? least : z; }}
 """
-# By an int of 32 bits.
+# Arrays with this many elements or more are indexed with 64 bits.
 MOST_COUNTED = 2**31
 _WINDOW = "I H, I W, I P, I Q, I k, I stride, I top, I left, I C"
 _PLACE = """
@@ -76,7 +76,7 @@ def im2col(x: Array, window: Window, out: Array) -> Array:
 
 
 def col2im(dpatches: Array, window: Window, out: Array) -> Array:
-    """Write `arraytp.ops.patches.col2im`: to every pixel the sum over the patches that it is in.
+    """Write `arraytp.ops.patches.col2im`: every pixel becomes the sum over the patches that contain it.
 
     Parameters
     ----------
@@ -164,14 +164,14 @@ def unpool_gradient(
     scale: float | Array | None,
     out: Array,
 ) -> Array:
-    """Write dz = D ⊙ (scale · ds) at the maxima's places, where overlapping windows add up; 0 for auxiliary units.
+    """Write dz = D ⊙ (scale · ds) at the positions of the maxima, adding up overlapping windows; 0 for auxiliary units.
 
     Parameters
     ----------
     f, pool
         As in `activate`.
     ds : array of shape (B, P, Q, D), D ≤ C, or (B, D)
-        Of the units that are handed on, the first ones.
+        Gradient of the units that are handed on, which come first.
     s, index : arrays of shape (B, P, Q, C)
         What `activate` wrote.
     scale : float or array of shape (B,), optional
@@ -225,9 +225,10 @@ def unpool_difference(
 def slope_products(
     f: Activation, pool: Window | None, s: Array, index: Array | None, unpool: Unpool, n: Array, m: Array
 ) -> None:
-    """Write Σ D_F D_G and Σ D_G² of the outputs whose value a position keeps, as in Theorem 4.2; of shape (B, H, W, C).
+    """Write, for every position, Σ D_F D_G to n and Σ D_G² to m, over the outputs whose value it keeps (Theorem 4.2).
 
-    D_F = f'(z), read off s, and D_G = f'(u), u the unpooled s there (`arraytp.model.feedback.jacobian_overlap`).
+    n and m are of shape (B, H, W, C). D_F = f'(z), computed from s, and D_G = f'(u), u the unpooled s at the position
+    (`arraytp.model.feedback.jacobian_overlap`).
     """
     if not has_kernels(s):
         take: Any = (lambda t: t) if pool is None else (lambda t: max_unpool(t, index, pool, unpool))
@@ -277,7 +278,7 @@ def collapse(
 
 
 def row_order(pivots: Array, out: Array) -> Array:
-    """Write the order of rows after row i and row pivots[i] have changed places, i = 0, 1, …; both of shape (n,)."""
+    """Write the order of rows after swapping row i with row pivots[i], i = 0, 1, …; both arrays of shape (n,)."""
     if has_kernels(pivots):
         return kernel(out, "row_order", "raw int32 pivots, int32 n", "raw int32 order", """
             for (int j = 0; j < n; ++j) order[j] = j;
@@ -291,7 +292,7 @@ def row_order(pivots: Array, out: Array) -> Array:
     return out
 
 
-# The first two rows of a 3×3 matrix whose last row is 0 0 1.
+# x ← x y for 3×3 matrices whose last row is 0 0 1, of which only the first two rows are stored.
 _MULTIPLY = """
 __device__ void multiply(double* x, const double* y) {
     double z[6];
@@ -313,7 +314,7 @@ def _gather(
     values: tuple[str, str, str],
     out: Array,
 ) -> Array:
-    """Write `result` at every position; v and u are of the windows whose maximum lies there: sum, or the last one."""
+    """Write `result` at every position; v and u are of the windows whose maximum lies there: their sum, or the last."""
     (t, s, index), (value, other, result) = arrays, values
     if pool is None:
         index, body = s, f"{_PLACE} const I at = i; const T v = {value}, u = {other}; out = {result};"
@@ -342,8 +343,8 @@ def sgd(
 ) -> None:  # fmt: skip
     """Do a step of SGD in place: `arraytp.optim.sgd_step` with coupled weight decay. Only for arrays with kernels.
 
-    The rate is a number, or an array of shape (1,) that holds it when the kernel runs. A twin, an array and λ, shrinks
-    by 1 − λ as θ does and gets its step.
+    The learning rate is a number, or an array of shape (1,) that holds it when the kernel runs. `twin` is an array and
+    λ: θ and the array are multiplied by 1 − λ and take the same step.
     """
     body = f"const T d = g + decay * theta; {'v = momentum * v + d' if v is not None else 'const T v = d'};"
     inputs, number = "T g, T lr, T momentum, T decay", theta.dtype.type
@@ -356,7 +357,7 @@ def sgd(
 def _step(
     name: str, theta: Array, inputs: str, moments: dict[str, Array], body: str, twin: tuple[Array, float] | None
 ) -> Callable[..., None]:
-    """Return a kernel that subtracts the step that `body` leaves from θ, and from its twin."""
+    """Return a kernel that subtracts the step computed by `body` from θ and, if given, from its twin."""
     outputs, subtract = {"theta": theta, **moments}, "theta -= step;"
     kept: tuple[Any, ...] = ()
     if twin is not None:
@@ -373,7 +374,8 @@ def adam(
 ) -> None:  # fmt: skip
     """Do a step of Adam in place: `arraytp.optim.adam_step`. Only for arrays with kernels.
 
-    θ ← θ − rate · m / (scale · √u + ε), after the moments; scale, rate and twin as in `sgd`.
+    After updating the moments, θ ← θ − rate · m / (scale · √u + ε); scale and rate are given like `lr` of `sgd`, and
+    twin is as there.
     """
     inputs = "T g, T beta1, T rest1, T beta2, T rest2, T scale, T rate, T epsilon, T decay"
     settings = betas[0], 1 - betas[0], betas[1], 1 - betas[1], scale, rate, epsilon, weight_decay
@@ -409,7 +411,7 @@ def _larger(a: Array, b: Array) -> Array:
 
 
 def _kernel(largest: Array, name: str, inputs: str, outputs: str, body: str, f: Activation | None = None) -> Any:
-    """Return the kernel of this text, with an activation's functions; I is an integer that counts the largest array."""
+    """Return the kernel with this source and an activation's functions; the type I can index the largest array."""
     wide = largest.size >= MOST_COUNTED
     inputs = inputs.replace("I ", "int64 " if wide else "int32 ")
     body = f"typedef {'long long' if wide else 'int'} I;{body}"
@@ -420,7 +422,7 @@ def _kernel(largest: Array, name: str, inputs: str, outputs: str, body: str, f: 
 
 
 def kernel(array: Array, name: str, inputs: str, outputs: str, body: str, preamble: str = "") -> Any:
-    """Return CuPy's element-wise kernel of this text, for an array that `has_kernels`."""
+    """Return CuPy's element-wise kernel with this source, for an array that `has_kernels`."""
     return _made(array_module(array), f"arraytp_{name}", inputs, outputs, body, preamble)
 
 
@@ -441,7 +443,7 @@ def _made(xp: Any, name: str, inputs: str, outputs: str, body: str, preamble: st
 
 
 def _sizes(window: Window | None, channels: int, largest: Array) -> list[int]:
-    """Return a window's numbers in the order of `_WINDOW`; without one, those of element-wise work on an array."""
+    """Return a window's sizes in the order of `_WINDOW`; without a window, those for element-wise work on an array."""
     if window is None:
         shape = largest.shape if largest.ndim == 4 else (1, 1, 1, channels)
         return [*shape[1:3], *shape[1:3], 1, 1, 0, 0, channels]

@@ -1,8 +1,8 @@
 """Losses of logits against labels, softmax cross-entropy and squared error, and the rank of the label.
 
-On a device `loss_and_score` computes all of it by one kernel, which tests hold against the array code.
+On a device, `loss_and_score` computes all of this in one kernel, which tests check against the array code.
 
-Both losses compare with y = (1 − e) onehot(label) + e/M, e the label smoothing. Dimensions: B batch, M classes.
+Both losses compare with y = (1 − e) onehot(label) + e/M, with label smoothing e. Dimensions: B batch, M classes.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from arraytp.backend import Array, array_module
 from arraytp.ops.kernels import has_kernels, kernel
 
 Reduction = Literal["sum", "mean"]
-# Rank of a label that cannot be ranked: within no top k.
+# Rank of a label that cannot be ranked, so that it is in no top k.
 UNRANKED = 1 << 24
 
 
@@ -29,7 +29,7 @@ def cross_entropy_forward(
     labels : array of int64 of shape (B,)
         0 ≤ label < M, to be checked by the caller.
     reduction : {"sum", "mean"}
-        `sum` is the GP paper's code, `mean` the DTP paper's.
+        `sum` as in the GP paper's code, `mean` as in the DTP paper's.
     smoothing : float
         e, from 0 to below 1 (Szegedy et al. 2016).
 
@@ -62,7 +62,7 @@ def squared_error_forward(
 ) -> tuple[Array, tuple[Array, Array]]:
     """Return ½ Σ ‖logits − y‖², summed over the batch or divided by B; parameters as in `cross_entropy_forward`.
 
-    With the ½, and without a mean over the classes, the gradient is s^N − y: a step of β = 1 down it has y as target.
+    With the ½, and without a mean over the classes, the gradient is s^N − y, so that β = 1 gives the output target y.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def _subtract_targets(array: Array, labels: Array, smoothing: float) -> None:
 
 
 def _reduced(total: Array, labels: Array, reduction: Reduction) -> Array:
-    """Return a sum over the batch, or divide it by B for the mean; in place where it is a whole array."""
+    """Return a sum over the batch as it is or, for the mean, divided by B; arrays are divided in place."""
     if reduction == "mean":
         total /= total.dtype.type(len(labels))
     return total
@@ -136,7 +136,7 @@ def label_rank(logits: Array, labels: Array) -> Array:
 class Scored(NamedTuple):
     """What `loss_and_score` returns: L of shape (), ∂L/∂logits of shape (B, M), and totals of shape (3,) and float64.
 
-    The totals are the loss summed over samples, and how many labels are the first and among the first five.
+    The totals are the loss summed over samples, and how many labels rank first and how many among the first five.
     """
 
     loss: Array
@@ -154,13 +154,13 @@ def loss_and_score(
     ----------
     logits : array of shape (B, M)
     labels : array of int64 of shape (B,)
-        A device's loss is NaN where one is not from 0 to M − 1.
+        On a device, the loss is NaN if a label is not from 0 to M − 1.
     reduction, smoothing
         As in `cross_entropy_forward`.
     share : float
-        What a mean, and its gradient, are multiplied by: these samples' share in the batch.
+        Factor of a mean and of its gradient: these samples' share of the batch.
     size : int, optional
-        Samples of the whole batch; by default these are all.
+        Number of samples in the whole batch; by default, these are all of them.
     """
     xp, mean, size = array_module(logits, labels), reduction == "mean", size or len(labels)
     if has_kernels(logits):
@@ -177,7 +177,7 @@ def loss_and_score(
 
 
 _THREADS = 512
-# A warp takes a sample at a time, so that its lanes share the classes. All is summed in a fixed order.
+# A warp processes one sample at a time, and its lanes share the classes. All sums have a fixed order.
 _ROWS = f"""
     const int lane = i & 31, warps = {_THREADS} / 32;
     double sum = 0, first = 0, five = 0;
@@ -215,7 +215,7 @@ _ROWS = f"""
         }}
     }}
 """
-# Before the classes, ∂L/∂logit of one, and a sample's loss.
+# The code before the loop over the classes, for ∂L/∂logit of one class, and for a sample's loss.
 _TERMS = {
     "cross-entropy": ("""
         T most = x[at];

@@ -9,14 +9,14 @@ from arraytp.backend import Array, array_module
 from arraytp.ops.kernels import has_kernels, kernel
 from arraytp.streams import sequence, stream
 
-# Samples that share a random stream on the host: small enough to share a batch's noise among threads.
+# Samples that share a random stream on the host: few enough to divide a batch's noise among threads.
 CHUNK = 16
-# Which noise of an iteration: that of the block's input, that of its output.
+# The noises of an iteration: that of the block's input and that of its output.
 EPSILON, ETA = 0, 1
 
 
 def chunks(count: int, first: int = 0) -> list[slice]:
-    """Cut samples `first` … `first` + count − 1 of a batch where chunks begin; slices count from the first of them."""
+    """Cut samples `first` … `first` + count − 1 of a batch at chunk boundaries; the slices count from `first`."""
     bounds = sorted({0, *range(-first % CHUNK, count, CHUNK), count})
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
@@ -24,9 +24,9 @@ def chunks(count: int, first: int = 0) -> list[slice]:
 def gaussian(out: Array, sigma: float, first: int, seed: int, number: Any, *key: int) -> Array:
     """Fill an array with numbers from N(0, σ²) in its dtype.
 
-    The host draws each chunk of samples from a stream of its own; the number of the chunk is added to the key. A device
-    computes the array from the key by `counter_normal`, so that nothing goes from host to device or back; it has other
-    numbers than the host. On both, parts of a batch have the numbers that they have in the whole.
+    The host draws each chunk of samples from its own stream, with the number of the chunk appended to the key. A device
+    computes the array from the key by `counter_normal`, so that nothing goes from host to device or back; its numbers
+    differ from the host's. On both, a part of a batch has the same numbers as in the whole batch.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, number: Any, *key:
     seed : int
         The run's seed.
     number : int
-        Of the step. For a device also an array of uint64 of shape (1,), from which it is read when the kernel runs.
+        Number of the step. On a device, it may be an array of uint64 of shape (1,), read when the kernel runs.
     *key : int
         What the noise is for: block, iteration, and which of the iteration's noises.
 
@@ -50,7 +50,7 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, number: Any, *key:
         for part in chunks(len(out), first):
             chunk, before = divmod(first + part.start, CHUNK)
             generator = stream(seed, "noise", number, *key, chunk)
-            # The numbers of the chunk's samples before these.
+            # Skip the numbers of the chunk's earlier samples.
             generator.standard_normal(before * out[0].size, dtype=out.dtype)
             generator.standard_normal(out=out[part], dtype=out.dtype)
         out *= out.dtype.type(sigma)
@@ -59,14 +59,14 @@ def gaussian(out: Array, sigma: float, first: int, seed: int, number: Any, *key:
 
 
 def counter_key(seed: int, *key: int) -> int:
-    """Return the 64 bits that `counter_normal` takes of a noise's key."""
+    """Return the 64-bit key of a noise for `counter_normal`."""
     return int(sequence(seed, "noise", *key).generate_state(1, np.uint64)[0])
 
 
 def counter_normal(out: Array, sigma: float, key: int, start: int = 0, number: Any = 0) -> Array:
-    """Fill an array with numbers from N(0, σ²) that depend on their place, key and number alone: no state, no order.
+    """Fill an array with numbers from N(0, σ²) that depend only on their place, key and number: not on state or order.
 
-    Philox 4×32-10 (Salmon et al. 2011) makes four random words of each counter. The counter's lower half counts from 0,
+    Philox 4×32-10 (Salmon et al. 2011) turns a counter into four random words. The counter's lower half counts from 0,
     its upper half is `number`. In float32 each word gives one uniform number, in float64 two words give one of 53 bits.
     The Box–Muller transform turns two uniform numbers into two normal ones:
 
@@ -79,10 +79,10 @@ def counter_normal(out: Array, sigma: float, key: int, start: int = 0, number: A
     out : array of float32 or float64, C-contiguous
     sigma : float
     key : int
-        Of 64 bits.
+        64 bits.
     start : int
-        How many numbers come before: parts have the numbers that they have in the whole.
-    number : int, or array of uint64 of shape (1,) of a device
+        How many numbers come before, so that a part has the same numbers as in the whole.
+    number : int or, on a device, array of uint64 of shape (1,)
 
     Returns
     -------
@@ -120,7 +120,7 @@ def _philox(xp: Any, first: int, count: int, key: int, number: int = 0) -> Array
 
 
 def _uniform(words: Array, dtype: np.dtype) -> Array:
-    """Return uniform numbers in (0, 1], four or two a counter, of shape (count, 4 or 2)."""
+    """Return uniform numbers in (0, 1], four or two per counter, of shape (count, 4 or 2)."""
     if dtype.itemsize == 4:
         return (words.astype(dtype) + dtype.type(0.5)) * dtype.type(2.0**-32)
     first, second = words[:, ::2] >> np.uint64(5), words[:, 1::2] >> np.uint64(6)

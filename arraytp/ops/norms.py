@@ -1,15 +1,15 @@
-"""Norms of rows that neither overflow nor vanish."""
+"""Norms of rows, computed without overflow or underflow."""
 
 import numpy as np
 
 from arraytp.backend import Array, array_module
 
-# Rows whose temporaries stay small on the host.
+# Elements of rows processed at once on the host, so that temporaries stay small.
 HOST_ELEMENTS = 1 << 16
 
 
 def row_norms(rows: Array) -> tuple[Array, Array]:
-    """Return ‖row‖₂ of every row, and which rows are 0: those whose entries are all below the dtype's `tiny`, too.
+    """Return ‖row‖₂ of every row, and which rows count as 0: those whose entries are all below the dtype's `tiny`.
 
     Parameters
     ----------
@@ -18,7 +18,7 @@ def row_norms(rows: Array) -> tuple[Array, Array]:
     Returns
     -------
     norms : array of shape (B,)
-        1 for a row of zeros.
+        1 for a row that counts as 0.
     zero : array of bool of shape (B,)
     """
     xp, number = array_module(rows), rows.dtype.type

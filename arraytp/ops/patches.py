@@ -81,12 +81,12 @@ def make_window(height: int, width: int, kernel: int, stride: int, padding: int 
     kernel, stride : int
         Side of the window and step between windows in pixels.
     padding : int or "same"
-        Border width on every side, or as much as gives ceil(size / stride) windows per axis.
+        Border width on every side; "same" is the one that gives ceil(size / stride) windows per axis.
 
     Raises
     ------
     ValueError
-        If not a single window fits, or NumPy cannot step so far.
+        If not a single window fits, or the stride is too large for NumPy.
     """
     if stride > MOST_STRIDE:
         raise ValueError(f"stride {stride}; at most {MOST_STRIDE}")
@@ -159,7 +159,7 @@ def im2col(x: Array, window: Window, out: Array | None = None, bordered: Array |
 
 
 def add_stacked_rows(stacked: Array, window: Window, out: Array) -> Array:
-    """Add every row of a stack to where it came from, on top of what `out` holds: the adjoint of `stack_rows`.
+    """Add every row of a stack to the contents of `out` where it came from: the adjoint of `stack_rows`.
 
     Parameters
     ----------
@@ -184,9 +184,9 @@ def add_stacked_rows(stacked: Array, window: Window, out: Array) -> Array:
 
 
 def copy_runs(source: Array, out: Array) -> None:
-    """Copy an array whose last axis is one run of memory, as is that of `out`.
+    """Copy an array whose last axis is contiguous in memory, as is that of `out`.
 
-    NumPy copies number by number where runs are short; given whole runs as items it takes up to 40 % less time.
+    NumPy copies short runs number by number; with a whole run as one item it takes up to 40 % less time.
     """
     if array_module(out) is np:
         run = np.dtype((np.void, out.shape[-1] * out.itemsize))
@@ -201,7 +201,7 @@ def coverage(window: Window, like: Array) -> Array:
     ----------
     window : Window
     like : array
-        Whose array module and dtype the result has.
+        The result has its array module and dtype.
     """
     xp = array_module(like)
     return col2im(xp.ones((1, window.out_height, window.out_width, window.kernel**2), dtype=like.dtype), window)
@@ -251,7 +251,7 @@ def row_patches(x: Array, window: Window, out: Array | None = None, bordered: Ar
     Returns
     -------
     array of shape (B, H, Q, k·C), or `out`
-        Of every row of the image, also those that no window begins in.
+        For every row of the image, including those in which no window begins.
     """
     xp = array_module(x)
     image = xp.ascontiguousarray(add_border(x, replace(window, top=0, bottom=0), out=bordered))
@@ -291,7 +291,7 @@ def add_row_patches(dpatches: Array, window: Window, out: Array | None = None) -
 
 
 def stack_rows(dz: Array, window: Window, out: Array | None = None, bordered: Array | None = None) -> Array:
-    """Write at every row of the image the k rows of dz that it has a part in: dz[b, h + top − (k − 1) + i, q, o].
+    """Write for every row of the image the k rows of dz whose windows contain it: dz[b, h + top − (k − 1) + i, q, o].
 
     i counts the kernel's rows from its last to its first. Rows of dz that do not exist are 0.
 

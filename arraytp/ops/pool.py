@@ -10,7 +10,7 @@ import numpy as np
 from arraytp.backend import Array, array_module
 from arraytp.ops.patches import Window, add_border, copy_runs
 
-# The elements of a window are counted in one byte.
+# The number of elements of a window must fit into one byte.
 MAX_POOL_KERNEL = 15
 
 
@@ -118,7 +118,7 @@ def max_unpool(t: Array, index: Array, window: Window, mode: Literal["overwrite"
     xp = array_module(t)
     k = window.kernel
     bordered = xp.zeros((len(t), *window.bordered, t.shape[-1]), dtype=t.dtype)
-    # Of the windows over one pixel a later one has it at an earlier element, so the first element is written last.
+    # A later window has a given pixel at an earlier element, so elements are written from the last to the first.
     for element in reversed(range(k * k)):
         pixels = bordered[(slice(None), *window.offset(*divmod(element, k)))]
         xp.copyto(pixels, t, where=index == xp.uint8(element))
@@ -131,9 +131,9 @@ def overlaps(window: Window) -> bool:
 
 
 def max_pool_scatter(dout: Array, index: Array, window: Window, corner: Array, position: Array, out: Array) -> None:
-    """Compute `max_pool_backward` by adding each gradient at its maximum's place: faster, on the host only.
+    """Compute `max_pool_backward` by adding each gradient at its maximum's position: faster, on the host only.
 
-    On a device the additions of overlapping windows would come in no fixed order, and so not to the same bits.
+    On a device, overlapping windows would be added in no fixed order, so that results could differ in their last bits.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def max_pool_scatter(dout: Array, index: Array, window: Window, corner: Array, p
 
 
 def max_unpool_scatter(t: Array, index: Array, window: Window, corner: Array, position: Array, out: Array) -> None:
-    """Compute `max_unpool` in mode "overwrite" by assignment at the maxima's places: faster, on the host only.
+    """Compute `max_unpool` in mode "overwrite" by assignment at the maxima's positions: faster, on the host only.
 
     NumPy assigns in the order of the index, so that the last of several values for one pixel stays.
 
@@ -169,25 +169,25 @@ def max_unpool_scatter(t: Array, index: Array, window: Window, corner: Array, po
 
 
 def find_maxima(index: Array, window: Window, corner: Array, position: Array, size: int) -> None:
-    """Write the flat place of every window's maximum to `position`; on the host only.
+    """Write the flat index of every window's maximum to `position`; on the host only.
 
     Parameters
     ----------
     index, window, corner, position
         As in `max_pool_scatter`.
     size : int
-        The number of elements of the array of shape (B, H, W, C) that the places are in.
+        The number of elements of the array of shape (B, H, W, C) that is indexed.
     """
     rows, columns = np.divmod(np.arange(window.kernel**2), window.kernel)
     offsets = ((rows - window.top) * window.width + columns - window.left) * index.shape[-1]
-    # A maximum is never in the border, unless all is NaN: then any place will do, as long as it is one.
+    # A maximum lies in the image unless its window holds NaN or nothing above −inf: then any valid position will do.
     np.take(offsets, index, out=position, mode="clip")
     position += corner
     np.clip(position, 0, size - 1, out=position)
 
 
 def window_corners(batch: int, window: Window, channels: int) -> Array:
-    """Return the flat place in (B, H, W, C) of every window's first element (were there no border)."""
+    """Return the flat index in (B, H, W, C) of every window's first element, as if there were no border."""
     sample, row, column = np.ix_(
         np.arange(batch),
         window.stride * np.arange(window.out_height),

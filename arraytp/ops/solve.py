@@ -1,14 +1,14 @@
 """Solving with a weight matrix: factors once, any number of right-hand sides (GP paper, Equation 3).
 
-Dimensions: n order of the matrix, R rows. Everything is about x in x W = y, with x and y of shape (R, n): rows are
-samples or positions, as everywhere. LAPACK is column-major, so a C-contiguous W is Wᵀ to it, and y is yᵀ: no array is
+Dimensions: n order of the matrix, R rows. The equation solved is x W = y, with x and y of shape (R, n): rows are
+samples or positions, as everywhere. LAPACK is column-major, so it sees a C-contiguous W as Wᵀ, and y as yᵀ: no array is
 copied into another order.
 
-Any square W has LU factors. One near an orthogonal matrix has the cheaper Cholesky factor of WWᵀ = I + E, E of
-`arraytp.ops.excess`: W⁻¹ = Wᵀ(I + E)⁻¹.
+Any square W has LU factors. For one near an orthogonal matrix, the Cholesky factor of WWᵀ = I + E, with E of
+`arraytp.ops.excess`, is cheaper: W⁻¹ = Wᵀ(I + E)⁻¹.
 
 A W of K rows and O columns has a pseudo-inverse W⁺ = Wᵀ(WWᵀ)⁻¹ or (WᵀW)⁻¹Wᵀ, whichever exists, and a ridge inverse
-Wᵀ(WWᵀ + rI)⁻¹ = (WᵀW + rI)⁻¹Wᵀ, r > 0. Both go by factors of the smaller matrix.
+Wᵀ(WWᵀ + rI)⁻¹ = (WᵀW + rI)⁻¹Wᵀ, r > 0. Both use factors of the smaller Gram matrix.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ NEAR_ORTHOGONAL = 0.8
 digits that a dtype has, solving with it costs one at most, and W's own number is at most 3."""
 Room: TypeAlias = Callable[[str, tuple[int, ...], Any], Array]
 """(name, shape, dtype) → an array with undefined content."""
-# Of the estimate of a condition number; LAPACK's own takes at most 5 and stops when nothing grows any more.
+# Steps of the condition number's estimate; LAPACK's own takes at most 5 and stops once the estimate stops growing.
 DEVICE_STEPS = 3
 
 
@@ -67,7 +67,7 @@ class LU:
     matrix : array of shape (n, n)
         W.
     lu, pivots : arrays of shape (n, n) and (n,)
-        As LAPACK's getrf gives them. On a device `pivots` is the order that they bring rows into.
+        As LAPACK's getrf returns them. On a device, `pivots` is the row order that results from them.
     norm : array of shape () or float
         ‖Wᵀ‖₁, the largest sum of absolute values of a row of W.
     """
@@ -90,7 +90,7 @@ class PseudoInverse:
     matrix : array of shape (K, O)
         W.
     gram : Factors
-        Of WWᵀ + rI, or of WᵀW + rI for a W with more rows than columns.
+        Factors of WWᵀ + rI, or of WᵀW + rI for a W with more rows than columns.
     """
 
     matrix: Array
@@ -103,7 +103,7 @@ def cholesky(matrix: Array, excess: Array, out: Array, ridge: float = 0) -> Chol
     Parameters
     ----------
     matrix, excess : arrays of shape (n, n), or (K, O) and (n, n), C-contiguous
-        W and E; kept as they are.
+        W and E; not modified.
     out : array of shape (n, n), C-contiguous
         Overwritten: it becomes the triangle.
     ridge : float
@@ -122,7 +122,7 @@ def cholesky(matrix: Array, excess: Array, out: Array, ridge: float = 0) -> Chol
 def factor(matrix: Array, room: Room | None = None) -> LU:
     """Factorise W, C-contiguous and of shape (n, n); 2n³/3 operations. A singular W shows in `condition`.
 
-    `room` gives the arrays of the factors on a device; without it they are made.
+    `room` provides the arrays of the factors on a device; without it, they are allocated.
     """
     xp, order = array_module(matrix), len(matrix)
     norm = xp.absolute(matrix).sum(axis=1).max()
@@ -155,7 +155,7 @@ def _made(xp: Any) -> Room:
 
 
 def gram_solve(inverse: PseudoInverse, z: Array) -> Array:
-    """Return z (WWᵀ + rI)⁻¹, or z (WᵀW + rI)⁻¹, of z's shape (R, n); C-contiguous, z may be overwritten."""
+    """Return z (WWᵀ + rI)⁻¹, or z (WᵀW + rI)⁻¹, of z's shape (R, n); z is C-contiguous and may be overwritten."""
     if isinstance(inverse.gram, Cholesky):
         return symmetric_solve(inverse.gram, z)
     return right_solve(inverse.gram, z)
@@ -170,7 +170,7 @@ def transposed_rows(inverse: PseudoInverse, rows: slice) -> Array:
 def damped_gauss_newton(jacobian: Array, e: Array, damping: float) -> Array:
     """Return Jᵀ (J Jᵀ + γI)⁻¹ e of every sample, of shape (B, D): the damped Gauss-Newton change for an error e.
 
-    J Jᵀ is computed in J's dtype, so a γ far below its rounding, ε tr(J Jᵀ)/C, changes nothing; the C×C systems are
+    J Jᵀ is computed in J's dtype, so a γ far below its rounding error, ε tr(J Jᵀ)/C, has no effect; the C×C systems are
     solved in float64.
 
     Parameters
@@ -184,7 +184,7 @@ def damped_gauss_newton(jacobian: Array, e: Array, damping: float) -> Array:
     Raises
     ------
     NonFiniteError
-        If a system is singular. On a device that is not looked at.
+        If a system is singular. Not checked on a device.
     """
     gram = batched_product(jacobian, jacobian.transpose(0, 2, 1)).astype(np.float64)
     gram.reshape(len(e), -1)[:, :: e.shape[1] + 1] += damping
@@ -202,7 +202,7 @@ def right_solve(factors: Factors, y: Array) -> Array:
 
     In float32 one step of iterative refinement, x + (y − x W) W⁻¹, triples those of LU: without it the triangular
     factors' own condition costs two digits (measured: orthogonal W of order 1024, relative error 2e-5 before, 3e-7
-    after). A Cholesky factor needs none: 4e-7, whatever ‖E‖ it is used at.
+    after). A Cholesky factor needs no refinement: its error is 4e-7 at every ‖E‖ for which it is used.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ def right_solve(factors: Factors, y: Array) -> Array:
 
 
 def symmetric_solve(factors: Cholesky, z: Array) -> Array:
-    """Return z (WWᵀ)⁻¹, of shape (R, n) as z, a C-contiguous array that it may overwrite; 2Rn² operations."""
+    """Return z (WWᵀ)⁻¹, of z's shape (R, n); z is C-contiguous and may be overwritten; 2Rn² operations."""
     if array_module(z) is not np:
         # WWᵀ = UᵀU.
         return divide_rows(divide_rows(z, factors.triangle), factors.triangle, transposed=True)
@@ -231,7 +231,7 @@ def _substitute(factors: LU, y: Array, transposed: bool = False) -> Array:
     """Return x with x W = y, or x Wᵀ = y, by the two triangular factors."""
     xp, lu, order = array_module(y), factors.lu, factors.pivots
     if xp is not np and not transposed:
-        # Wᵀ in another order of its rows is L U.
+        # Wᵀ with its rows reordered is L U.
         x = divide_rows(xp.take(y, order, axis=1), lu, lower=True, transposed=True, unit=True)
         return divide_rows(x, lu, transposed=True)
     if xp is not np:
@@ -239,7 +239,7 @@ def _substitute(factors: LU, y: Array, transposed: bool = False) -> Array:
         x[:, order] = divide_rows(divide_rows(y.copy(), lu), lu, lower=True, unit=True)
         return x
     getrs = get_lapack_funcs("getrs", (y,))
-    # SciPy's wrapper counts the pivots up and down again in place, so that threads cannot share them.
+    # SciPy's wrapper increments the pivots in place and decrements them again, so threads cannot share them.
     x, _ = getrs(factors.lu, factors.pivots.copy(), y.T, trans=int(transposed))
     return x.T
 
@@ -258,8 +258,8 @@ def inverse_rows(factors: Factors, rows: slice) -> Array:
 def condition(factors: LU) -> Array:
     """Return an estimate from below of the condition number ‖W‖·‖W⁻¹‖ in the largest-row-sum norm, of shape ().
 
-    It is Hager's and Higham's, LAPACK's gecon on the host; rarely too small by more than 3. Infinite for a singular
-    matrix, NaN for one that is not finite. On a device nothing is read back for it.
+    It is Hager's and Higham's estimate (LAPACK's gecon on the host), rarely too small by more than a factor of 3. It is
+    infinite for a singular matrix and NaN for one that is not finite. On a device, nothing is read back.
     """
     xp = array_module(factors.lu)
     if xp is not np:
@@ -275,10 +275,10 @@ def condition(factors: LU) -> Array:
 
 
 def _inverse_norm(factors: LU) -> Array:
-    """Return an estimate of ‖W⁻ᵀ‖₁, the largest ‖x‖₁ / ‖y‖₁ among some x W = y, without reading which y it is at.
+    """Return an estimate of ‖W⁻ᵀ‖₁, the largest ‖x‖₁ / ‖y‖₁ among some x W = y, without reading back at which y.
 
-    ‖x‖₁ is convex in y, so that it is largest at a unit vector. Each step takes the one along which it grows most from
-    the last y (Hager 1984); a last y of alternating signs catches what the steps miss (Higham 1988).
+    ‖x‖₁ is convex in y, so its maximum over ‖y‖₁ ≤ 1 is at a unit vector. Each step takes the unit vector along which
+    it grows most from the last y (Hager 1984); a final y of alternating signs catches what these miss (Higham 1988).
     """
     xp, order, dtype = array_module(factors.lu), len(factors.lu), factors.lu.dtype
     places = xp.arange(order)

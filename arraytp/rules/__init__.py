@@ -1,4 +1,4 @@
-"""The learning rules, one file each, and the one line that makes each known to configs."""
+"""The learning rules, one file each, and the registry in which configs look them up."""
 
 from typing import TYPE_CHECKING, Any, Union
 

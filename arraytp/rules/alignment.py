@@ -1,4 +1,4 @@
-"""Alignment losses: FA with a B^n that descends a local regulariser, a sum of named primitives.
+"""Alignment losses: FA in which B^n descends a local regulariser R, a sum of named primitives.
 
     decay  ½‖B‖²                           amp   −tr(x B yᵀ) / rows
     self   −tr(Bᵀ W)                       null  ½‖y Bᵀ‖² / rows
@@ -7,9 +7,10 @@
     ia (information alignment)    R = α amp + β decay + γ null
     sa (symmetric alignment)      R = α self + β decay
 
-For every block n = 1 … N−1, x = s^n of the batch and y = f(xW + b), without the pool. Rows are those of x's patches, so
-amp and null are means over samples and positions. B is trained by the loop and the optimiser of all learned feedback,
-K_n steps on every batch, before the updates; σ is unused. SA's fixed point is B = (α/β) W. The rest is FA.
+For every block n = 1 … N−1, x = s^n of the batch and y = f(xW + b), without the pool. `rows` counts the rows of x's
+patch matrix, so amp and null are means over samples and positions. B is trained like all learned feedback, by
+`arraytp.rules.feedback.train`, K_n steps on every batch before the updates; σ is unused. SA's fixed point is
+B = (α/β) W. The rest is FA.
 Source: Kunin et al. (2020).
 """
 
@@ -31,7 +32,7 @@ Primitive = Literal["decay", "self", "amp", "null"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which sum of primitives, with which coefficients; how B^n is drawn at first and trained."""
+    """The sum of primitives and its coefficients, and how B^n is initialised and trained."""
 
     name: Literal["alignment"] = "alignment"
     loss: Literal["wm", "ia", "sa"] = "sa"
@@ -51,7 +52,7 @@ def coefficients(options: Options) -> Mapping[Primitive, float]:
 
 
 def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
-    """Return the iteration: R and its gradient in B, of x and y that stay the same on a batch."""
+    """Return the iteration: it computes R and ∂R/∂B from x and y, which stay the same on a batch."""
     weights, y = coefficients(options), None
     if options.loss != "sa":
         y = at.alone(at.s)
@@ -61,9 +62,9 @@ def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
         loss, gradient = None, at.batch.array("gradient", B.shape)
         gradient[...] = 0
         for name, weight in weights.items():
-            # Of a form of degree d in B, the value is ⟨B, gradient⟩ / d.
+            # A form of degree d in B has the value ⟨B, gradient⟩ / d.
             degree, part = PRIMITIVES[name](at, B, y)
-            # Ranks add up their gradients.
+            # Gradients are summed over ranks: a term that is not a sum over samples is weighted by this rank's share.
             part *= part.dtype.type(weight if name in OF_SAMPLES else weight * at.batch.share)
             if with_loss:
                 value = inner(at, B, part) / part.dtype.type(degree)
@@ -75,17 +76,17 @@ def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
 
 
 def decay(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
-    """½‖B‖²: B."""
+    """Return degree and gradient of ½‖B‖²: 2 and B."""
     return 2, _copied(at, B)
 
 
 def self_(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
-    """−tr(BᵀW): −W."""
+    """Return degree and gradient of −tr(BᵀW): 1 and −W."""
     return 1, array_module(B).negative(at.weight, out=at.batch.array("part", B.shape))
 
 
 def amp(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
-    """−tr(x B yᵀ) / rows: −xᵀy / rows."""
+    """Return degree and gradient of −tr(x B yᵀ) / rows: 1 and −xᵀy / rows."""
     assert y is not None
     xy, _ = at.outer(at.s, y, "amp")
     xy *= xy.dtype.type(-1 / rows(at))
@@ -93,7 +94,7 @@ def amp(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
 
 
 def null(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
-    """½‖yBᵀ‖² / rows: (yBᵀ)ᵀ y / rows."""
+    """Return degree and gradient of ½‖yBᵀ‖² / rows: 2 and (yBᵀ)ᵀ y / rows."""
     assert y is not None
     _, back = at.outer(at.s, y, "null", B)
     assert back is not None
@@ -114,7 +115,7 @@ def _copied(at: At, array: Array) -> Array:
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample: y once, xᵀy and null an iteration."""
+    """Return the FLOPs of the products in feedback training for one sample: y once, xᵀy and null per iteration."""
     products = {"sa": 0, "wm": 1, "ia": 4}[options.loss]
     return feedback_products(options.feedback, network, products) if products else 0
 

@@ -17,7 +17,7 @@ from arraytp.rules.protocol import Rule, State, Update
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Backpropagation has nothing to set."""
+    """Backpropagation has no settings."""
 
     name: Literal["bp"] = "bp"
 
@@ -31,7 +31,7 @@ def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
 
 
 def flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `updates` for one sample."""
+    """Return the FLOPs of the matrix products in `updates` for one sample."""
     return backward_flops(network.blocks)
 
 

@@ -1,17 +1,17 @@
-"""K iterations of feedback training in closed form at once (docs/math/ldrl.md, "All iterations at once").
+"""K iterations of feedback training at once, in closed form (docs/math/ldrl.md, "All iterations at once").
 
 For small noise the expected gradient of L-DRL's loss is linear in ω and θ (Theorem 4.2), with coefficients that depend
-on the tap and the output only:
+only on the tap and the output:
 
     g(ω) = a ω − b θ,  a = (2σ²/B) M,  b = (2σ²/B) N
 
-SGD with momentum μ, rate lr and coupled weight decay wd then is a linear map of (ω, v, θ): with c = a + wd,
+SGD with momentum μ, rate lr and coupled weight decay wd is then a linear map of (ω, v, θ): with c = a + wd,
 
     v ← μ v + c ω − b θ            ω     1 − lr c   −lr μ    lr b     ω
     ω ← ω − lr v           i.e.    v  ←  c           μ       −b       v
                                    θ     0           0        1       θ
 
-so that K iterations are the K-th power of a 3×3 matrix for every tap and output, and one pass over ω and v.
+so K iterations take the K-th power of one 3×3 matrix per tap and output, and one pass over ω and v.
 """
 
 from typing import Any
@@ -23,32 +23,32 @@ from arraytp.ops import kernels
 from arraytp.options import SGD
 from arraytp.rules.protocol import State
 
-# Numbers of ω that a pass works on at once: what it reads and writes stays in a core's cache.
+# Elements of ω processed at once: few enough for all that is read and written to stay in a core's cache.
 HOST_ELEMENTS = 1 << 15
 
 
 def sgd_iterations(at: At, state: State, a: Array, b: Array, optimizer: SGD, lr: float, iterations: int) -> None:
-    """Do K iterations on ω^n and its velocity at once, in place.
+    """Do K iterations at once on ω^n and its velocity, in place.
 
     Parameters
     ----------
     at : At
         The block.
     state : State
-        Holds ω^n and v; changed.
+        Holds ω^n and v, which are modified.
     a, b : arrays of shape (k, k, 1, O) or (1, out)
-        Of the expected gradient g = a ω − b θ.
+        Coefficients of the expected gradient g = a ω − b θ.
     optimizer : SGD options
-        Of one block.
+        The block's.
     lr : float
-        Its rate.
+        The block's learning rate.
     iterations : int
         K.
 
     Raises
     ------
     NonFiniteError
-        If the iterations diverge; names the block, tap, output and number. On a device that is not looked at.
+        If the iterations diverge; names the block, tap, output and value. Not checked on a device.
     """
     c = a + optimizer.weight_decay
     if at.batch.engine.backend.on_host:
@@ -97,7 +97,7 @@ def iteration_matrix(c: Array, b: Array, momentum: float, lr: float) -> Array:
 
 
 def matrix_power(matrix: Array, exponent: int) -> Array:
-    """Return the power of every matrix of a stack, by squaring; exponent ≥ 1."""
+    """Return the power of every matrix in a stack, by repeated squaring; exponent ≥ 1."""
     power = None
     while True:
         if exponent & 1:
@@ -109,19 +109,19 @@ def matrix_power(matrix: Array, exponent: int) -> Array:
 
 
 def check_converges(at: At, c: Array, momentum: float, lr: float) -> None:
-    """Refuse a rate at which the iterations diverge.
+    """Refuse a learning rate at which the iterations diverge.
 
-    The eigenvalues of the map of (ω, v) have the product μ and the sum 1 + μ − lr c, so that none is beyond 1 as long
-    as lr c ≤ 2 (1 + μ).
+    The eigenvalues of the map of (ω, v) have the product μ and the sum 1 + μ − lr c, so none exceeds 1 in absolute
+    value as long as lr c ≤ 2 (1 + μ).
 
     Raises
     ------
     NonFiniteError
-        Names the block, the tap and output where lr c is largest, and the numbers.
+        If they diverge; names the block, the tap and output where lr c is largest, lr c and its bound.
     """
     xp = array_module(c)
     worst, bound = float(lr * c.max()), 2 * (1 + momentum)
-    # NaN comes from the forward pass; the loss is NaN, too, and the loop names where it began.
+    # A NaN comes from the forward pass: then the loss is NaN too, and the training loop reports where it began.
     if not worst > bound:
         return
     place = [int(i) for i in xp.unravel_index(int(c.argmax()), c.shape)]

@@ -1,4 +1,4 @@
-"""Direct feedback alignment (DFA): the output error goes to every block through a fixed random matrix of its own.
+"""Direct feedback alignment (DFA): the output error reaches every block through its own fixed random matrix.
 
     e = ∂L/∂s^N
     for n = N−1 … 0:
@@ -45,12 +45,12 @@ def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
 
 
 def flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `updates` for one sample: dW per block, and e B."""
+    """Return the FLOPs of the matrix products in `updates` for one sample: dW per block, and e B."""
     return sum(map(adjoint_flops, network.blocks)) + sum(direct_flops(network))
 
 
 def direct_flops(network: Network) -> list[int]:
-    """Return the operations of a product with the direct matrix of every hidden s^n, for one sample."""
+    """Return, for every hidden s^n, the FLOPs of a product with its direct matrix for one sample."""
     classes = network.blocks[-1].next_shape[0]
     return [2 * classes * prod(block.next_shape) for block in network.blocks[:-1]]
 

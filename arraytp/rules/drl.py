@@ -1,27 +1,28 @@
 """DTP with direct linear feedback trained by the difference reconstruction loss (DRL, DDTP-linear).
 
-The output has a direct linear connection Q^n to every hidden s^n, n = 1 … N−1, and there is no G^n from layer to layer.
-K_n times per batch, with ε ~ N(0, σ_n²) and ŷ_ε the logits computed from s^n + ε, Q^n descends the second line:
+The output has a direct linear connection Q^n to every hidden s^n, n = 1 … N−1; there are no layer-to-layer modules G^n.
+K_n times per batch, with ε ~ N(0, σ_n²) and ŷ_ε the logits computed from s^n + ε, Q^n descends the loss in the second
+line:
 
     r_ε = Q^n ŷ_ε + s^n − Q^n ŷ
     (1/σ_n²) · mean over batch and units of (r_ε − (s^n + ε))²                                        Algorithm 2
 
-with weight decay for the second term of the paper's Eq. 11. Then
+with weight decay in place of the second term of the DTP paper's Eq. 11. Then
 
     t^N = s^N − η ∂L/∂s^N, L the mean loss
     t^n = s^n + Q^n(t^N) − Q^n(s^N)
     update of θ of a dense block: (1/B) Σ 2 D ⊙ (s − t) outer input; of a convolution: ∂/∂θ of the mean of (s − t)² over
     batch and units
 
-Source: Meulemans et al. (2020), as in the code that the DTP paper compares with. Its biases of Q^n stay 0, because
-they cancel from every difference; arraytp has none. (DDTP-control's code trains them; docs/math/differences.md.)
+Source: Meulemans et al. (2020), as in the code that the DTP paper compares with. There, the biases of Q^n stay 0
+because they cancel in every difference; arraytp has none. (DDTP-control's code trains them; docs/math/differences.md.)
 
-Two other rules of theirs are options. DDTP-control (`loss: reconstruction`) trains Q^n on ‖Q^n ŷ_ε − (s^n + ε)‖², mean
-over batch and units, without the difference. DDTP-RHL (`hidden`) has one fixed random hidden layer R, shared by all
-Q^n, between output and feedback: φ(ŷ) = tanh(ŷ R) takes the place of ŷ in losses and targets. R is held as weight 0.
+Two other rules of that paper are options. DDTP-control (`loss: reconstruction`) trains Q^n on ‖Q^n ŷ_ε − (s^n + ε)‖²,
+averaged over batch and units, without the difference. DDTP-RHL (`hidden`) puts one fixed random hidden layer R, shared
+by all Q^n, between output and feedback: φ(ŷ) = tanh(ŷ R) replaces ŷ in losses and targets. R is stored as weight 0.
 
-Schedules: s-DDTP trains only feedback for `pretrain_epochs`, and for `extra_epochs` after every epoch but the last,
-with one feedback update per batch; p-DDTP does neither, but has K feedback updates per batch.
+Schedules: s-DDTP makes one feedback update per batch, and trains only the feedback for `pretrain_epochs` at the start
+and for `extra_epochs` after every epoch but the last; p-DDTP does neither, but makes K feedback updates per batch.
 """
 
 import math
@@ -44,7 +45,7 @@ from arraytp.rules.dfa import direct_flops
 from arraytp.rules.feedback import check_expected, check_feedback, init_direct, init_moments, step_feedback
 from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule, State, Target, Update
 
-# From about as many on, the closed form costs more than some tens of iterations by noise.
+# From about this many classes on, the closed form costs more than some tens of iterations with sampled noise.
 MOST_CLASSES = 100
 
 
@@ -52,8 +53,8 @@ MOST_CLASSES = 100
 class Options:
     """`eta` is the target step size η. Lists in `feedback` have one value per hidden s^n, from s^1 on.
 
-    `expected` descends the expectation for small noise in closed form; "optimum" takes the Q that it is least at.
-    `hidden` is the number of units of R; 0 is without.
+    With `expected`, Q^n descends the small-noise expectation of the loss in closed form; "optimum" sets Q^n to its
+    minimiser. `hidden` is the number of units of R; 0 means that there is no R.
     """
 
     name: Literal["drl"] = "drl"
@@ -70,12 +71,12 @@ class Options:
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Return a line if the noise drowns in the dtype's rounding.
+    """Return a note if the dtype's rounding drowns the noise.
 
     Raises
     ------
     UserError
-        As `check_feedback`.
+        As `check_feedback`; also if `expected` has no closed form for the options, or there are too many classes.
     """
     check_feedback(options.name, options.feedback, blocks, reduction)
     if options.expected:
@@ -106,7 +107,7 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
 def init_state(options: Options, network: Network, seed: int, backend: Backend) -> State:
     """Draw Q^n, of shape (classes, size of s^n), for every hidden s^n; moments are 0.
 
-    With R, of shape (classes, hidden), Q^n is of shape (hidden, size of s^n).
+    With R, of shape (classes, hidden), Q^n has shape (hidden, size of s^n).
     """
     state = init_direct(options.feedback_init, network, seed, backend, options.hidden or None)
     for n in state.weights:
@@ -119,7 +120,7 @@ def init_state(options: Options, network: Network, seed: int, backend: Backend) 
 
 
 def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
-    """Return what does the iterations of Algorithm 2 on Q^n."""
+    """Return the function that does the iterations of Algorithm 2 on Q^n."""
 
     def iteration(state: State, k: int, with_loss: bool) -> Iteration:
         epsilon = at.batch.noise("epsilon", at.s.shape, sigma, noise_key(at.n), k, EPSILON)
@@ -130,10 +131,11 @@ def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
 
 
 def closed_form(options: Options, state: State, at: At, descent: Descent) -> dict[str, Array]:
-    """Do all iterations on Q^n from the expected gradient for small noise, or take the Q that the loss is least at.
+    """Do all iterations on Q^n with the expected gradient for small noise, or set Q^n to the minimiser of the loss.
 
-    With J_b of shape (C, D) the Jacobian of the logits in s^n, ŷ_ε − ŷ → J ε, so that the loss's mean over the noise is
-    mean over batch and units of ‖J_bᵀ Q − I‖², and its gradient, with A = Σ_b J_b J_bᵀ,
+    Let J_b, of shape (C, D), be the Jacobian of sample b's logits with respect to s^n. For small noise ŷ_ε − ŷ → J_b ε,
+    so the mean of the loss over the noise is ‖J_bᵀ Q − I‖² averaged over batch and units. Its gradient, with
+    A = Σ_b J_b J_bᵀ, is
 
         (2/(B D)) (A Q − Σ_b J_b),  0 at Q* = A⁻¹ Σ_b J_b
     """
@@ -148,46 +150,46 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
             gradient -= J
             gradient *= scale
             step_feedback(descent, state, at.n, k, {"weight": gradient})
-    # Of what is ‖J_bᵀ Q − I‖² = tr(Qᵀ A Q) − 2 tr(Qᵀ J) + D, averaged.
+    # Σ_b ‖J_bᵀ Q − I‖² = tr(Qᵀ A Q) − 2 tr(Qᵀ J) + B D, J = Σ_b J_b, divided by B D.
     loss = ((q * matrix_product(A, q)).sum() - 2 * (q * J).sum()) * (scale / 2) + 1
     return {"A": A, "J": J, "loss": loss}
 
 
 def least(A: Array, J: Array) -> Array:
-    """Return Q* = A⁻¹ J in float64, by the pseudo-inverse."""
+    """Return Q* = A⁻¹ J in float64, with the pseudo-inverse of A."""
     xp = array_module(A)
     if xp is np and not np.isfinite(A).all():
-        # NumPy's SVD would raise an error that does not say where this began; the loss is NaN, too.
+        # NumPy's SVD would raise an error that does not say where this began; NaN here makes the loss NaN.
         return np.full(J.shape, np.nan)
     u, singular, vt = xp.linalg.svd(A.astype(xp.float64), full_matrices=False)
-    # What A, computed in its dtype, has in directions that no sample's J reaches is rounding.
+    # In directions that no sample's J reaches, A holds only rounding errors of the dtype it was computed in.
     cutoff = len(A) * float(np.finfo(A.dtype).eps) * singular.max()
-    # CuPy's pinv waits for how many there are beyond it.
+    # CuPy's pinv would wait for the device to count the singular values above the cutoff.
     inverse = 1 / xp.where(singular > cutoff, singular, xp.inf)
     return vt.T @ (inverse[:, None] * u.T) @ J
 
 
 def optimum(options: Options, batch: Batch) -> dict[int, Array]:
-    """Return Q* of every hidden s^n for the linear difference loss of up to `MOST_CLASSES` classes."""
+    """Return Q* of every hidden s^n: for the linear difference loss and up to `MOST_CLASSES` classes, else none."""
     if options.loss != "difference" or options.hidden or batch.logits.shape[1] > MOST_CLASSES:
         return {}
     return {n: least(A, J) for n, (A, J) in batch.jacobian_sums.items()}
 
 
 def noise_key(n: int) -> int:
-    """Return the number of the block that s^n comes from, whose output is disturbed."""
+    """Return n − 1, the number of the block whose output is s^n, which the noise perturbs."""
     return n - 1
 
 
 def iterate(options: Options, state: State, at: At, epsilon: Array, sigma: float) -> tuple[Array, Array]:
     """Return the gradient of Q and the loss of an iteration, for ε of s^n's shape.
 
-    r_ε − (s + ε) = Q φ(ŷ_ε) + s − Q φ(ŷ) − s − ε = Q (φ(ŷ_ε) − φ(ŷ)) − ε of the difference loss.
+    In the difference loss, r_ε − (s + ε) = Q φ(ŷ_ε) + s − Q φ(ŷ) − s − ε = Q (φ(ŷ_ε) − φ(ŷ)) − ε.
     """
     batch, noise = at.batch, epsilon.reshape(len(epsilon), -1)
     s_epsilon = array_module(epsilon).add(at.s, epsilon, out=batch.array("s + epsilon", at.s.shape))
     y_epsilon = batch.run_on(at.n, s_epsilon)
-    # In NumPy's floats: Python's would stop at a σ² beyond their range instead of giving what is not finite.
+    # A NumPy float: where σ² is out of range, a Python float would raise an error instead of becoming non-finite.
     variance = np.float64(sigma) ** 2
     if options.loss == "difference":
         phi = phi_difference(state, batch, y_epsilon - batch.logits)  # φ(ŷ_ε) − φ(ŷ)
@@ -209,7 +211,7 @@ def hidden(state: State, logits: Array) -> Array:
 
 
 def phi_difference(state: State, batch: Batch, delta: Array) -> Array:
-    """Return φ(ŷ + δ) − φ(ŷ), ŷ the batch's logits, without rounding of their size."""
+    """Return φ(ŷ + δ) − φ(ŷ) for the batch's logits ŷ, without rounding errors of the size of φ(ŷ)."""
     if 0 not in state.weights:
         return delta
     R = state.weights[0]
@@ -225,23 +227,23 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
 
 
 def local_update(options: Options, at: At, target: Target) -> Update:
-    """Return the gradient of `local_loss`, the target constant."""
+    """Return the gradient of `local_loss` with the target held constant."""
     dW, db, _ = at.backward(target.delta, scale=-2 / averaged(at.block, len(at.batch)))
     return dW, db
 
 
 def local_loss(options: Options, block: Block, s: Array, t: Array) -> float:
-    """Return Σ (s − t)² averaged over the batch, of a convolution over its units, too."""
+    """Return Σ (s − t)² averaged over the batch and, for a convolution, over its units too."""
     return float(((s - t) ** 2).sum()) / averaged(block, len(s))
 
 
 def averaged(block: Block, samples: int) -> int:
-    """Return over how many numbers a block's local loss is averaged."""
+    """Return the number of values over which a block's local loss is averaged."""
     return samples * (math.prod(block.out_shape) if block.kind == "conv" else 1)
 
 
 def pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
-    """Return n, Q^n and the weight to compare it with: only the last has one, θ^{N−1} transposed, and none with R."""
+    """Return n, Q^n and the weight to compare it with: θ^{N−1} transposed for the last Q^n without R, else None."""
     last, linear = len(network) - 1, 0 not in state.weights
     return [
         (n, q, network.weights[last].T if n == last and linear else None) for n, q in state.weights.items() if n > 0
@@ -249,20 +251,21 @@ def pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None
 
 
 def flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of targets and updates for one sample: dW per block, and Q on δ^N."""
+    """Return the FLOPs of the products in targets and updates for one sample: dW per block, and Q^n applied to δ^N."""
     return sum(map(adjoint_flops, network.blocks)) + sum(_q_flops(options, network))
 
 
 def _q_flops(options: Options, network: Network) -> list[int]:
-    """Return the operations of a product with Q^n of every hidden s^n, for one sample."""
+    """Return, for every hidden s^n, the FLOPs of a product with Q^n for one sample."""
     classes = network.blocks[-1].next_shape[0]
     return [flops * (options.hidden or classes) // classes for flops in direct_flops(network)]
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample: the network run on, two with Q.
+    """Return the FLOPs of the matrix products in feedback training for one sample.
 
-    In closed form it is one backward pass to s^1 per class; J Jᵀ and products with A are not counted.
+    An iteration takes the forward pass from s^n on and two products with Q^n. The closed form takes one backward pass
+    to s^1 per class; J Jᵀ and products with A are not counted.
     """
     if options.expected:
         return network.blocks[-1].next_shape[0] * sum(map(block_flops, network.blocks[1:]))

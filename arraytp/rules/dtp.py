@@ -12,7 +12,7 @@ Then
         update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², optionally divided by β           Eq. 6
         t^n = s^n + G^n(t^{n+1}) − G^n(s^{n+1})                                                     Eq. 4
 
-The code propagates δ = t − s, which keeps its digits when it is small.
+The code propagates δ = t − s itself, which stays accurate when it is small.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from arraytp.rules.protocol import Feedback, Iterating, Iteration, Rule, State, 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """What all variants have to set. Defaults are the authors' where they are the same for all networks.
+    """The settings of all variants; defaults are the authors' where these are the same for all networks.
 
     Angles are measured at `compare_beta`.
     """
@@ -44,7 +44,7 @@ class TargetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TargetOptions):
-    """As all variants'."""
+    """The settings that all variants share."""
 
     name: Literal["dtp"] = "dtp"
 
@@ -70,7 +70,7 @@ def init_state(options: TargetOptions, network: Network, seed: int, backend: Bac
 
 
 def iterate(at: Samples, omega: Any, bias: Array, epsilon: Array, _: Array) -> Array:
-    """Add these samples' share of half the gradients of ω and G's bias; return their loss (Algorithm 1)."""
+    """Add these samples' contribution to half the gradients of ω and G's bias; return their loss (Algorithm 1)."""
     a = at.a(*at.F(epsilon))
     r = at.transposed(omega, a)  # ω ∘ a
     r += bias  # r = G(F(s + ε))
@@ -82,7 +82,7 @@ def iterate(at: Samples, omega: Any, bias: Array, epsilon: Array, _: Array) -> A
 
 
 def begin(options: TargetOptions, at: At, sigma: float, noises: int) -> Iterating:
-    """Return what does the iterations of Algorithm 1 on a block."""
+    """Return the function that does the iterations of Algorithm 1 on a block."""
     shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=1, output_noise=False))
 
     def iteration(state: State, k: int, with_loss: bool) -> Iteration:
@@ -102,12 +102,12 @@ def targets(options: TargetOptions, state: State, batch: Batch) -> Iterator[Targ
 
 
 def output_difference(beta: float, batch: Batch) -> Array:
-    """Return δ^N = t^N − s^N = −β ∂L/∂s^N, every sample's own: B times `dlogits` of the mean loss (Eq. 3)."""
+    """Return δ^N = t^N − s^N = −β ∂L/∂s^N per sample, where ∂L/∂s^N is B times the mean loss's `dlogits` (Eq. 3)."""
     return batch.dlogits * batch.dlogits.dtype.type(-beta * len(batch))
 
 
 def local_update(options: TargetOptions, at: At, target: Target) -> Update:
-    """Return ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², t − s = δ constant, divided by β if `divide_by_beta` (Eq. 6)."""
+    """Return ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², t held constant, divided by β if `divide_by_beta` (Eq. 6)."""
     dW, db, _ = at.backward(target.delta, scale=-1 / (len(at.batch) * _divisor(options)))
     return dW, db
 
@@ -122,17 +122,17 @@ def _divisor(options: TargetOptions) -> float:
 
 
 def compared(options: O) -> O:
-    """Return the options at which updates are compared with BP's: a small β."""
+    """Return the options with which updates are compared with BP's: `beta` is `compare_beta`."""
     return replace(options, beta=options.compare_beta)
 
 
 def flops(options: TargetOptions, network: Network) -> int:
-    """Return the operations of the products of targets and updates for one sample: as many as BP's."""
+    """Return the FLOPs of the matrix products in targets and updates for one sample: as many as for BP."""
     return backward_flops(network.blocks)
 
 
 def feedback_flops(options: TargetOptions, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample: three an iteration, θ ∘ s once."""
+    """Return the FLOPs of the products in feedback training for one sample: three per iteration, and θ ∘ s once."""
     return feedback_products(options.feedback, network, 3)
 
 

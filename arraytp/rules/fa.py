@@ -51,7 +51,7 @@ def updates(options: Options, state: State, batch: Batch) -> Iterator[Update]:
 
 
 def flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `updates` for one sample: as many as BP's."""
+    """Return the FLOPs of the matrix products in `updates` for one sample: as many as for BP."""
     return backward_flops(network.blocks)
 
 

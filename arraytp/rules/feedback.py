@@ -39,20 +39,20 @@ def train(
     Parameters
     ----------
     feedback : Feedback
-        Of the rule.
+        The rule's.
     options : dataclass
         The rule's.
     state : State
-        Holds ω; changed.
+        Holds ω, which is modified.
     batch : Batch
     workspace : Workspace
-        Whose threads share the optimiser's work.
+        Its threads share the optimiser's work.
     observe : Observe, optional
 
     Returns
     -------
     list of arrays of shape (), or None
-        Per block, from block 1 on: the loss in the last iteration, None without iterations.
+        Per block, from block 1 on: the loss in the last iteration, or None if there are no iterations.
     """
     training, noises = feedback.settings(options), feedback.noises(options)
     losses: list[Array | None] = []
@@ -74,7 +74,7 @@ def train(
 
 
 def descent_of(training: FeedbackTraining, n: int, number: int, workspace: Workspace) -> Descent:
-    """Return what the settings say of block n, on a batch before which feedback was trained on `number` others."""
+    """Return the settings for block n on a batch, after feedback training on `number` batches."""
     iterations, optimizer = int(at_block(training.iterations, n - 1)), of_block(training.optimizer, n - 1)
     lr, sigma = at_block(training.optimizer.lr, n - 1), at_block(training.sigma, n - 1)
     return Descent(optimizer, lr, iterations, sigma, number * iterations, workspace)
@@ -83,7 +83,7 @@ def descent_of(training: FeedbackTraining, n: int, number: int, workspace: Works
 def _by_noise(
     iterates: Sequence[Iterating], state: State, at: At, descent: Descent, noises: int, observe: Observe | None
 ) -> Array | None:
-    """Do the iterations on a block, each with the mean gradient over some noises; return the last loss."""
+    """Do the iterations on a block, each with the gradient averaged over `noises` noises; return the last loss."""
     loss = None
     for k in range(descent.iterations):
         last, ks = k == descent.iterations - 1, range(k * noises, (k + 1) * noises)
@@ -93,7 +93,7 @@ def _by_noise(
         arrays = [[*own.values(), *([] if loss is None else [loss])] for own, loss in done]
         summed = at.batch.summed(arrays, "gradient")
         step_feedback(descent, state, at.n, k, dict(zip(gradients, summed, strict=False)))
-        # A copy: the next block's sums take the same memory.
+        # A copy: the next block's sums use the same memory.
         loss = None if loss is None else summed[-1].copy()
     return loss
 
@@ -101,7 +101,7 @@ def _by_noise(
 def _mean(
     iterate: Iterating, state: State, n: int, noises: range, last: bool, observe: Observe | None
 ) -> tuple[Mapping[str, Array], Array | None]:
-    """Return the means over some noises of the gradients and, of the `last` iteration, of the loss."""
+    """Return the gradients and, in the `last` iteration, the loss, averaged over some noises."""
     total: dict[str, Array] = {}
     loss: Array | None = None
     for k in noises:
@@ -135,9 +135,9 @@ def _observed(done: Iteration) -> dict[str, Array]:
 
 
 def step_feedback(descent: Descent, state: State, n: int, k: int, gradients: Mapping[str, Array]) -> None:
-    """Let the feedback optimiser take step k of a batch on ω^n, and on its bias if that has a gradient.
+    """Take the feedback optimiser's step k of a batch on ω^n, and on its bias if that has a gradient.
 
-    `gradients` is by part, "weight" and "bias".
+    `gradients` maps "weight" and, if there is one, "bias" to its gradient.
     """
     stored = {"weight": state.weights, "bias": state.biases}
     parameters = [stored[part][n] for part in gradients]
@@ -151,9 +151,9 @@ def step_feedback(descent: Descent, state: State, n: int, k: int, gradients: Map
 
 
 def _adam_rates(descent: Descent, n: int, k: int, like: Array) -> Sequence[Array]:
-    """Return Adam's numbers of step k in arrays of a device: those of all steps on a block come before its first.
+    """Return Adam's scale and rate of step k in device arrays; step 0 computes them for all steps on the block.
 
-    They follow there from the batch's number, so that a step by graphs needs nothing from the host.
+    The device derives them from the batch's number, so a captured graph needs nothing from the host.
     """
     optimizer, workspace = descent.optimizer, descent.workspace
     assert isinstance(optimizer, Adam)
@@ -168,9 +168,9 @@ def _adam_rates(descent: Descent, n: int, k: int, like: Array) -> Sequence[Array
 def init_feedback(
     init: FeedbackInit, optimizer: OptimizerOptions, network: Network, seed: int, backend: Backend
 ) -> State:
-    """Draw ω^n and bias of every G^n, n = 1 … N−1; moments are 0. "symmetric" copies θ and has biases 0.
+    """Draw ω^n and the bias of every G^n, n = 1 … N−1; moments are 0. "symmetric" copies θ and sets biases to 0.
 
-    kaiming-uniform is PyTorch's layer default for the reversed block: a dense one's fan_in is its forward output's.
+    kaiming-uniform is PyTorch's layer default for the reversed block; fan_in of a dense one is its forward output size.
     """
     state = State()
     for n, block in enumerate(network.blocks[1:], start=1):
@@ -182,7 +182,7 @@ def init_feedback(
             drawn = initial_weight(init, shape, seed, "feedback", n)
             drawn = np.ascontiguousarray(drawn.T) if block.window is None else drawn
             weight = backend.asarray(drawn.astype(theta.dtype))
-            # Of the same fan_in, and as long as the reversed block has outputs.
+            # With the weight's fan_in; its length is the reversed block's number of output channels or units.
             drawn = initial_bias(init, (*shape[:-1], block.in_shape[-1]), seed, "feedback", n)
             bias = backend.asarray(drawn.astype(theta.dtype))
         state.weights[n], state.biases[n] = weight, bias
@@ -193,7 +193,7 @@ def init_feedback(
 def init_direct(init: InitName, network: Network, seed: int, backend: Backend, width: int | None = None) -> State:
     """Draw a direct matrix of shape (classes or `width`, size of s^n) for every hidden s^n, n = 1 … N−1.
 
-    Its random stream has the number n − 1, of the block that s^n comes from.
+    Its random stream is keyed by n − 1, the number of the block whose output is s^n.
     """
     width, state = width or network.blocks[-1].next_shape[0], State()
     for n, block in enumerate(network.blocks[:-1], start=1):
@@ -203,26 +203,26 @@ def init_direct(init: InitName, network: Network, seed: int, backend: Backend, w
 
 
 def init_moments(state: State, n: int, optimizer: OptimizerOptions) -> None:
-    """Begin the optimiser of ω^n and, where there is one, its bias: all moments 0."""
+    """Set all optimiser moments of ω^n and, if there is one, of its bias to 0."""
     for part, arrays in (("weight", state.weights), ("bias", state.biases)):
         if n in arrays:
             (state.moments[n, part],) = init_optimizer(optimizer, [arrays[n]]).moments
 
 
 def only_block(training: FeedbackTraining, n: int, blocks: int) -> FeedbackTraining:
-    """Return the settings with iterations for block n of so many blocks only."""
+    """Return the settings for a network of `blocks` blocks with iterations on block n only."""
     iterations = [0] * (blocks - 1)
     iterations[n - 1] = int(at_block(training.iterations, n - 1))
     return replace(training, iterations=tuple(iterations))
 
 
 def module_pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
-    """Return n, ω^n or B^n, and the forward weight of every block whose feedback weight has the same shape."""
+    """Return n, ω^n or B^n, and the forward weight, of the same shape, for every block with a feedback weight."""
     return [(n, omega, network.weights[n]) for n, omega in state.weights.items()]
 
 
 def feedback_products(training: FeedbackTraining, network: Network, products: int, shared: int = 1) -> int:
-    """Return the operations of so many products per block and iteration, and of `shared` ones more per block."""
+    """Return the FLOPs of `products` products per block and iteration, plus `shared` products per block."""
     iterations = [int(at_block(training.iterations, n)) for n in range(len(network) - 1)]
     return sum(
         block_flops(block) * (shared + products * count)
@@ -232,7 +232,7 @@ def feedback_products(training: FeedbackTraining, network: Network, products: in
 
 
 def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block], reduction: str) -> None:
-    """Refuse what the rules with trained feedback modules cannot do.
+    """Refuse what rules with trained feedback modules do not support.
 
     Raises
     ------
@@ -244,7 +244,7 @@ def check_feedback(rule: str, training: FeedbackTraining, blocks: Sequence[Block
 
 
 def check_training(training: FeedbackTraining, blocks: Sequence[Block]) -> None:
-    """Refuse lists of settings that have not one value per feedback block, and a regulariser of ω.
+    """Refuse lists of settings without exactly one value per feedback block, and a regulariser of ω.
 
     Raises
     ------
@@ -273,7 +273,7 @@ def check_training(training: FeedbackTraining, blocks: Sequence[Block]) -> None:
 
 
 def check_targets(rule: str, blocks: Sequence[Block], reduction: str) -> None:
-    """Refuse what no rule with targets but GAIT-prop can do.
+    """Refuse what no target rule except GAIT-prop supports.
 
     Raises
     ------
@@ -286,7 +286,7 @@ def check_targets(rule: str, blocks: Sequence[Block], reduction: str) -> None:
 
 
 def refuse_auxiliary(what: str, blocks: Sequence[Block], instead: str = "") -> None:
-    """Refuse auxiliary units in the name of `what`; `instead` goes on with what else would be right.
+    """Refuse auxiliary units; the message says that `what` does not support them, and `instead` extends its advice.
 
     Raises
     ------
@@ -302,7 +302,7 @@ def refuse_auxiliary(what: str, blocks: Sequence[Block], instead: str = "") -> N
 
 
 def check_expected(training: FeedbackTraining) -> None:
-    """Refuse a closed form of no iterations.
+    """Refuse the closed form of zero iterations.
 
     Raises
     ------

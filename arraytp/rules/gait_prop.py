@@ -17,13 +17,13 @@ units have t = a throughout.
 
     e_N = ∂L/∂a_N,  e_n = (D^n e_{n+1}) (W^n)^{-1}
 
-for every γ: BP's recursion with W^{-1} in place of Wᵀ, and BP's result where W is orthogonal. It subtracts no nearly
-equal numbers. It equals the literal form up to rounding where f is linear, or where it is leaky ReLU and no unit's
-nudged activation (1 − ε) a + ε t lies across the kink from a (`crossings` counts these); for ELU
-and tanh, to first order in γ.
+for every γ: BP's recursion with W^{-1} in place of Wᵀ, and BP's result where W is orthogonal. It never subtracts
+nearly equal numbers. It equals the literal form up to rounding where f is linear, or where it is leaky ReLU and no
+unit's nudged activation (1 − ε) a + ε t lies across the kink from a (`crossings` counts these); for ELU and tanh, to
+first order in γ.
 
 **Any network** (`inverse: pseudo`, docs/gait-prop-any-network.md): in the difference form W^{-1} may be the
-pseudo-inverse W⁺ of a W that is not square, and e may pass a pool to the maxima of the forward pass:
+pseudo-inverse W⁺ of a W that is not square, and e may pass back through a pool to the maxima of the forward pass:
 
     e_n = (D^n unpool(e_{n+1})) (W^n)⁺
 
@@ -53,7 +53,7 @@ from arraytp.rules.protocol import Rule, State, Target, Update
 class Options:
     """Defaults are the authors' (docs/math/differences.md); `normalise: false` is vanilla GP.
 
-    `form` is, unless given, literal with exact inverses and difference with pseudo-inverses.
+    `form` defaults to literal with exact inverses, and to difference with pseudo-inverses.
     """
 
     name: Literal["gait-prop"] = "gait-prop"
@@ -77,8 +77,8 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
     Raises
     ------
     UserError
-        If a block that must be inverted has no inverse; names it and what would fit. With pseudo-inverses, for the
-        literal form and auxiliary units.
+        If a block that must be inverted has no inverse; names it and what would fit. With pseudo-inverses, if the
+        form is literal or a block has auxiliary units.
     """
     if options.inverse == "pseudo":
         check_pseudo(options, blocks)
@@ -91,7 +91,7 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
 
 
 def check_pseudo(options: Options, blocks: tuple[Block, ...]) -> None:
-    """Refuse what has no meaning with pseudo-inverses: raises as `check`."""
+    """Refuse what is undefined with pseudo-inverses; raises as `check`."""
     if options.form == "literal":
         raise UserError(
             "rule.form: literal inverts f, W and every pool, which rule.inverse: pseudo does not; use form: "
@@ -136,7 +136,7 @@ def literal(options: Options, batch: Batch) -> Iterator[tuple[Target, Update]]:
         y = nudged(at, t, gamma)
         check_range(at.block, at.n, y)
         t = at.inverse(carriers[at.n], y)
-        # Where nothing is to be changed the inverse leaves rounding errors only, which m would blow up.
+        # Where a = t, the inverse would add nothing but rounding errors, which m would amplify.
         xp.copyto(t, at.s, where=per_sample(on_target, t))
 
 
@@ -166,10 +166,10 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
 
 
 def perturbation(options: Options, delta: Array, block: Block, half: bool = False) -> tuple[Array, Array]:
-    """Return γ of every sample (Eq. 5) and which samples have a = t (their γ is 1), both (B,).
+    """Return γ of every sample (Eq. 5) and which samples have a = t (their γ is 1), both of shape (B,).
 
-    Those so near to t that γ by ‖·‖² would not be finite count as a = t. `delta` is t − a of what the block hands on,
-    of either sign, twice as large if only `half` of it counts; auxiliary units count in dim.
+    Samples so near to t that γ with `norm: l2_squared` would not be finite count as a = t. `delta` is ±(t − a) of the
+    units that the block passes on or, with `half`, twice that. Auxiliary units count in dim.
     """
     xp, number = array_module(delta), delta.dtype.type
     norm, on_target = row_norms(delta.reshape(len(delta), -1))
@@ -205,7 +205,8 @@ def nudged(at: At, t: Array, gamma: Array) -> Array:
 def crossings(options: Options, at: At, target: Target) -> int:
     """Return how many units of a block's output the nudge takes across the kink of leaky ReLU.
 
-    There a and a + ε δ have different signs, and the literal form bends off if the block is to be inverted.
+    For these, a and a + ε δ have different signs, and the literal form departs from the difference form if it
+    inverts the block.
     """
     if at.block.activation is not LEAKY_RELU:
         return 0
@@ -215,12 +216,12 @@ def crossings(options: Options, at: At, target: Target) -> int:
 
 
 def per_sample(values: Array, like: Array) -> Array:
-    """Return one value per sample, of shape (B,), with as many axes as `like`."""
+    """Reshape one value per sample, of shape (B,), to as many axes as `like` has."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of `updates` for one sample; factorising, once a batch, is not counted."""
+    """Return the FLOPs of the products in `updates` for one sample, without the factorisations (once per batch)."""
     gradients = sum(map(adjoint_flops, network.blocks))
     carried = block_flops if options.form == "literal" else adjoint_flops
     return gradients + sum(map(carried, network.blocks[1:]))

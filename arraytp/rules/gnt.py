@@ -6,7 +6,7 @@ With J^n_b (C × D) the Jacobian of sample b's logits with respect to its s^n, a
     t^n_b = s^n_b − β (J^n_b)ᵀ (J^n_b (J^n_b)ᵀ + γI)⁻¹ e_b,  n = 1 … N−1
     update of θ^n = ∂/∂θ^n of (1/B) Σ ½ ‖s^{n+1} − t^{n+1}‖², optionally divided by β
 
-For γ → 0, s^n changes by −β J⁺ e, the least change that moves the logits by −β e (to first order), as exact inverses
+For γ → 0, s^n changes by −β J⁺ e, the smallest change that moves the logits by −β e (to first order), as exact inverses
 of all layers would. For large γ it is −β Jᵀ e / γ. All J come from C backward passes.
 
 Source: Meulemans et al. (2020). There GNT is a baseline, as it is here (`compare.against`).
@@ -50,7 +50,7 @@ def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: st
 
 
 def check_jacobians(what: str, blocks: Sequence[Block]) -> None:
-    """Refuse networks of whose Jacobians there are too many, in the name of `what`.
+    """Refuse networks with too many classes to compute their Jacobians; the message begins with `what`.
 
     Raises
     ------
@@ -75,9 +75,9 @@ def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
 
 
 def flops(options: Options, network: Network) -> int:
-    """Return the operations of the products for one sample: C backward passes to s^1, and dW of every block.
+    """Return the FLOPs of the matrix products for one sample: C backward passes to s^1, and dW of every block.
 
-    J Jᵀ of the samples, some percent of them, is not counted.
+    J Jᵀ, a few percent of these, is not counted.
     """
     classes = network.blocks[-1].next_shape[0]
     return classes * sum(map(block_flops, network.blocks[1:])) + sum(map(adjoint_flops, network.blocks))

@@ -36,9 +36,10 @@ from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule
 
 @dataclass(frozen=True, kw_only=True)
 class LDRLOptions(dtp.TargetOptions):
-    """As DTP's. `expected` descends the expectation for small noise in closed form (Theorem 4.2), without noise.
+    """DTP's settings, and whether noise is sampled or replaced by its small-noise expectation.
 
-    `output_noise: expected` draws ε only, and takes the expectation for small noise of η's part of the gradient.
+    `expected` descends the expectation of the whole loss in closed form (Theorem 4.2), without drawing noise.
+    `output_noise: expected` draws only ε, and uses the expectation of η's part of the gradient.
     """
 
     expected: bool = False
@@ -47,7 +48,7 @@ class LDRLOptions(dtp.TargetOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LDRLOptions):
-    """As all variants'."""
+    """The settings that all variants share."""
 
     name: Literal["ldrl"] = "ldrl"
 
@@ -64,7 +65,7 @@ def check(options: LDRLOptions, blocks: tuple[Block, ...], dtype: str, reduction
 
 
 def iterate(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta: Array) -> Array:
-    """Add these samples' share of half the gradient of ω (Algorithm 3); return their Σ ‖ω ∘ d2‖²."""
+    """Add these samples' contribution to half the gradient of ω (Algorithm 3); return their Σ ‖ω ∘ d2‖²."""
     d1 = at.a(*at.F(epsilon))
     d1 -= at.a_next  # a(F(s + ε)) − a(s')
     at.subtract(epsilon, d1)  # −ε ⋆ d1
@@ -84,7 +85,7 @@ def iterate_input(at: Samples, omega: Any, _: Array | None, epsilon: Array, eta:
 
 
 def begin(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
-    """Return what does the iterations of Algorithm 3 on a block."""
+    """Return the function that does the iterations of Algorithm 3 on a block."""
     if options.output_noise == "expected":
         return begin_expected_output(options, at, sigma, noises)
     shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=2, output_noise=True))
@@ -100,13 +101,13 @@ def begin(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
 
 
 def begin_expected_output(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
-    """Return iterations that sample ε, and descend (σ²/B) ‖∂G‖², the limit of η's part of the loss, without samples.
+    """Return iterations that sample only ε, and replace η's part of the loss by its limit (σ²/B) ‖∂G‖².
 
-    ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], two products per iteration instead of four. M is of Theorem 4.2 (Equations 14
-    to 17), of shape (k, k, 1, O) or (1, out).
+    ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], two products per iteration instead of four. M is that of Theorem 4.2
+    (Equations 14 to 17), of shape (k, k, 1, O) or (1, out).
     """
     shared = at.iterations(options.unpool, NoiseAndProducts(sigma, noises, products=1, output_noise=False))
-    # Of this rank's samples: gradients are summed over the ranks.
+    # M of this rank's samples only, because gradients are summed over the ranks.
     _, M = at.batch.engine.jacobian_overlap(at, options.unpool)
     a = (M * (2 * sigma**2 / len(at.batch))).astype(at.weight.dtype)
 
@@ -115,7 +116,7 @@ def begin_expected_output(options: LDRLOptions, at: At, sigma: float, noises: in
         sums = shared.sums(iterate_input, k, omega)
         share = at.batch.array("expected output noise", omega.shape)
         array_module(omega).multiply(omega, a, out=share)
-        # Linear in ω from ε, quadratic from η.
+        # The part of ε is linear in ω, that of η quadratic.
         loss = ((sums.weight + share / 2) * omega).sum() if with_loss else None
         gradient = sums.weight
         gradient += share
@@ -125,9 +126,10 @@ def begin_expected_output(options: LDRLOptions, at: At, sigma: float, noises: in
 
 
 def closed_form(options: LDRLOptions, state: State, at: At, descent: Descent) -> dict[str, Array]:
-    """Do all iterations on a block at once, from the expected gradient for small noise (Theorem 4.2).
+    """Do all iterations on a block at once, with the expected gradient for small noise (Theorem 4.2).
 
-    By SGD as `arraytp.rules.collapse` has it, whatever K; by Adam, which is not linear, K element-wise iterations.
+    SGD does them in one pass, whatever K is (`arraytp.rules.collapse`); Adam, which is not linear, takes K element-wise
+    iterations.
     """
     N, M = at.jacobian_overlap(options.unpool)
     scale = 2 * descent.sigma**2 / len(at.batch)
@@ -144,14 +146,14 @@ def expected_loss(omega: Array, theta: Array, a: Array, b: Array) -> Array:
     """Return (σ²/B) (‖∂G‖² − 2⟨∂Fᵀ, ∂G⟩) = Σ (a ω²/2 − b θ ω), of shape ()."""
     xp = array_module(omega)
     if xp is not np:
-        # Without products of cuBLAS, so that a device's step can be captured.
+        # No cuBLAS products, so that a device's step can be captured in a graph.
         return ((omega * (a / 2) - theta * b) * omega).sum()
     squares, products = (xp.einsum("...co,...co->...o", omega, other) for other in (omega, theta))
     return (squares * a[..., 0, :]).sum() / 2 - (products * b[..., 0, :]).sum()
 
 
 def expected_gradient(at: At, omega: Array, a: Array, b: Array) -> Array:
-    """Return a ω − b θ, the limit of the mean gradient for small noise, in an array of the pass."""
+    """Return a ω − b θ, the limit of the mean gradient for small noise, in one of the pass's arrays."""
     gradient = at.batch.array("expected gradient", omega.shape)
     array_module(omega).multiply(omega, a.astype(omega.dtype), out=gradient)
     gradient -= at.weight * b.astype(omega.dtype)
@@ -159,9 +161,9 @@ def expected_gradient(at: At, omega: Array, a: Array, b: Array) -> Array:
 
 
 def feedback_flops(options: LDRLOptions, network: Network, noises: int = 1) -> int:
-    """Return the operations of the products of feedback training for one sample, with so many noises an iteration.
+    """Return the FLOPs of the matrix products in feedback training for one sample, `noises` noises per iteration.
 
-    θ ∘ s once; for each noise θ ∘ (s + ε) and −ε ⋆ d1, and where η is drawn ω ∘ d2 and r ⋆ d2.
+    θ ∘ s is computed once, θ ∘ (s + ε) and −ε ⋆ d1 for each noise and, where η is drawn, also ω ∘ d2 and r ⋆ d2.
     """
     products = 4 if options.output_noise == "sampled" else 2
     return 0 if options.expected else feedback_products(options.feedback, network, products * noises)

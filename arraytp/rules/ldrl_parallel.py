@@ -15,7 +15,7 @@ from arraytp.rules.protocol import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ldrl.LDRLOptions):
-    """As L-DRL's; `feedback.iterations` counts steps of the optimiser, each with `samples` noises."""
+    """L-DRL's settings; `feedback.iterations` counts optimiser steps, each with `samples` noises."""
 
     name: Literal["ldrl-parallel"] = "ldrl-parallel"
     samples: Size = 10
@@ -23,7 +23,7 @@ class Options(ldrl.LDRLOptions):
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample, θ ∘ s once among them."""
+    """Return the FLOPs of the matrix products in feedback training for one sample, including θ ∘ s once."""
     return ldrl.feedback_flops(options, network, options.samples)
 
 

@@ -1,8 +1,8 @@
-"""What a learning rule is: a value whose fields say what it can do.
+"""The interface of a learning rule: a value whose fields say what the rule can do.
 
 Every rule has options, a state, a FLOP count of its matrix products, and either `updates`, or `targets` and
-`local_update`, which updates a block from its target. Loop, optimiser, angles, trace and audit use these
-fields, never a rule's name. A rule returns updates and never applies them to θ.
+`local_update`, which updates a block from its target. The training loop, optimiser, angles, trace and audit
+use these fields, never a rule's name. A rule returns updates and never applies them to θ.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,14 +38,14 @@ Check = Callable[[Any], Iterable[Any]]
 
 @dataclass
 class State:
-    """A rule's own arrays, by the block n that they belong to: B^n, ω^n or Q^n, which reaches s^n, n = 1 … N−1.
+    """A rule's own arrays by block n = 1 … N−1: B^n, ω^n or Q^n, which carries feedback to s^n.
 
     Parameters
     ----------
     weights, biases : map of n to array
         Feedback weights, and biases where the rule has any.
     moments : map of n and "weight" or "bias" to tuple of arrays
-        Of the optimiser of what is trained.
+        Moments of the feedback optimiser.
     """
 
     weights: dict[int, Array] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class State:
     moments: dict[tuple[int, str], tuple[Array, ...]] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Array]:
-        """Return weights and biases by the names that files have for them: feedback/<n>/<weight or bias>."""
+        """Return weights and biases by their names in files: feedback/<n>/<weight or bias>."""
         named = {}
         for n, weight in self.weights.items():
             named[f"feedback/{n}/weight"] = weight
@@ -62,7 +62,7 @@ class State:
         return named
 
     def named(self) -> dict[str, Array]:
-        """Return every array by the name that files have for it."""
+        """Return every array by its name in files."""
         return self.parameters() | {
             f"feedback_moments/{n}/{part}/{i}": moment
             for (n, part), moments in self.moments.items()
@@ -80,16 +80,16 @@ class State:
 
 @dataclass(frozen=True)
 class Target:
-    """s^{n+1} shall become t = s^{n+1} + δ; valid until the next target is asked for.
+    """The target t = s^{n+1} + δ of a block's output; valid until the next target is requested.
 
     Parameters
     ----------
     delta : array
-        δ, of as many elements as s^{n+1}.
+        δ, with as many elements as s^{n+1}.
     t : array, optional
-        Of the same, where the rule computes t itself and δ from it.
+        t, with as many elements, where the rule computes t itself and δ from it.
     m : array of shape (B,), optional
-        GAIT-prop's factor of every sample.
+        GAIT-prop's factor m of every sample.
     """
 
     delta: Array
@@ -104,7 +104,7 @@ class Iteration:
     Parameters
     ----------
     gradients : map of "weight" and, where it is trained, "bias" to array
-    loss : array of shape (), or None where it was not asked for
+    loss : array of shape (), or None where it was not requested
     noises : map of name to array
         `epsilon` and `eta`, where there are any.
     """
@@ -116,19 +116,19 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Descent:
-    """What the optimiser of one block's feedback weights does on a batch.
+    """How one block's feedback weights are optimised on a batch.
 
     Parameters
     ----------
     optimizer : SGD or Adam options
-        Of the block.
+        The block's.
     lr : float
     iterations : int
         K.
     sigma : float
         σ of the noise.
     step : int
-        How many iterations were done before.
+        Number of iterations done on earlier batches.
     workspace : Workspace
     """
 
@@ -152,27 +152,27 @@ trained, of its bias; `loss` is of shape (). A closed form tells once per block,
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback(Generic[O]):
-    """How a rule trains its feedback weights: `arraytp.rules.feedback.train` is the loop.
+    """How a rule trains its feedback weights in the loop `arraytp.rules.feedback.train`.
 
     Parameters
     ----------
     begin : (options, at, σ, noises) → Iterating
-        Return what does the iterations on a block of a batch; `noises` is how many there will be.
+        Return the function that does the iterations on a block; `noises` is the number of noises to be drawn.
     flops : (options, network) → int
-        Operations of the products of training for one sample.
+        FLOPs of the matrix products in feedback training for one sample.
     settings : options → FeedbackTraining
         K, σ and optimiser.
     noises : options → int
-        How many noises a step of the optimiser takes the mean gradient of.
+        Number of noises over which each optimiser step averages the gradient.
     epochs : options → (int, int)
-        How many epochs of feedback training alone come first, and after each epoch but the last.
+        Number of feedback-only epochs at the start, and after each epoch but the last.
     closed_form : (options, state, at, Descent) → map of str to array, optional
-        Do all iterations on a block at once, in place, from the expectation over the noise; return what there is to
-        observe, `loss` among it.
+        Do all iterations on a block at once, in place, using the expectation over the noise; return the arrays to
+        observe, including `loss`.
     expected : options → bool
         Whether the settings ask for the closed form.
     noise_key : n → int
-        The number by which the noise of ω^n's iterations is keyed.
+        The block number that keys the noise of ω^n's iterations.
     """
 
     begin: Callable[[O, At, float, int], Iterating]
@@ -199,34 +199,34 @@ class Rule(Generic[O]):
     targets : (options, state, batch) → iterator of Target, optional
         From the last block to the first.
     local_update : (options, at, target) → Update, optional
-        Of a block by its target; for rules without `updates`.
+        The update of a block given its target; for rules without `updates`.
     local_loss : (options, block, s, t) → float, optional
-        The loss whose gradient `local_update` is, t constant, for arrays of shape (B, *out_shape); for the audit.
+        The loss whose gradient, with t constant, `local_update` is; for arrays of shape (B, *out_shape); for the audit.
     feedback : Feedback, optional
         For rules that train feedback weights.
     follow : (options, state, batch) → None, optional
-        Set feedback weights that follow from θ, in place; on every batch, before its updates.
+        Set feedback weights that depend on θ, in place, on every batch before its updates.
     shared_decay : options → float, optional
-        λ of a rule whose B^n get the very step that the optimiser gives W^n, after both have shrunk by 1 − λ.
+        λ of a rule whose B^n takes the same optimiser step as W^n, after both are multiplied by 1 − λ.
     optimum : (options, batch) → map of n to array, optional
-        The feedback weights at which the batch's feedback loss is least, where they have a closed form; empty if the
-        settings have none.
+        The feedback weights that minimise the batch's feedback loss; empty if they have no closed form under these
+        settings.
     pairs : (state, network) → list of (n, feedback weight, forward weight to compare it with or None), optional
     flops : (options, network) → int
-        Operations of the products of the updates for one sample.
+        FLOPs of the matrix products in the updates for one sample.
     check : (options, blocks, dtype, loss reduction) → list of str
-        Lines worth knowing before a run; raises UserError for what the rule cannot train.
+        Notes for the user before a run; raises UserError for what the rule cannot train.
     compared : options → options
-        At which the updates are compared with BP's.
+        The options with which updates are compared with BP's.
     inverses : (options, batch) → map of n to Factors or PseudoInverse, optional
-        What the rule puts in place of the transposed weights of every block but the first; raises IllConditionedError.
+        What the rule uses in place of the transposed weights of every block but the first; raises IllConditionedError.
     factors : as `inverses`, optional
         As `inverses`, for a rule that solves with the factors itself instead of passing them to `At.backward`.
     by_samples : bool
-        Whether a sample's numbers do not depend on others, and what is yielded is summed over samples by `At.backward`
-        alone. Exact mode then computes parts of a batch at once, unless the rule trains feedback.
+        Whether each sample's values are independent of the other samples, and only `At.backward` sums the yielded
+        updates over samples. Exact mode then computes parts of a batch at once, unless the rule trains feedback.
     checks : tuple of Check
-        What the audit is to check besides.
+        Additional checks for the audit.
     """
 
     options: type[O]
@@ -264,7 +264,7 @@ class Rule(Generic[O]):
         Raises
         ------
         NonFiniteError
-            If a rule that inverts cannot; names the block.
+            If a rule needs an inverse that cannot be computed; names the block.
         """
         return list(self.descend(options, state, batch))[::-1]
 

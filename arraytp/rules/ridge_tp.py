@@ -7,7 +7,7 @@
         t^n = s^n + (unpool d) (WᵀW + rI)⁻¹ Wᵀ,  r > 0
 
 (WᵀW + rI)⁻¹ Wᵀ = Wᵀ (WWᵀ + rI)⁻¹ maps d to the input change p that minimises ‖p W − d‖² + r ‖p‖². f⁻¹ and D
-are taken at s and t clipped to `clip` inside f's range.
+are evaluated at s and t clipped to f's range less `clip` at either end.
 
 Source: Roulet and Harchaoui (2023), for recurrent networks. Convolutions and pools are our additions: overlapping
 patches add up, as in GAIT-prop, and d goes to the maxima of the forward pass, because f and the pool commute.
@@ -86,7 +86,7 @@ def factors(options: Options, batch: Batch) -> Mapping[int, PseudoInverse]:
 def change_of_z(options: Options, at: At, delta: Array) -> Array:
     """Return d = f⁻¹(t) − f⁻¹(s) with s and t = s + δ clipped (`clipped`), or D⁻¹ δ with D at the clipped s.
 
-    It is of s^{n+1}'s shape.
+    The result has the shape of s^{n+1}.
     """
     f, s_next, delta = at.block.activation, at.s_next, delta.reshape(at.s_next.shape)
     d = at.batch.array("d", s_next.shape)
@@ -104,10 +104,10 @@ def change_of_z(options: Options, at: At, delta: Array) -> Array:
 
 
 def clipped(options: Options, at: At, s: Array, delta: Array) -> tuple[Array, Array]:
-    """Return s and the difference of s + δ from it, both clipped to f's range less `clip` on either side.
+    """Return s clipped to f's range less `clip` at either end, and t − s for t = s + δ clipped likewise.
 
-    They are float64 where there is a limit: float32 would round it by 3e-8, of which f⁻¹, 1,000 times as steep there
-    with the authors' `clip`, makes a relative error of 3e-5 in d; and a `clip` below 3e-8 would be none.
+    Both are float64 where the range has a limit: float32 would round it by 3e-8, which f⁻¹, 1,000 times as steep there
+    with the authors' `clip`, turns into a relative error of 3e-5 in d; and a `clip` below 3e-8 would have no effect.
     """
     low, high = at.block.activation.range
     if low == -math.inf and high == math.inf:
@@ -116,7 +116,7 @@ def clipped(options: Options, at: At, s: Array, delta: Array) -> tuple[Array, Ar
     s, delta = s.astype(np.float64, copy=False), delta.astype(np.float64, copy=False)
     t = s + delta
     s_inside, t_inside = (xp.clip(value, low + options.clip, high - options.clip) for value in (s, t))
-    # Where nothing is clipped δ keeps its digits.
+    # Where nothing is clipped, δ itself keeps its accuracy.
     return s_inside, xp.where((s_inside == s) & (t_inside == t), delta, t_inside - s_inside)
 
 

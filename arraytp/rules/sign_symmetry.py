@@ -1,4 +1,4 @@
-"""Sign symmetry: FA with a B^n that has the signs of W^n at every step.
+"""Sign symmetry: FA in which B^n has the signs of W^n at every step.
 
     B^n = |R^n| ⊙ sign(W^n),  c^n = √(2 / (fan_in + fan_out))
     unit (uSF):  |R^n| = c^n
@@ -25,7 +25,7 @@ from arraytp.rules.protocol import Rule, State
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What |R| is."""
+    """How the magnitudes |R| are chosen."""
 
     name: Literal["sign-symmetry"] = "sign-symmetry"
     magnitude: Literal["unit", "batch", "fixed"] = "unit"
@@ -50,7 +50,7 @@ def init_state(options: Options, network: Network, seed: int, backend: Backend) 
 
 
 def follow(options: Options, state: State, batch: Batch) -> None:
-    """Give every B^n the signs that W^n has now, and for `batch` another |R^n|."""
+    """Give every B^n the current signs of W^n and, for `batch`, a new |R^n|."""
     for n, B in state.weights.items():
         W = batch.at(n).weight
         if options.magnitude == "batch":

@@ -17,7 +17,7 @@ from arraytp.rules.protocol import Rule, State, Target
 
 @dataclass(frozen=True, kw_only=True)
 class Options(dtp.TargetOptions):
-    """As DTP's."""
+    """The same settings as DTP's."""
 
     name: Literal["tp"] = "tp"
 

@@ -1,13 +1,13 @@
-"""Weight mirror: FA with a B^n that learns W^n from noise, each block alone.
+"""Weight mirror: FA in which B^n learns W^n from noise, each block on its own.
 
 On every batch, before the updates, for n = 1 … N−1, K_n times:
     x ~ N(0, σ²), of s^n's shape
     y = f(x W^n + b^n), without the pool
     B^n ← (1 − λ) B^n + η xᵀy / rows
 
-Rows are those of x's patches: B samples times the positions of y. By Stein's lemma E[xᵀy / rows] = σ² W E[f'], up to a
-border's zeros, so each column of B aligns with W's. B is trained by the loop and the optimiser of all learned
-feedback: SGD with η = lr and λ = lr · weight_decay is the paper's rule. The rest is FA.
+`rows` counts the rows of x's patch matrix: B samples times the positions of y. By Stein's lemma, up to the zeros of a
+border, E[xᵀy / rows] = σ² W E[f'], so each column of B aligns with that of W. B is trained like all learned feedback,
+by `arraytp.rules.feedback.train`: SGD with η = lr and λ = lr · weight_decay is the paper's rule. The rest is FA.
 Source: Akrout et al. (2019), Equation 7.
 """
 
@@ -46,12 +46,12 @@ def init_state(options: Any, network: Network, seed: int, backend: Backend) -> S
 
 
 def rows(at: At) -> int:
-    """Return the number of rows of x's patches: samples times positions of y."""
+    """Return the number of rows of x's patch matrix: samples times positions of y."""
     return len(at.batch) * math.prod(at.block.pre_shape[:-1])
 
 
 def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
-    """Return the iteration: the loss −⟨B, xᵀy⟩ / rows, whose gradient is −xᵀy / rows."""
+    """Return the iteration: its loss is −⟨B, xᵀy⟩ / rows, with gradient −xᵀy / rows."""
 
     def iterate(state: State, k: int, with_loss: bool) -> Iteration:
         x = at.batch.noise("mirror", at.s.shape, sigma, at.n, k, EPSILON)
@@ -65,17 +65,17 @@ def begin(options: Options, at: At, sigma: float, noises: int) -> Iterating:
 
 
 def inner(at: At, a: Any, b: Any) -> Any:
-    """Return ⟨a, b⟩ of two arrays of one shape."""
+    """Return ⟨a, b⟩ of two arrays of the same shape."""
     return array_module(a).multiply(a, b, out=at.batch.array("inner", a.shape)).sum()
 
 
 def feedback_flops(options: Options, network: Network) -> int:
-    """Return the operations of the products of feedback training for one sample: two an iteration."""
+    """Return the FLOPs of the products in feedback training for one sample: two per iteration."""
     return feedback_products(options.feedback, network, 2, shared=0)
 
 
 def check(options: Options, blocks: Sequence[Block], dtype: str, reduction: str) -> list[str]:
-    """Refuse lists of another length than the number of blocks with feedback."""
+    """Refuse lists whose length is not the number of blocks with feedback."""
     check_training(options.feedback, blocks)
     return []
 

@@ -1,9 +1,9 @@
-"""Angle to BP's update and test accuracy of several runs over seconds of training.
+"""Plot the angle to BP's update and the test accuracy of several runs against seconds of training.
 
     python runs/benchmarks/angle_over_seconds.py DIR… --out FILE.png
 
-Each DIR is a result folder, or a folder of them. Seconds are steps over the run's own steps per second (summary.json),
-so evaluation and angles do not count. Runs are comparable if the machine had nothing else to do.
+Each DIR is a result folder, or a folder of them. Seconds are steps divided by the run's own steps per second
+(summary.json), so evaluation and angles do not count. Runs are comparable if the machine was otherwise idle.
 """
 
 import argparse
@@ -44,19 +44,19 @@ def main() -> None:
 
 
 def steps_per_second(result: Result) -> float:
-    """Return the run's own figure."""
+    """Return the run's own steps per second."""
     if result.summary is None:
         raise SystemExit(f"{result.path}: has no summary.json: the run has not ended")
     return float(result.summary["steps_per_second"])
 
 
 def steps_per_epoch(result: Result) -> float:
-    """Return steps over epochs of an ended run."""
+    """Return the steps per epoch of a finished run."""
     return float(result.summary["steps"]) / float(result.metrics["epoch"][-1])
 
 
 def finish(axes: Axes, title: str) -> None:
-    """Label the axes; the scale of seconds is logarithmic."""
+    """Label the axes, with a logarithmic scale of seconds."""
     axes.set_xscale("log")
     axes.set(xlabel="seconds of training", title=title)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,7 +1,7 @@
-"""Time arraytp's BP step against PyTorch eager: same network, batch, optimiser, threads, in one run.
+"""Time arraytp's BP step against PyTorch eager: same network, batch, optimiser and threads, in one run.
 
-Each side lives in a process of its own and they take turns, so that both see the same machine and neither's idle
-threads disturb the other. A step is forward, loss, backward and optimiser. Prints a table; --json writes the figures.
+Each side has a process of its own and they take turns, so that both see the same machine and neither's idle threads
+disturb the other. A step is forward, loss, backward and optimiser. Prints a table; --json writes the figures.
 
     python runs/benchmarks/compare_pytorch.py [--networks lenet vgg] [--rounds 7] [--threads 2] [--json FILE]
 """
@@ -88,7 +88,7 @@ def torch_model(name: str) -> Any:
 
 
 def worker(side: str, name: str, optimizer: str, threads: int, pipe: Connection) -> None:
-    """Answer each number received with the seconds of so many steps; answer 0 with the peak memory in MB."""
+    """Time as many steps as each number received and send their seconds; for 0, send peak memory and growth in MB."""
     if side == "arraytp":
         step = arraytp_step(name, optimizer, threads)
     else:
@@ -117,7 +117,7 @@ def compare(name: str, optimizer: str, rounds: int, steps: int, threads: int, si
     for side in sides:
         pipes[side], far = context.Pipe()
         context.Process(target=worker, args=(side, name, optimizer, threads, far), daemon=True).start()
-        # With its own end alone, this process hears of it when the other one fails.
+        # Without a copy of the far end, this process gets an error when the worker fails.
         far.close()
         pipes[side].send(1)
         pipes[side].recv()

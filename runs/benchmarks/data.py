@@ -1,7 +1,7 @@
-"""Time the loader: against a bare copy and conversion, PyTorch's DataLoader, and training steps.
+"""Time the loader against a bare copy and conversion, PyTorch's DataLoader, and training steps.
 
 Files are in the page cache. All parts of a run take turns, round by round, so that they see the same machine; the best
-round counts. The images are random bytes in shards that are made for the run: nothing looks at what they show.
+round counts. The images are random bytes in shards made for the run, because their content does not matter.
 
     python runs/benchmarks/data.py small|large [--rounds 3] [--threads N] [--json FILE]
     python runs/benchmarks/data.py torch [--rounds 3] [--json FILE]
@@ -42,7 +42,7 @@ def random_set(folder: Path, shape: tuple[int, int, int], count: int) -> Dataset
 
 
 def bare(dataset: Dataset, batch: int) -> Job:
-    """Convert the images as they lie to float32, batch by batch, on one thread: nothing shuffled, nothing scaled."""
+    """Convert the images in stored order to float32, batch by batch, on one thread: no shuffling, no scaling."""
     images, _ = dataset.load("train")
     outs = [np.empty((batch, *dataset.shape), np.float32) for _ in range(4)]
 
@@ -69,7 +69,7 @@ def loading(dataset: Dataset, batch: int, threads: int | None, **options: Any) -
 
 
 def torch_loading(dataset: Dataset, batch: int, augment: bool) -> Job:
-    """The usual PyTorch way: a map-style data set that transforms image by image, two worker processes."""
+    """Load in the usual PyTorch way: a map-style data set that transforms image by image, with two worker processes."""
     import torch
 
     images, labels = dataset.load("train")
@@ -98,7 +98,7 @@ def torch_loading(dataset: Dataset, batch: int, augment: bool) -> Job:
 
 
 def take_turns(jobs: dict[str, Job], rounds: int) -> dict[str, dict[str, float]]:
-    """Return for each job its best images per second, and its CPU microseconds per image then (this process only)."""
+    """Return each job's best images per second, and its CPU µs per image in that round (this process only)."""
     best: dict[str, dict[str, float]] = {name: {"images_per_s": 0.0, "cpu_us": 0.0} for name in jobs}
     for epoch in range(rounds):
         for name, job in jobs.items():
@@ -118,7 +118,7 @@ def loader_jobs(dataset: Dataset, batch: int, threads: int | None) -> Iterator[t
 
 
 def checksum_us(dataset: Dataset) -> float:
-    """CPU time of a range's checksum for each image, in microseconds; best of 50."""
+    """Return the CPU time of a range's checksum per image, in microseconds; best of 50."""
     images, labels = dataset.read("train", 0, dataset.chunks("train")[0][1])
     seconds = []
     for _ in range(50):
@@ -139,7 +139,7 @@ STEPS: dict[str, tuple[str, str, str | None, list[str], dict[str, Any]]] = {
 
 
 def steps() -> dict[str, dict[str, float]]:
-    """CPU time of the loader for a batch against that of a training step on the batch."""
+    """Compare the loader's CPU time for a batch with that of a training step on the batch."""
     from arraytp.config import load_one
     from arraytp.training.build import build
 

@@ -1,7 +1,8 @@
-"""Train DRL's feedback as the DRL code does where arraytp does not: a block's last gradient is applied again and again.
+"""Train DRL's feedback as the DRL code does where it differs from arraytp: a block's last gradient is applied again.
 
-The code has one Adam for the Q^n of all blocks, clears gradients once a batch, and steps all blocks in each iteration.
-So after its own iterations on a batch, Q^n goes on with its last, noisy gradient while the blocks above are trained.
+The code has one Adam for the Q^n of all blocks, clears gradients once per batch, and steps all blocks in each
+iteration. After its own iterations on a batch, Q^n is therefore stepped further with its last, noisy gradient while the
+blocks above are trained.
 
     python runs/benchmarks/drl_code.py CONFIG [options of arraytp run]
 """
@@ -15,13 +16,13 @@ from arraytp.rules import feedback
 from arraytp.rules.protocol import Descent, State
 
 step_feedback = feedback.step_feedback
-# Of each block that has been trained on the batch: how it is stepped, and its last gradient.
+# For each block that has been trained on the batch: its descent settings and its last gradient.
 Last = tuple[Descent, Mapping[str, Array]]
 last: dict[int, Last] = {}
 
 
 def step_all(descent: Descent, state: State, n: int, k: int, gradients: Mapping[str, Array]) -> None:
-    """Take step k on Q^n, and one on every block below with the gradient of its own last iteration."""
+    """Take step k on Q^n, and one step on every block below with the gradient of that block's last iteration."""
     if n == 1 and k == 0:
         last.clear()
     step_feedback(descent, state, n, k, gradients)

@@ -1,7 +1,7 @@
 """Time a training step of the rules with trained feedback against PyTorch eager, written the straightforward way.
 
 The PyTorch side follows the published code: `randn_like`, module forward passes, autograd, one optimiser step per
-iteration, the angle between ω and θ after each. Each side lives in a process of its own and they take turns.
+iteration, the angle between ω and θ after each. Each side has a process of its own and they take turns.
 
     python runs/benchmarks/feedback_pytorch.py [--rule ldrl] [--network lenet] [--batch N] [--sides …] [--rounds 3]
 """
@@ -24,7 +24,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("drl", "lenet"): {"batch": 190, "iterations": (24, 35, 36), "sigma": (0.01, 0.01, 0.01), "lr": 1e-4},
 }
 BETA, FORWARD_LR, MOMENTUM = 0.4655, 0.01, 0.9
-# By noise, in closed form, our backpropagation; PyTorch's rule by noise and its backpropagation.
+# arraytp's rule by noise and in closed form, and its backpropagation; PyTorch's rule by noise and its backpropagation.
 SIDES = ("noise", "closed form", "bp", "torch", "torch bp")
 
 
@@ -206,7 +206,7 @@ def _torch_block(nn: Any, affine: Any, back: Any, activation: Any, pool: Any) ->
             return self.back(self.activation(t)).view(shape)
 
         def paired(self) -> Any:
-            """θ in the layout of the feedback weight."""
+            """Return θ in the layout of the feedback weight."""
             weight = self.affine.weight
             return weight.T if isinstance(self.affine, nn.Linear) else weight
 
@@ -273,7 +273,7 @@ def main() -> None:
         own, other = context.Pipe()
         settings = (other, side, arguments.rule, arguments.network, batch, arguments.threads)
         context.Process(target=_serve, args=settings, daemon=True).start()
-        # With its own end alone, this process hears of it when the other one fails.
+        # Without a copy of the other end, this process gets an error when the worker fails.
         other.close()
         own.recv()
         connections[side] = own

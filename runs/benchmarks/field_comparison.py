@@ -1,10 +1,10 @@
-"""The table and the figure of runs/field/comparison.yml: docs/results/field.md.
+"""Make the table and the figure of docs/results/field.md from the runs of runs/field/comparison.yml.
 
     python runs/benchmarks/field_comparison.py RESULTS [--figure FILE.png] [--steps 6]
 
-RESULTS has a folder <variant>/seed-<n> for every run; those that have not ended are left out. Angles are means of the
-hidden blocks, of the measurements in the second half of the run, and of the seeds. With `--steps`, each rule's step is
-timed in turns with BP's, in processor time of one thread, and the ratios go to comparison-steps.csv beside the config.
+RESULTS has a folder <variant>/seed-<n> for every run; unfinished runs are left out. Angles are means over the hidden
+blocks, the measurements in the second half of the run, and the seeds. With `--steps`, steps of each rule alternate with
+steps of BP; the ratios of their processor times on one thread go to comparison-steps.csv beside the config.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def rows(path: Path, *names: str) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; without names it has a header. None where there is no file."""
+    """Return the rows of a CSV file, which has a header unless `names` are given; no rows if there is no file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -96,7 +96,7 @@ def accuracies(results: Sequence[Result]) -> list[float]:
 
 
 def late(results: Sequence[Result], reference: Reference) -> float:
-    """Return the mean angle over the second half of the runs that were compared with this; BP to itself is nan."""
+    """Return the mean angle over the second half of the runs that were compared with `reference`; nan for BP to BP."""
     means = []
     for result in results:
         steps, angles = hidden_mean(result, reference)
@@ -106,7 +106,7 @@ def late(results: Sequence[Result], reference: Reference) -> float:
 
 
 def cost(config: Config, bp: Config, steps: int) -> float:
-    """Return the processor time of a rule's step over that of BP's, medians over steps taken in turns."""
+    """Return the processor time of a rule's step divided by that of BP's, medians over alternating steps."""
     taken = stepper(config), stepper(bp)
     pairs = [[step() for step in taken] for _ in range(steps + 1)]
     own, other = np.median(pairs[1:], axis=0)
@@ -114,7 +114,7 @@ def cost(config: Config, bp: Config, steps: int) -> float:
 
 
 def stepper(config: Config) -> Callable[[], float]:
-    """Return a function that trains on one batch and returns the seconds."""
+    """Return a function that trains on one batch and returns its processor time in seconds."""
     experiment = build(config)
     with closing(experiment.train_loader.batches(0)) as batches:
         images, labels = (array.copy() for array in next(batches))
@@ -128,7 +128,7 @@ def stepper(config: Config) -> Callable[[], float]:
 
 
 def drawn(runs: Runs, costs: dict[str, float]) -> matplotlib.figure.Figure:
-    """Draw both angles over the steps, of the first seed, and accuracy and cost of every variant."""
+    """Draw both angles of the first seed over the steps, and the accuracy and cost of every variant."""
     firsts = [results[0] for results in runs.values()]
     given = looks(firsts)
     figure = new_figure(11, 6 + 0.22 * len(runs))

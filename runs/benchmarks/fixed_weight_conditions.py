@@ -1,13 +1,13 @@
-"""The conditions of fixed-weight DTP (Shibuya et al. 2023) over training, for rules with a feedback module G^n.
+"""Print the conditions of fixed-weight DTP (Shibuya et al. 2023) during training, for rules with a feedback module G^n.
 
-Block by block, means over the samples of a batch:
+For each block, over the samples of a batch:
 
-    trace     tr(∂F ∂G) over ‖∂F‖‖∂G‖, −1 to 1: positive where the feedback points the right way on average
-    positive  share of the eigenvalues of ∂F ∂G with a positive real part; of `--samples` samples, and of blocks with
-              up to `--largest` outputs, since the matrix has a row for each
+    trace     tr(∂F ∂G) / (‖∂F‖‖∂G‖), −1 to 1: positive where the feedback points the right way on average
+    positive  share of the eigenvalues of ∂F ∂G with a positive real part, over `--samples` samples; only for blocks
+              with up to `--largest` outputs, since the matrix has a row for each
     angle     between the block's update and BP's
 
-The config trains; every `--every` steps there is a row.
+The config is trained, and rows are printed every `--every` steps.
 
     python runs/benchmarks/fixed_weight_conditions.py CONFIG[:VARIANT] [--set KEY=VALUE]… [--steps 100] [--every 20]
 """
@@ -65,7 +65,7 @@ def conditions(experiment: Experiment, step: Step, samples: int, largest: int):
     for n, omega in experiment.rule_state.weights.items():
         at, theta = step.batch.at(n), experiment.network.weights[n]
         N, M = at.jacobian_overlap(experiment.config.rule.unpool)
-        # tr(∂F ∂G) = Σ θ ω N and ‖∂G‖² = Σ ω² M; ‖∂F‖² is Σ θ² of the derivatives D² where N has D D_G.
+        # tr(∂F ∂G) = Σ θ ω N and ‖∂G‖² = Σ ω² M; ‖∂F‖² is Σ θ² times the sums of D_F² in place of N's D_F D_G.
         trace, size = float((theta * omega * N).sum()), np.sqrt(float((omega**2 * M).sum()) * forward_square(at))
         share = float("nan")
         if at.s_next[0].size <= largest:
@@ -76,7 +76,7 @@ def conditions(experiment: Experiment, step: Step, samples: int, largest: int):
 
 
 def forward_square(at: At) -> float:
-    """Return ‖∂F‖² summed over the batch: the backward pass of random signs, by Hutchinson's estimate of 16 draws."""
+    """Return ‖∂F‖² summed over the batch, by Hutchinson's estimate: backward passes of 16 draws of random signs."""
     generator, total = np.random.default_rng(0), 0.0
     for _ in range(16):
         signs = np.sign(generator.standard_normal(at.s_next.shape)).astype(at.s_next.dtype)
@@ -86,7 +86,7 @@ def forward_square(at: At) -> float:
 
 
 def product(at: At, omega: Array, b: int, unpool: Unpool) -> Array:
-    """Return ∂F ∂G of sample b, column by column: each unit of s^{n+1} through G's linear part, then through F's."""
+    """Return ∂F ∂G of sample b, column by column: each unit vector of s^{n+1} through G's Jacobian, then F's."""
     block, s, units = at.block, at.s_next[b : b + 1].astype(np.float64), at.s_next[b].size
     omega, theta = omega.astype(np.float64), at.weight.astype(np.float64)
     ones, rows = np.ones_like(s), []

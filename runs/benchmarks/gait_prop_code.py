@@ -1,12 +1,12 @@
-"""Train as the GP authors' code does where arraytp does not: FA's matrices, and the order of the images.
+"""Train as the GP authors' code does where it differs from arraytp: FA's matrices, and the order of the images.
 
-FA: B^n is the initial W^{n+1} wherever the two have the same shape. Order: the images wait in one fixed order; a window
-of 1,000 goes along it, and the next image is any of those in the window (tf.data's `shuffle`).
+FA: B^n is the initial W^{n+1} wherever the two have the same shape. Order: a window of 1,000 images moves along a fixed
+order, and the next image is drawn at random from the window (tf.data's `shuffle`).
 
     python runs/benchmarks/gait_prop_code.py CONFIG [--own-feedback] [--window 1000] [options of arraytp run]
 
-`--own-feedback` leaves FA's matrices as arraytp draws them; `--window 0` shuffles all images, as arraytp does. A data
-set that is streamed (`data.in_memory_mb`) keeps arraytp's order.
+`--own-feedback` leaves FA's matrices as arraytp draws them; `--window 0` shuffles all images, as arraytp does. A
+streamed data set (`data.in_memory_mb`) keeps arraytp's order.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def next_weights(options: fa.Options, network: Network, seed: int, backend: Back
 
 
 def windowed_order(window: int, count: int, seed: int, epoch: int, *, shuffle: bool) -> Rows:
-    """Return `arraytp.data.order.memory_order` by a window: no image comes more than `window` places early."""
+    """Shuffle in a window, for `arraytp.data.order.memory_order`: no image comes more than `window` places early."""
     if not shuffle:
         return np.arange(count)
     waiting, draws = list(range(min(window, count))), stream(seed, "shuffle", epoch).random(count)

@@ -1,7 +1,7 @@
-"""Time a GAIT-prop step of fc-deep against PyTorch as the authors write theirs, and against our own BP step.
+"""Time a GAIT-prop step of fc-deep against PyTorch written like the authors' code, and against arraytp's own BP step.
 
 The PyTorch side is float64, inverts every square weight matrix with torch.linalg.inv, and takes the gradients of the
-local losses by autograd. A step is forward, targets, updates, orthogonality regulariser and Adam. Each side lives in a
+local losses by autograd. A step is forward, targets, updates, orthogonality regulariser and Adam. Each side has a
 process of its own and they take turns, as in compare_pytorch.py.
 
     python runs/benchmarks/gait_prop_pytorch.py [--rounds 5] [--steps 2] [--batch 256] [--threads 2] [--json FILE]
@@ -99,7 +99,7 @@ def torch_step(batch: int, threads: int) -> Any:
 
 
 def worker(side: str, batch: int, threads: int, pipe: Connection) -> None:
-    """Answer each number received with the seconds of so many steps, after the loss of a first one."""
+    """Send the loss of a first step; then time as many steps as each number received, and send their seconds."""
     step = torch_step(batch, threads) if SIDES[side] is None else arraytp_step(side, batch, threads)
     pipe.send(step())
     while (count := pipe.recv()) > 0:
@@ -112,7 +112,7 @@ def worker(side: str, batch: int, threads: int, pipe: Connection) -> None:
 
 
 def ratio(mine: list[list[float]], reference: list[list[float]]) -> float:
-    """Return the median over the rounds of the ratio of medians: both sides of a pair saw the same machine."""
+    """Return the median over the rounds of the ratio of medians: within a round, both sides saw the same machine."""
     return statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(mine, reference, strict=True))
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     for side in SIDES:
         pipes[side], far = context.Pipe()
         context.Process(target=worker, args=(side, arguments.batch, arguments.threads, far), daemon=True).start()
-        # With its own end alone, this process hears of it when the other one fails.
+        # Without a copy of the far end, this process gets an error when the worker fails.
         far.close()
         pipes[side].recv()
     for _ in range(arguments.rounds):

@@ -1,11 +1,11 @@
-"""How many kernels one training step launches on a device, and how often the host waits for it.
+"""Count the kernels that one training step launches on a device, and how often the host waits for it.
 
-    python runs/benchmarks/launches.py            # a Markdown table; exit status 1 where a budget is exceeded
-    python runs/benchmarks/launches.py --most 15 ldrl    # what is launched most
+    python runs/benchmarks/launches.py            # a Markdown table; exit status 1 if a budget is exceeded
+    python runs/benchmarks/launches.py --most 15 ldrl    # the most frequent launches
 
 Launches are counted by the module `cpu_cuda`, which runs CuPy without a GPU. A product, a factorisation, a memset and a
-copy count as one each. Their number depends on the network and the rule, not on the size of the batch. The last two
-columns are of a step by CUDA graphs: launches of graphs, and of anything else.
+copy count as one each. Their number depends on the network and the rule, not on the batch size. The last two columns
+are for a step with CUDA graphs: launches of graphs, and of everything else.
 """
 
 import argparse
@@ -48,28 +48,28 @@ STEPS: dict[str, dict[str, Any]] = {
     "gait-prop, literal": {**FC_DEEP, "rule": {"name": "gait-prop"}, "dtype": "float64"},
 }
 PHASES = ("forward", "feedback", "updates", "optimiser")
-# Launches a step, but for "ldrl": an iteration.
+# Launches per step, or, for "ldrl", per iteration.
 BUDGETS = {"bp": 70, "ldrl": 20, "ldrl, expected": 160, "gait-prop": 150}
-# A rule that inverts reads how far the weights are from orthogonal ones.
+# A rule that inverts weights reads back how far they are from orthogonal.
 WAITS = {"gait-prop": 1, "gait-prop, literal": 1}
 
 
 def counted() -> Counter[str]:
-    """Return what was asked of the device since the last call."""
+    """Return the counts of calls to the device since this function was last called."""
     return Counter({name: n for name, n in cpu_cuda.counts().items() if not name.startswith("bytes")})
 
 
 def launches(calls: Counter[str]) -> int:
-    """Return how many of these are work of the device."""
+    """Return how many of these calls launch work on the device."""
     kinds = cpu_cuda.summary(calls)
     return sum(kinds.get(kind, 0) for kind in ("kernels", "blas", "solver", "memset", "copies"))
 
 
 def phases(experiment: Experiment) -> list[Counter[str]]:
-    """Return what one step asks of the device, part by part."""
+    """Return the calls that one step makes to the device, phase by phase."""
     images = cupy.asarray(np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype(experiment.config.dtype))
     labels = cupy.arange(8)
-    # By graphs, the first steps make the buffers and capture; from the fifth on all is launched.
+    # With graphs, the first steps allocate buffers and capture; from the fifth on, all graphs are launched.
     for _ in range(5):
         counted()
         step = experiment.forward(images, labels)
@@ -84,13 +84,13 @@ def phases(experiment: Experiment) -> list[Counter[str]]:
 
 
 def by_graphs(parts: list[Counter[str]]) -> tuple[int, int]:
-    """Return how many graphs a step launches, and how much else."""
+    """Return how many graphs a step launches, and how many other launches it makes."""
     step = sum(parts, Counter())
     return step["cudaGraphLaunch"], launches(step)
 
 
 def measure(folder: str, names: list[str], graphs: bool) -> dict[str, list[Counter[str]]]:
-    """Return what steps ask of the device, by name."""
+    """Return the calls that the named steps make to the device, phase by phase."""
     with writing(Path(folder) / str(graphs), Description("random", (32, 32, 3), tuple("abcdefghij"))) as writer:
         for split in ("train", "test"):
             writer.add(split, np.zeros((8, 32, 32, 3), np.uint8), np.arange(8))

@@ -1,7 +1,7 @@
-"""Compare ways to store images in HDF5, and JPEG: size, and images per second read in random chunks.
+"""Compare ways to store images in HDF5, and JPEG: size, and images per second when chunks are read in random order.
 
 Files are in the page cache. The images are those of a data set's train split. A chunk is what the loader reads at once:
-256 images, or 8 of 224 × 224. Layouts take turns; the best of nine rounds counts. Needs hdf5plugin. JPEG is of
+256 images, or 8 of 224 × 224. Layouts take turns; the best of nine rounds counts. Needs hdf5plugin. JPEG has
 quality 90, which changes pixels, and is decoded by Pillow on two threads.
 
     python runs/benchmarks/layouts.py DATASET [--images 10000] [--json FILE]
@@ -31,7 +31,7 @@ Read = Callable[[int, int, Any], None]
 
 
 def filters(chunk: int) -> dict[str, dict[str, Any]]:
-    """Return the options of each layout, for chunks of so many images."""
+    """Return the options of each layout, for chunks of `chunk` images."""
     layouts: dict[str, dict[str, Any]] = {"contiguous, h5py": {}}
     for images in dict.fromkeys((1, max(2, chunk // 16), chunk, 4 * chunk)):
         layouts[f"chunks of {images}"] = {"chunks": images}
@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = open_dataset(arguments.dataset)
     images, labels = dataset.read("train", 0, min(arguments.images, dataset.counts["train"]))
-    # A small set is repeated: what the processor's caches hold is read too fast.
+    # A small set is repeated, because images that fit into the processor's caches would be read too fast.
     images = np.concatenate([images] * -(-arguments.images // len(images)))[: arguments.images]
     labels = np.resize(labels, len(images))
     chunk = min(256, max(8, CHUNK_BYTES // images[0].nbytes))

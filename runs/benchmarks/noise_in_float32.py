@@ -1,8 +1,8 @@
-"""What float32's rounding does to a gradient of DRL by noise, block by block.
+"""Measure the effect of float32's rounding on DRL's sampled gradient, block by block.
 
-The network is trained for some steps in float32. On the next batch, gradients of Q by the same noises are computed in
-both dtypes, from the same weights. `rounding` is the distance of those in float32 to those in float64; `noise` is their
-own scatter from noise to noise. Both are relative to the size of a gradient.
+The network is trained for some steps in float32. On the next batch, gradients of Q for the same noise samples are
+computed in both dtypes, from the same weights. `rounding` is the distance of the float32 gradients from the float64
+ones; `noise` is the scatter of the gradients from sample to sample. Both are relative to the norm of a gradient.
 
     python runs/benchmarks/noise_in_float32.py CONFIG [--set KEY=VALUE]… [--steps 100] [--noises 4]
 """

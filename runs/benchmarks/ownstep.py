@@ -1,4 +1,4 @@
-"""A training step of arraytp out of its parts, on random images, for the benchmarks; nothing else is imported."""
+"""A training step of arraytp assembled from its parts, on random images, for the benchmarks; imports nothing else."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def make_step(
     reduction: str = "mean",
     threads: int = 2,
 ) -> Any:
-    """Return a function that does a step and returns the loss; `network` are NetworkOptions, 10 classes."""
+    """Return a function that takes a step and returns the loss; `network` are NetworkOptions, for 10 classes."""
     import numpy as np
 
     from arraytp.fast.engine import Fast

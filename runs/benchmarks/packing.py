@@ -1,7 +1,7 @@
 """Time `arraytp data pack folder --size 224` against bare decoding, conversion and resizing of the same images.
 
-The images are those of a tar archive split/class/image, several times over. Bare decoding has them in memory, on as
-many threads as packing. Both take turns; where other work runs on the machine, CPU time tells more than time.
+The images are those of a tar archive split/class/image, repeated several times. Bare decoding reads them from memory,
+on as many threads as packing. Both take turns; on a machine with other load, CPU time tells more than wall time.
 
     python runs/benchmarks/packing.py ARCHIVE [--times 8] [--rounds 5] [--json FILE]
 """

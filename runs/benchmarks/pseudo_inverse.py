@@ -1,9 +1,9 @@
-"""GAIT-prop with pseudo-inverses beside BP on one batch: the angle over the distance of W from semi-orthogonal; time.
+"""Compare GAIT-prop with pseudo-inverses to BP on one batch: angle against W's distance from semi-orthogonal, and time.
 
-Every W but the first is moved from a semi-orthogonal one by a random matrix of a share of its size; d is the root mean
-square of σ² − 1 over its singular values σ, ‖WᵀW − I‖/√O or ‖WWᵀ − I‖/√K, averaged over the blocks. Angles are computed
-in float64. Then, at semi-orthogonal W, what other ways of passing errors through pools do; then steps of both rules in
-turns, in the config's dtype, regulariser included.
+Every W but the first starts semi-orthogonal and is perturbed by a random matrix whose norm is a share of W's; d is the
+root mean square of σ² − 1 over the singular values σ of the perturbed W, ‖WᵀW − I‖/√O or ‖WWᵀ − I‖/√K, averaged over
+the blocks. Angles are computed in float64. Next come the angles, at semi-orthogonal W, for other ways of passing errors
+through pools; then the time of alternating steps of both rules, in the config's dtype, regulariser included.
 
     python runs/benchmarks/pseudo_inverse.py CONFIG[:VARIANT]… [--set KEY=VALUE]… [--figure FILE.png] [--steps 10]
 """
@@ -85,7 +85,7 @@ def angles_over_distance(experiment: Experiment) -> tuple[list[str], list[tuple[
 
 
 def angles_of_pools(experiment: Experiment) -> Iterator[tuple[str, list[float]]]:
-    """Yield ways of passing errors through pools, and the angles to BP that they make."""
+    """Yield each way of passing errors through pools, with the resulting angles to BP."""
     step = experiment.forward(*first_batch(experiment))
     exact = experiment.exact_updates(step)
     for way in ("added up", "mean over the windows", "the last window alone"):
@@ -94,7 +94,7 @@ def angles_of_pools(experiment: Experiment) -> Iterator[tuple[str, list[float]]]
 
 
 def passed(batch: Batch, way: str) -> Iterator[Array]:
-    """Yield the weight updates from the last block to the first, errors passing pools in a way."""
+    """Yield the weight updates from the last block to the first, with errors passed through pools as `way` says."""
     e, inverses = batch.dlogits, batch.pseudo_inverses()
     for at in batch.down():
         dW, _, e_before = at.backward(weighted(at, e.reshape(at.s_next.shape), way), through=inverses.get(at.n))
@@ -103,7 +103,7 @@ def passed(batch: Batch, way: str) -> Iterator[Array]:
 
 
 def weighted(at: At, e: Array, way: str) -> Array:
-    """Return errors of a pool's windows so that added up at the maxima they are what the way asks for."""
+    """Weight the errors of a pool's windows so that their sums at the maxima are what `way` asks for."""
     if at.block.pool is None or at.index is None or way == "added up":
         return e
     window, ones = at.block.pool, np.ones_like(e)
@@ -114,7 +114,7 @@ def weighted(at: At, e: Array, way: str) -> Array:
 
 
 def at_maxima(image: Array, index: Array, window: Window) -> Array:
-    """Return an image's values where the windows' maxima are."""
+    """Return an image's values at the maxima of the windows."""
     bordered, out = add_border(image, window), np.zeros(index.shape)
     for element in range(window.kernel**2):
         pixels = bordered[(slice(None), *window.offset(*divmod(element, window.kernel)))]
@@ -123,7 +123,7 @@ def at_maxima(image: Array, index: Array, window: Window) -> Array:
 
 
 def step_ratio(config: Config, count: int) -> float:
-    """Return the median ratio of a step's time by the config's rule to BP's, in turns on the same batch."""
+    """Return the median ratio of the step time of the config's rule to BP's, in alternating steps on the same batch."""
     plain = replace(config, rule=bp.Options(), optimizer=replace(config.optimizer, orthogonality=0.0))
     own, exact = build(config), build(plain)
     images, labels = first_batch(own)
@@ -134,7 +134,7 @@ def step_ratio(config: Config, count: int) -> float:
             started = time.perf_counter()
             experiment.step(images, labels)
             seconds.append(time.perf_counter() - started)
-        # The first makes buffers.
+        # The first round allocates buffers.
         if n:
             ratios.append(seconds[1] / seconds[0])
     return median(ratios)

@@ -1,11 +1,11 @@
-"""What two ranks of one thread cost against one process of two threads, on a machine of two idle cores.
+"""Compare the time of two ranks of one thread with one process of two threads, on a machine with two idle cores.
 
     mpiexec -n 3 python runs/benchmarks/ranks.py
     mpiexec -n 3 python runs/benchmarks/ranks.py --rounds 3 --steps 5
 
-Ranks 0 and 1 share a run, and rank 2 has one of its own. They take turns, so that whatever else the machine does meets
-both: in every round each side trains the same number of steps, the others asleep. A row is the median over rounds, and
-the ratio that of the rounds' ratios. Above 1 the ranks are slower.
+Ranks 0 and 1 share a run, and rank 2 has its own. The two sides take turns, so that other load on the machine affects
+both: in every round each side trains the same number of steps while the other sleeps. Times are medians over rounds,
+and the ratio is the median of the rounds' ratios; above 1, the ranks are slower.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def asleep_until_all_come(everyone: MPI.Comm) -> None:
-    """Wait as MPI's own barrier does, but leave the cores to those that compute."""
+    """Wait like MPI's own barrier, but leave the cores to the ranks that compute."""
     request = everyone.Ibarrier()
     while not request.Test():
         time.sleep(0.002)

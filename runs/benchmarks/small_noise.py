@@ -1,9 +1,9 @@
-"""How far L-DRL's sampled gradient is, in the mean, from its limit for small noise, block by block.
+"""Measure how far the mean of L-DRL's sampled gradient is from its limit for small noise, block by block.
 
-For every σ: the mean over noises of the gradient over σ², on one batch of training images, against
-(2/B)(ω M − θ N); its angle and relative distance, with the part that the finite number of noises explains taken off
-the distance (docs/math/ldrl.md). ω is at its optimum θ N / M, where only the difference of the two shows, or as a
-checkpoint has it.
+For every σ, the mean over noise samples of the gradient divided by σ², on one batch of training images, is compared
+with (2/B)(ω M − θ N): angle and relative distance, the latter without the part that the finite number of samples
+explains (docs/math/ldrl.md). ω is once as initialised or as a checkpoint has it, and once at its optimum θ N / M, where
+the limit is zero and only the difference remains.
 
     python runs/benchmarks/small_noise.py CONFIG [--set KEY=VALUE]… [--noises 200] [--factors 1,0.3] [--checkpoint DIR]
 """

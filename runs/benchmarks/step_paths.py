@@ -1,11 +1,11 @@
-"""How much code one training step runs through, per rule: files, functions and lines of the package.
+"""Count the code that one training step runs through, per rule: files, functions and lines of the package.
 
     python runs/benchmarks/step_paths.py                     # a Markdown table, for the fast and the plain engine
     python runs/benchmarks/step_paths.py --functions ldrl    # the functions behind one row, longest first
     PYTHONPATH=OTHER python runs/benchmarks/step_paths.py    # of another checkout, older ones included
 
 One step is the first `Experiment.step` on a small network and 8 random images, on one thread: forward pass, feedback
-training (2 iterations a block), updates, optimiser, score. Building the experiment is left out. A line counts once,
+training (2 iterations per block), updates, optimiser, score. Building the experiment is left out. A line counts once,
 however often it runs; docstrings, comments and signatures do not run. A function counts if its body is entered; lines
 of lambdas and comprehensions count for their file only. The last column counts the lines of arraytp/rules that run.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-# One thread: whatever a helper thread would run, this one runs.
+# One thread, because code that helper threads run would not be traced.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
@@ -88,13 +88,13 @@ def step_lines(label: str, plain: bool) -> Lines:
 
 
 def functions(lines: Lines) -> Counter[str]:
-    """Return how many lines ran of every function, by its place and name."""
+    """Return how many lines of every function ran, by its location and name."""
     named = [code for code, _ in lines if not code.co_name.startswith("<")]
     return Counter(f"{Path(c.co_filename).relative_to(PACKAGE)}:{c.co_firstlineno} {c.co_name}" for c in named)
 
 
 def counts(label: str, plain: bool) -> list[str]:
-    """Return how many files, functions, lines, and lines of rules; dashes for what the checkout does not know."""
+    """Return the numbers of files, functions, lines, and lines of rules; dashes for what the checkout does not know."""
     try:
         lines = step_lines(label, plain)
     except Exception as error:

@@ -1,9 +1,9 @@
-"""Train a config's variants in turns, a step of each, in one process: what a step costs where other jobs run, too.
+"""Train a config's variants in turns, one step each, in one process, to compare step costs even under other load.
 
     python runs/benchmarks/variants_in_turns.py runs/gait-prop/orthogonality-every.yml [--set data.dataset=DIR]…
 
-Prints a Markdown table: mean processor time of a step and its ratio to the first variant's; angle to BP's update of
-every block at every `compare.every` steps, mean of the second half; training loss, mean of the second half; test top-1.
+Prints a Markdown table: mean processor time of a step and its ratio to the first variant's; each block's angle to BP's
+update, measured every `compare.every` steps, and the training loss, both averaged over the second half; test top-1.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(path: Path, settings: list[str]) -> None:
 
 
 def batches(experiment, steps):  # type: ignore[no-untyped-def]
-    """Yield copies of the first batches of training, from epoch to epoch."""
+    """Yield copies of the first `steps` batches of training, across epochs."""
     for number in range(-(-steps // experiment.train_loader.steps_per_epoch)):
         with closing(experiment.train_loader.batches(number)) as loaded:
             for images, labels in loaded:
