@@ -17,7 +17,7 @@ _BLOCK_BYTES = 2**16
 _TIMEOUT_SECONDS = 30
 
 Progress = Callable[[str, int, int | None], None]
-"""Takes a file's name, how many of its bytes are there, and how many it has, if the server says so."""
+"""Called with a file's name, the number of bytes that have arrived, and its size if the server states it."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     "--size",
     callback=_parse_size,
     metavar="N|HxW",
-    help="Resize image files to N x N or H x W pixels.  [default: their own size, the same for all]",
+    help="Resize image files to N x N or H x W pixels.  [default: 224 for imagenet, their own size for folder]",
 )
 @click.option(
     "--resize",
@@ -215,7 +215,9 @@ def check(dataset: str) -> None:
 
 @command.command(epilog=_DATASET_HELP)
 @click.argument("dataset")
-@click.option("--json", "as_json", is_flag=True, help="Print the content of dataset.json, for programs.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the content of dataset.json except its checksum, for programs."
+)
 def info(dataset: str, as_json: bool) -> None:
     """Describe a data set."""
     opened = open_dataset(dataset)

@@ -223,20 +223,23 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
             raise UserError(f"{job.folder}: is a file; --out needs a folder")
         if job.folder.is_symlink() and not job.folder.exists():
             raise UserError(f"{job.folder}: is a link that leads nowhere; --out needs a folder")
-        if job.of_seeds and any((job.folder.parent / name).exists() for name in OWN_FILES):
+        if job.of_seeds and _holds_results(job.folder.parent):
             raise UserError(
                 f"{job.folder.parent}: holds results of a run without --seeds; --out selects another folder"
             )
         if not job.of_seeds and any(job.folder.glob("seed-*/config.yml")):
             raise UserError(f"{job.folder}: holds results of a run with --seeds; --out selects another folder")
-        if fresh or not any((job.folder / name).exists() for name in OWN_FILES):
+        _refuse_hiding(job)
+        if fresh or not (_holds_results(job.folder) or (job.study and any(job.folder.glob("seed-*/summary.json")))):
             continue
         if not resume:
             raise UserError(
                 f"{job.folder}: holds results already; --resume continues them, --fresh starts over, "
                 "--out selects another folder"
             )
-        check_owner(job.folder, job.plan)
+        # Each finished seed of a study has its own config, so a lost config.yml does no harm.
+        if not job.study or (job.folder / "config.yml").exists():
+            check_owner(job.folder, job.plan)
         if job.study:
             check_seeds_done(job.plan, job.folder)
         elif _lost_checkpoint(job):
@@ -244,6 +247,20 @@ def _check_folders(jobs: Sequence[Job], resume: bool, fresh: bool) -> None:
                 f"{job.folder}: has finished, but checkpoint.h5, from which it would go on, is missing; --fresh starts "
                 "over"
             )
+
+
+def _holds_results(folder: Path) -> bool:
+    return any((folder / name).exists() for name in OWN_FILES)
+
+
+def _refuse_hiding(job: Job) -> None:
+    """Refuse results beside those of variants: a folder with a config.yml counts as one run, whatever lies below it."""
+    of_variant = (job.folder.parent if job.of_seeds else job.folder) != job.home
+    if of_variant and _holds_results(job.home):
+        raise UserError(f"{job.home}: holds results of a run without variants; --out selects another folder")
+    below = (*job.folder.glob("*/config.yml"), *job.folder.glob("*/seed-*/config.yml"))
+    if below and not (of_variant or job.of_seeds):
+        raise UserError(f"{job.folder}: holds folders with results of other runs; --out selects another folder")
 
 
 def _lost_checkpoint(job: Job) -> bool:

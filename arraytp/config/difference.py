@@ -9,7 +9,7 @@ from arraytp.config.resolve import resolve
 from arraytp.config.schema import Config
 
 FREE_ON_RESUME = ("train.epochs", "train.steps", "train.checkpoint_minutes", "cuda_graphs", "device")
-"""A resumed run may be prolonged, save more or less often, and change device or CUDA graphs: no number depends on these."""
+"""A resumed run may be prolonged; no number depends on how often it saves, its device or CUDA graphs."""
 FREE_IN_A_STUDY = tuple(key for key in FREE_ON_RESUME if key not in ("train.epochs", "train.steps"))
 """Finished seeds of a study are not prolonged, so that all seeds have the same length."""
 

@@ -24,7 +24,7 @@ DEVICE_BYTES = 1 << 29
 Sums = Mapping[int, tuple[Array, Array]]
 """By n = 1 … N−1: Σ_b J_b J_bᵀ of shape (C, C), and Σ_b J_b of shape (C, D)."""
 Walk = list[tuple[At, Products, Array]]
-"""Blocks from the last to the second, their products, and the matrices of their weights."""
+"""The blocks from the last to the second, their products, and their weights as matrices."""
 
 
 def jacobian_sums(workspace: Workspace, batch: Batch) -> Sums:

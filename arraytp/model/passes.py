@@ -27,7 +27,7 @@ Gradients = tuple[Array, Array, Array | None]
 Through = Array | Factors | PseudoInverse
 """What carries a gradient back: an array of weight_shape for its transpose, or factors for W⁻¹ or W⁺."""
 Begun = dict[tuple[Any, ...], Callable[[], Any]]
-"""By the name that `Batch.once` keeps it by: what returns what was begun before the pass."""
+"""By the name under which `Batch.once` keeps it: a function that returns the result of what a pass began."""
 
 
 @dataclass(frozen=True)
@@ -515,8 +515,8 @@ class Samples(Protocol):
 Iterate = Callable[[Samples, Any, Array | None, Array, Array], Array]
 """(samples, ω, G's bias, ε, η) → array of shape (): one iteration of feedback training on some samples.
 
-It adds each sample's part of the gradient to the sums, and returns what is to be summed besides. η is ε where the rule
-has no noise of the output.
+It adds each sample's contribution to the gradient sums, and returns a further term to be summed. η is ε if the rule has
+no output noise.
 """
 
 

@@ -34,8 +34,8 @@ from arraytp.ops.blas import blas
 from arraytp.ops.excess import is_tall
 
 NEAR_ORTHOGONAL = 0.8
-"""Up to this ‖E‖ the eigenvalues of WWᵀ are between 0.2 and 1.8, so that its condition number is at most 9: of the
-digits that a dtype has, solving with it costs one at most, and W's own number is at most 3."""
+"""Up to this ‖E‖, the eigenvalues of WWᵀ lie between 0.2 and 1.8, so its condition number is at most 9 and that of W at
+most 3: solving with WWᵀ costs at most one of the dtype's digits."""
 Room: TypeAlias = Callable[[str, tuple[int, ...], Any], Array]
 """(name, shape, dtype) → an array with undefined content."""
 # Steps of the condition number's estimate; LAPACK's own takes at most 5 and stops once the estimate stops growing.

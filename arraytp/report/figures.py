@@ -26,7 +26,7 @@ from arraytp.report.tables import csv_table, markdown_table
 _FEW_EPOCHS = 5
 RUN_FIGURES = ("learning_curves.png", "angles_over_time.png", "feedback_angles.png", "angles_per_block.png")
 LAST_FIGURE = RUN_FIGURES[-1]
-"""Written last: where it is, all of a run's figures are."""
+"""Written last: if it exists, so do all other figures of the run."""
 ELSEWHERE = "`arraytp report --out` draws elsewhere"
 _TITLE_WIDTH = 76
 

@@ -15,6 +15,7 @@ from arraytp.report.style import NOTE_COLOUR, Look, note, shades, wrapped
 
 _MOST_MARKED = 30
 _MOST_RAW = 80
+_MANY_EPOCHS = 10
 _RIGHT_ANGLE = 90.0
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -114,12 +115,16 @@ def _draw_series(axes: Axes, steps: NDArray[np.float64], angles: NDArray[np.floa
 
 
 def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Return the mean of each value and the defined ones among `reach` neighbours on either side; NaN stays NaN."""
+    """Return the mean of each value and the defined ones among `reach` neighbours on either side; NaN stays NaN.
+
+    The first value stays as it is and counts for no other: angles at step 0 are those of untrained feedback.
+    """
     window = np.ones(2 * reach + 1)
     defined = np.isfinite(values)
-    total = np.convolve(np.where(defined, values, 0.0), window, mode="full")[reach : reach + values.size]
-    count = np.convolve(defined, window, mode="full")[reach : reach + values.size]
-    return np.where(defined, total / np.maximum(count, 1), np.nan)
+    counted = defined & (np.arange(values.size) > 0)
+    total = np.convolve(np.where(counted, values, 0.0), window, mode="full")[reach : reach + values.size]
+    count = np.convolve(counted, window, mode="full")[reach : reach + values.size]
+    return np.concatenate([values[:1], np.where(defined, total / np.maximum(count, 1), np.nan)[1:]])
 
 
 def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], column: str, ylabel: str) -> None:
@@ -173,6 +178,18 @@ def finish_epochs(axes: Axes, results: Sequence[Result], ylabel: str, drawn: boo
     margin = max(0.03 * last, 0.1 if last else 0.6)
     axes.set(xlabel="epoch", ylabel=ylabel, xlim=(-margin, last + margin))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+    if last >= _MANY_EPOCHS:
+        _fit_to_training(axes)
+
+
+def _fit_to_training(axes: Axes) -> None:
+    """Fit the y axis to the values after epoch 0 if the untrained network's would take up more than half of it."""
+    together = axes.get_shared_y_axes().get_siblings(axes)
+    points = np.concatenate([np.asarray(line.get_xydata()) for each in together for line in each.lines])
+    points = points[np.isfinite(points).all(axis=1)]
+    trained = points[points[:, 0] > 0, 1]
+    if trained.size and 0 < (span := np.ptp(trained)) < np.ptp(points[:, 1]) / 2:
+        axes.set_ylim(trained.min() - 0.05 * span, trained.max() + 0.05 * span)
 
 
 def _to(reference: Reference) -> str:

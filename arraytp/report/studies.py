@@ -17,13 +17,13 @@ from arraytp.report.angles import common_labels
 from arraytp.report.figures import new_figure, save_figure, write_bytes
 from arraytp.report.reading import Columns, read_csv
 from arraytp.report.seeds import deviation, over_seeds
-from arraytp.report.style import RC, literal, shades
+from arraytp.report.style import RC, RULE_COLOURS, literal, shades
 from arraytp.training.tables import DRIFT_COLUMNS, FEEDBACK_COLUMNS
 
 Floats = NDArray[np.float64]
 STUDY_FIGURES = ("alignment.png", "drift.png", "updates.png")
 LAST_STUDY_FIGURE = STUDY_FIGURES[-1]
-"""Written last: where it is, all of a study's files are."""
+"""Written last: if it exists, so do all other files of the study."""
 AGAIN = "--resume draws it again"
 
 
@@ -46,6 +46,7 @@ class StudyResult:
     feedback_blocks: list[int]
     seconds: float
     drift: bool = False
+    rule: str = ""
 
 
 def write_study(folders: Sequence[Path], out: Path) -> str:
@@ -96,6 +97,7 @@ def read_study(folder: Path) -> StudyResult:
         feedback_blocks=blocks,
         seconds=summary["seconds"],
         drift=drift,
+        rule=str(summary.get("rule", "")),
     )
 
 
@@ -191,7 +193,11 @@ def alignment_figure(studies: Sequence[StudyResult]) -> Any:
         for position in range(len(study.feedback_blocks))
         if np.isfinite(study.angle[:, :, position]).all() and np.ptp(study.angle[:, :, position], axis=1).max() > 0
     ]
-    for (study, position), colour in zip(lines, shades(len(lines)), strict=True):
+    rules = [study.rule for study, _ in lines]
+    # Several lines of one rule need colours of their own.
+    own = len(set(rules)) == len(rules) and all(rule in RULE_COLOURS for rule in rules)
+    colours = [RULE_COLOURS[rule] for rule in rules] if own else shades(len(lines))
+    for (study, position), colour in zip(lines, colours, strict=True):
         label = f"{literal(study.label)}, {study.blocks[study.feedback_blocks[position]]}"
         _band(left, study.iterations, study.angle[:, :, position], colour, label)
         _band(right, study.iterations, study.distance[:, :, position], colour, label)

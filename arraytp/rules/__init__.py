@@ -40,7 +40,7 @@ _MODULES = (
 )
 
 RULES: dict[str, Rule[Any]] = {module.RULE.name: module.RULE for module in _MODULES}
-"""By name."""
+"""The rules by name."""
 
 if TYPE_CHECKING:
     RuleOptions = Options

@@ -105,7 +105,7 @@ def null(at: At, B: Array, y: Array | None) -> tuple[int, Array]:
 
 OF_SAMPLES = ("amp", "null")
 PRIMITIVES = {"decay": decay, "self": self_, "amp": amp, "null": null}
-"""By name: (at, B, y) → the degree in B, and the gradient, which is the caller's to overwrite."""
+"""By name: (at, B, y) → degree in B and gradient, which the caller may overwrite."""
 
 
 def _copied(at: At, array: Array) -> Array:

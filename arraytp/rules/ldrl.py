@@ -54,7 +54,7 @@ class Options(LDRLOptions):
 
 
 def check(options: LDRLOptions, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Check a config before a run; return notes for the user, here none. Raises as `dtp.check` and `check_expected`."""
+    """Check a config before a run; return the notes of `dtp.check`. Raises as `dtp.check` and `check_expected`."""
     if options.expected:
         check_expected(options.feedback)
         if options.output_noise == "expected":

@@ -141,12 +141,13 @@ class Descent:
 
 
 Iterating = Callable[[State, int, bool], Iteration]
-"""(state, k, whether the loss is wanted) → the k-th iteration on one block and batch, with the state's present ω."""
+"""(state, k, whether the loss is wanted) → the k-th iteration on one block and batch, with the state's current ω."""
 Observe = Callable[[int, int, Mapping[str, Array]], None]
-"""Is told of every iteration of feedback training: block n, number k, and its arrays, valid during the call only.
+"""Called for every iteration of feedback training with block n, number k and the iteration's arrays.
 
-`epsilon` and `eta` are the noises, where there are any; `gradient` and `gradient_bias` those of ω and, where it is
-trained, of its bias; `loss` is of shape (). A closed form tells once per block, k = 0, what `closed_form` returns.
+The arrays are valid during the call only. `epsilon` and `eta` are the noises, where there are any; `gradient` and
+`gradient_bias` are those of ω and, if trained, of its bias; `loss` has shape (). A closed form calls it once per block,
+with k = 0 and what `closed_form` returns.
 """
 
 

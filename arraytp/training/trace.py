@@ -154,7 +154,8 @@ def _put_targets(sink: Sink, experiment: Experiment, step: Step) -> None:
 def _put_updates(sink: Sink, experiment: Experiment, step: Step) -> Updates:
     """Write the updates at the training β, BP's, and the angle and distance between them; return the former."""
     updates = experiment.updates(step)
-    beta = getattr(experiment.config.rule, "beta", None)
+    # The rule alignment has a beta, too, which scales a primitive.
+    beta = getattr(experiment.config.rule, "beta", None) if experiment.rule.targets is not None else None
     sink.describe("updates", {} if beta is None else {"beta": beta})
     for n, (own, exact) in enumerate(zip(updates, experiment.exact_updates(step), strict=True)):
         for part, update, gradient in zip(("weight", "bias"), own, exact, strict=True):

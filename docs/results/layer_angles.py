@@ -33,12 +33,13 @@ def drawn(folders: list[Path]) -> Figure:
                 axes.plot(epochs, angles, color=look.colour, linewidth=0.6, alpha=0.3)
                 mean = running_mean(angles, len(angles) // 40)
                 axes.plot(epochs, mean, color=look.colour, linestyle=look.dash, label=result.label)
-            axes.set(title=block, xlabel="epoch", ylim=(-2, 98))
-        panels[0].set_ylabel("angle to BP's update (°)")
+            axes.set(title=block, xlabel="epoch")
+        panels[0].set(ylabel="angle to BP's update (°)", ylim=(-2, max(98, panels[0].get_ylim()[1])))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
 if __name__ == "__main__":
-    save_figure(drawn([Path(folder) for folder in sys.argv[2:]]), Path(sys.argv[1]))
+    with matplotlib.rc_context(RC):
+        save_figure(drawn([Path(folder) for folder in sys.argv[2:]]), Path(sys.argv[1]))

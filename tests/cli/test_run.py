@@ -324,6 +324,20 @@ def test_resume_draws_what_a_kill_left_undrawn(arraytp, place):
     assert {path.name for path in figures.iterdir()} == FIGURES
 
 
+@pytest.mark.parametrize("seeds", [(), ("--seeds", "2")])
+def test_runs_with_and_without_variants_do_not_mix(arraytp, refused, seeds):
+    """A folder with a config.yml is one run to `arraytp report`, which would not see those below it."""
+    arraytp("run", "variants.yml", "--quiet", "--set", "train.epochs=0", *seeds)
+    own = "results/variants/dfa/seed-0/config.yml" if seeds else "results/variants/dfa/config.yml"
+    for more in ((), ("--fresh",)):
+        said = refused("run", own, *more)
+        assert said == "results/variants: holds folders with results of other runs; --out selects another folder"
+    assert arraytp("run", own, "--quiet", "--out", "again").status == 0
+    for more in ((), ("--fresh",), ("--resume",)):
+        said = refused("run", "variants.yml", "--out", "again", *seeds, *more)
+        assert said == "again: holds results of a run without variants; --out selects another folder"
+
+
 def test_one_variant_may_be_run_alone_and_the_others_later(arraytp, place, refused):
     only = ("run", "variants.yml", "--quiet", "--variant", "dfa")
     assert arraytp(*only).status == 0

@@ -87,12 +87,3 @@ def test_seeds_csv_has_bp_first_and_seeds_by_number(arraytp, place):
     assert arraytp("run", "two.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "10,9").status == 0
     found = [line.split(",")[:2] for line in (place / "results/two/seeds.csv").read_text().splitlines()[1:]]
     assert found == [["bp", "9"], ["bp", "10"], ["a", "9"], ["a", "10"]]
-
-
-def test_seeds_csv_has_all_rows_where_the_folder_above_is_of_a_run(arraytp, place):
-    arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0")
-    text = (place / "toy.yml").read_text().replace("rule: {name: fa}\n", "")
-    (place / "toy.yml").write_text(f"{text}variants: {{bp: {{rule: {{name: bp}}}}, fa: {{rule: {{name: fa}}}}}}\n")
-    assert arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "2").status == 0
-    found = [line.split(",")[:2] for line in (place / "results/toy/seeds.csv").read_text().splitlines()[1:]]
-    assert found == [["bp", "0"], ["bp", "1"], ["fa", "0"], ["fa", "1"]]

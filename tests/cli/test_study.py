@@ -138,6 +138,23 @@ def test_a_resumed_study_does_the_missing_seeds_only_and_gets_the_same(arraytp, 
     assert (place / "seed-0" / "summary.json").stat().st_mtime_ns == kept
 
 
+def test_a_study_without_its_config_file_keeps_its_seeds(arraytp, study):
+    """Each finished seed has the config, so nothing is lost; but nothing goes on unasked either."""
+    assert arraytp("run", "study.yml", "--quiet", *ALONE).status == 0
+    place = study / "ldrl"
+    kept = (place / "seed-0" / "summary.json").stat().st_mtime_ns
+    for finished in (True, False):
+        (place / "config.yml").unlink()
+        if not finished:
+            (place / "summary.json").unlink()
+        outcome = arraytp("run", "study.yml", "--quiet", *ALONE)
+        assert outcome.status == 2
+        assert "holds results already" in outcome.err
+        assert arraytp("run", "study.yml", "--quiet", "--resume", *ALONE).status == 0
+        assert (place / "config.yml").exists()
+        assert (place / "seed-0" / "summary.json").stat().st_mtime_ns == kept
+
+
 def test_the_summary_of_a_seed_does_not_outlive_its_rows(arraytp, study, place, monkeypatch):
     """A power failure may lose what was added to a file, and the seed would count as done without it."""
     (place / "drift.yml").write_text(DRIFT)

@@ -50,6 +50,13 @@ def weights(arraytp):
     return Path("w.h5")
 
 
+def test_only_rules_with_targets_have_the_beta_of_targets(arraytp):
+    words = ("trace", "toy.yml", "--out", "t.h5", "--set")
+    for rule, beta in (("{name: dtp, beta: 0.25}", 0.25), ("{name: alignment, loss: wm}", None), ("{name: fa}", None)):
+        assert arraytp(*words, f"rule={rule}").status == 0
+        assert arrays("t.h5")[1].get("updates@beta") == beta
+
+
 def test_the_file_names_its_rule_and_config(arraytp):
     outcome = arraytp("trace", "toy.yml", "--out", "t.h5", "--set", "seed=4", "--dtype", "float64")
     assert (outcome.status, outcome.err) == (0, "")

@@ -93,6 +93,17 @@ def test_accuracies_of_few_epochs_are_drawn_over_the_steps(make_result: Make) ->
         assert len(comparison(results).axes) == 4
 
 
+def test_an_untrained_network_does_not_flatten_a_long_training(make_result: Make) -> None:
+    """Test accuracy is 10 % in epoch 0, then 60.1 % and more; training accuracy starts at 41 %."""
+    long, short = (read_result(make_result(f"results/{n}", epochs=n, angles={})) for n in (10, 9))
+    assert [axes.get_ylim()[0] > 35 for axes in comparison([long]).axes[2:]] == [True, True]
+    assert comparison([short]).axes[3].get_ylim()[0] < 10
+    # Both panels have the same axis, so neither may cut off the other's line.
+    low, high = comparison([long]).axes[2].get_ylim()
+    assert low < 41
+    assert high > 61.25
+
+
 def test_drawing_leaves_the_users_matplotlib_as_it_was(make_result: Make, tmp_path: Path) -> None:
     results = [read_result(make_result())]
     with matplotlib.rc_context({"font.size": 7.5}):
@@ -141,8 +152,9 @@ def test_the_running_mean_keeps_constants_and_gaps(reach: int) -> None:
     np.testing.assert_allclose(running_mean(values, reach), values)
 
 
-def test_the_running_mean_averages_neighbours() -> None:
-    np.testing.assert_allclose(running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 1), [1.5, 3.0, 3.0, 3.0])
+def test_the_running_mean_averages_neighbours_but_not_with_the_untrained_start() -> None:
+    np.testing.assert_allclose(running_mean(np.array([90.0, 0.0, 3.0, 6.0, 0.0]), 1), [90.0, 1.5, 3.0, 3.0, 3.0])
+    np.testing.assert_allclose(running_mean(np.array([7.0, 1.0]), 3), [7.0, 1.0])
 
 
 def test_empty_axes_say_why(make_result: Make) -> None:
@@ -246,6 +258,20 @@ def test_a_square_first_block_is_drawn_over_its_own_drift() -> None:
         )
         line = drift_figure([study]).axes[0].lines[0]
         assert list(line.get_xdata()) == drawn
+
+
+def test_studies_have_the_colours_of_their_rules_unless_a_rule_has_several_lines() -> None:
+    angle = np.array([[[90.0, 80.0], [10.0, 30.0]]])
+    studies = [
+        StudyResult(rule, ["a", "b"], np.zeros((1, 2)), np.array([0.0, 50.0]), angle[..., :blocks], angle[..., :blocks],
+                    list(range(blocks)), 0.0, rule=rule)
+        for rule, blocks in (("ldrl", 1), ("drl", 1), ("drl", 2))
+    ]  # fmt: skip
+    of_rules, mixed = (
+        [line.get_color() for line in alignment_figure(some).axes[0].lines] for some in (studies[:2], studies)
+    )
+    assert of_rules == [RULE_COLOURS["ldrl"], RULE_COLOURS["drl"]]
+    assert len(set(mixed)) == 4
 
 
 def test_a_study_whose_name_begins_with_an_underscore_is_in_the_legend() -> None:

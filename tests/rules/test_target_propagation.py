@@ -12,6 +12,7 @@ from arraytp.backend import NUMPY
 from arraytp.errors import UserError
 from arraytp.model.feedback import feedback_forward
 from arraytp.model.initialise import make_network
+from arraytp.ops.activations import ACTIVATIONS
 from arraytp.options import SGD, Adam, Conv, Dense, FeedbackTraining, Pool
 from arraytp.rules import RULES, dtp
 from arraytp.rules.feedback import train
@@ -227,3 +228,16 @@ def test_what_the_rules_cannot_train_is_refused(rule):
     with pytest.raises(UserError, match=r"block 0 \(dense1\): has 2 auxiliary units"):
         check(options, wider, "float32", "mean")
     assert check(options, BLOCKS, "float32", "mean") == []
+
+
+@pytest.mark.parametrize("rule", TARGET_RULES)
+def test_silent_units_where_targets_pass_are_worth_a_note(rule):
+    options = RULES[rule].options()
+    blocks = [
+        tuple(replace(block, activation=ACTIVATIONS[name]) for block in BLOCKS) for name in ("relu", "leaky-relu")
+    ]
+    (note,) = RULES[rule].check(options, blocks[0], "float64", "mean")
+    assert note.startswith(f"rule {rule}: with activation relu")
+    assert RULES[rule].check(options, blocks[1], "float64", "mean") == []
+    # Nothing passes down through the first block.
+    assert RULES[rule].check(options, blocks[0][:1] + blocks[1][1:], "float64", "mean") == []

@@ -48,6 +48,19 @@ def test_the_mean_gradient_goes_to_the_closed_form_as_one_over_the_root_of_the_s
     assert errors[-1] < 0.3 * np.linalg.norm(limit)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_with_relu_the_mean_gradient_goes_elsewhere(name):
+    """A silent unit has s = 0, G's kink: the mean over η there is that of max(η, 0), whatever σ is."""
+    sigma, count = 1e-5, 2048
+    block, theta, _, s = made(name, "relu", 1)
+    out, _ = output(block, theta, s)
+    at = at_block(block, theta, np.repeat(s, count, axis=0), seed=1)
+    # At ω = θ the closed form's gradient is 0.
+    gradient = iteration("ldrl", at, theta, sigma).gradients["weight"] / sigma**2
+    assert (out == 0).any()
+    assert np.linalg.norm(gradient) > 0.1 * np.linalg.norm(theta[0])
+
+
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_closed_form_of_a_batch_is_the_mean_of_its_samples(name, unpool):
@@ -174,3 +187,15 @@ def test_elu_leaves_a_residual_angle_and_overwriting_a_larger_one():
     assert angles["overwrite"][0] > 1.5 * angles["accumulate"][0]
     # A linear output block has no f': the block below it learns as in BP.
     assert angles["accumulate"][-2:] == pytest.approx([0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("unpool", UNPOOL)
+@pytest.mark.parametrize("beta", [1e-7, 0.1])
+def test_relu_breaks_the_rule_although_feedback_is_symmetric(beta, unpool):
+    """A target above 0 passes G at a silent unit, one below 0 does not. Above the dense blocks all is linear."""
+    network, x, labels = relaxed("lenet", "relu")
+    exact = trainer(network, "bp", SGD(lr=1), NUMPY, 2).propose(x, labels)[1]
+    angles = [angle_degrees(mine[0], wanted[0])
+              for mine, wanted in zip(over_beta(network, x, labels, beta, unpool), exact, strict=True)]  # fmt: skip
+    assert min(angles[:2]) > 30
+    assert max(angles[2:]) < 1e-3
