@@ -759,6 +759,32 @@ MUTATIONS = [
         ("return bool(free < LEAST_ROOM)", "return False"),
         ('("DevicesUnavailable", "MemoryAllocation")', '("MemoryAllocation",)'),
     ),
+    *_in(
+        "commands/run.py",
+        "cli/test_run.py cli/test_study.py",
+        ("    if of_variant and _holds_results(job.home):", "    if False:"),
+        ("    if below and not (of_variant or job.of_seeds):", "    if False:"),
+        (', *job.folder.glob("*/seed-*/config.yml"))', ",)"),
+        (" or (job.study and any(job.folder.glob(\"seed-*/summary.json\")))", ""),
+        ('if not job.study or (job.folder / "config.yml").exists():', "if True:"),
+    ),
+    *_in("training/trace.py", "cli/test_trace.py", ("if experiment.rule.targets is not None else None", "")),
+    *_in(
+        "rules/dtp.py", "rules/test_target_propagation.py",
+        ("flat_below_zero for block in blocks[1:])", "flat_below_zero for block in blocks)"),
+    ),
+    *_in(
+        "report/panels.py",
+        "report/test_figures.py",
+        ("defined & (np.arange(values.size) > 0)", "defined"),
+        ("    if last >= _MANY_EPOCHS:\n", "    if True:\n"),
+        ("axes.get_shared_y_axes().get_siblings(axes)", "[axes]"),
+    ),
+    *_in(
+        "report/studies.py", "report/test_figures.py",
+        ("len(set(rules)) == len(rules) and", ""),
+        ("if own else shades(len(lines))", "if False else shades(len(lines))"),
+    ),
     *_in("signals.py", "test_signals.py", ("self._answer_the_next_as_before(error.signal_number)", "pass")),
 ]  # fmt: skip
 
