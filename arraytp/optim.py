@@ -225,7 +225,7 @@ def sgd_step(optimizer: options.SGD, lr: float, theta: Array, g: Array, v: Array
 def adam_step(
     optimizer: options.Adam, lr: float, step: int, theta: Array, g: Array, m: Array, u: Array, work: Array
 ) -> None:
-    """Adam, with epsilon as in PyTorch or as in Keras.
+    """Adam, with epsilon as in PyTorch (the DTP paper's code) or as in Keras (the GP paper's).
 
         m ← β1·m + (1 − β1)·g,  u ← β2·u + (1 − β2)·g²
         pytorch: θ ← θ − lr·m̂ / (√û + ε),  m̂ = m / (1 − β1^t),  û = u / (1 − β2^t)

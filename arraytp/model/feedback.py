@@ -120,7 +120,7 @@ def _slopes(block: Block, s: Array, index: Array | None, unpool: Unpool) -> tupl
     seen = picked(block, slope, index)
     if unpool == "accumulate":
         return forward, seen
-    # The output whose value each position kept; those that were overwritten have no part in G.
+    # Which output's value each maximum's position kept: outputs that another overwrote there have no part in G.
     owner = picked(block, max_unpool(number, index, block.pool, "overwrite"), index)
     return forward, seen * (owner == number)
 

@@ -3,7 +3,7 @@
 A rule is given a `Batch` and walks its blocks: `batch.down()` yields an `At` for each, n = N−1 … 0, which knows block
 n's arrays by the papers' symbols and has the primitives as methods. An `Engine` computes them:
 `arraytp.model.plain` in readable operations on the whole batch, `arraytp.fast.engine` in slices that fit a cache. A
-rule does not know which of them it uses.
+rule does not know which engine computes.
 """
 
 import threading
@@ -27,7 +27,7 @@ Gradients = tuple[Array, Array, Array | None]
 Through = Array | Factors | PseudoInverse
 """What carries a gradient back: an array of weight_shape for its transpose, or factors for W⁻¹ or W⁺."""
 Begun = dict[tuple[Any, ...], Callable[[], Any]]
-"""By the name under which `Batch.once` keeps it: a function that returns the result of what a pass began."""
+"""By the name under which `Batch.once` keeps it: returns the result of what was begun before the pass."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Activation:
     derivative : s → D, or None
         D = f'(z) computed from s = f(z); None stands for 1 everywhere.
     difference : (s, δ) → array
-        f(s + δ) − f(s), accurate relative to its own size where f has no curvature between the two.
+        f(s + δ) − f(s), accurate relative to its own size where f has no curvature between s and s + δ.
     inverse : s → z, or None
         z with f(z) = s, not finite outside `range`; None where f has no inverse.
     inverse_difference : (s, δ) → array, or None

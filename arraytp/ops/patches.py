@@ -81,7 +81,7 @@ def make_window(height: int, width: int, kernel: int, stride: int, padding: int 
     kernel, stride : int
         Side of the window and step between windows in pixels.
     padding : int or "same"
-        Border width on every side; "same" is the one that gives ceil(size / stride) windows per axis.
+        Border width on every side; "same" gives ceil(size / stride) windows per axis (`same_border`).
 
     Raises
     ------

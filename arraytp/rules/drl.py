@@ -22,7 +22,7 @@ averaged over batch and units, without the difference. DDTP-RHL (`hidden`) puts 
 by all Q^n, between output and feedback: φ(ŷ) = tanh(ŷ R) replaces ŷ in losses and targets. R is stored as weight 0.
 
 Schedules: s-DDTP makes one feedback update per batch, and trains only the feedback for `pretrain_epochs` at the start
-and for `extra_epochs` after every epoch but the last; p-DDTP does neither, but makes K feedback updates per batch.
+and for `extra_epochs` after every epoch but the last; p-DDTP has no such epochs; it makes K feedback updates per batch.
 """
 
 import math
@@ -71,12 +71,13 @@ class Options:
 
 
 def check(options: Options, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Return a note if the dtype's rounding drowns the noise.
+    """Return a note if the smallest σ is close to float32's rounding of the activations.
 
     Raises
     ------
     UserError
-        As `check_feedback`; also if `expected` has no closed form for the options, or there are too many classes.
+        As `check_feedback`; with `expected` also as `check_expected`, if the options have no closed form, or if
+        there are too many classes.
     """
     check_feedback(options.name, options.feedback, blocks, reduction)
     if options.expected:
@@ -150,7 +151,7 @@ def closed_form(options: Options, state: State, at: At, descent: Descent) -> dic
             gradient -= J
             gradient *= scale
             step_feedback(descent, state, at.n, k, {"weight": gradient})
-    # Σ_b ‖J_bᵀ Q − I‖² = tr(Qᵀ A Q) − 2 tr(Qᵀ J) + B D, J = Σ_b J_b, divided by B D.
+    # The mean is Σ_b ‖J_bᵀ Q − I‖² / (B D), and the sum is tr(Qᵀ A Q) − 2 tr(Qᵀ J) + B D with J = Σ_b J_b.
     loss = ((q * matrix_product(A, q)).sum() - 2 * (q * J).sum()) * (scale / 2) + 1
     return {"A": A, "J": J, "loss": loss}
 
@@ -159,7 +160,8 @@ def least(A: Array, J: Array) -> Array:
     """Return Q* = A⁻¹ J in float64, with the pseudo-inverse of A."""
     xp = array_module(A)
     if xp is np and not np.isfinite(A).all():
-        # NumPy's SVD would raise an error that does not say where this began; NaN here makes the loss NaN.
+        # NumPy's SVD would raise an error that does not say where this began; NaN makes the loss NaN, and the training
+        # loop then says where.
         return np.full(J.shape, np.nan)
     u, singular, vt = xp.linalg.svd(A.astype(xp.float64), full_matrices=False)
     # In directions that no sample's J reaches, A holds only rounding errors of the dtype it was computed in.
@@ -243,7 +245,7 @@ def averaged(block: Block, samples: int) -> int:
 
 
 def pairs(state: State, network: Network) -> list[tuple[int, Array, Array | None]]:
-    """Return n, Q^n and the weight to compare it with: θ^{N−1} transposed for the last Q^n without R, else None."""
+    """Return n, Q^n and the weight to compare it with: only the last Q^n has one, θ^{N−1} transposed, none with R."""
     last, linear = len(network) - 1, 0 not in state.weights
     return [
         (n, q, network.weights[last].T if n == last and linear else None) for n, q in state.weights.items() if n > 0

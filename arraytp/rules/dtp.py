@@ -53,7 +53,9 @@ O = TypeVar("O", bound=TargetOptions)
 
 
 def check(options: Any, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Return a note if silent units lie at the kink of G's own f, which breaks the rule even with ω = θ.
+    """Return a note if a block after the first has ReLU, which breaks the rule even with ω = θ.
+
+    The output of a silent unit, s = 0, lies at the kink of G's own f.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def check(options: Any, blocks: tuple[Block, ...], dtype: str, reduction: str) -
     if any(block.activation.flat_below_zero for block in blocks[1:]):
         return [
             f"rule {options.name}: with activation relu its updates lose the direction of backpropagation's (measured: "
-            "64 to 89 degrees in LeNet's convolutions even with symmetric feedback); use leaky-relu or elu"
+            "about 60 to 90 degrees in LeNet's convolutions even with symmetric feedback); use leaky-relu or elu"
         ]
     return []
 

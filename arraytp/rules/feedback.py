@@ -153,7 +153,7 @@ def step_feedback(descent: Descent, state: State, n: int, k: int, gradients: Map
 def _adam_rates(descent: Descent, n: int, k: int, like: Array) -> Sequence[Array]:
     """Return Adam's scale and rate of step k in device arrays; step 0 computes them for all steps on the block.
 
-    The device derives them from the batch's number, so a captured graph needs nothing from the host.
+    The device derives them from the batch's number, so a captured graph needs nothing else from the host.
     """
     optimizer, workspace = descent.optimizer, descent.workspace
     assert isinstance(optimizer, Adam)
@@ -222,7 +222,7 @@ def module_pairs(state: State, network: Network) -> list[tuple[int, Array, Array
 
 
 def feedback_products(training: FeedbackTraining, network: Network, products: int, shared: int = 1) -> int:
-    """Return the FLOPs of `products` products per block and iteration, plus `shared` products per block."""
+    """Return the FLOPs of `products` products per iteration, plus `shared`, for every block that has iterations."""
     iterations = [int(at_block(training.iterations, n)) for n in range(len(network) - 1)]
     return sum(
         block_flops(block) * (shared + products * count)

@@ -36,10 +36,10 @@ from arraytp.rules.protocol import Descent, Feedback, Iterating, Iteration, Rule
 
 @dataclass(frozen=True, kw_only=True)
 class LDRLOptions(dtp.TargetOptions):
-    """DTP's settings, and whether noise is sampled or replaced by its small-noise expectation.
+    """DTP's settings, and which part of the loss is replaced by its small-noise expectation, if any.
 
-    `expected` descends the expectation of the whole loss in closed form (Theorem 4.2), without drawing noise.
-    `output_noise: expected` draws only ε, and uses the expectation of η's part of the gradient.
+    `expected` descends the small-noise expectation of the whole loss in closed form (Theorem 4.2); no noise is drawn.
+    `output_noise: expected` draws only ε, and uses the small-noise expectation of η's part of the gradient.
     """
 
     expected: bool = False
@@ -48,13 +48,19 @@ class LDRLOptions(dtp.TargetOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LDRLOptions):
-    """The settings that all variants share."""
+    """The settings that all variants of L-DRL share."""
 
     name: Literal["ldrl"] = "ldrl"
 
 
 def check(options: LDRLOptions, blocks: tuple[Block, ...], dtype: str, reduction: str) -> list[str]:
-    """Check a config before a run; return the notes of `dtp.check`. Raises as `dtp.check` and `check_expected`."""
+    """Check a config before a run; return the notes of `dtp.check`.
+
+    Raises
+    ------
+    UserError
+        As `dtp.check`; with `expected` also as `check_expected`, and for `output_noise: expected` beside it.
+    """
     if options.expected:
         check_expected(options.feedback)
         if options.output_noise == "expected":
@@ -101,7 +107,7 @@ def begin(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
 
 
 def begin_expected_output(options: LDRLOptions, at: At, sigma: float, noises: int) -> Iterating:
-    """Return iterations that sample only ε, and replace η's part of the loss by its limit (σ²/B) ‖∂G‖².
+    """Return iterations that sample only ε, and replace η's part of the loss by its small-noise limit (σ²/B) ‖∂G‖².
 
     ∂/∂ω = (2/B) [Σ −ε ⋆ d1 + σ² M ⊙ ω], two products per iteration instead of four. M is that of Theorem 4.2
     (Equations 14 to 17), of shape (k, k, 1, O) or (1, out).

@@ -146,8 +146,8 @@ Observe = Callable[[int, int, Mapping[str, Array]], None]
 """Called for every iteration of feedback training with block n, number k and the iteration's arrays.
 
 The arrays are valid during the call only. `epsilon` and `eta` are the noises, where there are any; `gradient` and
-`gradient_bias` are those of ω and, if trained, of its bias; `loss` has shape (). A closed form calls it once per block,
-with k = 0 and what `closed_form` returns.
+`gradient_bias` are those of ω and, if trained, of its bias; `loss` has shape (). For a closed form it is called once per
+block, with k = 0 and what `closed_form` returns.
 """
 
 
@@ -225,7 +225,8 @@ class Rule(Generic[O]):
         As `inverses`, for a rule that solves with the factors itself instead of passing them to `At.backward`.
     by_samples : bool
         Whether each sample's values are independent of the other samples, and only `At.backward` sums the yielded
-        updates over samples. Exact mode then computes parts of a batch at once, unless the rule trains feedback.
+        updates over samples. Exact mode then computes parts of a batch at once, if all blocks are dense and the rule
+        trains no feedback.
     checks : tuple of Check
         Additional checks for the audit.
     """
@@ -265,7 +266,7 @@ class Rule(Generic[O]):
         Raises
         ------
         NonFiniteError
-            If a rule needs an inverse that cannot be computed; names the block.
+            If a rule needs an inverse that cannot be computed; names the block, except for Gauss-Newton targets.
         """
         return list(self.descend(options, state, batch))[::-1]
 

@@ -104,7 +104,7 @@ def change_of_z(options: Options, at: At, delta: Array) -> Array:
 
 
 def clipped(options: Options, at: At, s: Array, delta: Array) -> tuple[Array, Array]:
-    """Return s clipped to f's range less `clip` at either end, and t − s for t = s + δ clipped likewise.
+    """Return s and t − s, where s and t = s + δ have both been clipped to f's range less `clip` at either end.
 
     Both are float64 where the range has a limit: float32 would round it by 3e-8, which f⁻¹, 1,000 times as steep there
     with the authors' `clip`, turns into a relative error of 3e-5 in d; and a `clip` below 3e-8 would have no effect.
@@ -116,7 +116,7 @@ def clipped(options: Options, at: At, s: Array, delta: Array) -> tuple[Array, Ar
     s, delta = s.astype(np.float64, copy=False), delta.astype(np.float64, copy=False)
     t = s + delta
     s_inside, t_inside = (xp.clip(value, low + options.clip, high - options.clip) for value in (s, t))
-    # Where nothing is clipped, δ itself keeps its accuracy.
+    # Where nothing is clipped, take δ itself: t − s would add a rounding error.
     return s_inside, xp.where((s_inside == s) & (t_inside == t), delta, t_inside - s_inside)
 
 

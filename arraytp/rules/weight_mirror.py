@@ -75,7 +75,7 @@ def feedback_flops(options: Options, network: Network) -> int:
 
 
 def check(options: Options, blocks: Sequence[Block], dtype: str, reduction: str) -> list[str]:
-    """Refuse lists whose length is not the number of blocks with feedback."""
+    """Check a config before a run; return notes for the user, here none. Raises as `check_training`."""
     check_training(options.feedback, blocks)
     return []
 
