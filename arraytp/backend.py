@@ -64,7 +64,7 @@ def factorise(routine: Literal["potrf", "getrf"], matrix: Array) -> Array | None
         return pivots
     solver, handle = importlib.import_module("cupy_backends.cuda.libs.cusolver"), xp.cuda.device.get_cusolver_handle()
     name = f"{'s' if matrix.dtype.itemsize == 4 else 'd'}{routine}"
-    # potrf factorises the lower triangle, CUBLAS_FILL_MODE_LOWER = 0.
+    # potrf factorises the lower triangle (CUBLAS_FILL_MODE_LOWER = 0) of what it sees: the upper one of `matrix`.
     sizes = (0, order) if routine == "potrf" else (order, order)
     length = getattr(solver, f"{name}_bufferSize")(handle, *sizes, matrix.data.ptr, order)
     room, info = xp.empty(length, matrix.dtype), xp.empty(1, np.int32)
@@ -198,7 +198,7 @@ def _column_major(matrix: Array) -> tuple[Array, int, int]:
 
 @cache
 def _cublas(device: int) -> tuple[Any, Any, Array]:
-    """Return cuBLAS, a handle on a device, and its workspace; CuPy's own handle cannot be used during a capture."""
+    """Return cuBLAS, a handle of our own on a device, and its workspace: CuPy refuses its own during a capture."""
     cupy = importlib.import_module("cupy")
     library = ctypes.CDLL(f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}")
     handle = ctypes.c_void_p()
@@ -218,7 +218,7 @@ def _pool_that_keeps(xp: Any) -> Any:
         try:
             return xp.cuda.MemoryPointer(xp.cuda.Memory(size), 0)
         except xp.cuda.runtime.CUDARuntimeError as error:
-            # On CuPy's own error, the pool would return all free blocks to the device and try again.
+            # If this were CuPy's own error, the pool would return all free blocks to the device and try again.
             raise MemoryError(f"{size:,} bytes: {first_line(error)}") from error
 
     pool = xp.cuda.MemoryPool(allocated)
@@ -258,7 +258,7 @@ class Backend:
         return self.reading(arrays)()
 
     def reading(self, arrays: Sequence[Array]) -> Callable[[], list[float]]:
-        """Start to copy `numbers`; the returned function waits for this copy only, not for what is launched later."""
+        """Begin `numbers`; the function returned gives them, and waits for their copy only, not for later launches."""
         if not arrays:
             return list
         stacked = self.xp.stack(arrays)

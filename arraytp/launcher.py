@@ -83,7 +83,8 @@ def failed_alone(met: bool = False) -> bool:
     """Tell whether this process ends by an error while others do not, which must then be ended.
 
     With `met`, only a world that this process has already joined counts. Otherwise it joins now: a rank with a wrong
-    option fails before joining, and the others wait for it. If mpi4py cannot be imported, this host alone is blamed.
+    option fails before joining, and the others wait for it. If mpi4py cannot be imported, it is taken to be missing on
+    this host alone: then the first process of every host but rank 0's answers yes.
     """
     if met and not world.cache_info().currsize:
         return False

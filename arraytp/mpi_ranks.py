@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Seconds within which ranks that end by the same error learn of each other, and between two polls.
 PATIENCE, PAUSE = 5.0, 0.02
-# Seconds for which a rank that hears of a failure goes on waiting: the failed rank may have taken part before.
+# Seconds for which a rank that hears of a failure goes on waiting for an operation, which the failed rank may have
+# joined before it failed.
 _GRACE = 0.5
 # How many of the last collective operations are remembered. Ranks may be ahead of others by several: a broadcast does
 # not wait for its receivers, and a rank that sums while it computes begins a sum for each part of a step. A rank that

@@ -13,7 +13,8 @@ from arraytp.errors import UserError, UserErrors
 
 # Parts into which `train.exact` cuts a batch, whatever the number of ranks, which must divide it.
 PARTS = 8
-# Bytes from which a sum over ranks begins while others are computed: latency is 1/6 of its time at 100 Gb/s.
+# Once this many bytes have gathered, their sum over ranks begins while further arrays are computed. At 100 Gb/s,
+# latency is a sixth of the time of a sum of this size.
 MESSAGE = 4 << 20
 # Elements that the host sums over the parts at a time: they fit into a core's cache.
 STRETCH = 1 << 14
@@ -144,7 +145,7 @@ class Part:
 
     @property
     def rows(self) -> list[slice]:
-        """The slice of this part's samples that belongs to each of the parts computed `together`."""
+        """For each of the parts computed `together`, the slice of this part's samples that belongs to it."""
         if self.empty:
             return [slice(0, 1)]
         each = [share(self.size, number, PARTS) for number in range(PARTS) if self._has(number)]
@@ -168,8 +169,8 @@ def parts_of(ranks: Ranks, size: int, exact: bool, together: bool = False) -> li
 class RankSums:
     """Sums over all samples of a batch, in one buffer, to which arrays are added one after another.
 
-    `parts` are this rank's. The buffer `flat` has room for all arrays, the dtype to sum in and, in exact mode, a
-    multiple of `PARTS` elements. `engine` provides the arrays' `backend`, `in_slices` and `between`.
+    `parts` are this rank's. The buffer `flat` is large enough for all arrays and has the dtype to sum in; in exact mode
+    it has a multiple of `PARTS` elements. `engine` provides the arrays' `backend`, `in_slices` and `between`.
     """
 
     def __init__(self, parts: Sequence[Part], flat: "Array", engine: Any) -> None:
@@ -182,6 +183,8 @@ class RankSums:
 
     def add(self, arrays: "Sequence[Sequence[Array]]", flags: int = 0) -> None:
         """Sum the next arrays over the parts; begin the sum over ranks once `MESSAGE` bytes have gathered.
+
+        In exact mode, and for device arrays that ranks sum through the host, that sum waits for `finished`.
 
         `arrays` has the arrays of every part or, for one computed `together`, of each of its `Part.rows`. A part
         without samples adds zeros, except for the last `flags` arrays, which do not depend on samples.
@@ -207,7 +210,10 @@ class RankSums:
             self._begun = self._end
 
     def finished(self) -> "list[Array]":
-        """Return the sums over all ranks, in the order in which the arrays were added."""
+        """Return the sums over all ranks, in the order in which the arrays were added.
+
+        They are views of the buffer; arrays of its dtype, from a single rank's only part, are returned themselves.
+        """
         if self._begun:
             self._engine.between(partial(self._end_all, slice(self._begun, self._end)))
         elif self._parts[0].ranks.size > 1:

@@ -65,7 +65,7 @@ class StopRequest:
                 raise Interrupted("arraytp: ended by a signal", self.signal)
             return work()
         except Interrupted as error:
-            # Not in the handler: if Python swallows the exception, the signal is sent once more.
+            # Not in the handler: if Python swallows the exception, the signal is sent to it once more.
             self._answer_the_next_as_before(error.signal_number)
             raise
         finally:

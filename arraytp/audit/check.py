@@ -11,7 +11,8 @@ from arraytp.backend import Array, array_module
 
 Floats = NDArray[np.float64]
 
-# Rounding errors of sums of this size in float64, with a margin; finite differences lose more than half of the digits.
+# Rounding errors in float64 of sums as long as those here, with a margin; finite differences lose more than half of
+# the digits.
 ROUNDING = 1e-11
 DIFFERENCES = 1e-6
 # Finite differences of functions with so many kinks that steps have to be small.
@@ -64,7 +65,7 @@ def host(array: Array) -> Floats:
 def apart(actual: Array, expected: Array) -> float:
     """Return the largest difference of two arrays divided by the largest expected magnitude.
 
-    Infinite for arrays of different shapes; NaN where one of them is not finite.
+    Not divided if all of `expected` is 0. Infinite for different shapes; infinite or NaN if an array is not finite.
     """
     a, b = host(actual), host(expected)
     if a.shape != b.shape:

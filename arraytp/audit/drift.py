@@ -36,7 +36,10 @@ def ways(setting: Setting, network: Network, shares: Sequence[float]) -> Iterato
 
 
 def polar_factor(w: Floats) -> Floats:
-    """Return the semi-orthogonal matrix nearest to W by Newton's iteration: (X + X(XᵀX)⁻¹)/2, if square (X + X⁻ᵀ)/2."""
+    """Return the semi-orthogonal matrix nearest to W, by Newton's iteration.
+
+    From X = W, or Wᵀ if W has fewer rows than columns: X ← (X + X(XᵀX)⁻¹)/2, where X(XᵀX)⁻¹ = X⁻ᵀ for a square X.
+    """
     x = w if len(w) >= w.shape[1] else w.T
     for _ in range(50):
         following = (x + x @ np.linalg.inv(x.T @ x)) / 2

@@ -45,7 +45,8 @@ def nudges(setting: Setting) -> Iterator[Check]:
 def forms(setting: Setting) -> Iterator[Check]:
     """Check updates of both forms, and targets and m of the difference form, against their definition.
 
-    γ and rescaling are the config's, except that the literal form gets an η at which its nudges cross no kink.
+    γ and rescaling are the config's, except that the literal form's γ is normalised by ‖a − t‖ (not squared), with an η
+    at which its nudges cross no kink.
     """
     if setting.rule.updates is not gait_prop.updates:
         return
@@ -78,7 +79,7 @@ def forms(setting: Setting) -> Iterator[Check]:
 
 
 def _without_crossings(setting: Setting, batch: Batch) -> tuple[float, gait_prop.Options]:
-    """Return an η of `ETAS` at which nudges cross no kink, else the last, and the literal form's options with it."""
+    """Return the first η of `ETAS` at which no nudge crosses a kink, else the last; and the literal options with it."""
     eta, options = ETAS[0], setting.options
     for eta in ETAS:
         options = replace(setting.options, form="literal", normalise=True, eta=eta, norm="l2")

@@ -166,7 +166,11 @@ def _loss_from(setting: Setting, batch: Batch, first: int, weight: Array, bias: 
 
 
 def copies(setting: Setting) -> Iterator[Check]:
-    """Check that n copies of the small batch, up to the run's size and so in more slices, give n times its updates."""
+    """Check n copies of the small batch, up to the run's batch size and so cut into more slices.
+
+    With ∂L/∂logits copied, too, BP's updates are n times those of the small batch. The rule's own, with ∂L/∂logits of
+    the copies, are 1, n or 1/n times its updates there, by what it sums or averages over.
+    """
     small = setting.batch
     affordable = int(COPIES_FLOPS / (3 * sum(map(block_flops, setting.network.blocks))))
     times = max(2, min(setting.batch_size, affordable) // len(small))

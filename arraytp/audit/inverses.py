@@ -95,7 +95,7 @@ def conditions(setting: Setting) -> Iterator[Check]:
         estimate, w = float(solve.condition(solve.factor(matrix))), host(matrix)
         true = _condition(w)
         yield checked(f"{block.label}: condition number of W", "‖W‖·‖W⁻¹‖", solve.condition, true)
-        # It is never too large, except for the rounding of an inverse.
+        # The estimate is never too large, except for the rounding of an inverse.
         error = abs(true / estimate - 1) if estimate <= true * (1 + TINY * true) * (1 + ORTHOGONAL) else math.inf
         yield checked(f"{block.label}: true condition over estimate, − 1", "‖W‖·‖W⁻¹‖", solve.condition, error,
                       ESTIMATE)  # fmt: skip

@@ -12,7 +12,7 @@ MOST_CLASSES = 20
 
 
 def jacobians(setting: Setting, most: int = MOST_CLASSES) -> dict[int, Floats]:
-    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), for n = 1 … N−1; none for more classes."""
+    """Return ∂logits/∂s^n of every sample, of shape (B, size, classes), by n = 1 … N−1; {} for over `most` classes."""
     network, (count, classes) = setting.on_host(), setting.batch.logits.shape
     if classes > most:
         return {}

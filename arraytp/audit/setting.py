@@ -165,8 +165,8 @@ def _few_iterations(options: Any) -> Any:
 def prepare(planned: Plan) -> Setting:
     """Build the setting of an audit from the plan of the unchanged config.
 
-    UserError if the data is damaged; NonFiniteError if the first batch or a block's output on it is not finite; names
-    the first that is not.
+    UserError if the data is damaged; NonFiniteError if the first batch or a block's output on it is not finite, naming
+    the first of these that is not.
     """
     flops = sum(map(block_flops, planned.blocks))
     config = small(planned.config, flops, planned.train_images)

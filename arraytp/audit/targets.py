@@ -1,4 +1,4 @@
-"""Targets, and updates by targets: against their definition where it is known, and gradients of the local losses."""
+"""Targets by definition where it is known; updates by targets, which must be the gradients of the local losses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -82,7 +82,7 @@ def _s_next(setting: Setting, n: int, weight: Array, bias: Array) -> Array:
 
 
 def descent(setting: Setting) -> Iterator[Check]:
-    """Check that targets point downhill: the output's, and those that blocks pass down with ω as the forward weight.
+    """Check that targets point downhill: the output's, and those that blocks pass down with ω = θ, their weight.
 
     The latter holds for targets that equal s where the loss has no gradient, in a rule that trains an ω for every
     forward weight but the first. Other targets have no such property, nor has ReLU at its zeros: there the line is

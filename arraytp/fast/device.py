@@ -107,7 +107,7 @@ class Device(Fast):
         return self.transposed(at.block, omega, a, own.array("transposed", at.s.shape, at.s.dtype))
 
     def jacobian_overlap(self, at: At, unpool: Unpool) -> tuple[Array, Array]:
-        """Return N and M: one kernel each for the values at every position, then sums over samples and each tap."""
+        """Return N and M: a kernel each for the values at every position, summed over samples, then for each tap."""
         block, s = at.block, at.output
         values = self.room("overlap", (2, len(s), *block.pre_shape), s.dtype)
         kernels.slope_products(block.activation, block.pool, s, at.index, unpool, values[0], values[1])

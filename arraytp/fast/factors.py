@@ -1,7 +1,8 @@
-"""Factorise the weights once per step and block: W itself for W⁻¹, the smaller of WWᵀ and WᵀW for W⁺.
+"""Factors of the weights, once per step and block: for W⁻¹ of W or WWᵀ, for W⁺ of the smaller of WWᵀ and WᵀW.
 
-A nearly semi-orthogonal W gets a Cholesky factor, W⁻¹ = Wᵀ(WWᵀ)⁻¹; any other gets LU factors and a check of its
-condition number. `arraytp.fast.inverse` solves with them.
+A nearly semi-orthogonal W gets the Cholesky factor of that Gram matrix (W⁻¹ = Wᵀ(WWᵀ)⁻¹); any other gets LU factors,
+of W for W⁻¹ and of the Gram matrix for W⁺, and a check of their condition number. `arraytp.fast.inverse` solves with
+the factors.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ def pseudo_inverses(workspace: Workspace, batch: Batch, ridge: float) -> Mapping
 
 
 def begin(workspace: Workspace, network: Network) -> Begun:
-    """Launch on a device the factorisations that the previous step asked for: `Batch.begun` of the next step.
+    """Launch on a device, for a step about to begin, what the step before it asked for: the new step's `Batch.begun`.
 
     The host reads the numbers that decide which factors are used, and whether a matrix is refused as ill-conditioned,
     while the device computes what has been launched since.

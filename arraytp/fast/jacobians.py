@@ -83,10 +83,10 @@ def _jacobians(batch: Batch, walk: Walk, part: slice, scratch: Buffers) -> Itera
 
 
 def _down(walk: Walk, ds: Array, part: slice, scratch: Buffers) -> Iterator[tuple[int, slice, Array]]:
-    """Yield as `_jacobians` does, from the walk's first block on, given the gradients `ds` of that block's output.
+    """Yield as `_jacobians` does, from the walk's first block on, given the logits' gradients in that block's output.
 
-    `ds` is of shape (C, samples, D). The gradients of the block's input stay valid while the blocks before it are
-    computed slice by slice.
+    These, `ds`, are of shape (C, samples, D). The gradients in the block's input stay valid while the blocks before it
+    are computed slice by slice.
     """
     if not walk:
         return

@@ -24,8 +24,8 @@ PART = 512
 class GramErrors:
     """E^n of a network's matrices, as defined in `arraytp.ops.excess`.
 
-    Each is computed when it is first asked for: half a product, since E is symmetric. The arrays are valid until those
-    of another network are asked for.
+    Each is computed when it is first asked for; on the host by half a product, since E is symmetric. The arrays are
+    valid until those of another network are asked for.
 
     Parameters
     ----------

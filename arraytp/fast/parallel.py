@@ -168,7 +168,7 @@ class Workspace:
         self._numbers.clear()
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks and wait for them; if called from within a task, run them one after another.
+        """Run all tasks and wait for them; on a device, or if called from within a task, run them one after another.
 
         After an error no further task is started, and the error is raised once no task is running.
         """

@@ -57,7 +57,7 @@ class Patches:
     sample_rows : int
         How many rows a sample has in R and V.
     row_width : int
-        Numbers in a row of R, and for `Split` in a row of V, which is as large; it bounds a slice of samples.
+        Numbers in a row of R, for `Split` plus those in a row of V, which is about as large. Bounds slices of samples.
     """
 
     def __init__(self, block: Block) -> None:
@@ -214,10 +214,11 @@ def rows_times(rows: Sequence[slice], a: Array, b: Array, out: Array) -> None:
 
 @cache
 def rows_are_as_alone(lengths: tuple[int, ...], layouts: tuple[Layout, ...], dtype: np.dtype) -> bool:
-    """Tell whether one product has the bits of separate products of `lengths` of its rows, tried on random numbers.
+    """Tell whether a product has the bits of separate products of slices of these lengths of its rows, by trying it.
 
-    The order in which BLAS adds depends on the shapes and strides of a, b and the result, not on the numbers. But two
-    orders may round a number alike, so a small product is repeated until about `COMPARED` numbers have been compared.
+    The numbers tried are random: the order in which BLAS adds depends on shapes and strides of a, b and the result, not
+    on numbers. But two orders may round a number alike, so a small product is repeated until about `COMPARED` numbers
+    have been compared.
     """
     generator, ends = np.random.default_rng(0), np.cumsum(lengths)
     for _ in range(max(1, COMPARED // math.prod(layouts[-1][0]))):
