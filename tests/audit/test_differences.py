@@ -20,7 +20,7 @@ def test_a_kink_nearby_does_not_spoil_a_derivative(distance):
 
 
 def test_estimates_that_are_mostly_rounding_do_not_win_by_agreeing_by_chance():
-    """DRL's loss is about 1 with a slope of 1e-4 at first: at small steps its quotients are multiples of 1e-16/h."""
+    """DRL's loss starts near 1 with a slope of 1e-4: at small steps, quotients are multiples of about 1e-16/h."""
     slopes = rng(1).uniform(0.5e-4, 2e-4, 300)
     estimates = np.array([derivative(lambda h, slope=slope: 1.003 + slope * h, slope) for slope in slopes])
     assert np.abs(estimates / slopes - 1).max() < 1e-6
@@ -55,7 +55,7 @@ def test_an_error_that_is_not_a_number_is_the_worst(errors):
 
 @pytest.mark.parametrize("freedom", [1, 2, 10, 1000])
 def test_a_mean_that_closes_in_as_it_should_passes_and_a_bias_is_seen(freedom):
-    """Groups of one; a bias of several standard errors of the mean, which are √(1/64) for each of the entries."""
+    """Groups have one sample; in norm, the bias is 0 or 8 standard errors of the mean, which are √(1/64) per entry."""
     generator = rng(freedom)
     for bias, most, least in ((0.0, 0, 0), (8.0, 300, 280)):
         shift, failed = bias * np.sqrt(freedom / GROUPS) * np.eye(1, freedom)[0], 0

@@ -23,7 +23,7 @@ WIDE = (
 )
 AUGMENTED = ("data.flip=0.5", "data.crop_padding=2")
 SGD = ("optimizer={name: sgd, lr: 0.1, momentum: 0.9, weight_decay: 1e-3}", "schedule={name: cosine}")
-# Shipped configs, their networks made small: config, variant, settings.
+# Shipped configs, most of them with small networks: (config, variant, settings).
 CONFIGS = {
     "bp": ("quickstart", "bp", (CONV, *AUGMENTED, "train.batch_size=512")),
     "fa": ("quickstart", "fa", (CONV,)),
@@ -107,7 +107,7 @@ def _on(config: str, file: str, *changes: tuple[str, str]) -> list[Mutation]:
     return [Mutation(file, old, new, (config,)) for old, new in changes]
 
 
-# The ones that every run of the tests makes: a sign, a factor, a crop, a transposed kernel, swapped noise.
+# Tested in every run: a shifted crop, swapped noise, a wrong sign.
 FEW = [
     *_on("bp", "data/prepare.py", ("draws.rows - self.padding", "draws.rows - self.padding + 1")),
     *_on("ldrl", "ops/noise.py", ("EPSILON, ETA = 0, 1", "EPSILON, ETA = 1, 0")),
@@ -285,7 +285,7 @@ MUTANTS = [
         ("biases.sum(axis=0) * scalar(2 /", "biases.sum(axis=0) * scalar(1 /"),
         ("at.batch.seed, at.batch.number, at.n", "at.batch.number, at.batch.seed, at.n"),
     ),
-    # Of several slices a lane, as batches of a run have them.
+    # These need batches of several slices per lane, as in a run.
     *_on(
         "batch",
         "fast/feedback_training.py",
@@ -442,7 +442,7 @@ ALL = FEW + MUTANTS
 
 
 def test_there_are_many_mutants_and_each_changes_one_place():
-    """When the code changes, they have to follow."""
+    """When the code changes, the mutants must be updated."""
     assert len(ALL) >= 45
     assert [name_of(mutation) for mutation in ALL if occurrences(mutation) != 1] == []
 

@@ -1,6 +1,6 @@
-"""The audit of rules that it does not know: a correct one passes, and one mistake in any part of it is a failed line.
+"""The audit of a rule that it does not know: a correct rule passes, and a mistake in any part of it fails a check.
 
-The rule has difference targets of its own, and learns ω and G's bias by reconstructing s^n from the clean s^{n+1}.
+The rule has difference targets of its own and learns ω and G's bias by reconstructing s^n from the clean s^{n+1}.
 """
 
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,7 @@ train: {epochs: 1, batch_size: 16}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """β, how to unpool, and feedback training of a bit of everything: momentum, weight decay, rates per block."""
+    """β, how to unpool, and feedback training with momentum and a number of iterations per block."""
 
     name: Literal["reconstruction"] = "reconstruction"
     beta: float = 0.1
@@ -110,7 +110,7 @@ RULE = Rule(
 )
 
 
-# Each is one of the functions above with one mistake in it.
+# The functions above, each with one mistake, which is marked.
 
 
 def subtracting(at, omega, bias, epsilon, eta):
@@ -163,7 +163,7 @@ def trained_by(begin):
     return replace(RULE, feedback=replace(RULE.feedback, begin=begin))
 
 
-# Rule, and what a line that fails must name.
+# The rule, and words that the name of a failed check must contain.
 MISTAKES = {
     "a sign in iterate": (trained_by(begin_with(subtracting)), "feedback gradient by differences"),
     "the bias in iterate": (trained_by(begin_with(with_half_a_bias)), "feedback gradient by differences"),
@@ -191,7 +191,7 @@ def planned(tmp_path_factory):
 
 @pytest.fixture
 def audited(planned, monkeypatch):
-    """Audit a rule under the name that it has in configs."""
+    """Audit a rule after registering it under the name that it has in configs."""
 
     def lines(rule, options=None):
         monkeypatch.setitem(RULES, rule.name, rule)
@@ -222,7 +222,7 @@ def test_one_mistake_is_a_line_that_failed(audited, mistake):
 
 
 def test_parts_of_known_rules_are_held_against_their_definitions(audited):
-    """DTP's iteration under another name is DTP's: its loss is known, and targets by definition are asked for."""
+    """The audit recognises DTP's functions under another name, and checks feedback loss and targets by definition."""
     rule = replace(RULE, targets=dtp.targets, feedback=replace(RULE.feedback, begin=dtp.begin))
     lines = audited(rule)
     assert failed(lines) == []

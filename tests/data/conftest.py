@@ -25,13 +25,13 @@ def pack():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """600 train and 70 test images of shape (5, 4, 3) in 3 shards and 1; read only."""
+    """600 train and 70 test images of shape (5, 4, 3), in 3 shards and 1; no test may modify them."""
     return _pack(tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.fixture(scope="session")
 def row_numbers():
-    """Read the row numbers back from images of x/255 or uint8."""
+    """Read the row numbers back from images, which are uint8 or scaled to [0, 1]."""
 
     def numbers(images):
         flat = np.asarray(images).reshape(len(images), -1)[:, :2]

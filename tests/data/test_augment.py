@@ -7,7 +7,7 @@ from arraytp.data import augment, prepare
 
 
 def naive_flip_and_crop(images, draws, padding):
-    """One pixel at a time: flip, then crop out of the image whose border is repeated."""
+    """Flip and then crop images with replicated edge pixels, one pixel at a time."""
     out = np.empty_like(images)
     count, height, width, _ = images.shape
     for n in range(count):
@@ -63,7 +63,7 @@ def test_normalisation_is_mean_and_deviation_of_pixels_in_zero_to_one(dtype, mea
     images = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 4, 4, 1), channels, axis=3)
     expected = (images / 255 - np.array(mean)) / np.array(std)
     scale, shift = augment.scale_and_shift(mean, std)
-    # Product and sum round once each, at numbers up to (1 + mean) / std.
+    # The product and the sum round once each, at values of up to (1 + mean) / std.
     tolerance = 4 * np.finfo(dtype).eps / min(std)
     readable = augment.normalise(images, scale.astype(dtype), shift.astype(dtype))
     fast = np.empty(images.shape, dtype)

@@ -10,7 +10,7 @@ from arraytp.data.background import BUFFERS
 
 @pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
 def worked_ahead(request):
-    """The function with so many threads, and nothing to fill unless a test says so."""
+    """`worked_ahead` with a given number of threads; by default, `fill` does nothing."""
 
     def call(jobs, work, buffers, fill=lambda job, buffer: None):
         return background.worked_ahead(jobs, fill, work, buffers, request.param)

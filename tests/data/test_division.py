@@ -1,4 +1,4 @@
-"""Images held out for validation: which, how many of each class, and that both parts are read as they stand."""
+"""Images held out for validation: which ones, how many of each class, and that both parts are read correctly."""
 
 import shutil
 
@@ -17,7 +17,7 @@ from arraytp.errors import UserError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """40 images whose pixels are their row, in shards of 7."""
+    """40 train images whose pixels all equal their row number, in shards of 7."""
     path = tmp_path_factory.mktemp("held") / "data"
     with writing(path, Description("rows", (3, 2, 1), ("a", "b", "c")), shard_images=7) as writer:
         for split, count in (("train", 40), ("test", 5)):
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @given(labels=st.lists(st.integers(0, 4), min_size=2, max_size=60), data=st.data())
 def test_so_many_rows_are_held_out_and_of_every_class_its_share(labels, data):
-    """A share that is no whole number is rounded up or down."""
+    """A class's share that is not a whole number is rounded up or down."""
     count = data.draw(st.integers(1, len(labels) - 1))
     rows = held_out(np.array(labels), count)
     assert len(set(rows.tolist())) == len(rows) == count
@@ -38,7 +38,7 @@ def test_so_many_rows_are_held_out_and_of_every_class_its_share(labels, data):
 
 
 def test_the_rows_are_those_of_always():
-    """Pinned: with others, runs of different versions would not be tuned on the same images."""
+    """Pinned, so that runs of all versions are tuned on the same held-out images."""
     assert held_out(np.arange(30) % 3, 6).tolist() == PINNED
 
 
@@ -82,7 +82,7 @@ def test_an_epoch_in_memory_or_streamed_takes_each_image_of_a_part_once(folder, 
 
 
 def test_large_images_are_read_only_near_those_that_are_wanted(tmp_path):
-    """A range of 1 MiB has two of these images; one of three hundred shall not cost reading all of them."""
+    """A checksum range of 1 MiB holds two of these images; reading 2 of 30 images must skip most ranges."""
     shape = (600, 800, 1)
     with writing(tmp_path / "data", Description("large", shape, ("a",))) as writer:
         for split in ("train", "test"):

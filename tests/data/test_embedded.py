@@ -1,4 +1,4 @@
-"""The data set that comes with the package, held against the official files where the Debian package has put them."""
+"""The data set that comes with the package, compared with the official files if their Debian package is installed."""
 
 import gzip
 import struct
@@ -46,7 +46,7 @@ def test_it_is_whole_and_under_six_megabytes_with_its_licence(dataset):
 
 def test_its_train_images_are_shuffled(dataset):
     labels = dataset.load("train")[1]
-    # Of neighbours, a tenth have the same class; four standard deviations are 0.012.
+    # A tenth of neighbouring images have the same class; 0.012 is four standard deviations of that share.
     assert abs(np.mean(labels[1:] == labels[:-1]) - 0.1) < 0.012
 
 
@@ -57,7 +57,7 @@ def test_its_statistics_are_those_of_its_train_images(dataset):
 
 
 def official(prefix):
-    """Read two official files with nothing of arraytp: image bytes and labels."""
+    """Read image bytes and labels from two official files without using arraytp."""
     with gzip.open(OFFICIAL / f"{prefix}-labels-idx1-ubyte.gz") as file:
         assert struct.unpack(">2B2B", file.read(4)) == (0, 0, 8, 1)
         (count,) = struct.unpack(">I", file.read(4))

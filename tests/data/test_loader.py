@@ -19,7 +19,7 @@ modes = pytest.mark.parametrize("in_memory_bytes", [IN_MEMORY, STREAMED], ids=["
 
 
 def copies(batches):
-    """Batches as arrays of their own: the loader's are used again."""
+    """Copy batches, because the loader reuses its arrays."""
     return [(images.copy(), labels.copy()) for images, labels in batches]
 
 
@@ -196,7 +196,7 @@ def test_what_a_device_computes_equals_the_host(tiny, in_memory_bytes):
     host = Loader(tiny, "train", 64, **options)
     device = Loader(tiny, "train", 64, backend=Backend("strict", strict_device), **options)
     for start in (0, 2):
-        # All batches are kept: on a device they are no buffers that go round.
+        # All batches are kept: on a device, their memory is not reused.
         found = list(device.batches(1, start))
         assert {images.dtype for images, _ in found} == {np.dtype(np.float32)}
         assert equal([tuple(map(strict_device.asnumpy, batch)) for batch in found], copies(host.batches(1, start)))
@@ -204,7 +204,7 @@ def test_what_a_device_computes_equals_the_host(tiny, in_memory_bytes):
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Collect the streams that are made on the device double."""
+    """Collect the streams that are created on the test double of a device."""
     made = []
 
     class Stream(strict_device.Stream):
@@ -221,18 +221,18 @@ def test_a_copy_to_the_device_waits_for_what_uses_its_place_and_for_nothing_else
     before = strict_device.reads.total()
     steps = len(list(device.batches(0)))
     assert len(streams) == 1
-    # Images and labels of each batch: a wait for the place to be free.
+    # For each batch, the copies of images and labels each wait until their device memory is free.
     assert streams[0].waited == 2 * steps * [strict_device.current_stream]
     assert strict_device.reads.total() == before
 
 
 def test_an_epoch_that_is_left_early_leaves_no_copy_on_its_way(tiny, streams):
-    """It would arrive in memory that others have by then."""
+    """A copy still in progress could overwrite memory that has been reused by then."""
     device = Loader(tiny, "train", 8, backend=Backend("strict", strict_device), **AUGMENTED)
     for epoch in range(2):
         with closing(device.batches(epoch)) as batches:
             next(batches)
-            # Images and labels of the batch that was asked for, and of some ahead.
+            # Until images and labels of the requested batch, and of some later ones, are being copied.
             while len(streams[0]._work) < 6 * (epoch + 1):
                 time.sleep(0.001)
         assert streams[0]._done == len(streams[0]._work)
@@ -259,7 +259,7 @@ def test_an_epoch_works_in_the_memory_of_the_one_before(tiny, in_memory_bytes):
     assert equal(copies(used.batches(1)), fresh[1])
     assert sum(any(buffer is other for other in used._spare_buffers) for buffer in buffers) >= 2
     assert all(memory.images is before.images for memory, before in zip(used._spare_memory, pools, strict=True))
-    # The last batch of an epoch is its holder's.
+    # The last batch of an epoch stays valid: the next epoch does not reuse its memory.
     assert equal([last], fresh[0][-1:])
 
 

@@ -8,7 +8,7 @@ from arraytp.data.order import memory_order, pool_plan
 
 @st.composite
 def splits(draw):
-    """Chunks that cover rows 0 … N−1, as several shards give them."""
+    """Chunks that cover rows 0 … N−1, like those of several shards."""
     lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))
     ends = np.cumsum(lengths)
     return [(int(end - length), int(end)) for end, length in zip(ends, lengths, strict=True)]
@@ -39,7 +39,7 @@ def test_an_image_is_in_the_pool_when_it_leaves_and_the_pool_is_never_too_full(c
 
 
 def test_the_order_is_the_one_that_earlier_versions_had():
-    """A checkpoint says where in an epoch its run is, not in which order the epoch goes."""
+    """Checkpoints store the position in an epoch, not the order; if that changed, a resumed run would repeat images."""
     chunks = [(start, start + 10) for start in range(0, 200, 10)]
     assert order_of(pool_plan(chunks, 45, 1, 2, shuffle=True))[100:106] == [78, 77, 199, 45, 85, 48]
 

@@ -1,4 +1,4 @@
-"""The pool's promise to threads: rows that are claimed stay as they are until they are released."""
+"""The pool's promise to threads: claimed rows stay unchanged until they are released."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_claimed_rows_stay_as_they_are_while_later_chunks_come_in(tiny, plan, ex
         for position, rows in claimed:
             assert np.array_equal(pool.images[rows], expected[position : position + len(rows)])
         if len(claimed) == 3:
-            # Not the oldest: threads end in any order.
+            # Not the oldest, because threads finish in any order.
             pool.release(claimed.pop(1)[1])
     assert len(pool.images) == min(plan.capacity, 600 - start) + 3 * BATCH
 

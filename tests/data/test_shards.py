@@ -97,7 +97,7 @@ def test_an_unknown_name_lists_the_embedded_sets(tmp_path):
         open_dataset("nothing")
 
 
-# Damage. `copy` is a data set of which each test spoils something.
+# Damage: `copy` is a data set of the test's own, in which it spoils something.
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "gzip"])
@@ -107,7 +107,7 @@ def copy(request, tmp_path, pack):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "gzip"])
 def spoilt(request, tmp_path_factory, pack):
-    """A folder and what is in it: (folder, shard's bytes, images, labels)."""
+    """A data set's folder and the content of its train shard: (folder, file's bytes, images, labels)."""
     folder = tmp_path_factory.mktemp("spoilt") / "d"
     dataset = pack(folder, train=300, test=3, shape=(3, 4, 1), compression=request.param, shard_images=300)
     return folder, (folder / "train-00000.h5").read_bytes(), *dataset.load("train")
@@ -239,7 +239,7 @@ def test_a_file_that_is_not_hdf5_is_named(copy):
 
 
 def rewrite(folder, change):
-    """Change a shard from the inside and let dataset.json agree on its size."""
+    """Change the content of a shard and record its new size in dataset.json."""
     path = folder / "train-00000.h5"
     with h5py.File(path, "r+") as file:
         change(file)

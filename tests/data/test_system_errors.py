@@ -1,4 +1,4 @@
-"""What the system refuses is said in its own words; nobody is sent to pack again or to start over for it."""
+"""Errors of the operating system are reported in its own words, without advice to pack again or to start over."""
 
 import errno
 import fcntl
@@ -46,7 +46,7 @@ def built(packed):
 
 @pytest.fixture(params=NUMBERS, ids=[errno.errorcode.get(number, str(number)) for number in NUMBERS])
 def refusing(request, monkeypatch):
-    """Let the system refuse to open HDF5 files, as HDF5 reports it; return the words."""
+    """Make opening HDF5 files fail with a system error, as HDF5 reports it; return the system's message."""
 
     def refuse(*_, **__):
         number = request.param
@@ -119,7 +119,7 @@ def test_a_trace_that_the_system_does_not_give_is_no_other_file(built, refusing,
 
 
 def test_files_are_read_under_a_foreign_lock(built, packed, tmp_path):
-    """As on network file systems that have no locks to give."""
+    """Reading takes no locks, which some network file systems do not have."""
     write_checkpoint(tmp_path / "c.h5", built, {"a": 1})
     write_trace(tmp_path / "t.h5", built, *next(built.train_loader.batches(0)))
     held = [path.open("r+b") for path in (tmp_path / "c.h5", tmp_path / "t.h5", *packed.glob("*.h5"))]

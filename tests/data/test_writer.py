@@ -22,7 +22,7 @@ IMAGES, LABELS = np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 0, 1])
 
 
 def interrupted(folder, rows, description=DESCRIPTION):
-    """Pack so many of nine rows in shards of two, and be interrupted."""
+    """Pack the first `rows` of nine rows in shards of two, and interrupt the pack."""
     with contextlib.suppress(KeyboardInterrupt), writing(folder, description, shard_images=2) as writer:
         rest = slice(writer.taken("train"), rows)
         writer.add("train", NINE[rest], NINE_LABELS[rest])
@@ -31,7 +31,7 @@ def interrupted(folder, rows, description=DESCRIPTION):
 
 
 def packed(folder, description=DESCRIPTION):
-    """Pack nine rows in shards of two; return how many rows had to be taken."""
+    """Pack nine rows in shards of two; return how many of them an earlier pack had not finished."""
     with writing(folder, description, shard_images=2) as writer:
         rest = slice(writer.taken("train"), None)
         writer.add("train", NINE[rest], NINE_LABELS[rest])
@@ -210,7 +210,7 @@ def test_a_data_set_without_train_images_is_refused(tmp_path, split, count):
 
 
 def test_a_shard_that_is_slowly_written_holds_its_own_images(tmp_path, monkeypatch):
-    """The next images come while it is written."""
+    """The next images are added while the shard is being written."""
     write_shard = writer_module.write_shard
 
     def slowly(*arguments, **options):
@@ -252,7 +252,7 @@ def test_a_pack_killed_at_its_very_end_is_the_same_packs_to_finish(tmp_path):
 
 
 def test_a_pack_that_another_has_finished_meanwhile_is_refused_and_leaves_no_journal(tiny, monkeypatch):
-    """Between the first look at the folder and the lock, the other has written its data set and left."""
+    """The other pack finishes between this one's first check of the folder and its lock."""
     looks, refuse = iter([True]), writer_module._refuse_foreign_files
     monkeypatch.setattr(
         writer_module, "_refuse_foreign_files", lambda folder: None if next(looks, False) else refuse(folder)

@@ -1,4 +1,4 @@
-"""Small files that mean gigabytes: refused from their headers or at what they promise, in bounded memory and time."""
+"""Small files that stand for gigabytes: refused by their headers or at a limit, in bounded memory and time."""
 
 import gzip
 import io
@@ -34,7 +34,7 @@ ZEROS = bytes(2**20)
 
 
 def squeezed(opener, head=b"", megabytes=600):
-    """Pack a head and many zeros."""
+    """Compress `head` and many zeros."""
     file = io.BytesIO()
     with opener(file, "wb") as packed:
         packed.write(head)
@@ -58,7 +58,7 @@ def zeros():
 
 @pytest.fixture
 def refused_soon(capsys):
-    """Pack, within little more memory than is taken and in seconds; return the line that says why not."""
+    """Run a command that must fail in seconds, with little more memory than is in use; return its error message."""
 
     def call(*words):
         started = time.monotonic()
@@ -212,7 +212,7 @@ def gzipped(tmp_path):
 
 @pytest.mark.parametrize("name", ["images", "labels"])
 def test_a_chunk_of_a_shard_that_holds_more_than_it_should(gzipped, name):
-    """HDF5's own filter would unpack it to its end."""
+    """HDF5's own filter would decompress all of it."""
     path = gzipped / "test-00000.h5"
     with h5py.File(path, "r+") as file:
         dataset = file[name]

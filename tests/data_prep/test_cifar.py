@@ -88,7 +88,7 @@ def check(dataset, split, parts):
     images, labels = dataset.load(split)
     rows = np.concatenate([part[0] for part in parts])
     wanted = [label for part in parts for label in part[1]]
-    # Each row has its own first pixels, so the rows can be found again after shuffling.
+    # The first two pixels identify a row, so it can be found again after shuffling.
     place = {tuple(pixel(row, 0, 0) + pixel(row, 0, 1)): i for i, row in enumerate(rows)}
     order = [place[(*image[0, 0].tolist(), *image[0, 1].tolist())] for image in images]
     assert sorted(order) == list(range(len(rows)))
@@ -229,7 +229,7 @@ IMAGENET32 = {name: batch(i, 9, 1000, 1) for i, name in enumerate(sum(imagenet32
 
 
 def files32():
-    """As Python 3 wrote them: labels from 1, and the mean image beside the train images."""
+    """The batches as Python 3 pickled them: labels from 1, and the mean image beside the train images."""
     mean = np.zeros(3072)
     return {
         name: pickle.dumps(
@@ -289,7 +289,7 @@ def read(content):
 @pytest.mark.parametrize("kind", [list, np.int64, np.uint8, ">i4"], ids=str)
 @pytest.mark.parametrize("module", ["numpy._core", "numpy.core"])
 def test_batches_of_every_protocol_and_with_labels_as_an_array_are_read(protocol, kind, module):
-    """Protocol 5 names a function of its own, and NumPy 1 called the same one otherwise."""
+    """Protocol 5 rebuilds arrays by a function of its own, and NumPy 1 names such functions' modules differently."""
     labels = ROW_LABELS if kind is list else np.array(ROW_LABELS, kind)
     content = pickle.dumps({"data": ROWS, "labels": labels}, protocol=protocol)
     if protocol < 4:
@@ -336,7 +336,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_pickle_takes_no_more_memory_than_it_is_long(bomb, monkeypatch):
-    """Each would take gigabytes; the system grants a few hundred megabytes more than is taken already."""
+    """Each would take gigabytes; the system grants 1 GiB more than is in use."""
     content, message = BOMBS[bomb]
     monkeypatch.setattr("arraytp.data_prep.batches._MOST_BYTES", 2**26)
     with limited_memory(2**30), pytest.raises(UserError, match=message):
@@ -385,7 +385,7 @@ def test_a_batch_that_cannot_be_read_is_named_with_its_archive(tmp_path, capsys,
 
 
 def test_batches_of_many_blocks_keep_images_with_their_labels(tmp_path, monkeypatch):
-    """Official ones have 128,000 images and are shuffled 4,096 at a time; here an image is of its label's value."""
+    """Official batches have 128,000 images, processed 4,096 at a time; here pixels equal their image's label."""
     monkeypatch.setattr(imagenet32, "_BLOCK_IMAGES", 4)
     values = iter(range(1, 100))
     (tmp_path / "src").mkdir()

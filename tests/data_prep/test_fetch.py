@@ -1,4 +1,4 @@
-"""Fetching official files, from a server on this machine."""
+"""Fetching official files, here from a server on the local machine."""
 
 import hashlib
 import http.server
@@ -18,7 +18,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one file; what the server's `behaviour` says is what it does."""
+    """Serves one file; each request takes the next of the server's `behaviours`."""
 
     def do_GET(self):
         server = self.server
@@ -83,7 +83,7 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped(server, tmp_path):
             fetched(server, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".x.gz.part"]
     fetched(server, tmp_path)
-    # Whole blocks of 64 KiB count.
+    # Only whole blocks of 64 KiB are kept.
     assert server.asked == [("/a/x.gz", None), ("/a/x.gz", "bytes=65536-"), ("/a/x.gz", "bytes=131072-")]
 
 
@@ -96,7 +96,7 @@ def test_a_server_that_cannot_go_on_sends_everything_again(server, tmp_path):
 def test_a_part_that_is_whole_is_taken(server, tmp_path):
     (tmp_path / ".x.gz.part").write_bytes(CONTENT)
     fetched(server, tmp_path)
-    # Nothing of it is asked for again: at most what is beyond its end, of which there is nothing.
+    # At most the bytes beyond the end of the file are requested, of which there are none.
     assert all(asked == f"bytes={len(CONTENT)}-" for _, asked in server.asked)
 
 

@@ -57,7 +57,7 @@ def write_tar(path, contents, mode="w"):
 
 @pytest.fixture
 def pixels():
-    """Class dog before cat in no order; the pixels of 40 train and 6 test images."""
+    """The pixels of 40 train and 6 test images by name; the classes alternate, starting with dog."""
     names = [f"train/{('dog', 'cat')[i % 2]}/{i:02d}.png" for i in range(40)]
     names += [f"test/{('dog', 'cat')[i % 2]}/{i}.png" for i in range(6)]
     return {name: noise() for name in names}
@@ -89,7 +89,7 @@ def test_all_images_arrive_with_their_labels_from_a_folder_or_an_archive(tmp_pat
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
 @pytest.mark.parametrize("target", ["nowhere", "link.png"])
 def test_a_pipe_is_no_file_and_a_link_to_nothing_or_itself_is_skipped(tmp_path, pixels, target):
-    """To open the one would be to wait for ever."""
+    """Opening the pipe would block for ever."""
     src = write_tree(tmp_path / "s", contents_of(pixels))
     os.mkfifo(src / "train/dog/pipe.png")
     (src / "train/dog/link.png").symlink_to(target)
@@ -160,7 +160,7 @@ def test_what_is_transparent_is_laid_on_white():
 
 
 def png(depth, colour, pixels, transparent):
-    """Two pixels and the transparent grey or colour, byte by byte as the PNG specification has them."""
+    """A PNG file of two pixels with a transparent grey or colour, written byte by byte from the PNG specification."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -196,7 +196,7 @@ def test_the_transparent_grey_or_colour_of_a_png_of_any_depth_is_white(depth, co
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_an_image_is_turned_as_exif_says(orientation, kind):
-    # How each orientation is stored, from the definition: where row 0 and column 0 of the file belong.
+    # How a file of each orientation stores the image: EXIF defines to which sides its row 0 and column 0 belong.
     stored = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -251,7 +251,7 @@ def test_images_of_any_size_fit(size):
 
 @pytest.mark.parametrize("size", [7, 224])
 def test_the_shorter_side_of_any_length_is_kept_whole(size):
-    """The scale times the size can be more than the side it comes from, by rounding."""
+    """By rounding, the scale times the size can exceed the side that the scale was computed from."""
     for side in range(1, 400):
         for shape in ((side, side + 11), (side + 11, side)):
             assert (fit(Image.new("RGB", shape, (1, 2, 3)), (size, size), "shorter-crop") == (1, 2, 3)).all()
@@ -412,7 +412,7 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path, pixels, mode)
 
 @pytest.mark.parametrize("made", [False, True])
 def test_an_archive_is_unpacked_beside_the_data_set(tmp_path, pixels, monkeypatch, made):
-    """Within it, what a network file system keeps in place of a removed file would be foreign to the pack."""
+    """Some network file systems give the unnamed file a name, which in the data set's folder may count as foreign."""
     src = write_tar(tmp_path / "s.tar", contents_of(pixels), "w:gz")
     (tmp_path / "e").mkdir()
     (tmp_path / "d").symlink_to("e/d")
@@ -479,7 +479,7 @@ def test_exif_is_no_option_of_sources_without_image_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("adobe", [True, False])
 def test_cmyk_becomes_rgb_by_the_product_that_libjpeg_has(adobe):
-    """Adobe's files hold 255 less each ink. Pillow, and so torchvision, takes files without the marker for such too."""
+    """Adobe's files store 255 minus each ink. Pillow, and so torchvision, assumes it without Adobe's marker too."""
     inks = np.repeat(np.repeat(GENERATOR.integers(0, 256, (4, 4, 4), dtype=np.uint8), 16, 0), 16, 1)
     content = encoded(Image.fromarray(inks, "CMYK"), "JPEG", quality=100, subsampling=0)
     if not adobe:
@@ -491,7 +491,7 @@ def test_cmyk_becomes_rgb_by_the_product_that_libjpeg_has(adobe):
 
 
 def test_a_jpeg_with_extraneous_bytes_is_taken_as_libjpeg_decodes_it():
-    """So do the loaders of published runs; what follows the bytes may be grey."""
+    """The loaders of published runs accept it too; the image may be grey after the extraneous bytes."""
     content = encoded(np.full((64, 64, 3), 200, np.uint8), "JPEG", restart_marker_blocks=4)
     at = content.index(b"\xff\xd1")
     assert decode(content[:at] + bytes(5) + content[at:]).size == (64, 64)
@@ -508,7 +508,7 @@ def test_images_of_many_blocks_have_their_labels(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("opened", [open_files, lambda src, dst: open_archives(dst, {"train": src})])
 def test_the_state_of_an_archive_is_of_its_size_and_time(tmp_path, pixels, opened):
-    """By which a pack that goes on sees that another archive has taken its place."""
+    """By the state, a pack that is resumed notices that the archive was replaced."""
     src, states = write_tar(tmp_path / "src.tar", contents_of(pixels)), []
     for time in (1, 1, 2):
         os.utime(src, (time, time))

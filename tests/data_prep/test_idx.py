@@ -22,7 +22,7 @@ def idx_bytes(array):
 
 
 def official(train=50, test=20):
-    """The contents of the four files; labels 0 to 9 in turn, then all 0."""
+    """The contents of the four files; labels are 0 to 9 in turn, and 0 for the last ten images."""
     generator = np.random.default_rng(0)
     contents = {}
     for prefix, count in (("train", train), ("t10k", test)):
@@ -89,7 +89,7 @@ def test_limits_are_taken_as_evenly_as_the_classes_allow_and_first_in_the_file(l
     taken, there = np.bincount(labels[rows], minlength=5), np.bincount(labels, minlength=5)
     for label in range(5):
         assert rows[labels[rows] == label].tolist() == np.flatnonzero(labels == label)[: taken[label]].tolist()
-        # A class has fewer than another only if it has no more, or by the one that is left over.
+        # A class has fewer rows than another only if all its rows are taken, or by one if there is a remainder.
         assert taken[label] == there[label] or taken[label] >= taken.max() - 1
 
 

@@ -80,7 +80,7 @@ def test_validation_labels_are_those_of_the_train_folders(tmp_path, flat, class_
 
 
 def tar(contents, mode="w"):
-    """A tar archive as it was made officially: plain names, no folders."""
+    """A tar archive like the official ones: plain names, no folders."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode=mode, format=tarfile.USTAR_FORMAT) as archive:
         for name, content in contents.items():
@@ -94,7 +94,7 @@ TRAIN, VAL, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2
 
 
 def archives():
-    """The official archives: one of train archives, one of flat images, the devkit."""
+    """The train archive's inner archives, and the official archives: train, flat validation images, devkit."""
     contents = tree()
     inner = {
         f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": contents[f"train/{wnid}/{wnid}_{i}.JPEG"] for i in range(4)})
@@ -235,14 +235,14 @@ def packed(tmp_path, contents, *flags):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """The data set that the official tree gives."""
+    """The data set packed from the official tree."""
     place = tmp_path_factory.mktemp("official")
     pack(write(place / "s", tree()), place / "d", PackOptions(size=(8, 8)))
     return open_dataset(place / "d")
 
 
 def same(dataset, expected):
-    """Hold one against the other; images in an order of their own have their labels in the same."""
+    """Check that two data sets have the same classes and, in any order, the same images with the same labels."""
     assert dataset.classes == expected.classes
     for split in ("train", "val"):
         pairs = [

@@ -1,6 +1,6 @@
-"""Real archives, packed and held against readers that share no code with the packers.
+"""Real archives, packed and compared with readers that share no code with the packers.
 
-The environment variable ARRAYTP_REAL_DATA names the folder of the archives; what is not there is skipped.
+The environment variable ARRAYTP_REAL_DATA names the folder of the archives; tests of missing archives are skipped.
 """
 
 import gzip
@@ -34,7 +34,7 @@ def digest(label, image):
 
 
 def packed_rows(folder):
-    """Every image of a packed data set as (split, label, digest of its pixels), with how often it is there."""
+    """Return a packed data set, and how often each (split, label, digest of the pixels) occurs in it."""
     dataset = open_dataset(folder)
     rows = Counter()
     for split, count in dataset.counts.items():
@@ -83,7 +83,7 @@ def test_mnist_and_fashion_mnist(tmp_path, source):
 
 
 def tar_rows(path, size):
-    """Every image file of an archive, decoded by Pillow; a size is (H, W)."""
+    """Count an archive's images like `packed_rows`, decoded by Pillow; also return class labels. `size` is (H, W)."""
     rows, classes = Counter(), set()
     with tarfile.open(path) as tar:
         for member in tar:
@@ -91,7 +91,7 @@ def tar_rows(path, size):
                 continue
             split, name, _ = member.name.split("/")
             image = Image.open(io.BytesIO(tar.extractfile(member).read()))
-            # How image 6 of the sample is stored: turned by a quarter.
+            # EXIF orientation 6: the image is stored rotated by 90°.
             image = image.rotate(-90, expand=True) if image.getexif().get(274) == 6 else image
             image = image.convert("RGB")
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR) if size else image

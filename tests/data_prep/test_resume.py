@@ -1,4 +1,4 @@
-"""Packs that are killed or find the disk full: the next one goes on and ends with the same bytes, for every source."""
+"""After a pack is killed or the disk is full, the next pack resumes and ends with the same bytes, for every source."""
 
 import errno
 import io
@@ -62,8 +62,8 @@ SOURCES = {
     "folder": (image_files, ["--shard-images=3", "--max-skipped=9"]),
 }
 
-# Kills itself at its first flush to the disk, at its third, … each time into another folder; a fork for each, since
-# importing takes longer than packing. The last ones come to their end.
+# Packs that kill themselves at their first flush to disk, third flush and so on, each in a folder of its own; they are
+# forked, since importing takes longer than packing. The first pack that is not killed is the last.
 KILLER = textwrap.dedent("""
     import os, signal, sys
     import arraytp.commands.data
@@ -93,7 +93,7 @@ def content(folder):
 
 @pytest.fixture(params=SOURCES)
 def source(request, tmp_path):
-    """The arguments that pack a small source into `tmp_path/whole`, as they were run."""
+    """Pack a small source into `tmp_path/whole`; return the command's arguments without the destination."""
     write, options = SOURCES[request.param]
     (tmp_path / "s").mkdir()
     write(tmp_path / "s")
@@ -118,7 +118,7 @@ def test_a_pack_killed_anywhere_goes_on_and_ends_with_the_same_bytes(tmp_path, s
         writer, "write_shard", lambda path, *a, **k: (written.append(path), write_shard(path, *a, **k))[1]
     )
     folders = sorted(int(path.name) for path in killed.iterdir())[:-1]
-    # Per shard its file, its name and the journal; the journal's head; dataset.json and its name.
+    # Flushes: for each shard its file, the folder and the journal; the journal's head; dataset.json and the folder.
     assert len(folders) >= (3 * len(shards) + 3) // 2
     for number in folders:
         folder = killed / str(number)
@@ -128,7 +128,7 @@ def test_a_pack_killed_anywhere_goes_on_and_ends_with_the_same_bytes(tmp_path, s
             with pytest.raises(UserError, match=r"dataset\.json: not found"):
                 open_dataset(folder)
             assert pack(source, folder) == 0
-            # Those before the last flush were kept.
+            # Shards that were finished before the kill are kept.
             assert len(written) - before <= len(shards) - (number - 2) // 3
         assert {name: text for name, text in content(folder).items() if name[0] != "."} == expected
 
@@ -162,7 +162,7 @@ def test_a_source_that_changed_since_is_packed_from_the_start(tmp_path, source, 
     changed = max(path for path in (tmp_path / "s").rglob("*") if path.is_file())
     status = changed.stat()
     if source[2] in ("mnist", "cifar10"):
-        # Known by their content.
+        # Changes of these sources are detected by content, of the others by size and time.
         changed.write_bytes(changed.read_bytes()[:-1] + b"\7")
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     written = []
@@ -173,7 +173,7 @@ def test_a_source_that_changed_since_is_packed_from_the_start(tmp_path, source, 
 
 
 def refuse_to_read(bad, number, monkeypatch):
-    """Let the system fail when a file is read."""
+    """Make reading a file fail with a system error."""
     read = files._read_whole
 
     def refuse(path):
@@ -185,7 +185,7 @@ def refuse_to_read(bad, number, monkeypatch):
 
 
 def run_out_of_memory(path, monkeypatch):
-    """Let there be no memory when an image is decoded."""
+    """Make memory run out when an image is decoded."""
     pixels, upright = Image.open(path).tobytes(), decode._upright
 
     def refuse(image):

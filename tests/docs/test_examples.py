@@ -1,6 +1,6 @@
-"""The Python examples of README and docs run as printed, and README's links lead to files.
+"""The Python examples in README and docs run as printed, and links lead to existing files and headings.
 
-Those of docs/tutorial.md need what its commands make before them: .ci/tutorial runs both.
+The examples in docs/tutorial.md need the results of the commands before them; .ci/tutorial runs both.
 """
 
 import re
@@ -43,7 +43,7 @@ def run_in(namespace: dict[str, object], page: str, capsys: pytest.CaptureFixtur
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Return an empty folder to work in, that has runs/ as a clone has."""
+    """Change into a new folder that contains only runs/, and return it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(ROOT / "runs")
     return tmp_path
@@ -77,7 +77,7 @@ def test_the_example_on_configs_loads_parses_and_writes_out(folder, capsys):
     }
     assert {"bp", "fa", "dfa"} <= variants.keys()
     text = YAML(typ="safe").load(made["text"])
-    # With every default, so that it loads as the same config.
+    # All defaults are written out, so that the text loads as the same config.
     assert "momentum" in text["optimizer"]
     assert list(parse_config(text).variants.values()) == [config]
 
@@ -126,6 +126,6 @@ def test_every_figure_is_in_the_gallery():
 
 
 def test_readmes_rule_is_the_rule_that_runs():
-    """The reader is told that these lines run."""
+    """README presents these lines as the code that runs."""
     (lines,) = blocks(README, "py")
     assert lines in (ROOT / "arraytp" / "rules" / "ldrl.py").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/math names what exists, has every public operation, rule and loss, and every equation of both papers."""
+"""docs/math names only what exists, and covers all public operations, rules, losses and equations of both papers."""
 
 import importlib
 import inspect
@@ -31,7 +31,7 @@ MODULES = [
 ]
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\$)\$([^$\n]+)\$", re.DOTALL)
 FORMULAS = [display or inline for page in PAGES.values() for display, inline in FORMULA.findall(page)]
-# All of them are MathJax's. A misspelt command would be drawn as red text, which no build notices.
+# Commands that MathJax knows. It would draw a misspelt one as red text, which no build notices.
 COMMANDS = re.findall(
     r"\w+",
     """
@@ -45,7 +45,7 @@ COMMANDS = re.findall(
 
 
 def public_functions(module_name: str) -> list[str]:
-    """Return the names of a module's own functions, of the activations, and of what does the iterations."""
+    """Return the names of a module's own public functions, of the activations, and of `Iterations`."""
     module = importlib.import_module(module_name)
     return [
         f"{module_name}.{name}"
@@ -85,12 +85,12 @@ def test_every_numbered_equation_is_followed_by_a_function_before_the_next_headi
 
 
 def faults(formula: str) -> list[str]:
-    """Return what is wrong with it."""
+    """Return what is wrong with a formula."""
     found = [f"unknown \\{name}" for name in re.findall(r"\\([a-zA-Z]+)", formula) if name not in COMMANDS]
     found += ["braces"] * (formula.replace(r"\{", "").count("{") != formula.replace(r"\}", "").count("}"))
     found += ["left and right"] * (len(re.findall(r"\\left\b", formula)) != len(re.findall(r"\\right\b", formula)))
     found += ["environments"] * (re.findall(r"\\begin\{(\w+)", formula) != re.findall(r"\\end\{(\w+)", formula))
-    # Sphinx puts rows that end in \\ into an environment that takes no number, and GitHub loses one of the two.
+    # Sphinx puts formulas with \\ into an environment that takes no number, and GitHub drops one backslash.
     return found + ["\\\\ instead of \\cr"] * ("\\\\" in formula)
 
 

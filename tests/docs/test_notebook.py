@@ -1,4 +1,4 @@
-"""A training in a notebook shows a live line, where a log would have lines."""
+"""Training in a notebook shows a live line instead of the lines of a log."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""docs/results: the table and results.json are made from published.csv, README's numbers are in it, commands exist."""
+"""docs/results: the table and results.json match published.csv, README's numbers are in its rows, configs exist."""
 
 import importlib.util
 import json
@@ -28,13 +28,13 @@ def collect():
 
 
 def test_page_and_json_are_what_the_script_makes(collect):
-    """`python docs/results/collect.py` mends this."""
+    """If this fails, run `python docs/results/collect.py`."""
     for path, text in collect.made().items():
         assert path.read_text(encoding="utf-8") == text, path.name
 
 
 def test_a_row_with_kept_runs_is_their_mean(collect, tmp_path, monkeypatch):
-    """Of the last epoch; a run without all epochs of the config is called unfinished, whatever its number."""
+    """The mean is over the runs' last epochs; runs of fewer epochs than planned are unfinished, at any accuracy."""
     home = tmp_path / "docs" / "results"
     head = (FOLDER / "published.csv").read_text(encoding="utf-8").splitlines()[0]
     row = "DTP,Table 1,CIFAR-10,BP,86.34,0.35,,,,not run,arraytp run x.yml,,,bp:test_top1"
@@ -73,7 +73,7 @@ def test_a_number_of_several_seeds_is_held_to_two_deviations_and_one_of_one_seed
 
 
 def test_a_kept_run_is_a_result_folder_and_can_be_drawn_as_figure_4(collect, tmp_path):
-    """A panel a block, a line a run over epochs; angles at their places."""
+    """There is a panel per block and a line per run, with each angle at its epoch."""
     for name in ("cifar10-ldrl-expected", "cifar10-bp"):
         (tmp_path / name).mkdir()
         for file, text in collect.kept(name)[0].files.items():
@@ -106,7 +106,7 @@ def test_readmes_table_of_results_is_in_the_rows():
     table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| experiment | paper | arraytp |")[2]
     shown = re.findall(r"^\| \w+, (?:Figure|Table) \d: .*? \| .*? \| ([\d.]+)", table, re.MULTILINE)
     ours = {str(row["ours"]) for row in ROWS}
-    # The largest angle of Figure 3 is on its own page.
+    # 34.97, the largest angle of Figure 3, is not in the rows but on the figure's own page.
     assert len(shown) == 7
     assert set(shown) <= ours | {"34.97"}
     assert "34.97" in (FOLDER / "dtp-figure-3.md").read_text(encoding="utf-8")

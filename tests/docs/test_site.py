@@ -80,14 +80,14 @@ def test_a_name_that_does_not_exist_fails_the_build(tmp_path):
 
 @pytest.mark.slow
 def test_no_page_loads_anything_from_elsewhere(site):
-    """Without a network a font, script or picture of another host would be missing."""
+    """Without a network, a font, script or picture from another host would be missing."""
     loaded = r'<(?:script|img|iframe)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//|@import'
     assert not [page for page, text in site.items() if re.search(loaded, text)]
 
 
 @pytest.mark.slow
 def test_every_formula_is_drawn_without_a_network(folder, site):
-    """Raw LaTeX would be what a reader sees."""
+    """Otherwise, a reader would see raw LaTeX."""
     with browser() as page:
         for name in sorted(name for name, text in site.items() if "<math" in text):
             page.get(address(folder / name))
@@ -105,7 +105,7 @@ def test_every_formula_is_drawn_without_a_network(folder, site):
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_first_page_fits_a_phone(folder, dark):
-    """Nobody scrolls sideways for the first command."""
+    """The first command can be read without scrolling sideways."""
     with browser(360, 740, dark=dark) as page:
         page.get(address(folder / "index.html"))
         wide, first, background = page.execute_script(
@@ -122,7 +122,7 @@ def test_the_first_page_fits_a_phone(folder, dark):
 def test_the_search_finds_a_word(folder):
     with browser() as page:
         page.get(f"{address(folder / 'search.html')}?q=orthogonality")
-        # Results come one by one; a word that is not found ends by the script's time-out.
+        # Results appear one by one; if the word is not found, the script times out.
         assert page.execute_async_script(
             "const done = arguments[0]; const look = () =>"
             " [...document.querySelectorAll('.search li a')].some(a => a.href.includes('gait-prop'))"

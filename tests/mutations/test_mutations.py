@@ -1,6 +1,6 @@
-"""One-line mistakes that the tests must notice: made in a copy of the package, each must make its tests fail.
+"""One-line mistakes that the tests must notice: each is made in a copy of the package, and its tests must fail.
 
-All of them take an hour: `pytest -m slow tests/mutations`. Every other run makes a few, other ones each day.
+All of them take an hour: `pytest -m slow tests/mutations`. Every other run tries a few, different ones each day.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from mistakes import ROOT, Mutation, made, name_of, occurrences, package
 
 
 def _in(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutation]:
-    """Return mutations of a file, one of whose `tests` must fail."""
+    """Return mutations of a file, each of which must make one of the `tests` fail."""
     return [Mutation(file, old, new, tuple(tests.split())) for old, new in changes]
 
 
@@ -790,16 +790,16 @@ MUTATIONS = [
 
 
 SAMPLE = 3
-# Neighbours in the list share their tests' time; shuffled once, a sample has mistakes of several files.
+# Neighbours in the list run the same tests, which take equally long; shuffling mixes several files in each sample.
 TURNS = random.Random(0).sample(MUTATIONS, len(MUTATIONS))
 
 
 def sample(turn: int) -> list[Mutation]:
-    """Return the mutations of a turn: the next ones of the list at each, so that none is left out for long."""
+    """Return the mutations of a turn; each turn takes the next ones in the list, so that none waits for long."""
     return [TURNS[(turn * SAMPLE + i) % len(TURNS)] for i in range(SAMPLE)]
 
 
-# By the day; `MUTATIONS_OF` repeats the sample of another day, given as its number (`date.toordinal`).
+# The turn is the day's number (`date.toordinal`); `MUTATIONS_OF` can give that of another day, to repeat its sample.
 TODAY = int(os.environ.get("MUTATIONS_OF", datetime.datetime.now(datetime.UTC).date().toordinal()))
 
 
@@ -810,7 +810,7 @@ def test_every_mutation_has_its_turn():
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=name_of)
 def test_each_mutation_changes_one_place(mutation):
-    """When the code changes, its mutations have to follow."""
+    """When the code changes, its mutations must be updated."""
     assert occurrences(mutation) == 1
     assert all((ROOT / "tests" / test).exists() for test in mutation.by)
 
@@ -830,7 +830,7 @@ def check_noticed(copy, mutation):
         tests = [f"tests/{test}" for test in mutation.by]
         command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-    # 1: a test failed; anything else (collection errors, none failed) proves nothing.
+    # pytest exits with 1 if a test failed; any other status, as after an error in collection, proves nothing.
     assert result.returncode == 1, result.stdout[-2000:]
 
 

@@ -31,7 +31,7 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         """`angles` maps a step to the angle of every block; by default two steps, 10° more in the second.
 
-        With `steps` the summary says how long the run was, with angles every 10 steps.
+        `steps` is the length of the run in summary.json and steps.csv, which has a row every 10 steps.
         """
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -48,7 +48,7 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         taken = {0: first, 10: [angle + 10 for angle in first]} if angles is None else angles
         triples = [[s, 1, n, angle, 0.5] for s, given in taken.items() for n, angle in enumerate(given)]
         _csv(folder / "angles.csv", ANGLES, triples)
-        # Accuracy 20 % after ten steps and 10 % more after each ten.
+        # The accuracy is 20 % after ten steps and grows by 10 points every ten steps.
         taken_steps = [[s, 1, 2.0, min(s + 10.0, 99.0), 90.0] for s in range(10, (steps or 0) + 1, 10)]
         _csv(folder / "steps.csv", "step,epoch,train_loss,train_top1,train_top5", taken_steps)
         if finished:

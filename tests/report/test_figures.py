@@ -53,7 +53,7 @@ def test_the_figures_of_a_run_are_pngs_of_readable_size_in_its_folder(make_resul
 
 
 def test_a_run_without_angles_has_no_figure_of_their_course(make_result: Make) -> None:
-    """BP is not compared with itself; other rules need not be."""
+    """BP is not compared with itself, and other rules need not be compared either."""
     for name, rule in (("results/bp", "bp"), ("results/fa", "fa")):
         files = write_figures(make_result(name, rule, angles={}))
         assert [file.name for file in files] == ["learning_curves.png", "angles_per_block.png"]
@@ -84,7 +84,7 @@ def test_a_comparison_is_a_picture_and_two_tables(make_result: Make, tmp_path: P
 
 
 def test_accuracies_of_few_epochs_are_drawn_over_the_steps(make_result: Make) -> None:
-    """Train as a line, test as a ring at the end; over epochs where there are many, or no steps.csv."""
+    """Training is a line, test a ring at its end; with many epochs or no steps.csv, both are drawn over epochs."""
     short, long = (read_result(make_result(f"results/{epochs}", steps=20, epochs=epochs)) for epochs in (2, 9))
     _, _, accuracy = comparison([short]).axes
     np.testing.assert_array_equal(accuracy.lines[0].get_data(), [[10, 20], [20, 30]])
@@ -98,7 +98,7 @@ def test_an_untrained_network_does_not_flatten_a_long_training(make_result: Make
     long, short = (read_result(make_result(f"results/{n}", epochs=n, angles={})) for n in (10, 9))
     assert [axes.get_ylim()[0] > 35 for axes in comparison([long]).axes[2:]] == [True, True]
     assert comparison([short]).axes[3].get_ylim()[0] < 10
-    # Both panels have the same axis, so neither may cut off the other's line.
+    # Both panels share their y axis, so neither may cut off the other's line.
     low, high = comparison([long]).axes[2].get_ylim()
     assert low < 41
     assert high > 61.25
@@ -208,7 +208,7 @@ def test_unusual_runs_are_drawn_without_warnings(make_result: Make, tmp_path: Pa
 
 @pytest.mark.parametrize("epochs", [7, 40, 90, 200, 1000])
 def test_numbers_along_the_epochs_stand_apart(make_result: Make, epochs: int) -> None:
-    """In the narrowest panels, too."""
+    """A comparison has the narrowest panels."""
     figure = comparison([read_result(make_result(epochs=epochs))])
     figure.draw_without_rendering()
     for axes in figure.axes:
@@ -219,7 +219,7 @@ def test_numbers_along_the_epochs_stand_apart(make_result: Make, epochs: int) ->
 
 
 def test_a_block_has_one_colour_in_all_panels_of_drift() -> None:
-    """The legend is of the deepest network, whose blocks are all in it."""
+    """The legend is that of the deepest network, so it contains all blocks."""
     studies = [
         StudyResult("s", [f"dense{n + 1}" for n in range(depth)], *([np.zeros((1, depth))] * 2),
                     *([np.zeros((1, 2, depth))] * 2), [], 0.0, drift=True)
@@ -233,7 +233,7 @@ def test_a_block_has_one_colour_in_all_panels_of_drift() -> None:
 
 
 def test_dollars_in_a_name_are_drawn(make_result: Make, tmp_path: Path) -> None:
-    """Between two of them Matplotlib reads mathematics, and refuses a lone underscore."""
+    """Matplotlib parses text between two dollars as mathematics, in which a lone underscore is an error."""
     folder = make_result("results/a$_$b")
     write_figures(folder)
     write_comparison([read_result(folder), read_result(make_result("results/bp", "bp"))], tmp_path)
@@ -241,7 +241,7 @@ def test_dollars_in_a_name_are_drawn(make_result: Make, tmp_path: Path) -> None:
 
 
 def test_bars_of_one_seed_are_as_high_as_its_angles(make_result: Make) -> None:
-    """Its deviation is not known, and must not hide the mean."""
+    """A single seed has no standard deviation, which must not hide its mean."""
     folder = make_result("results/fa/seed-0", angles={0: [85.0, 80.0, 0.0]}, blocks=("a", "b", "c"))
     make_result("results/fa/seed-1", finished=False, angles={}, blocks=("a", "b", "c"))
     results = averaged(read_results([folder.parent]))

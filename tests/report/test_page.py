@@ -18,7 +18,7 @@ from arraytp.report import page as page_module
 
 @pytest.fixture
 def page(make_result, tmp_path, monkeypatch):
-    # PNG files take longer than the page.
+    # Drawing PNG files takes longer than writing the page.
     monkeypatch.setattr("arraytp.commands.report.write_figures", lambda *_: None)
     monkeypatch.setattr("arraytp.commands.report.write_comparison", lambda *_: [tmp_path] * 3)
     make_result("results/bp", "bp", angles={})
@@ -29,7 +29,7 @@ def page(make_result, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
 def test_runs_of_different_packages_are_in_one_table(make_result, tmp_path, monkeypatch, names):
-    """An unfinished run says no versions, and one on the host none of CuPy."""
+    """An unfinished run records no versions, and a run on the host none of CuPy."""
     monkeypatch.setattr("arraytp.commands.report.write_figures", lambda *_: None)
     monkeypatch.setattr("arraytp.commands.report.write_comparison", lambda *_: [tmp_path] * 3)
     summary = make_result(f"results/{names[0]}") / "summary.json"

@@ -57,7 +57,7 @@ def test_an_unfinished_run_has_numbered_blocks_and_no_summary(make_result: Make)
             "blocks: [{type: dense}, {type: conv}, {type: dense}, {type: conv}]",
             ["dense1", "conv1", "dense2", "conv2"],
         ),
-        # Not of four blocks, of another version, damaged.
+        # Another number of blocks, damaged blocks, a name from another version, a damaged name.
         ("name: vgg", None),
         ("blocks: [3, {type: conv}, {type: conv}, {}]", None),
         ("name: resnet", None),

@@ -1,4 +1,4 @@
-"""Means over seeds, held against numbers worked out by hand."""
+"""Means over seeds, compared with numbers worked out by hand."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def three_seeds(make_result: Make) -> Path:
-    """Runs of BP, and of FA with test accuracies 60, 62, 64 in the end and hidden angles 35, 38, 41."""
+    """A run of BP, and three of FA with final test accuracies of 60, 62, 64 and angles of block 0 of 35, 38, 41."""
     make_result("results/bp/seed-3", "bp", angles={0: [0.0] * 4})
     for n in range(3):
         folder = make_result(f"results/fa/seed-{n}", angles={0: [35.0 + 3 * n, 20, 10, 0]})
@@ -77,7 +77,7 @@ def test_bands_are_one_deviation_wide(three_seeds: Path) -> None:
 
 
 def test_losses_of_diverged_runs_warn_of_nothing() -> None:
-    """NumPy's warnings would stand in the table of seeds; here warnings are errors."""
+    """NumPy's warnings would appear within the table of seeds; in tests, warnings are errors."""
     mean, deviation = over_seeds([np.array([1e200, np.inf, 1.0]), np.array([-1e200, np.inf, 3.0])])
     np.testing.assert_array_equal(mean, [0, np.inf, 2])
     np.testing.assert_allclose(deviation, [np.inf, np.nan, 2**0.5])
@@ -96,7 +96,7 @@ def test_seeds_csv_has_a_row_a_run(three_seeds: Path) -> None:
 
 
 def test_seeds_csv_leaves_out_other_settings_beside_the_latest_runs(three_seeds: Path) -> None:
-    """Of a variant that was not run lately nothing is left out."""
+    """Nothing is left out of a variant that has none of the latest runs."""
     for name in ("fa/seed-1", "bp/seed-3"):
         config = three_seeds / name / "config.yml"
         config.write_text(config.read_text().replace("every: 10", "every: 5"))

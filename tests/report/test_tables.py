@@ -27,7 +27,7 @@ Not finished: stopped.
 
 
 def compared_with_gnt(folder: Path) -> None:
-    """Say that a run was compared with GNT, at 40 + 2n degrees in block n."""
+    """Make a result folder that of a run compared with GNT, with angles of 40 + 2n degrees in block n."""
     config, (head, *rows) = folder / "config.yml", (folder / "angles.csv").read_text().splitlines()
     config.write_text(config.read_text() + "  against: [bp, gnt]\n")
     rows = [f"{row},{40 + 2 * int(row.split(',')[2])}" for row in rows]
