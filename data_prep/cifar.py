@@ -72,7 +72,7 @@ def read_pickled(content: bytes, where: str, layout: _Layout) -> tuple[Images, L
 def read_binary(content: bytes, where: str, layout: _Layout) -> tuple[Images, Labels]:
     """Read a batch of the binary version: rows of one label (CIFAR-100: coarse, fine) and 3072 values in colour planes.
 
-    UserError if the file is not a whole number of rows, or a label is out of range.
+    UserError if the file is empty or not a whole number of rows, or a label is out of range.
     """
     row_bytes = layout.label_bytes + _PIXELS
     if not content or len(content) % row_bytes:

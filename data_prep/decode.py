@@ -1,7 +1,8 @@
 """Decoding of image files to RGB arrays of one size, shared by all packers of image files.
 
-JPEG, PNG and WebP are recognised by content, not by name. On request, images are rotated according to EXIF. Grey,
-palette, CMYK and 16-bit images become RGB, colour profiles are not applied, and transparency is composited on white.
+JPEG, PNG and WebP are recognised by content, not by name. Images are rotated according to EXIF, unless this is turned
+off. Grey, palette, CMYK and 16-bit images become RGB, colour profiles are not applied, and transparency is composited
+on white.
 """
 
 import io

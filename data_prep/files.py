@@ -77,7 +77,8 @@ def open_files(src: Path, dst: Path) -> Iterator[Files]:
     """Open a folder (image files at any depth, others to a depth of four), or a tar archive: plain, gzip, xz or bzip2.
 
     A compressed archive is decompressed beside `dst`, in its nearest existing parent folder. UserError if `src` is
-    neither, is damaged or truncated, or is an archive with members that are not plain files or lead out of it.
+    neither, is damaged or truncated, or is an archive with members that are neither files nor folders, or lead out of
+    it.
     """
     if src.is_dir():
         names = sorted(_walk(src, "", MAX_DEPTH))
@@ -245,7 +246,7 @@ class _Headers:
 def open_archives(root: Path, archives: Mapping[str, Path]) -> Iterator[Files]:
     """Open plain tar archives, given by folder name, as folders of one tree, without unpacking them.
 
-    A member `NAME.tar` of an archive counts as a folder `NAME` with the members of that archive. Messages name `root`.
+    A member `NAME.tar`, an archive itself, counts as a folder `NAME` with its own members. Messages name `root`.
     UserError like `open_files`.
     """
     index = _Index()

@@ -20,9 +20,9 @@ Exif = Literal["apply", "ignore"]
 class PackOptions:
     """How to pack; `limits` maps a split to how many of its images to take.
 
-    The last four are for packers that decode image files: `size` is (H, W), or None for the images' own
-    size; more than `max_skipped` broken files are an error; `exif` says whether images are rotated according to their
-    EXIF data, and None leaves this to the packer.
+    The last four are for packers that decode image files: `size` is (H, W), or None for the images' own size; `resize`
+    is as in `decode.fit`; more than `max_skipped` broken files are an error; `exif` says whether images are rotated
+    according to their EXIF data, and None leaves this to the packer.
     """
 
     name: str | None = None

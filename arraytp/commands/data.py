@@ -127,7 +127,7 @@ def pack(context: click.Context, /, source: str, src: Path, dst: Path, devkit: P
     imagenet32                    folder: train_data_batch_1 to _10, val_data
     folder                        folder or tar archive of SPLIT/CLASS/ with
                                   images (jpg, jpeg, png, webp)
-    """  # noqa: D301 - click marks lines not to be rewrapped by a backspace character
+    """  # noqa: D301 - the backspace character tells click not to rewrap these lines
     _refuse_foreign_options(context, source)
     given = PackOptions(**options | {"compression": options["compression"] == "gzip"})
     try:

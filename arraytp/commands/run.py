@@ -186,7 +186,7 @@ def _jobs(
     plain: bool,
     seeds: int | tuple[int, ...] | None,
 ) -> list[Job]:
-    """Return the jobs of a file's variants, or of `only` one; with `several` configs, each has a folder in `out`."""
+    """Check a file's variants, or `only` one; return their jobs. Each of `several` configs has a folder in `out`."""
     file = load_config(path, overrides, only)
     folder = Path("results", file.name) if out is None else out / file.name if several else out
     jobs = []
@@ -254,7 +254,7 @@ def _holds_results(folder: Path) -> bool:
 
 
 def _refuse_hiding(job: Job) -> None:
-    """Refuse results beside those of variants: a folder with a config.yml counts as one run, whatever lies below it."""
+    """Refuse a run's results above those of others: a folder with a config.yml is one run, whatever lies below it."""
     of_variant = (job.folder.parent if job.of_seeds else job.folder) != job.home
     if of_variant and _holds_results(job.home):
         raise UserError(f"{job.home}: holds results of a run without variants; --out selects another folder")

@@ -1,7 +1,7 @@
 """Flip, edge-padded crop and normalisation, on either array module; random numbers are drawn on the host.
 
-These functions are the readable definitions, and they run on a device; `arraytp.data.prepare` computes the same results
-faster on the host.
+These functions are the readable definitions. On a device they are what runs; on the host, `arraytp.data.prepare`
+computes the same results faster.
 """
 
 from collections.abc import Sequence

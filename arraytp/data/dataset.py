@@ -127,7 +127,8 @@ class Dataset:
     def labels(self, split: str) -> Labels:
         """Return the labels of a split, (N,) int64, as stored; a label is verified only when its image is read.
 
-        UserError like `read`, or for a label out of range: counting the labels then takes one entry per class at most.
+        UserError like `read`, and for a label out of range, so that counts of the labels need one entry per class at
+        most.
         """
         shards = [self._open(entry) for entry, _ in self._entries(split)]
         for shard in shards:
@@ -135,7 +136,7 @@ class Dataset:
         return np.concatenate([shard.labels for shard in shards])
 
     def chunks(self, split: str) -> list[tuple[int, int]]:
-        """Return row ranges (start, stop) that are cheap to read: whole checksum ranges, of 256 rows or 8 MiB.
+        """Return row ranges (start, stop) that are cheap to read: whole checksum ranges, about 256 rows or 8 MiB each.
 
         Opens every shard of the split, so a damaged header is reported here.
         """
@@ -178,8 +179,8 @@ def open_dataset(name_or_path: str | Path) -> Dataset:
     """Open a data set that comes with the package, by name, or a folder made by `arraytp data pack`.
 
     The name of an embedded data set means that data set in whatever folder a config is read: a folder of the same name
-    is `./NAME`. UserError if there is no such data set, its `dataset.json` is damaged, or a shard is missing or has the
-    wrong size.
+    must be given as `./NAME`. UserError if there is no such data set, its `dataset.json` is damaged, or a shard is
+    missing or has the wrong size.
     """
     dataset = find_dataset(name_or_path)
     for split in dataset.manifest.splits.values():

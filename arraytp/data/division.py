@@ -68,7 +68,7 @@ class Division:
 
 
 def divide(dataset: Dataset, count: int) -> Division:
-    """Hold out `count` images of the training split; raises like `Dataset.read`."""
+    """Hold out `count` images of the training split; raises like `Dataset.labels`."""
     held = held_out(dataset.labels(TRAIN), count)
     kept = np.setdiff1d(np.arange(dataset.counts[TRAIN]), held, assume_unique=True)
     return Division(dataset, {TRAIN: kept, VALIDATION: held})

@@ -1,7 +1,7 @@
 """The journal of a pack: its settings and its finished shards, so that a killed pack can continue.
 
-The first line is a checksum of the settings; each further line describes one finished shard as JSON. Only a line that
-ends in a newline counts: a process that is killed while writing loses that line and nothing else.
+The first line is a checksum of what is packed and how; each further line describes one finished shard as JSON. Only a
+line that ends in a newline counts: a process that is killed while writing loses that line and nothing else.
 """
 
 import hashlib

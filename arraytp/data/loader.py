@@ -36,7 +36,10 @@ class _Source(Protocol):
     def labels(self) -> Labels: ...
 
     def claim(self, start: int, stop: int) -> Rows:
-        """Return the rows of positions `start` to `stop` − 1, unchanged until released; called in order of position."""
+        """Return the rows of positions `start` to `stop` − 1; called in order of position.
+
+        The rows keep their images until they are released.
+        """
 
     def release(self, rows: Rows) -> None:
         """Release claimed rows; any thread may call this."""
@@ -276,7 +279,7 @@ class Loader:
                 yield batch
 
     def _most_images(self) -> int:
-        """Return the largest number of images in this reader's part of a batch."""
+        """Return the number of images that a reader's part of a batch has at most."""
         return -(-min(self.batch_size, self.count) // self._share[1])
 
     def _source(self, epoch: int, spans: list[_Span]) -> _Source:

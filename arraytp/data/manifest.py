@@ -89,7 +89,7 @@ def _checksum(document: dict[str, Any]) -> str:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Return the text of `dataset.json`; equal manifests give the same text."""
+    """Return the text of `dataset.json`, which depends on the manifest alone."""
     document = manifest.model_dump(mode="json")
     return json.dumps(document | {"checksum": _checksum(document)}, indent=2, ensure_ascii=True) + "\n"
 

@@ -106,7 +106,7 @@ class DatasetWriter:
                 self._write_shard()
 
     def skip(self, split: str, path: str, reason: str) -> None:
-        """Record for `skipped.csv` a file that was left out in place of the split's next image."""
+        """Record for `skipped.csv` a file that was left out; it counts as the split's next row in `taken`."""
         self._turn_to(split)
         # File names need not be valid text.
         self.skipped.append((split, path.encode("utf-8", "backslashreplace").decode("utf-8"), reason))
@@ -162,7 +162,7 @@ class DatasetWriter:
         self._thread.shutdown()
 
     def finish(self) -> Manifest:
-        """Write the remaining images, `skipped.csv` if needed, and `dataset.json`; UserError for an empty split."""
+        """Write the remaining images, `skipped.csv` if files were, and `dataset.json`; UserError for an empty split."""
         self._write_shard()
         self._await_shard()
         empty = [split for split in ("train", *self._splits) if not self._splits.get(split)]
@@ -196,8 +196,8 @@ def writing(
 ) -> Iterator[DatasetWriter]:
     """Write a data set: `with writing(...) as writer: writer.add(...)`; the block's end writes `dataset.json`.
 
-    The block must begin each split at row `writer.taken(split)`: a call that was killed or interrupted, or that ran out
-    of disk space or memory or lost its server, leaves its finished shards without `dataset.json`, and the next call for
+    The block must begin each split at row `writer.taken(split)`: a call that was killed or interrupted, or that failed
+    for lack of disk space, memory or a server, leaves its finished shards without `dataset.json`, and the next call for
     the same data set continues after them and ends with the same bytes. Any other exception removes what was written.
 
     `folder` is new, empty, or left by a call that did not finish; leftovers of another data set are replaced. A shard
@@ -283,7 +283,7 @@ def _occupied(folder: Path) -> str:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    # A network file system keeps a name for a removed file that is still open, such as an archive unpacked here.
+    # A network file system keeps a name for a removed file that is still open, such as an archive being unpacked.
     names = sorted(path.name for path in folder.iterdir() if not _REMOVED.fullmatch(path.name))
     leftovers = _MARKER in names
     # If the marker is still there, the call that wrote the data set was killed at its very end.

@@ -50,9 +50,11 @@ class StudyResult:
 
 
 def write_study(folders: Sequence[Path], out: Path) -> str:
-    """Write study.md and the figures of one or several studies into the folder `out`; return the table.
+    """Write the table and the figures of one or several studies into the folder `out`; return the table.
 
-    Raises UserError if a folder's files are missing or damaged, or if the new ones cannot be written.
+    The files are study.md, figures/updates.png and, where there is something to draw, figures/alignment.png and
+    figures/drift.png. Raises UserError if a folder's files are missing or damaged, or if the new ones cannot be
+    written.
     """
     studies = _alike([read_study(folder) for folder in folders])
     table = study_table(studies)

@@ -146,8 +146,8 @@ Observe = Callable[[int, int, Mapping[str, Array]], None]
 """Called for every iteration of feedback training with block n, number k and the iteration's arrays.
 
 The arrays are valid during the call only. `epsilon` and `eta` are the noises, where there are any; `gradient` and
-`gradient_bias` are those of ω and, if trained, of its bias; `loss` has shape (). For a closed form it is called once per
-block, with k = 0 and what `closed_form` returns.
+`gradient_bias` are those of ω and, if trained, of its bias; `loss` has shape (). For a closed form it is called once
+per block, with k = 0 and what `closed_form` returns.
 """
 
 

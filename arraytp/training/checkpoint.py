@@ -39,7 +39,7 @@ READABLE = (1, VERSION)
 def write_checkpoint(path: Path, experiment: Experiment, run: Mapping[str, Any]) -> None:
     """Write a checkpoint with `write_file`; `run` is the rest of the state needed to resume, serialisable as JSON."""
     backend = experiment.plan.backend
-    # Build the file in memory first: HDF5 crashes the process if it cannot write a file to its end.
+    # Build the file in memory first: HDF5 can crash the process if it cannot write a file to its end.
     image = BytesIO()
     with h5py.File(image, "w", libver=("v110", "v110")) as file:
         # Variable-length text would be stored in a heap without a checksum; if that is damaged, HDF5 can loop forever.

@@ -4,7 +4,7 @@
 
     angle_deg      angle between the block's update and BP's
     own_deg        angle between (D e) W⁻¹, which the block passes down, and (D e) Wᵀ for the same e; NaN for block 0
-    drift_rms      root mean square of σ² − 1 over the singular values σ of the block's K×K W: ‖WWᵀ − I‖/√K
+    drift_rms      root mean square of σ² − 1 over the singular values σ of the block's W: ‖WWᵀ − I‖/√K if W is K×K
     drift_largest  the largest |σ² − 1|; both NaN for block 0 unless its W is square
 """
 

@@ -359,7 +359,7 @@ class Experiment:
         strength, on = strength_at(optimizer, self.optimizer_state.step), optimizer.orthogonality_on
         weights, errors = [weight for weight, _ in updates], step.batch.gram_errors
         blocks = regularised(self.network.blocks, on) if strength else []
-        # Compute E here, so that the optimiser's graph never does, whether or not the rule has asked for E.
+        # Compute E (`Batch.gram_errors`) here, so that the optimiser's graph never does, even if no rule asked for it.
         excesses = errors.of(blocks)
 
         def regularise() -> None:

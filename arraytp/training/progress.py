@@ -183,7 +183,7 @@ class Progress:
             self._show(_running(meter))
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Close an epoch after its evaluation, which took the time since the last step; `row` is of metrics.csv."""
+        """Close an epoch after its evaluation, which took the time since the last step; `row` is as in metrics.csv."""
         meter, now = self.meter, self._clock()
         meter.tests += 1
         meter.test_seconds += now - self._last
@@ -238,7 +238,7 @@ class _Reader:
 
 
 class _Line:
-    """The live line: spare width shows a progress bar; on a narrow terminal, the least important texts go first."""
+    """The live line: spare width shows a progress bar; a narrow terminal drops texts, the least important first."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter

@@ -70,7 +70,8 @@ def write_trace(
     feedback training are written. `stop` is checked before each array.
 
     Returns the name of the first array with NaN or infinity in it, or "". Raises NonFiniteError if the rule cannot go
-    on, Interrupted if a stop was requested, and OSError if the file cannot be written; an existing file then stays.
+    on, Interrupted if a stop was requested, and OSError if the file cannot be written; in each case no new file is
+    left, and an existing one stays as it was.
     """
     # Through a Python file: HDF5's own can crash the process when the disk is full.
     with replacing(real(path)) as raw, h5py.File(raw, "w") as file:

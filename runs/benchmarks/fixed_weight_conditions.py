@@ -76,7 +76,7 @@ def conditions(experiment: Experiment, step: Step, samples: int, largest: int):
 
 
 def forward_square(at: At) -> float:
-    """Return ‖∂F‖² summed over the batch, by Hutchinson's estimate: backward passes of 16 draws of random signs."""
+    """Return ‖∂F‖² summed over the batch, by Hutchinson's estimate: a mean over 16 backward passes of random signs."""
     generator, total = np.random.default_rng(0), 0.0
     for _ in range(16):
         signs = np.sign(generator.standard_normal(at.s_next.shape)).astype(at.s_next.dtype)

@@ -36,7 +36,7 @@ def next_weights(options: fa.Options, network: Network, seed: int, backend: Back
 
 
 def windowed_order(window: int, count: int, seed: int, epoch: int, *, shuffle: bool) -> Rows:
-    """Shuffle in a window, for `arraytp.data.order.memory_order`: no image comes more than `window` places early."""
+    """Shuffle in a window, replacing `arraytp.data.order.memory_order`: no image is more than `window` places early."""
     if not shuffle:
         return np.arange(count)
     waiting, draws = list(range(min(window, count))), stream(seed, "shuffle", epoch).random(count)
