@@ -3,8 +3,8 @@
 import os
 from dataclasses import dataclass
 
-# Read when NumPy and SciPy load. Where other work wants the cores too, a QR on several threads takes twenty times as
-# long: they wait for each other spinning.
+# Must be set before NumPy and SciPy load. On cores that are busy with other work, a QR on several threads takes twenty
+# times as long, because the threads spin while they wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
@@ -16,7 +16,7 @@ from arraytp.backend import NUMPY, Backend, array_module, get_backend
 from arraytp.errors import UserError
 from arraytp.ops.noise import gaussian
 
-# On CI the same examples every time: a new one that fails there would tell of luck, not of the change.
+# CI draws the same examples every time: a new one that failed there would be due to chance, not to the change.
 settings.register_profile("arraytp", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("arraytp")
 
@@ -39,7 +39,7 @@ class Place:
         return self.backend.asarray(array)
 
     def get(self, array):
-        """Return an array of the place as a host array, after checking that it is of the place."""
+        """Return an array of this place as a host array, after checking that it belongs here."""
         assert type(array).__module__.partition(".")[0] == self.backend.xp.__name__.partition(".")[0]
         return self.backend.to_host(array)
 
@@ -67,7 +67,7 @@ def place(request):
 
 @pytest.fixture(scope="session", params=["numpy", "strict", pytest.param("cupy", marks=pytest.mark.gpu)])
 def computer(request):
-    """Every backend: for tests that hand no array over, where read-only arguments would be the same test again."""
+    """Every backend, for tests that hand over no arrays, which read-only arguments would only repeat."""
     return _PLACES[request.param]()
 
 
@@ -79,7 +79,7 @@ def device(request):
 
 @pytest.fixture
 def noise_of_the_host(monkeypatch):
-    """Let feedback training on a device take the numbers that it would have on the host."""
+    """Make feedback training on a device use the noise that it would draw on the host."""
 
     def uploaded(out, sigma, *key):
         key = [part if isinstance(part, int) else int(part[0]) for part in key]

@@ -1,4 +1,4 @@
-"""What `--backend cupy` says where CuPy, driver, device or memory are not as they should be; with a fake CuPy."""
+"""What `--backend cupy` says if something is wrong with CuPy, driver, device or memory; with a fake CuPy."""
 
 import importlib.metadata
 import sys
@@ -23,7 +23,7 @@ class CompileException(Exception):
 
 
 class Fake:
-    """A CuPy whose parts fail as told."""
+    """A fake CuPy whose parts fail with the given errors."""
 
     def __init__(self, devices=2, count_error=None, compute_error=None, use_error=None, free=2**30):
         self.used, self.__version__ = [], "0"
@@ -63,7 +63,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Install a fake CuPy, as the package of this name."""
+    """Install a fake CuPy as the module `cupy`."""
 
     def install(*packages, **settings):
         made = Fake(**settings)
@@ -177,7 +177,7 @@ def test_tf32_is_for_what_has_it_and_can_do_with_it(changed, said):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_product_on_a_device_takes_any_layout(dtype):
-    """Rows of a wider array, transposes and copies of both, into the rows of a wider array."""
+    """Contiguous factors, transposes, rows of a wider array and strided ones, into the rows of a wider array."""
     backend, rng = get_backend("cupy"), np.random.default_rng(0)
     put = backend.asarray
     layouts = (
@@ -200,7 +200,7 @@ def test_a_product_on_a_device_takes_any_layout(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_products_and_solutions_of_every_sample(dtype):
-    """Of one sample and several, transposed and strided; solutions are CuPy's, bit for bit."""
+    """For one sample and several, with transposed and strided factors; solutions are CuPy's, bit for bit."""
     cupy = pytest.importorskip("cupy")
     rng = np.random.default_rng(0)
     for count in (1, 5):

@@ -1,4 +1,4 @@
-"""The scripts of runs/benchmarks take from arraytp only what is there; most are not run by any other test."""
+"""The scripts in runs/benchmarks import only what arraytp has; most are not run by any other test."""
 
 import ast
 import importlib
@@ -10,7 +10,7 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "runs" / "benchmarks").glob("*.py"
 
 
 def taken(script):
-    """Yield the module and the name of everything that a script imports from arraytp, whatever the checkout."""
+    """Yield module and name of what a script imports from arraytp, except under `if`, which depends on the checkout."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
     chosen = {inner for node in ast.walk(tree) if isinstance(node, ast.If) for inner in ast.walk(node)}
     for node in ast.walk(tree):

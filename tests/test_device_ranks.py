@@ -1,4 +1,4 @@
-"""Sums by NCCL against those of one rank: a fake of CuPy's NCCL, threads as ranks, and the strict device."""
+"""Steps that sum by NCCL against steps on one rank, with a fake NCCL, threads as ranks and the strict device."""
 
 import ctypes
 import sys
@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 class FakeNccl:
-    """CuPy's module: a communicator sums what lies at addresses of devices, on a stream."""
+    """A fake of CuPy's NCCL module: its communicators sum numbers at device addresses, on a stream."""
 
     NCCL_FLOAT32, NCCL_FLOAT64, NCCL_SUM, available = 7, 8, 0, True
     NcclError = RuntimeError
@@ -80,7 +80,7 @@ def step(ranks, backend):
 
 
 def test_a_step_by_nccl_is_that_of_one_rank(nccl):
-    """Updates and each iteration's gradient go from device to device, on the stream that computes."""
+    """Updates and each iteration's gradient are summed between devices, on the stream that computes."""
 
     def work(ranks):
         by_nccl, note = connected(ranks, device(ranks.rank))
@@ -97,7 +97,7 @@ def test_a_step_by_nccl_is_that_of_one_rank(nccl):
 
 
 def test_large_updates_are_summed_on_a_stream_beside_the_one_that_computes(nccl, monkeypatch):
-    """Block by block; each stream waits for the other, so that sums begin and end when they may."""
+    """Sums begin block by block; each stream waits for the other's results before it uses them."""
     monkeypatch.setattr(ranks, "MESSAGE", 1)
 
     def work(others):
@@ -108,7 +108,7 @@ def test_large_updates_are_summed_on_a_stream_beside_the_one_that_computes(nccl,
     for found, beside in on_ranks(2, work):
         for mine, theirs in zip(found, wanted, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-14)
-        # Two iterations of feedback, which are not begun before, and the updates' three messages.
+        # After the sums of two feedback iterations: the updates' three messages.
         assert [count for count, stream in nccl.calls if stream == beside.ptr][2:] == [70, 4710, 4]
         assert beside.waited == [strict_device.cuda.get_current_stream()] * 5
 

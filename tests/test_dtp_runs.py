@@ -11,7 +11,7 @@ from arraytp.data.writer import Description, writing
 from arraytp.training.plan import plan
 
 FOLDER = Path(__file__).parents[1] / "runs" / "dtp"
-# The figures' configs are studies; the comparisons on the embedded images and the stand-in are of no row of a table.
+# Not rows of the paper's tables: the figures' studies, the comparisons on the embedded images, and the stand-in.
 EMBEDDED = FOLDER / "fashion-mnist-10k.yml"
 CLOSED = FOLDER / "closed-form.yml"
 STAND_IN = FOLDER / "tiny-imagenet-vgg.yml"
@@ -23,7 +23,7 @@ SHAPES = {"mnist": ((28, 28, 1), 10), "fashion": ((28, 28, 1), 10), "cifar10": (
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """Data sets of the right shapes and classes, with two images of a split each."""
+    """Data sets of the right shapes and classes, with two images per split."""
     folders = {}
     for name, (shape, classes) in SHAPES.items():
         folders[name] = tmp_path_factory.mktemp(name) / "data"

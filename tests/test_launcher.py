@@ -1,4 +1,4 @@
-"""What a launcher says, held against the variables that MPICH, Open MPI and Slurm set."""
+"""What is read from the variables that MPICH, Open MPI and Slurm set, and how a process ends the others."""
 
 import io
 import os
@@ -39,7 +39,7 @@ def set_all(monkeypatch, text):
         ("PMI_SIZE=4 PMI_RANK=3", (4, 3)),
         ("OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=1", (2, 1)),
         ("SLURM_NTASKS=8 SLURM_PROCID=5 SLURM_JOB_ID=1 SLURM_STEP_ID=0", (8, 5)),
-        # An interactive shell, a batch script itself, and mpiexec within one.
+        # In an interactive shell, in a batch script itself, and under mpiexec in a batch script.
         ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1 SLURM_STEP_ID=4294967290 SLURM_STEP_NUM_TASKS=1", (1, 0)),
         ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1", (1, 0)),
         ("SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_JOB_ID=1 PMI_SIZE=2 PMI_RANK=1", (2, 1)),
@@ -68,7 +68,7 @@ def test_the_launcher_says_which_process_of_the_host_this_is(monkeypatch, text, 
 
 @pytest.mark.parametrize(("sharing", "wanted"), [(2, 4), (16, 1), (1, None)])
 def test_a_rank_uses_its_share_of_the_cores_whatever_run_it_is_of(monkeypatch, sharing, wanted):
-    """Groups of one rank would otherwise each take all of them."""
+    """Otherwise, each group of one rank would use all cores."""
     everyone = object.__new__(launcher.Mpi)
     everyone.sharing = sharing
     monkeypatch.setattr(launcher, "_known_world", lambda: everyone)
@@ -84,7 +84,7 @@ def test_launched_without_mpi4py_says_what_to_install(monkeypatch):
 
 
 def test_only_the_first_of_the_processes_speaks(monkeypatch):
-    """The same line would come as often as there are ranks."""
+    """Otherwise, every rank would print the same line."""
     for rank, speaks in ((0, True), (1, False)):
         set_all(monkeypatch, f"PMI_SIZE=2 PMI_RANK={rank}")
         assert launcher.speaks() is speaks
@@ -92,7 +92,7 @@ def test_only_the_first_of_the_processes_speaks(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - {"run", "bench"}))
 def test_a_command_for_one_process_is_refused_to_several_in_one_line(monkeypatch, capsys, name):
-    """Each would do the whole work and write the same files."""
+    """Otherwise, each process would do all the work and write the same files."""
     for rank, lines in ((0, 1), (1, 0)):
         set_all(monkeypatch, f"PMI_SIZE=2 PMI_RANK={rank}")
         assert main([name]) == 2
@@ -102,14 +102,14 @@ def test_a_command_for_one_process_is_refused_to_several_in_one_line(monkeypatch
 
 
 def test_who_ends_the_others_waits_until_its_last_words_are_read(monkeypatch):
-    """What mpiexec had not read when a rank aborted was lost, about once in 20 times."""
+    """Otherwise, mpiexec loses what it has not read when a rank aborts, about once in 20 times."""
     reading, writing = os.pipe()
     heard, aborted = [], []
     reader = threading.Timer(0.3, lambda: heard.append(os.read(reading, 99)))
     world = object.__new__(launcher.Mpi)
     world.abort = lambda status: aborted.append((status, [*heard]))
     monkeypatch.setattr(launcher, "_known_world", lambda: world)
-    # In what follows the aborting, which does not come back.
+    # Shorten and disarm what follows `abort`, which does not return in reality.
     monkeypatch.setattr(launcher.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, launcher.PAUSE)))
     monkeypatch.setattr(launcher.os, "kill", lambda *_: None)
     with open(reading), open(writing, "w") as stream:

@@ -1,4 +1,4 @@
-"""Ranks that speak by MPI, where one has failed; skipped without mpi4py and the mpiexec beside this Python."""
+"""Ranks that communicate by MPI, after one has failed; skipped without mpi4py and an mpiexec beside this Python."""
 
 import importlib.util
 import subprocess
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None or not MPIEXEC.exists(), reason="needs arraytp[mpi,mpich]"
 )
 
-# The first rank begins sums, as a step of a deep network does, and the other fails before the first of them.
+# Rank 0 begins many sums, as a step of a deep network does, and rank 1 fails before the first of them.
 FAR_BEHIND = """
 import numpy as np
 from mpi4py import MPI

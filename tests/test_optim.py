@@ -1,4 +1,4 @@
-"""SGD and Adam against loops over numbers and against closed forms; schedules at points known by hand."""
+"""SGD and Adam against scalar loops and closed forms; schedules at points known by hand."""
 
 import math
 from functools import partial
@@ -20,7 +20,7 @@ SHAPES = ((3, 2), (2,), (2, 2, 1, 3), (3,))
 
 
 def trajectory(place, optimizer, rates, seed, dtype="float64"):
-    """Return parameters after each step on the place, and the gradients of each step."""
+    """Return the parameters before the first and after each step on this place, and the gradients of each step."""
     shapes = list(enumerate(SHAPES))
     theta = [place.backend.asarray(rng(seed, n).standard_normal(shape).astype(dtype)) for n, shape in shapes]
     state, workspace = init_optimizer(optimizer, theta), Workspace(place.backend, 2)
@@ -34,7 +34,7 @@ def trajectory(place, optimizer, rates, seed, dtype="float64"):
 
 
 def check_loops(points, gradients, rates, advance, memories):
-    """Compare every number's path with a scalar loop."""
+    """Compare the trajectory of every number with a scalar loop."""
     for n, shape in enumerate(SHAPES):
         for position in np.ndindex(shape):
             theta, memory = float(points[0][n][position]), (0.0,) * memories
@@ -119,7 +119,7 @@ def test_the_first_step_of_adam_in_closed_form(form, size):
 
 @pytest.mark.parametrize("form", ["pytorch", "keras"])
 def test_adam_under_a_constant_gradient_walks_at_the_learning_rate(form):
-    """Both moments are unbiased: every step is lr·g/|g| but for ε."""
+    """Both moments are unbiased: every step is lr·g/|g| up to ε."""
     optimizer = Adam(lr=0.01, epsilon=1e-14, epsilon_form=form)
     found = run(optimizer, [0.0, 0.0], lambda theta: np.array([5.0, -0.3]), 40, 0.01)
     np.testing.assert_allclose(found, [-0.4, 0.4], rtol=1e-10)
@@ -167,7 +167,7 @@ def test_states_hold_what_the_method_needs():
 
 @pytest.mark.parametrize("optimizer", [SGD(lr=1, momentum=0.9, weight_decay=0.1), Adam(lr=1, weight_decay=0.1)])
 def test_single_precision_follows_double_precision(place, optimizer):
-    """Five steps at 6e-8 each, on numbers of order 1; no value-based promotion to float64 on the way."""
+    """Five steps with errors of 6e-8 on numbers of order 1; no value-based promotion to float64 on the way."""
     single, _ = trajectory(place, optimizer, [0.1] * 5, 0, "float32")
     double, _ = trajectory(place, optimizer, [0.1] * 5, 0, "float64")
     for a, b in zip(single[-1], double[-1], strict=True):
@@ -177,7 +177,7 @@ def test_single_precision_follows_double_precision(place, optimizer):
 
 @pytest.mark.parametrize("spoiled", [lambda g: g.T, lambda g: g.astype("float32"), lambda g: g[:2]])
 def test_a_gradient_that_is_not_laid_out_as_its_parameter_is_refused(place, spoiled):
-    """The optimiser works on flat stretches: another order would mix up numbers without a word."""
+    """The optimiser works on flat stretches, so another memory order would silently mix up numbers."""
     theta, gradient = place.put(np.ones((3, 3))), place.put(np.arange(9.0).reshape(3, 3))
     check_gradients([theta, theta], [gradient, gradient])
     with pytest.raises(ValueError, match=r"parameter 1: float64\[3, 3\], C-contiguous: True; its gradient: "):
@@ -192,7 +192,7 @@ def test_a_missing_gradient_is_noticed():
 
 
 def test_the_cosine_schedule_at_points_known_by_hand():
-    """Lr0 at epoch 0, the middle at t_max / 2, eta_min at t_max, and past it the way back up."""
+    """The initial rate at epoch 0, the middle at t_max / 2, eta_min at t_max, and after that the way back up."""
     schedule = Cosine(t_max=80, eta_min=0.1)
     wanted = {0: 0.9, 20: 0.1 + 0.4 * (1 + math.sqrt(0.5)), 40: 0.5, 60: 0.1 + 0.4 * (1 - math.sqrt(0.5)), 80: 0.1,
               100: 0.1 + 0.4 * (1 - math.sqrt(0.5)), 160: 0.9}  # fmt: skip
@@ -215,7 +215,7 @@ def test_the_constant_schedule_is_constant():
 
 
 def test_the_step_schedule_divides_after_each_of_its_epochs():
-    """Epochs are those that are over: with [2, 3] the third is the first at the lower rate."""
+    """Entries are numbers of finished epochs: with [2, 3], the third epoch is the first at a lower rate."""
     rates = [learning_rate(Staircase(epochs=(2, 3), factor=4), 0.8, epoch) for epoch in range(6)]
     assert rates == [0.8, 0.8, 0.2, 0.05, 0.05, 0.05]
 
@@ -236,7 +236,7 @@ def test_warm_up_multiplies_any_schedule_by_a_ramp_that_ends_at_1(schedule, epoc
 
 @pytest.mark.parametrize("optimizer", [SGD(lr=1), Adam(lr=1, epsilon=(0.1, 0.3))])
 def test_every_block_has_its_own_rate_and_epsilon(optimizer):
-    """Of four parameters: weight and bias of two blocks, with a gradient of 2."""
+    """The four parameters are the weights and biases of two blocks, each with a gradient of 2."""
     theta, gradients = ([np.full(1, value) for _ in range(4)] for value in (1.0, 2.0))
     apply_updates(optimizer, [0.1, 0.2], init_optimizer(optimizer, theta), theta, gradients, Workspace(NUMPY, 1))
     lost = [0.1 * 2, 0.2 * 2] if isinstance(optimizer, SGD) else [0.1 * 2 / 2.1, 0.2 * 2 / 2.3]

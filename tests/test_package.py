@@ -1,4 +1,4 @@
-"""What the package says of itself is the same everywhere."""
+"""The package's metadata are the same wherever they are stated."""
 
 import re
 from configparser import ConfigParser

@@ -33,7 +33,7 @@ def test_every_signal_that_ends_a_job_is_a_request(number):
 
 
 def test_only_ctrl_c_ends_at_once_when_it_comes_again():
-    """SIGXCPU comes every second, a launcher hands on what the cluster sends, and SIGTERM follows on a warning."""
+    """Other signals may repeat: SIGXCPU comes every second, launchers pass signals on, SIGTERM follows a warning."""
     with StopRequest() as stop:
         for number in (*ENDING, *ENDING, signal.SIGINT):
             signal.raise_signal(number)
@@ -54,7 +54,7 @@ def test_every_signal_ends_at_once_what_is_given_up_anyway(number):
 
 
 def test_ctrl_c_that_gave_work_up_ends_the_process_when_it_comes_again():
-    """While the checkpoint is being written, for one."""
+    """The second one may come while the checkpoint is being written."""
     with StopRequest() as stop:
         with pytest.raises(Interrupted):
             stop.at_once(lambda: signal.raise_signal(signal.SIGINT))
@@ -63,7 +63,7 @@ def test_ctrl_c_that_gave_work_up_ends_the_process_when_it_comes_again():
 
 
 def test_two_signals_at_once_are_one_request():
-    """The second may arrive while the first is being received."""
+    """The second may arrive while the first is being handled."""
     stop = StopRequest()
     with stop:
         stop._receive(signal.SIGTERM, None)
@@ -86,7 +86,7 @@ class Object:
 
 
 def swallowed(number):
-    """Let a signal arrive in the callback of a weak reference, where its exception goes no further."""
+    """Raise a signal in the callback of a weak reference, where Python swallows its exception."""
     thing = Object()
     reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
     del thing
@@ -122,7 +122,7 @@ def test_other_errors_that_python_swallows_are_shown_as_ever(monkeypatch):
 
 
 def test_ctrl_c_that_python_swallows_gives_work_up_all_the_same():
-    """In a destructor its exception is printed and dropped; the signal is sent again, and is no second Ctrl-C."""
+    """In a destructor, Python drops the exception; the signal is sent again, which is not taken for a second Ctrl-C."""
 
     class Late:
         def __del__(self):

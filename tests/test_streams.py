@@ -1,4 +1,4 @@
-"""Streams are told apart by all that names them."""
+"""Streams differ if their seed, purpose or key differs in anything."""
 
 import itertools
 
@@ -27,5 +27,5 @@ def test_an_unknown_purpose_is_refused():
 
 
 def test_the_numbers_of_a_stream_are_these():
-    """Runs of the past can be repeated only as long as they stay."""
+    """Past runs can be repeated only as long as these numbers do not change."""
     assert stream(0, "init", 0, 0).integers(0, 2**32, 3).tolist() == [3591138182, 2877781896, 3269687644]

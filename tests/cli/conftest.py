@@ -77,7 +77,7 @@ def place(tmp_path, packed, monkeypatch):
 
 @pytest.fixture
 def arraytp(place, monkeypatch, capsys):
-    """Call the command line. Figures take a second to draw, so only the tests that look at them do."""
+    """Call the command line; figures, which take a second to draw, are drawn only with `figures`."""
 
     def call(*arguments, figures=False):
         words = [str(argument) for argument in arguments]
@@ -109,7 +109,7 @@ def tree(place):
 
 @pytest.fixture
 def refused(arraytp, tree):
-    """Call the command line, see it refuse in one line with status 2 and leave every file as it was."""
+    """Call the command line, check that it refuses in one line and changes no file, and return the message."""
 
     def call(*arguments, status=2):
         before = tree()
@@ -145,5 +145,5 @@ def _numbers(folder):
 
 @pytest.fixture(scope="session")
 def numbers():
-    """Return what must be the same in two equal runs: metrics but for the times, angles, every array of the state."""
+    """Return what equal runs must agree on: metrics except times, angles, steps.csv, state arrays and step count."""
     return _numbers

@@ -61,12 +61,12 @@ RULES = {
 
 
 def errors(outcome):
-    """Return what was said on standard error besides notes."""
+    """Return the lines on standard error that are not notes."""
     return [line for line in outcome.err.splitlines() if not line.startswith("arraytp: note: ")]
 
 
 def stands_for(name):
-    """Return what a dotted name stands for."""
+    """Return the object that a dotted name refers to."""
     parts = name.split(".")
     for stop in range(len(parts), 0, -1):
         try:
@@ -211,14 +211,14 @@ def test_an_input_that_is_not_finite_is_one_line(refused):
 
 
 def test_blocks_of_one_unit_have_no_cosine_to_judge(arraytp):
-    """B and W of one number each lie at 0° or 180°, from whatever streams they are."""
+    """The angle between a B and a W of one number each is 0° or 180°, even if their streams are independent."""
     units = ", ".join(f"{{type: dense, units: {count}}}" for count in (1, 1, 3))
     outcome = arraytp("audit", "toy.yml", "--set", f"network={{blocks: [{units}]}}", "--set", "rule={name: fa}")
     assert (outcome.status, outcome.err) == (0, "")
 
 
 def test_blocks_of_few_numbers_may_have_any_cosine(arraytp):
-    """Of two independent directions of three numbers, one pair in ten is within 26°."""
+    """In three dimensions, one in ten pairs of independent directions has a |cosine| above cos 26°."""
     units = ", ".join(f"{{type: dense, units: {count}}}" for count in (1, 3))
     for seed in range(20):
         outcome = arraytp(
@@ -236,7 +236,7 @@ def test_gauss_newton_targets_of_many_classes_are_audited(arraytp, place, pack):
 
 
 def test_the_regulariser_of_an_orthogonal_first_block_is_audited(arraytp):
-    """Of a W that is orthogonal the gradient is rounding, and nothing could be told of it."""
+    """For an orthogonal W, the gradient is mere rounding and could not be checked, so W must be moved first."""
     square = [option.replace("units: 6", "units: 64") for option in RULES["gait-prop"]]
     outcome = arraytp("audit", "toy.yml", *square)
     assert (outcome.status, errors(outcome)) == (0, []), outcome.out
@@ -244,7 +244,7 @@ def test_the_regulariser_of_an_orthogonal_first_block_is_audited(arraytp):
 
 @pytest.mark.parametrize("rule", ["ldrl, expected: true", "drl, expected: optimum"])
 def test_a_block_whose_units_are_silent_is_audited(arraytp, monkeypatch, rule):
-    """One whose ReLU passes nothing has no Jacobian to learn; of six seeds with large biases some have such a unit."""
+    """A block whose ReLU passes nothing has no Jacobian to learn; large biases cause this for some of six seeds."""
     monkeypatch.setattr("arraytp.audit.setting.BIAS", 1e3)
     units = ", ".join(f"{{type: dense, units: {count}, activation: relu}}" for count in (8, 1))
     options = "--set", f"network={{blocks: [{units}, {{type: dense, units: 3}}]}}", "--set", f"rule={{name: {rule}}}"
@@ -274,12 +274,12 @@ def test_a_device_is_held_against_the_host(device, place, rule):
     words = [word for word in RULES[rule] if word != "--set"]
     checks = list(audit(plan(load_one("toy.yml", words), device.backend)))
     assert [check for _, check in checks if check.verdict == "fail"] == []
-    # Activations and updates of every block.
+    # Two checks per block: activations and updates.
     assert sum(family == "device" for family, _ in checks) == (4 if rule == "gait-prop" else 6)
 
 
 def test_a_rule_that_magnifies_roundings_may_differ_from_the_host_by_them_and_not_by_more(device, place, monkeypatch):
-    """With η = 1e-12 a nudge has four digits left."""
+    """With η = 1e-12, only four digits of a nudge survive rounding."""
     words = [word for word in RULES["gait-prop"] if word != "--set"]
     planned, updates = plan(load_one("toy.yml", [*words, "rule.eta=1e-12"]), device.backend), Experiment.updates
     forward = Experiment.forward

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that says what and what would be right, the exit status, nothing half-written."""
+"""Mistakes of the user: one line that says what is wrong and how to fix it, the exit status, nothing half-written."""
 
 import os
 import shutil
@@ -189,7 +189,7 @@ SETTINGS = {
     ),
 }
 
-# What makes a setting wrong that is right alone.
+# Settings that are wrong only together with these others.
 ALONGSIDE = {
     "rule={name: ldrl}": ["loss.reduction=sum"],
     "rule={name: dtp}": ["network.blocks.1.auxiliary=2"],
@@ -323,7 +323,7 @@ def test_damaged_data_is_never_trained_on(refused, place, harm, said):
 
 
 def test_damage_found_while_streaming_keeps_what_is_trained(arraytp, place, numbers):
-    """A streamed split is verified as it is read, so damage may show late; once repaired the run goes on."""
+    """A streamed split is verified as it is read, so damage may show late; once it is repaired, the run can resume."""
     settings = ["--quiet", "--set", "data={dataset: toy, in_memory_mb: 0, pool_images: 1}"]
     arraytp("run", "toy.yml", *settings)
     good = (place / "toy/train-00002.h5").read_bytes()
@@ -391,7 +391,7 @@ EDITS = {
 @pytest.mark.parametrize("former", EDITS)
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
 def test_an_edited_config_of_the_results_themselves_is_noticed(arraytp, refused, place, former, finished):
-    """Its own config.yml cannot tell; the checkpoint knows."""
+    """The edited config.yml is also the folder's record, so only the checkpoint still has the original."""
     arraytp("run", "toy.yml", "--quiet")
     edited, said = EDITS[former]
     path = place / "results/toy/config.yml"
@@ -414,7 +414,7 @@ def test_more_of_the_same_in_the_results_own_config_goes_on(arraytp, place, numb
 
 @pytest.mark.parametrize("text", ["seed: [", None], ids=["damaged", "missing"])
 def test_a_run_goes_on_without_its_config_file(arraytp, place, text):
-    """To start over for that would be to throw a training away."""
+    """The checkpoint also has the config, so a lost config.yml must not cost the training."""
     arraytp("run", "toy.yml", "--quiet")
     path = place / "results/toy/config.yml"
     whole = path.read_text()
@@ -434,7 +434,7 @@ def test_data_that_have_moved_are_the_same_and_others_in_their_place_are_not(arr
 
 
 def test_a_checkpoint_that_does_not_say_whose_it_is_is_held_against_the_config_file(arraytp, refused, place):
-    """As those of the first versions."""
+    """Checkpoints of the first versions do not record their config."""
     arraytp("run", "toy.yml", "--quiet")
     with h5py.File(place / "results/toy/checkpoint.h5", "r+") as file:
         del file["run/owner"]
@@ -532,7 +532,7 @@ def test_a_folder_in_the_checkpoints_place_is_told_without_hdf5s_words(arraytp, 
     assert message == "results/toy/checkpoint.h5: the checkpoint cannot be read: Is a directory"
 
 
-# Behind tanh, sums that overflow to ±∞ are finite again, and whether they are NaN depends on the order of summation.
+# Not tanh: it makes sums that overflow to ±∞ finite again, and whether they are NaN depends on the order of summation.
 UNBOUNDED = (
     "network.blocks=[{type: conv, channels: 4, kernel: 3, activation: leaky-relu}, "
     "{type: dense, units: 8, activation: leaky-relu}, {type: dense, units: 3}]"
@@ -577,7 +577,7 @@ def test_where_feedback_is_trained_its_rate_is_named_too(arraytp):
 
 
 def test_a_closed_form_that_diverges_names_run_step_block_and_checkpoint(arraytp):
-    """The rule knows block and numbers, the loop the rest."""
+    """The rule's error names block and numbers; the loop adds run, step and checkpoint."""
     feedback = "{iterations: 5, sigma: 0.1, optimizer: {name: sgd, lr: 1e9}}"
     rule = f"rule={{name: ldrl, expected: true, feedback: {feedback}}}"
     outcome = arraytp("run", "toy.yml", "--quiet", "--set", rule)
@@ -606,9 +606,9 @@ def test_images_that_are_not_finite_are_not_blamed_on_the_learning_rate(arraytp)
     [(np.nan, "at step 3: output of block 1 (dense1)"), (np.inf, "after 6 steps: weights of block 1")],
 )
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(arraytp, place, monkeypatch, poison, said):
-    """The weights are poisoned in the second epoch; the checkpoint of the first stays and serves to go on.
+    """The weights are poisoned in the second epoch; the first epoch's checkpoint is kept, and the run resumes from it.
 
-    Behind tanh an infinite weight leaves the outputs finite; it shows when the next checkpoint is due.
+    Behind tanh, an infinite weight leaves the outputs finite, so it is found only when the next checkpoint is due.
     """
     arraytp("run", "toy.yml", "--quiet")
     checkpoint = place / "results/toy/checkpoint.h5"
@@ -692,7 +692,7 @@ def test_a_pipe_without_its_other_end_is_not_waited_for(refused, arraytp, place,
 
 
 def test_a_pipe_to_which_a_config_is_written_is_one(arraytp, place):
-    """As a shell's `<(…)` is."""
+    """A shell passes `<(…)` as such a pipe."""
     os.mkfifo(place / "pipe")
     end = os.open(place / "pipe", os.O_RDWR)
     text = (place / "toy.yml").read_bytes()
@@ -738,7 +738,7 @@ def test_a_report_of_half_a_disk_is_refused(refused, place, monkeypatch):
     ],
 )
 def test_the_batch_that_does_not_fit_is_named(arraytp, monkeypatch, command, fails, words):
-    """Which of the two: runs begin with an evaluation."""
+    """A run begins with an evaluation, so either of its two batch sizes may be too large."""
 
     def full(*arguments, **options):
         raise MemoryError("allocating 8 bytes")
@@ -768,7 +768,7 @@ def test_every_command_names_file_and_variant_that_do_not_fit(refused, command):
     ],
 )
 def test_an_empty_name_is_not_the_working_directory(refused, words):
-    """As from a variable of the shell that is not set."""
+    """An unset shell variable gives an empty name."""
     assert "empty" in refused("data", *words)
 
 
@@ -807,7 +807,7 @@ def test_a_mistake_without_standard_error_has_its_status(place, monkeypatch):
 
 
 def test_a_mistake_in_a_config_from_a_pipe_shows_no_excerpt(place, tmp_path):
-    """The pipe has been read; to open it once more would wait for ever."""
+    """The pipe has been read already; opening it again would block for ever."""
     os.mkfifo(tmp_path / "pipe.yml")
     assert cli._excerpt(tmp_path / "pipe.yml", 1, "rule") == []
 

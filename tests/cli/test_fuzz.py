@@ -1,6 +1,6 @@
-"""A thousand damaged configs and command lines: exit status 0 or 2, one line for each mistake, no traceback, soon.
+"""A thousand damaged configs and command lines end soon, with status 0 or 2, a line per mistake and no traceback.
 
-What is drawn is the same each time. The names of the tests say what is mutated.
+The mutations are the same in every run. The names of the tests say what is mutated.
 """
 
 import os
@@ -94,14 +94,14 @@ COMMANDS = (
 
 @pytest.fixture
 def obeys(arraytp, place, monkeypatch):
-    """Call the command line and hold it to the rule; nothing that is accepted is trained."""
+    """Call the command line and check its status, messages, time and memory; accepted configs are not trained."""
     os.symlink("loop", place / "loop")
     os.mkfifo(place / "pipe")
     (place / "big.yml").write_bytes(b"a: 1\n" * 2_000_000)
     monkeypatch.setattr(run_command, "_run_all", lambda *_: None)
     monkeypatch.setattr(run_command, "_report", lambda *_: None)
     monkeypatch.setattr("arraytp.commands.trace.write_trace", lambda path, *_, **__: path.write_bytes(b"") and "")
-    # A pipe is waited for, to see whether someone writes.
+    # Seconds to wait for a pipe's writer.
     monkeypatch.setattr("arraytp.disk._PATIENCE", 0.02)
 
     def call(*words):
@@ -129,7 +129,7 @@ def shown(words):
 
 
 def mutated(text, draw):
-    """Return a config with something exchanged, cut out, doubled or put in, one to three times."""
+    """Return a config in which, one to three times, something is replaced, cut out, duplicated or inserted."""
     for _ in range(draw.randint(1, 3)):
         lines = text.splitlines(keepends=True) or ["\n"]
         n = draw.randrange(len(lines))

@@ -6,7 +6,7 @@ from arraytp.training.plan import plan
 
 
 def test_the_starter_config_fits_its_data_and_trains(arraytp, place):
-    """On few images: those of its own are as many as take seconds to evaluate."""
+    """It is trained on the toy data, because evaluating its own data set takes seconds."""
     assert "arraytp run my.yml" in arraytp("init", "my.yml").out
     variants = load_config("my.yml").variants
     assert list(variants) == ["bp", "fa", "ldrl"]

@@ -1,6 +1,6 @@
-"""`mpiexec -n R arraytp run`, with real processes, held against the run of one.
+"""`mpiexec -n R arraytp run`, with real processes, compared with a run of one process.
 
-Skipped without mpi4py and the mpiexec that stands beside this Python: `pip install -e '.[mpi,mpich]'`.
+Skipped unless mpi4py is installed and mpiexec lies beside this Python: `pip install -e '.[mpi,mpich]'`.
 """
 
 import csv
@@ -60,7 +60,7 @@ def assert_same(folder, other):
 
 @pytest.fixture
 def one(place):
-    """The run of one process."""
+    """The folder of a run on one process."""
     assert run(0, "run", "toy.yml", *SETTINGS, "--out", "one")[0] == 0
     return place / "one"
 
@@ -80,7 +80,7 @@ def test_a_run_on_ranks_is_that_of_one(place, one, ranks):
 
 
 def test_exact_runs_have_the_same_bits_on_1_2_4_and_8_ranks(place):
-    """In single precision: checkpoint, metrics and angles, and those of a run that other ranks have begun."""
+    """In single precision; the runs on 2 and 8 ranks resume what 4 ranks and 1 rank began."""
     rule = "rule={name: ldrl, feedback: {iterations: 2}}"
     words = ("run", "toy.yml", "--quiet", "--set", rule, "--set", "train.exact=true", "--out")
     stopped = {8: 1, 2: 4}
@@ -147,9 +147,9 @@ sys.exit(main())
     ("ranks", "groups", "fails", "where"), [(2, (), "0", ""), (4, ("--ranks-per-run", "2"), "1 3", "rank 1: ")]
 )
 def test_a_rank_that_fails_alone_ends_its_run_and_no_other(place, ranks, groups, fails, where):
-    """In the middle of an epoch, the others waiting for its sum; MPI has nothing to say of it.
+    """The rank fails in the middle of an epoch, while the others wait for its sum; MPI must print nothing.
 
-    Of two groups either may get the seed that fails, so the second rank of each is to fail at it.
+    Either of two groups may get the seed that fails, so the second rank of each is made to fail at it.
     """
     (place / "failing.py").write_text(FAILING)
     words = ["run", "toy.yml", "--quiet", "--seeds", "3", *groups, "--out", "some"]
@@ -192,7 +192,7 @@ def test_what_cannot_be_cleared_fails_in_its_group_and_no_other(place):
 
 
 def test_the_only_run_of_two_groups_may_fail(place):
-    """The group that has nothing to do does not wait for the other."""
+    """The group that has nothing to do must not hang when the other one fails."""
     words = ["run", "toy.yml", "--quiet", "--ranks-per-run", "1", "--set", "optimizer.lr=1e30"]
     status, _, (line,) = run(2, *words)
     assert status == 1
@@ -210,7 +210,7 @@ def test_variants_go_on_on_all_ranks_when_one_fails(place):
 
 
 def test_a_process_that_has_heard_of_a_failure_ends_in_silence():
-    """It has nothing left to receive; the cancelling of nothing is an error to MPI."""
+    """It has no pending receive left to cancel, and MPI treats cancelling a null request as an error."""
     code = (
         "from array import array; from mpi4py import MPI; from arraytp.mpi_ranks import Mpi\n"
         "ranks = Mpi(MPI, MPI.COMM_WORLD); ranks._errors.Send(array('b', [1]), 0); ranks._cry.Wait()"
@@ -255,7 +255,7 @@ def test_without_mpi4py_one_line_says_what_to_install(place, tree):
     ],
 )
 def test_ranks_that_see_different_data_or_settings_are_told_once(place, pack, folder, setting, message):
-    """As on machines whose disks have other files under the same names."""
+    """Machines may have different files under the same names."""
     pack(place / "elsewhere/toy", train=44)
     shutil.copy(place / "toy.yml", place / "elsewhere/toy.yml")
     program = command(0, "run", "toy.yml", "--quiet")
@@ -280,7 +280,7 @@ RUN = ("run", "toy.yml", "--quiet")
     ],
 )
 def test_ranks_that_are_given_different_commands_are_told_once(place, words, message):
-    """The first would wait for the other one."""
+    """Otherwise, rank 0 would wait for rank 1 for ever."""
     first, second = command(0, *RUN), command(0, *words)
     status, out, said = finished([str(MPIEXEC), "-n", "1", *first, ":", "-n", "1", *second])
     lines = [line for line in said if line.startswith("arraytp")]
@@ -290,13 +290,13 @@ def test_ranks_that_are_given_different_commands_are_told_once(place, words, mes
 
 
 def test_a_host_where_mpi_cannot_start_ends_the_others(place):
-    """They wait in MPI for it, and their launcher does not mind that it has ended."""
+    """The others wait for it inside MPI, and the launcher ignores that its process has ended."""
     hidden = place / "hidden/mpi4py"
     hidden.mkdir(parents=True)
     (hidden / "__init__.py").write_text("raise ImportError('No module named mpi4py')")
     path, program = os.pathsep.join([str(hidden.parent), os.environ.get("PYTHONPATH", "")]), command(0, *RUN)
     second = ["env", f"PYTHONPATH={path}", "MPI_LOCALRANKID=0", *program]
-    # The launcher's own words go to the output.
+    # The launcher's own messages go to standard output.
     status, _, said = finished([str(MPIEXEC), "-n", "1", *program, ":", "-n", "1", *second])
     lines = [line for line in said if line.startswith("arraytp")]
     assert status != 0
@@ -313,7 +313,7 @@ def test_what_a_command_says_of_itself_comes_once(place, words):
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"])
 def test_processes_that_do_not_see_each_other_write_nothing(place, tree, variable):
-    """An mpi4py of another MPI than the launcher's: each would be the only one, and write into the same folder."""
+    """With mpi4py for another MPI than the launcher's, each sees only itself, and all would write into one folder."""
     before = tree()
     rank = {"OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "SLURM_NTASKS": "SLURM_PROCID"}[variable]
     statuses, lines = [], []
@@ -328,7 +328,7 @@ def test_processes_that_do_not_see_each_other_write_nothing(place, tree, variabl
 
 
 def ranks_of(place):
-    """Return the processes that work in a place for an mpiexec, by rank; also those that it has left behind."""
+    """Return, by rank, the ids of processes in a folder that an mpiexec started, even if it has left them behind."""
     found = {}
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
@@ -376,14 +376,14 @@ def test_a_signal_to_any_rank_stops_all_with_one_checkpoint_per_run(place, numbe
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    """The numbers of the run of one process that nothing disturbs, once there are some."""
+    """The numbers of an undisturbed run on one process; empty until a test has computed them."""
     return []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("time_of_death", range(int(os.environ.get("KILLS", "5"))))
 def test_a_killed_rank_ends_the_others_and_any_number_goes_on(place, undisturbed, time_of_death):
-    """At random moments, the start among them; 50 of them with KILLS=50."""
+    """Ranks are killed at random moments, even while they start; KILLS=50 tries 50 moments."""
     generator = random.Random(time_of_death)
     process = started(2)
     wait_for(lambda: len(ranks_of(place)) == 2)

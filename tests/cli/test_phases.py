@@ -1,4 +1,4 @@
-"""Every signal by which a cluster ends a job, in every phase of a command: an exit status, one line, nothing lost."""
+"""Every signal that ends a job, in every phase of a command, gives an exit status and one line, and loses nothing."""
 
 import signal
 
@@ -67,7 +67,7 @@ def test_a_run_is_stopped_in_every_phase_and_goes_on_bit_for_bit(arraytp, place,
 
 @pytest.mark.parametrize("long", [True, False], ids=["long", "short"])
 def test_a_long_step_is_left_in_its_middle(arraytp, after, monkeypatch, long):
-    """A cluster gives tens of seconds, and a step may take minutes; short ones are finished."""
+    """A cluster leaves a job tens of seconds, but a step may take minutes; short steps are finished."""
     if not long:
         monkeypatch.setattr("arraytp.training.long_steps.math.inf", 0.0)
     calls = after(feedback, "step_feedback", 2, signal.SIGUSR1)
@@ -81,7 +81,7 @@ def test_a_study_is_stopped_in_the_middle_of_a_round(arraytp, place, after, numb
         (place / "toy.yml").read_text().replace("rule: {name: fa}", f"rule: {{name: ldrl, {FEEDBACK}}}")
         + "study: {seeds: 2, rounds: 3}\n"
     )
-    # Eighteen steps a seed, and some in the second.
+    # A seed takes 18 feedback steps, so the 20th belongs to the second seed.
     after(feedback, "step_feedback", 20, number)
     outcome = arraytp("run", "study.yml", "--quiet")
     assert outcome.status == 128 + number
@@ -118,7 +118,7 @@ def test_a_pack_is_stopped_and_goes_on(arraytp, place, after, number):
 
 
 def test_signals_before_the_command_has_begun_are_one_line(arraytp, monkeypatch, number):
-    """While a config is read, or a network is built."""
+    """The signal may arrive while the config is still being read."""
     monkeypatch.setattr("arraytp.commands.run.load_config", lambda *_: signal.raise_signal(number))
     outcome = arraytp("run", "toy.yml", "--quiet")
     assert outcome.status == 128 + number

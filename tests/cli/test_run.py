@@ -46,7 +46,7 @@ def test_metrics_have_one_row_an_epoch_and_one_before_training(arraytp, place):
     assert all(math.isnan(float(before[key])) for key in ("train_loss", "train_top1", "train_top5"))
     assert all(math.isfinite(float(value)) for row in (first, second) for value in row.values())
     assert first["lr"] == "0.05"
-    # Accuracies are percentages of 45 and 20 images; with three classes every label is among the first five.
+    # Accuracies are percentages of 45 and 20 images; with three classes, every label is among the top five.
     assert (45 * float(first["train_top1"]) / 100) % 1 == pytest.approx(0, abs=1e-9)
     assert (20 * float(first["test_top1"]) / 100) % 1 == pytest.approx(0, abs=1e-9)
     assert first["test_top5"] == "100.0"
@@ -59,7 +59,7 @@ def test_the_learning_rate_of_a_row_is_the_one_its_epoch_was_trained_with(arrayt
 
 
 def test_the_learning_rate_of_a_row_is_that_of_its_epochs_last_step(arraytp, place):
-    """Epochs have 3 steps, so the warm-up's 4 end in the second."""
+    """An epoch has 3 steps, so the 4 steps of the warm-up end in the second epoch."""
     schedule = "schedule={name: step, epochs: [2], warmup_steps: 4}"
     arraytp("run", "toy.yml", "--quiet", "--set", schedule, "--set", "train.epochs=3")
     column = [float(row["lr"]) for row in rows(place / "results/toy/metrics.csv")]
@@ -70,7 +70,7 @@ def test_angles_are_measured_every_so_many_steps_for_every_block(arraytp, place)
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=2")
     table = rows(place / "results/toy/angles.csv")
     assert list(table[0]) == ["step", "epoch", "block", "angle_deg", "distance"]
-    # 3 steps an epoch, measured every second step.
+    # There are 3 steps per epoch, and every second step is measured.
     assert [(row["step"], row["epoch"], row["block"]) for row in table] == [
         (str(step), str(step // 3 + 1), str(block)) for step in (0, 2, 4) for block in range(3)
     ]
@@ -305,7 +305,7 @@ def test_a_run_of_no_epochs_can_be_prolonged(arraytp, place, numbers):
 
 
 def test_resume_writes_the_metrics_of_a_finished_run_again(arraytp, place):
-    """From the rows in its checkpoint."""
+    """Its rows are also in the checkpoint."""
     assert arraytp("run", "toy.yml", "--quiet").status == 0
     metrics = place / "results/toy/metrics.csv"
     before = metrics.read_text()
@@ -326,7 +326,7 @@ def test_resume_draws_what_a_kill_left_undrawn(arraytp, place):
 
 @pytest.mark.parametrize("seeds", [(), ("--seeds", "2")])
 def test_runs_with_and_without_variants_do_not_mix(arraytp, refused, seeds):
-    """A folder with a config.yml is one run to `arraytp report`, which would not see those below it."""
+    """`arraytp report` takes a folder with a config.yml for one run, and would not see the runs below it."""
     arraytp("run", "variants.yml", "--quiet", "--set", "train.epochs=0", *seeds)
     own = "results/variants/dfa/seed-0/config.yml" if seeds else "results/variants/dfa/config.yml"
     for more in ((), ("--fresh",)):
@@ -370,7 +370,7 @@ def test_resume_runs_the_variants_that_are_missing(arraytp, place):
 
 
 def test_a_finished_run_without_its_checkpoint_is_not_trained_anew(arraytp, refused, place):
-    """--resume would begin at epoch 0, over its results."""
+    """Otherwise --resume would begin at epoch 0 and overwrite the results."""
     assert arraytp("run", "toy.yml", "--quiet").status == 0
     (place / "results/toy/checkpoint.h5").unlink()
     for change in ("train.epochs=2", "train.checkpoint_minutes=5"):
@@ -427,7 +427,7 @@ def test_fresh_trains_the_others_if_one_folder_cannot_be_cleared(arraytp, place,
 
 
 def test_seeds_in_linked_folders_have_their_rows(arraytp, place, tmp_path):
-    """One that leads elsewhere has the link's name, one beside it its own."""
+    """A link to a folder elsewhere is listed by its own name; a link to a sibling, only by the sibling's."""
     (tmp_path / "elsewhere/seeds/of/dfa").mkdir(parents=True)
     (place / "results/variants").mkdir(parents=True)
     (place / "results/variants/dfa").symlink_to(tmp_path / "elsewhere/seeds/of/dfa")
@@ -439,7 +439,7 @@ def test_seeds_in_linked_folders_have_their_rows(arraytp, place, tmp_path):
 
 
 def test_what_a_device_has_not_finished_at_a_checkpoint_is_training(arraytp, place, monkeypatch):
-    """By a clock on which a second passes for every score that is waited for, and next to nothing else does."""
+    """On the test's clock, waiting for a score takes a second, and everything else next to nothing."""
     read, clock = loop.Run._read_scores, itertools.count()
     waited = []
 
@@ -457,7 +457,7 @@ def test_what_a_device_has_not_finished_at_a_checkpoint_is_training(arraytp, pla
 
 
 def test_the_time_of_checkpoints_is_not_that_of_steps(arraytp, place, monkeypatch):
-    """By a clock on which a checkpoint takes 100 seconds and all else next to nothing."""
+    """On the test's clock, a checkpoint takes 100 seconds, and everything else next to nothing."""
     write, clock = loop.write_checkpoint, itertools.count()
     late = []
 

@@ -1,4 +1,4 @@
-"""`arraytp run --seeds`, held against runs of one seed each."""
+"""`arraytp run --seeds`, compared with runs of one seed each."""
 
 import csv
 
@@ -74,7 +74,7 @@ def test_a_study_has_seeds_of_its_own(refused, place):
 
 
 def test_a_study_does_not_begin_among_runs_of_seeds(arraytp, refused):
-    """With --fresh it would remove them."""
+    """With --fresh, the study would remove their results."""
     arraytp("run", "toy.yml", "--quiet", "--set", "train.epochs=0", "--seeds", "2")
     study = ("--set", "rule.name=ldrl", "--set", "study={seeds: 2, rounds: 1}")
     for more in ((), ("--fresh",)):

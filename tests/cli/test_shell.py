@@ -16,7 +16,7 @@ from arraytp.errors import Interrupted, NonFiniteError, UserError, UserErrors
 
 @pytest.fixture
 def probe(monkeypatch):
-    """Replace all commands by one called `probe`, which does what the test gives."""
+    """Replace all commands by one called `probe`, which calls the test's function."""
 
     def install(action):
         module = ModuleType("arraytp_probe")
@@ -193,7 +193,7 @@ sys.exit(outcome if isinstance(outcome, int) else outcome[-1])
     )
     os.close(write)
     assert done.stderr == b""
-    # As if SIGPIPE had ended it, which is what a shell reports of other programs.
+    # The status that a shell reports for a program that SIGPIPE has ended.
     assert done.returncode == 128 + signal.SIGPIPE
 
 
@@ -249,7 +249,7 @@ def test_an_output_that_cannot_show_a_character_shows_a_question_mark():
 
 
 def test_ctrl_c_while_the_program_is_loading_gives_no_traceback(tmp_path):
-    """Half of the first second goes into imports."""
+    """Half of the first second is spent on imports."""
     click = tmp_path / "click.py"
     click.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n")
     code = "import sys; from arraytp.__main__ import main; sys.exit(main())"
@@ -270,7 +270,7 @@ def test_a_signal_that_a_shell_ignores_for_its_background_stays_ignored():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_a_signal_of_which_a_library_makes_an_error_is_a_signal_all_the_same(probe, capsys, number):
-    """While extension modules and class bodies are loaded, whatever is raised becomes an error of theirs."""
+    """While an extension module or a class body is loaded, any exception may turn into one of its own errors."""
 
     def loading():
         try:

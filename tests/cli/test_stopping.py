@@ -1,4 +1,4 @@
-"""Stopping a real process by SIGINT, SIGTERM and SIGKILL, and going on as it says; disks that fill up; threads."""
+"""Real processes that are stopped by signals and resumed as they say; full disks; numbers of threads."""
 
 import os
 import re
@@ -22,7 +22,7 @@ QUICK_CHECKPOINTS = ["--set", "train.checkpoint_minutes=0.0005"]
 
 @contextmanager
 def process(*arguments, code=MAIN, **environment):
-    """Start `arraytp` as its entry point does, or with some code around it; it does not outlive the block."""
+    """Start `arraytp` as its entry point does, or by other code; kill it at the end of the block."""
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ def test_a_signal_saves_and_says_how_to_go_on(arraytp, place, numbers, number, s
     assert re.match(r"toy: stopped in epoch \d+, step \d+; results/toy/checkpoint\.h5 is written; go on with: ", last)
     assert not list(place.rglob("*.partial"))
     assert not (folder / "summary.json").exists()
-    # The very command works; a few more epochs than are trained keep it short.
+    # The printed command is run as it is, but with only two more epochs, to keep the test short.
     count = epochs_trained(folder) + 2
     command = shlex.split(last.partition("go on with: ")[2])
     assert command[:2] == ["arraytp", "run"]
@@ -84,7 +84,7 @@ def test_a_signal_saves_and_says_how_to_go_on(arraytp, place, numbers, number, s
 
 
 def test_a_script_that_calls_run_is_what_goes_on(place, stop_variant, monkeypatch, capsys):
-    """`arraytp run` would go on without what the script changes (runs/benchmarks/drl_code.py)."""
+    """`arraytp run` would resume without the script's changes to a rule (runs/benchmarks/drl_code.py)."""
     stop_variant("toy")
     monkeypatch.setattr("sys.argv", ["scripts/own rule.py", "toy.yml", "--fresh", "--quiet"])
     assert main(["run", "toy.yml", "--fresh", "--quiet"]) == 143
@@ -108,7 +108,7 @@ def test_a_signal_leaves_nothing_of_a_trace(place, number, status):
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-    """`nohup` has SIGHUP ignored, so that a run outlives its terminal."""
+    """`nohup` makes a run ignore SIGHUP, so that it outlives its terminal."""
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
@@ -160,7 +160,7 @@ sys.exit(main())
 
 @pytest.fixture
 def stop_variant(monkeypatch):
-    """Let the training of one variant be stopped after its first step, as by SIGTERM."""
+    """Stop the training of one variant at its first check for a stop, as SIGTERM would."""
     train = Run.train
 
     def install(label):
@@ -193,7 +193,7 @@ def test_stopped_variants_go_on_with_the_one_that_was_stopped(arraytp, place, st
 
 @pytest.mark.parametrize("former", ["seed=1", "seed=0"])
 def test_a_fresh_start_that_is_stopped_can_go_on(arraytp, place, stop_variant, numbers, former):
-    """Former results of variants that were not reached must neither be taken for new ones nor bar the way."""
+    """Old results of variants that were not reached must neither pass for new ones nor block the resumed run."""
     arraytp("run", "variants.yml", "--quiet", "--set", former)
     stop_variant("bp")
     stopped = arraytp("run", "variants.yml", "--quiet", "--fresh")
@@ -231,7 +231,7 @@ sys.exit(main())
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_as_it_was(arraytp, place, numbers):
-    """No file may grow beyond 5 kB, as on a full disk: the checkpoint of some 12 kB cannot be written."""
+    """Files are limited to 5 kB, so that the checkpoint of some 12 kB cannot be written, as on a full disk."""
     folder = place / "results/toy"
     arraytp("run", "toy.yml", "--quiet")
     before = (folder / "checkpoint.h5").read_bytes()
@@ -259,7 +259,7 @@ WIDE = {
 
 @pytest.mark.parametrize("work", WIDE)
 def test_the_number_of_threads_changes_no_bit(place, pack, numbers, work):
-    """Tasks are cut by shapes alone; images and units are so many that several tasks and BLAS threads have work."""
+    """Shapes alone decide how work is cut into tasks; these are large enough for several tasks and BLAS threads."""
     pack(place / "large", train=256, shape=(20, 20, 1))
     (place / "wide.yml").write_text(
         WIDE[work] + "optimizer: {name: adam, lr: 0.001}\ntrain: {epochs: 1, batch_size: 128}\n"

@@ -1,4 +1,4 @@
-"""Studies from the command line: what they write, that they go on where they stopped, what they refuse."""
+"""Studies from the command line: what they write, how they resume, what they refuse."""
 
 import csv
 import json
@@ -139,7 +139,7 @@ def test_a_resumed_study_does_the_missing_seeds_only_and_gets_the_same(arraytp, 
 
 
 def test_a_study_without_its_config_file_keeps_its_seeds(arraytp, study):
-    """Each finished seed has the config, so nothing is lost; but nothing goes on unasked either."""
+    """Every finished seed has the config, so nothing is lost; but the study continues only with --resume."""
     assert arraytp("run", "study.yml", "--quiet", *ALONE).status == 0
     place = study / "ldrl"
     kept = (place / "seed-0" / "summary.json").stat().st_mtime_ns
@@ -156,7 +156,7 @@ def test_a_study_without_its_config_file_keeps_its_seeds(arraytp, study):
 
 
 def test_the_summary_of_a_seed_does_not_outlive_its_rows(arraytp, study, place, monkeypatch):
-    """A power failure may lose what was added to a file, and the seed would count as done without it."""
+    """A power failure may lose rows appended to a file; the seed would then count as done without them."""
     (place / "drift.yml").write_text(DRIFT)
     commands = ("run", "study.yml", "--quiet", *ALONE), ("run", "drift.yml", "--quiet")
     tables = [
@@ -179,7 +179,7 @@ def test_the_summary_of_a_seed_does_not_outlive_its_rows(arraytp, study, place, 
 
 
 def test_a_study_is_not_continued_on_other_data(arraytp, refused, place, study, pack):
-    """Its seeds, all of which are done or not, would be of two data sets."""
+    """Its seeds would be of two data sets; this is refused even if all of them are done."""
     assert arraytp("run", "study.yml", "--quiet").status == 0
     shutil.rmtree(place / "toy")
     pack(place / "toy", train=44)
@@ -246,7 +246,7 @@ study: {kind: drift, seeds: 1}
 
 
 def test_a_study_of_drift_measures_angles_beside_drift(arraytp, place):
-    """Of an orthogonal W the inverse turns nothing; after two updates both have grown."""
+    """For a semi-orthogonal W, W⁺ = Wᵀ: own angle and drift are 0 at first, and after two updates both have grown."""
     (place / "drift.yml").write_text(DRIFT)
     outcome = arraytp("run", "drift.yml", "--quiet")
     assert outcome.status == 0, outcome.err
@@ -259,7 +259,7 @@ def test_a_study_of_drift_measures_angles_beside_drift(arraytp, place):
 
 @pytest.mark.parametrize("change", ["train.epochs=3", "train.steps=6"])
 def test_the_seeds_of_a_study_of_drift_are_not_prolonged(arraytp, refused, place, change):
-    """Those that are done would keep their length, and those that are missing get another."""
+    """Finished seeds would keep their length, while missing ones would get another."""
     (place / "drift.yml").write_text(DRIFT)
     assert arraytp("run", "drift.yml", "--quiet").status == 0
     said = refused("run", "drift.yml", "--quiet", "--resume", "--set", change)

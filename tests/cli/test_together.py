@@ -28,7 +28,7 @@ def start(*arguments):
 
 
 def ended(processes):
-    """Wait for processes; each has done its work or says in one line why not."""
+    """Wait for processes; check that each did its work or says in one line why not."""
     for process in processes:
         _, err = process.communicate(timeout=60)
         assert process.returncode in (0, 2), err
@@ -39,7 +39,7 @@ def ended(processes):
 
 @pytest.fixture
 def hold():
-    """Hold files as another process does: locks belong to the opened file, not to the process."""
+    """Lock files as another process would: a lock belongs to the open file, not to the process."""
     files = []
 
     def call(path):
@@ -65,12 +65,12 @@ def test_a_folder_that_a_run_is_writing_to_is_refused(arraytp, refused, place, h
 @pytest.mark.parametrize("config", ["toy", "variants"])
 @pytest.mark.parametrize("flags", [(), ("--resume",), ("--fresh",)], ids=["run", "resume", "fresh"])
 def test_a_run_that_comes_first_while_another_starts_keeps_its_files(arraytp, place, hold, monkeypatch, config, flags):
-    """It was not there when the other looked: `--fresh` once cleared its folder before being refused."""
+    """Its files appear after the other has checked the folder: `--fresh` once cleared them before it was refused."""
     folders = [place / "results" / name for name in (["toy"] if config == "toy" else ["variants/bp", "variants/dfa"])]
     build = run.build_planned
 
     def overtaken(*arguments):
-        # The last one: whoever clears must hold all that is cleared.
+        # Take the last folder: `--fresh` clears several at once, and may clear only those that it holds.
         for name in ("config.yml", "metrics.csv", "checkpoint.h5"):
             folders[-1].mkdir(parents=True, exist_ok=True)
             (folders[-1] / name).write_text("of the first")
@@ -107,7 +107,7 @@ def test_reports_at_once_all_write_the_same_files(arraytp, place):
 
 @pytest.fixture
 def images(place):
-    """Write a tree of images, some hundred milliseconds of packing."""
+    """Write a tree of images that takes some hundred milliseconds to pack."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for split, count in (("train", 100), ("test", 20)):
         for n in range(count):
@@ -134,7 +134,7 @@ def test_a_writer_waits_for_another_of_the_same_file(tmp_path, hold, monkeypatch
 
 
 def test_a_lock_on_a_file_that_has_moved_on_is_no_lock(tmp_path, monkeypatch):
-    """Whoever opens the file before its owner removes it must not hold a file that nobody else can see."""
+    """A process that opens the file just before its owner removes it must not lock a file that no other can see."""
     path = tmp_path / "lock"
     first, _ = open_locked(path)
     flock = fcntl.flock
@@ -191,7 +191,7 @@ def test_packs_at_once_make_one_whole_data_set(arraytp, place, images):
 
 
 def test_a_command_holds_more_folders_than_files_may_be_open_at_first(tmp_path):
-    """Of 1,000 seeds of a few variants each folder is held; 1,024 files are the usual limit."""
+    """With 1,000 seeds of a few variants, every folder is held, but usually only 1,024 files may be open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     folders = [tmp_path / str(n) for n in range(100)]
     for folder in folders:

@@ -36,7 +36,7 @@ def arrays(path):
 
 
 def changed(path, name, value):
-    """Replace an array of a file, or remove it."""
+    """Replace an array of a file, or remove it if `value` is None."""
     with h5py.File(path, "r+") as file:
         del file[name]
         if value is not None:
@@ -93,7 +93,7 @@ def test_targets_are_those_of_the_training_beta(arraytp, place):
 
 @pytest.mark.parametrize("settings", [(), LDRL], ids=["fa", "ldrl"])
 def test_a_trace_from_a_trace_is_the_same_file(arraytp, place, settings):
-    """Of another seed, whose weights and batch would be others; twice, onto itself the second time."""
+    """The second trace overwrites the first; with another seed, weights and batch still come from the file."""
     assert arraytp("trace", "toy.yml", "--out", "a.h5", *settings).status == 0
     for _ in range(2):
         outcome = arraytp("trace", "toy.yml", "--out", "b.h5", "--weights", "a.h5", "--batch", "a.h5", *settings)
@@ -157,7 +157,7 @@ def test_a_device_writes_what_the_host_writes(device, place, noise_of_the_host, 
 
 
 def test_memory_does_not_grow_with_the_number_of_iterations(place):
-    """Noise is written as it comes: 40 iterations more would be 6 MB."""
+    """Noise is written as it is drawn: keeping that of 40 more iterations would take 6 MB."""
     peaks, sizes = [], []
     for iterations in (2, 42):
         settings = ["rule.name=ldrl", f"rule.feedback.iterations={iterations}", "train.batch_size=40"]
@@ -169,12 +169,12 @@ def test_memory_does_not_grow_with_the_number_of_iterations(place):
         tracemalloc.stop()
         sizes.append(Path("t.h5").stat().st_size)
     assert sizes[1] - sizes[0] > 6e6
-    # Which buffers two threads hold at once is a matter of chance.
+    # Not 0: it is a matter of chance which buffers two threads hold at once.
     assert peaks[1] - peaks[0] < 3e6
 
 
 def test_a_missing_section_is_told_of_as_by_the_other_commands(refused, place):
-    """The step is one of the whole batch whatever train.exact says; that is no setting of the user's."""
+    """The command sets train.exact to false itself; a message about that would confuse the user."""
     config = (place / "toy.yml").read_text()
     (place / "none.yml").write_text("\n".join(line for line in config.splitlines() if not line.startswith("train")))
     said = refused("trace", "none.yml", "--out", "t.h5")
@@ -231,7 +231,7 @@ def test_weights_that_do_not_fit_are_named_with_both_shapes(refused, weights):
 
 
 def test_weights_of_more_blocks_are_refused(refused, weights):
-    """The first blocks of a longer network alone would be another network."""
+    """The first blocks of a longer network, taken alone, would be another network."""
     changed(weights, "weights/forward/2/bias", np.zeros(3, "float32"))
     with h5py.File(weights, "r+") as file:
         file["weights/forward/10/weight"] = np.zeros((3, 3), "float32")

@@ -49,7 +49,7 @@ def section_of(key, annotation, shown):
 
 
 def reachable(section):
-    """Return a section's class and those of everything below it, with the heading of each."""
+    """Return a section's class and the classes of all sections below it."""
     found = [section]
     for annotation in keys(section).values():
         for member in members(annotation):
@@ -82,7 +82,7 @@ def test_a_table_has_every_key_with_its_range_and_default(section):
     assert set(table) == set(keys(section))
     tag = tag_of(section)
     for key, (holds, shown) in table.items():
-        # A section is shown by what differs from its own defaults.
+        # The table shows a section's default as the keys that differ from the section's own defaults.
         found = section_of(key, keys(section)[key], shown) if shown.startswith("`") else shown
         assert found == default(section, key), key
         if tag is None or key != tag[0]:
@@ -121,7 +121,7 @@ def test_an_example_loads_alone_or_upon_a_minimal_config(example):
 def test_the_page_has_two_full_examples_and_one_writes_out_every_section():
     full = [parse_text(example, "page", str).tree for example in EXAMPLES[-2:]]
     assert "variants" in full[0]
-    # A study stands in the place of training, so a config that trains has none.
+    # A study takes the place of training, so a config that trains has none.
     assert set(full[1]) == set(keys(Config)) - {"study"}
 
 

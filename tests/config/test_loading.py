@@ -86,7 +86,7 @@ def test_the_same_name_again_keeps_the_other_keys(write):
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if hasattr(RULES[rule].options(), "feedback")])
 def test_feedback_given_in_part_keeps_the_rules_own_defaults(with_override, rule):
-    """Weight mirror given σ alone would take ten iterations instead of its one."""
+    """Otherwise, weight mirror with only σ given would do ten iterations instead of its one."""
     usual = RULES[rule].options().feedback
     assert with_override(f"rule={{name: {rule}, feedback: {{sigma: 0.7}}}}").rule.feedback == replace(usual, sigma=0.7)
     optimizer = with_override(f"rule={{name: {rule}, feedback: {{optimizer: {{name: sgd, lr: 0.3}}}}}}").rule.feedback
@@ -202,7 +202,7 @@ def test_the_editor_schema_knows_every_section_and_variants():
 
 
 def test_a_name_that_is_set_is_that_of_all_variants(tmp_path):
-    """Results of one variant go beside those of the others, under the name that is set."""
+    """Under this name, the results of a single variant go beside those of the others."""
     path = tmp_path / "two.yml"
     path.write_text(BASE + "variants: {first: {rule: {name: bp}}, second: {rule: {name: fa}}}\n")
     assert load_config(path, ["name=mine"], "second").name == "mine"

@@ -19,7 +19,7 @@ BLOCKS = [
 
 
 class Stop:
-    """Stands for `StopRequest`: asks to stop when it is looked at for the `after`th time, counted from 0."""
+    """Stand-in for `StopRequest`: `requested` is true from its `after`th reading (look) on, counted from 0."""
 
     signal = 15
 
@@ -91,7 +91,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def stop_after():
-    """Make a request to stop at the nth look, or never."""
+    """Make a request to stop at the nth look, by default never."""
     return Stop
 
 
@@ -108,7 +108,7 @@ def read_rows():
 
 @pytest.fixture(scope="session")
 def untimed():
-    """Write a table's rows without their seconds, to compare two runs; NaN equals NaN."""
+    """Return a table's rows as text without their seconds, to compare two runs; as text, NaN equals NaN."""
 
     def write(table: Path) -> str:
         return repr([{key: value for key, value in row.items() if key != "seconds"} for row in _read_rows(table)])

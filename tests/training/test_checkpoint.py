@@ -1,4 +1,4 @@
-"""The checkpoint file: what goes in comes out, what is there is replaced only by something whole."""
+"""The checkpoint file: what was written is read back, and a file is replaced only by a complete one."""
 
 import h5py
 import numpy as np
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_version_1_goes_on_unless_its_feedback_is_numbered_other
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(build, tmp_path, seed):
-    """Counts, tables and HDF5's own structures too, not the arrays alone; what changes nothing is padding."""
+    """Flips hit not only arrays but also counts, tables and HDF5's own structures; those in padding change nothing."""
     written, read, path = build(seed=0), build(seed=1), tmp_path / "c.h5"
     fill(written, 1)
     write_checkpoint(path, written, RUN | {"rows": RUN["rows"] * 50})
@@ -116,7 +116,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(build, tmp_path, s
 
 
 def test_a_checkpoint_of_another_network_changes_nothing(build, tmp_path):
-    """All arrays are looked at before the first one is written."""
+    """All arrays are checked before the first one is overwritten."""
     write_checkpoint(tmp_path / "c.h5", build(units=5), RUN)
     made = build(units=4)
     before = [array.copy() for array in arrays(made)]
@@ -192,7 +192,7 @@ def test_blocks_that_are_not_finite_are_told_apart(build):
 
 
 def test_the_random_hidden_layer_of_direct_feedback_is_kept(build, tmp_path):
-    """It is held as weight 0, where version 1 had the feedback of the first block."""
+    """It is stored as weight 0, which was the feedback of the first block in version 1."""
     made, fresh = build({"name": "drl", "hidden": 3}), build({"name": "drl", "hidden": 3}, seed=1)
     assert made.rule_state.weights[0].shape == (10, 3)
     write_checkpoint(tmp_path / "c.h5", made, RUN)

@@ -1,4 +1,4 @@
-"""Angles and relative distances that are known, and NaN where there is none."""
+"""Angles and relative distances against known values, and NaN where they are undefined."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_the_angle_does_not_depend_on_length_or_order():
 
 
 def test_equal_arrays_have_no_angle_and_multiples_none_beyond_rounding(place):
-    """The arc cosine would make 1e-6 degrees of the last bit of their product."""
+    """With the arc cosine, an error in the last bit of the inner product would become 1e-6 degrees."""
     for seed in range(20):
         a = place.put(rng(seed).standard_normal(1000))
         assert angle_degrees(a, a.copy()) == 0
@@ -38,7 +38,7 @@ def test_equal_arrays_have_no_angle_and_multiples_none_beyond_rounding(place):
 
 
 def test_single_precision_is_measured_in_double():
-    """Squares of 1e30 overflow float32, and of 1e-30 vanish."""
+    """In float32, the square of 1e30 overflows and that of 1e-30 underflows."""
     for size in (1e30, 1e-30):
         a, b = np.array([size, 0], np.float32), np.array([size, size], np.float32)
         assert angle_degrees(a, b) == pytest.approx(45, abs=1e-5)

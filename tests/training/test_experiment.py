@@ -39,7 +39,7 @@ def small(**sections):
 
 @pytest.fixture
 def batch():
-    """Return an experiment and its first training batch, copied so that it stays."""
+    """Return an experiment and a copy of its first training batch, which later batches cannot overwrite."""
 
     def make(config, plain=False):
         made = build(config, plain=plain)
@@ -81,7 +81,7 @@ def test_the_quickstart_can_be_stepped_from_python():
     for old, new in zip(before, made.network.weights, strict=True):
         assert not np.array_equal(old, new)
     assert [entry.block for entry in found] == [0, 1, 2, 3]
-    # FA's updates of the hidden blocks have nothing to do with BP's at first; the output block's are BP's.
+    # At first, FA's updates of the hidden blocks are unrelated to BP's; that of the output block is BP's.
     assert all(60 < entry.angle_deg < 120 for entry in found[:-1])
     assert found[-1].angle_deg == pytest.approx(0, abs=0.1)
 
@@ -167,7 +167,7 @@ def test_bp_is_at_no_angle_to_itself_and_fa_with_the_forward_weights_is_bp(batch
 
 
 def test_a_comparison_at_another_beta_is_that_of_its_update_and_leaves_the_steps_update(batch):
-    """Targets of a curved network depend on β, so that the two updates do not point the same way."""
+    """With curved activations, the direction of an update depends on β."""
     rule = {"name": "dtp", "beta": 0.9, "compare_beta": 0.01, "feedback_init": "symmetric"}
     deeper = {"blocks": [SMALL_NETWORK["blocks"][0], *SMALL_NETWORK["blocks"]]}
     made, images, labels = batch(small(rule=rule, network=deeper, dtype="float64"))
@@ -246,7 +246,7 @@ def test_rules_networks_and_ops_work_without_config_or_data():
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_keeps_to_the_protocol(batch, name):
-    """What the loop, the trace, the bench and the audit go by: shapes, names, numbers of blocks, operations."""
+    """The loop, the trace, the bench and the audit rely on these shapes, names, numbers of blocks and FLOPs."""
     rule = RULES[name]
     made, images, labels = batch(small(rule={"name": name}, network={**SMALL_NETWORK, "square": rule.inverts},
                                        loss={"reduction": "mean"}))  # fmt: skip
@@ -258,7 +258,7 @@ def test_every_rule_keeps_to_the_protocol(batch, name):
     for (dweight, dbias), weight, bias in zip(updates, network.weights, network.biases, strict=True):
         assert (dweight.shape, dbias.shape) == (weight.shape, bias.shape)
         assert dweight.dtype == dbias.dtype == weight.dtype
-    # Two products per weight and sample, BP's: the least that is one is the output block's dW.
+    # At least the output block's dW, at two FLOPs per weight.
     assert made.rule.flops(made.config.rule, network) >= 2 * network.weights[-1].size
     relatives = ("fa", "sign-symmetry", "kolen-pollack", "weight-mirror", "alignment")
     assert (rule.targets is None) == (name in ("bp", "dfa", *relatives))
@@ -277,7 +277,7 @@ def test_every_rule_keeps_to_the_protocol(batch, name):
     assert len(losses) == (len(network) - 1 if learned else 0)
     if not learned:
         return
-    # Symmetric alignment, the default, has no products.
+    # Alignment's default loss, the symmetric one, needs no matrix products.
     assert (rule.feedback.flops(made.config.rule, network) > 0) == (name != "alignment")
     assert rule.feedback.epochs(made.config.rule) == (0, 0)
 
@@ -298,7 +298,7 @@ def test_the_gait_prop_papers_configs_fit_their_networks(path):
 @pytest.mark.parametrize("rule", ["bp", "gp", "vgp", "fa"])
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
 def test_the_first_steps_are_those_of_the_papers_runs(depth, rule):
-    """Nothing but the length and how often angles are measured differs."""
+    """They differ only in name, length and how often angles are measured."""
     folder = QUICKSTART.parent / "gait-prop"
     short = load_one(folder / f"first-steps-{depth}.yml", variant=rule)
     whole = load_one(folder / f"cifar10-{depth}-{rule}.yml")
@@ -316,7 +316,7 @@ def test_the_quickstart_of_gait_prop_trains(batch):
 
 @pytest.mark.parametrize("spoil", [np.asfortranarray, lambda array: array.astype(np.float64)])
 def test_a_parameter_that_the_optimiser_could_not_write_to_is_refused(batch, spoil):
-    """A copy would be trained in its place, without a word."""
+    """Otherwise, a copy would silently be trained in its place."""
     made, images, labels = batch(small())
     step = made.forward(images, labels)
     updates = made.updates(step)
@@ -326,7 +326,7 @@ def test_a_parameter_that_the_optimiser_could_not_write_to_is_refused(batch, spo
 
 
 def test_weights_replaced_between_steps_are_those_that_rule_and_regulariser_see(batch):
-    """WWᵀ of the step before would give other updates and another pull."""
+    """A cached WWᵀ of the step before would give other updates and another gradient of the regulariser."""
     hidden = [{"type": "dense", "units": 24, "activation": "leaky-relu"}] * 2
     network = {"blocks": [*hidden, {"type": "dense", "units": 10}], "square": True, "init": "orthogonal"}
     optimizer = {"name": "sgd", "lr": 1e-3, "orthogonality": 10.0}
@@ -373,7 +373,7 @@ def test_the_regulariser_comes_every_so_many_steps_as_many_times_as_strong(batch
 
 
 def test_rule_and_regulariser_share_what_is_computed_of_the_weights(batch, monkeypatch):
-    """WWᵀ − I costs as much as its factors: once a step."""
+    """WWᵀ − I, which costs as much as its factors, is computed once per step."""
     network = {"blocks": [{"type": "dense", "units": 12}, {"type": "dense", "units": 10}], "square": True}
     config = small(
         network={**network, "init": "orthogonal"},

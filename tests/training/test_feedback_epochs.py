@@ -1,4 +1,4 @@
-"""Rules with trained feedback in the loop: order of passes, tables, and going on bit for bit wherever a run stopped."""
+"""Rules with trained feedback in the loop: order of passes, tables, and resuming bit for bit wherever a run stopped."""
 
 import csv
 from contextlib import closing
@@ -46,7 +46,7 @@ def everything(run):
 
 
 def by_hand(config):
-    """Train without the loop; return the experiment, and what the tables should say."""
+    """Train without the loop; return the experiment, and the rows that feedback.csv should have."""
     made, found, passes, step = build(config), [], 0, 0
     first, between = config.rule.pretrain_epochs, config.rule.extra_epochs
     for epoch in range(config.train.epochs):
@@ -69,7 +69,7 @@ def by_hand(config):
 
 
 def test_s_ddtps_passes_come_in_order(make_config, start, stop_after):
-    """Two of feedback alone, an epoch, one of feedback alone, an epoch; each pass in an order of its own."""
+    """Two passes of feedback alone, an epoch, one pass of feedback alone, an epoch; each has its own image order."""
     config = make_config(rule=RULES["s-ddtp"])
     made, expected = by_hand(config)
     run = start(config)
@@ -85,7 +85,7 @@ def test_s_ddtps_passes_come_in_order(make_config, start, stop_after):
 
 
 def test_forward_weights_stay_in_epochs_of_feedback_alone(make_config, start, stop_after):
-    """Stopped right after the pre-training: θ is the initial one, Q is not."""
+    """Right after the pre-training, θ is still the initial one, but Q is not."""
     config = make_config(rule=RULES["s-ddtp"])
     run, fresh = start(config), build(config)
     # Two looks in the first evaluation, then one after each batch of the two passes.
@@ -100,14 +100,14 @@ def test_forward_weights_stay_in_epochs_of_feedback_alone(make_config, start, st
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_may_be_stopped_at_every_kind_of_step(make_config, start, stop_after, rule):
-    """Within each epoch of feedback alone, each epoch, and each evaluation; twice in a row as well."""
+    """Stop within epochs of feedback alone, training epochs and evaluations, twice in a row each time."""
     config = make_config(rule=RULES[rule], compare={"every": 2})
     whole, stop = start(config, "whole"), stop_after()
     whole.train(stop)
     feedback = 3 * PER_EPOCH if rule == "s-ddtp" else 0
     assert stop.looks == 3 * 2 + 2 * PER_EPOCH + feedback
     expected = everything(whole)
-    # The second stop comes at the look after the first.
+    # Every second look is enough, because the second stop comes at the look after the first.
     places = range(0, stop.looks, 2) if rule == "s-ddtp" else (3, 6, 9)
     for after in places:
         run = start(config, f"stopped-{after}")
@@ -136,12 +136,12 @@ def test_a_prolonged_run_is_that_of_the_longer_config(make_config, start, stop_a
 
 
 def test_a_run_that_has_trained_feedback_for_the_next_epoch_is_not_made_shorter(make_config, start, stop_after):
-    """A run of so many epochs or steps would not have trained it."""
+    """A run of the shorter length would not have trained that feedback."""
 
     def length(**train):
         return make_config(rule=RULES["s-ddtp"], train={"batch_size": 16, "eval_batch_size": 12, **train})
 
-    # 2 looks in each evaluation, one after each batch: in the pass of feedback alone after epoch 1, and in the first.
+    # An evaluation has 2 looks, a batch 1. Stop in the feedback pass after epoch 1, in the first pass, and at its end.
     for name, after in (("later", 2 + 3 * PER_EPOCH + 2 + 1), ("first", 2 + 1), ("pass", 2 + PER_EPOCH - 1)):
         with pytest.raises(Interrupted):
             start(length(epochs=2), name).train(stop_after(after))
@@ -155,7 +155,7 @@ def test_a_run_that_has_trained_feedback_for_the_next_epoch_is_not_made_shorter(
             UserError, match=rf"has trained feedback for epoch [12] already, but train.{[*train][-1]} is"
         ):
             start(length(**train), name, resume=True)
-    # Within an epoch, its feedback is part of every length.
+    # Once a training epoch has begun, every length that ends within it includes its feedback training.
     with pytest.raises(Interrupted):
         start(length(epochs=2), "within").train(stop_after(2 + 2 * PER_EPOCH + 1))
     shorter = start(length(epochs=2, steps=2), "within", resume=True)
@@ -205,7 +205,7 @@ def test_a_rule_without_feedback_that_pairs_with_forward_weights_has_no_table_of
 
 
 def test_angles_are_measured_at_the_logging_beta(make_config):
-    """Another β trains otherwise, but measures the same angles; measuring leaves the updates as they are."""
+    """Another β gives other updates, but the same measured angles; measuring leaves the updates as they are."""
     found = []
     for beta in (0.5, 0.1):
         made = build(make_config(rule={**RULES["ldrl"], "beta": beta, "compare_beta": 0.005}))
@@ -217,14 +217,14 @@ def test_angles_are_measured_at_the_logging_beta(make_config):
         found.append(made.compare(step, updates))
         for array, before in zip((a for pair in updates for a in pair), kept, strict=True):
             np.testing.assert_array_equal(array, before)
-    # Measured angles to BP do not know of β: its scale cancels, and the targets are those of 0.005.
+    # Measured angles to BP do not depend on beta: they are computed with compare_beta, 0.005.
     assert [entry.angle_deg for entry in found[0]] == [entry.angle_deg for entry in found[1]]
     assert all(np.isfinite(entry.angle_deg) for entry in found[0])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_batch_has_noise_of_its_own(make_config, rule):
-    """By the number of batches before it: with one and the same noise ω would learn that noise."""
+    """The number of batches before it is a key of the noise: if all noise were the same, ω would learn that noise."""
     made = build(make_config(rule=RULES[rule]))
     with closing(made.train_loader.batches(0)) as batches:
         step = made.forward(*next(batches))

@@ -1,4 +1,4 @@
-"""feedback.csv: every B of a forward weight's shape against that weight, by formulas of its own."""
+"""feedback.csv: every B compared with the forward weight of its shape, checked by separate formulas."""
 
 import numpy as np
 import pytest
@@ -70,14 +70,14 @@ def test_drls_table_has_the_distance_of_q_to_its_optimum(make_config, start, sto
 
 @pytest.mark.parametrize("rule", ["bp", "dfa"])
 def test_a_rule_without_such_weights_has_no_table(make_config, start, stop_after, rule):
-    """DFA's B leads from the output's errors, so that no forward weight has its shape."""
+    """DFA's B maps the output's error directly to a block, so that no forward weight has its shape."""
     run = start(make_config(rule={"name": rule}, train=TRAIN))
     run.train(stop_after())
     assert not (run.folder / "feedback.csv").exists()
 
 
 def test_a_table_of_an_earlier_version_is_read_and_gone_on_with(make_config, start, stop_after, read_rows):
-    """It has no column `ratio`."""
+    """Earlier versions had no column `ratio`."""
     config = make_config(rule=RULES["fa"], train=TRAIN)
     run = start(config)
     run.train(stop_after())

@@ -1,4 +1,4 @@
-"""The training loop is nothing but the experiment's own steps, scores and comparisons, in order, written down."""
+"""The training loop only calls the experiment's steps, scores and comparisons in order, and writes them down."""
 
 import csv
 import itertools
@@ -87,7 +87,7 @@ def test_the_loop_does_what_one_would_do_by_hand(make_config, start, stop_after,
 
 @pytest.mark.parametrize(("steps", "epochs"), [(1, [0, 1]), (3, [0, 1]), (4, [0, 1, 2]), (99, [0, 1, 2])])
 def test_a_run_ends_after_the_steps_that_were_asked_for(make_config, start, stop_after, steps, epochs):
-    """An epoch has 3 steps and there are two; the evaluation follows where the run ends, over what was trained."""
+    """There are two epochs of 3 steps; the run is evaluated where it ends, and its totals count the images trained."""
     train = {"epochs": 2, "batch_size": 16, "eval_batch_size": 12}
     whole = start(make_config(train=train, rule={"name": "fa"}, compare={"every": 1}), "whole")
     whole.train(stop_after())
@@ -120,12 +120,12 @@ def test_comparing_changes_nothing_that_is_trained(make_config, start, stop_afte
 
 
 def test_moments_that_are_not_finite_keep_the_last_good_checkpoint(make_config, start, stop_after):
-    """They spoil the weights one step later, when the checkpoint that could be gone back to would be overwritten."""
+    """They spoil the weights only one step later; by then, a checkpoint with them would have replaced the good one."""
     run = start(make_config())
     run.train(stop_after())
     checkpoint = run.folder / "checkpoint.h5"
     before = checkpoint.read_bytes()
-    # Weight and bias of three blocks: the third parameter is the weight of the second.
+    # Parameters are weights and biases in turn, so parameter 2 is the weight of block 1.
     run.experiment.optimizer_state.moments[2][0][0, 0] = np.inf
     with pytest.raises(NonFiniteError, match=r"not finite after 6 steps: optimiser's moments of block 1 \(dense1\)"):
         run.train(stop_after())
@@ -133,7 +133,7 @@ def test_moments_that_are_not_finite_keep_the_last_good_checkpoint(make_config, 
 
 
 def test_what_a_device_has_still_to_compute_is_training(make_config, start, stop_after, monkeypatch):
-    """Angles are measured when it has computed what was launched; and an epoch ends when it has computed all steps."""
+    """Angles are measured, and an epoch ends, only once the device has finished all steps launched until then."""
     clock, done, within = [0.0], [], []
     monkeypatch.setattr("arraytp.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(Backend, "synchronize", lambda self: done.append("waited"))

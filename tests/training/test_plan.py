@@ -1,4 +1,4 @@
-"""What a config is held against before anything is computed."""
+"""What a config is checked against before anything is computed."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_a_small_epsilon_is_fine_while_it_is_not_zero(dtype, epsilon):
 
 
 def test_a_gpu_takes_a_subnormal_epsilon_for_zero():
-    """CuPy compiles with -ftz=true: m / (sqrt(v) + ε) of a gradient that is always 0 would be 0 / 0."""
+    """CuPy compiles with -ftz=true: for a gradient that is always 0, m / (sqrt(v) + ε) would be 0 / 0."""
     config = small(optimizer={"name": "adam", "lr": 0.1, "epsilon": 1e-44}, backend="cupy")
     with pytest.raises(UserError, match=r"optimizer.epsilon: 1e-44 is 0 in float32 on a GPU; use at least 1.2e-38"):
         plan(config, backend=NUMPY)
@@ -41,7 +41,7 @@ def test_a_gpu_takes_a_subnormal_epsilon_for_zero():
 
 
 def test_a_plan_tells_what_will_be_built_without_reading_images(monkeypatch):
-    """The files of the images may be gigabytes, or on a disk that sleeps."""
+    """The images may take gigabytes, or lie on a disk that is asleep."""
 
     def read(*arguments, **keywords):
         raise AssertionError("an image was read")
@@ -88,7 +88,7 @@ def test_a_cosine_schedule_whose_lowest_rate_is_above_a_rate_is_noted(lr, lowest
 
 
 def test_what_begins_after_the_end_is_told():
-    """Of 10,000 images in batches of 32: 313 steps an epoch."""
+    """10,000 images in batches of 32 are 313 steps per epoch."""
     orthogonal = {"name": "sgd", "lr": 0.1, "orthogonality": 1, "orthogonality_on": "all-but-first"}
     late = small(
         schedule={"name": "step", "epochs": [1, 2], "warmup_steps": 627},

@@ -33,7 +33,7 @@ def clock() -> Clock:
 
 
 def plain_run(clock: Clock, **settings: object) -> str:
-    """Two epochs of two steps, 1 s a step, 3 s an evaluation."""
+    """Return what is shown for two epochs of two steps, at 1 s per step and 3 s per evaluation."""
     stream = settings.pop("stream", None) or io.StringIO()
     with Progress("fa", 2, 2, stream=stream, clock=clock, **settings) as progress:  # type: ignore[arg-type]
         clock.now += 3
@@ -66,7 +66,7 @@ def test_a_log_file_and_a_dumb_terminal_get_the_same_lines(clock: Clock, tmp_pat
 
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_no_color_turns_colours_off(clock: Clock, monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
-    """The variable counts where it is not empty, see no-color.org."""
+    """NO_COLOR counts only if it is not empty (no-color.org)."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("NO_COLOR", no_color)
@@ -128,7 +128,7 @@ def test_evaluation_counts_in_the_time_left_and_not_in_the_speed(clock: Clock) -
 
 
 def test_feedback_that_is_trained_alone_counts_in_the_time_left_and_not_in_the_speed(clock: Clock) -> None:
-    """12 s a step of feedback alone, 1 s a step of training, and 2 steps of each in an epoch."""
+    """A step of feedback alone takes 12 s and a training step 1 s; there are 2 steps of each per epoch."""
     stream = io.StringIO()
     progress = Progress("drl", 3, 2, feedback_epochs=1, stream=stream, clock=clock)
     left = []
@@ -158,7 +158,7 @@ def test_feedback_that_is_trained_alone_counts_in_the_time_left_and_not_in_the_s
 
 
 def test_until_it_is_timed_a_step_of_feedback_alone_is_taken_for_one_of_training(clock: Clock) -> None:
-    """As where a run goes on in the middle of an epoch."""
+    """This is so if a run is resumed in the middle of an epoch."""
     stream = io.StringIO()
     progress = Progress("drl", 2, 20, feedback_epochs=1, steps_done=9, stream=stream, clock=clock)
     with progress:

@@ -1,6 +1,6 @@
-"""A step on several ranks is the step on one, held against the step on one: double precision, equal to 1e-12.
+"""A step on several ranks equals the step on one to 1e-12, in double precision.
 
-Images are 90 in batches of 11, so that the last has 2, and most ranks none of them.
+There are 90 images in batches of 11, so that the last batch has 2, and on more than 2 ranks some have none of them.
 """
 
 import copy
@@ -106,7 +106,7 @@ def planned(dataset, rule, **settings):
 
 
 def numbers_of(planned, ranks, plain, first=6):
-    """Train on the last three batches of an epoch; return all numbers that a run would write."""
+    """Train from batch `first` to the end of an epoch; return all numbers that a run would write."""
     experiment, found = build_planned(planned, plain, ranks), []
     with closing(experiment.train_loader.batches(0, first)) as batches:
         for size, (images, labels) in zip(experiment.train_loader.sizes(first), batches, strict=True):
@@ -130,7 +130,7 @@ def of_one_rank(dataset, rule, plain):
 
 @pytest.mark.parametrize("rule", ["bp", "dtp overwrite"])
 def test_updates_that_are_summed_while_earlier_blocks_are_computed_are_the_same(dataset, monkeypatch, rule):
-    """A block at a time, most not the last, and the same bits as in one message."""
+    """Sums begin block by block, most of them before all blocks are computed, and have the bits of one message."""
     one = on_ranks(2, lambda ranks: numbers_of(planned(dataset, rule), ranks, False))
 
     def begun_block_by_block(ranks):
@@ -159,7 +159,7 @@ def test_every_number_of_a_step_is_that_of_one_rank(dataset, rule, size, plain):
 
 @pytest.mark.parametrize(("rule", "size"), [*((rule, 2) for rule in RULES), ("fa", 8), ("ldrl output noise", 4)])
 def test_exact_ranks_have_the_same_bits(dataset, rule, size):
-    """Each of 8 parts is computed alone and all are added in one order, those without a sample, too."""
+    """Each of 8 parts is computed alone, and all are added in a fixed order, even those without a sample."""
     exact = planned(dataset, rule, train={"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": True})
     wanted = numbers_of(exact, ALONE, False, first=7)
     for found in on_ranks(size, lambda ranks: numbers_of(exact, ranks, False, first=7)):
@@ -173,7 +173,7 @@ TOGETHER = ["bp", "fa", "gait-prop literal", "gait-prop difference", "gait-prop 
 
 
 def dense(dataset, rule, activation="tanh", batch=11, **settings):
-    """A run whose parts of a batch are computed at once; a block of many columns is cut into tiles."""
+    """Return the plan of a run that computes a batch's parts at once; a block with many columns is cut into tiles."""
     units = [{"type": "dense", "units": count, "activation": activation} for count in (40, 520, 30)]
     if "gait-prop" in rule:
         units = [{"type": "dense", "units": 24, "activation": "leaky-relu"}] * 2
@@ -187,7 +187,7 @@ def dense(dataset, rule, activation="tanh", batch=11, **settings):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rule", TOGETHER)
 def test_parts_that_are_computed_at_once_have_the_bits_of_each_alone(dataset, monkeypatch, rule, dtype, size, batch):
-    """On one rank all of them, on 8 each alone; of 11 samples in 8 parts most have one, of 2 some have none."""
+    """One rank computes all 8 parts at once, 8 ranks one each; of 11 samples most parts have one, of 2 some none."""
     exact = dense(dataset, rule, batch=batch, dtype=dtype)
     first = 7 if batch == 11 else 0
     wanted = numbers_of(exact, ALONE, False, first)
@@ -203,7 +203,7 @@ def test_parts_that_are_computed_at_once_have_the_bits_of_each_alone(dataset, mo
 @pytest.mark.parametrize("units", [(3,), (10, 2), (3, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_parts_of_narrow_blocks_have_the_same_bits(dataset, units, rule, batch, dtype):
-    """Their products have so few numbers that one of random ones may agree by chance."""
+    """Their products have so few numbers that a trial with random ones may agree by chance."""
     blocks = [{"type": "dense", "units": count, "activation": "leaky-relu"} for count in units]
     train = {"epochs": 1, "batch_size": batch, "eval_batch_size": 28, "exact": True}
     exact = planned(
@@ -217,7 +217,7 @@ def test_parts_of_narrow_blocks_have_the_same_bits(dataset, units, rule, batch, 
 
 @pytest.mark.parametrize("rule", ["weight-mirror", "alignment sa", "alignment ia"])
 def test_exact_ranks_have_the_same_bits_on_dense_blocks_where_fa_trains_its_feedback(dataset, rule):
-    """Its gradients are scaled part by part, so parts are not computed at once."""
+    """The feedback's gradients are scaled part by part, so parts are not computed at once."""
     exact = dense(dataset, rule, batch=45)
     wanted = numbers_of(exact, ALONE, False, first=0)
     for size in (2, 8):
@@ -230,7 +230,7 @@ def test_exact_ranks_have_the_same_bits_on_dense_blocks_where_fa_trains_its_feed
     ("rule", "forms"), [("gait-prop difference", "first_rows"), ("gait-prop pseudo", "transposed_inverse")]
 )
 def test_parts_that_are_computed_alone_form_an_inverse_once(dataset, monkeypatch, rule, forms):
-    """Of the second convolution; of dense blocks they solve, for a sample or two."""
+    """It is that of the second convolution; for dense blocks, parts of one or two samples solve instead."""
     formed, form = [], getattr(inverse, forms)
     monkeypatch.setattr(inverse, forms, lambda *given: formed.append(1) or form(*given))
     train = {"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": True}
@@ -242,7 +242,7 @@ def test_parts_that_are_computed_alone_form_an_inverse_once(dataset, monkeypatch
 
 
 def test_an_inverse_that_parts_share_stays_when_the_next_is_formed(dataset):
-    """Of two convolutions, in the same memory; what asks for it again, after the walk over the blocks, has it."""
+    """Two convolutions form their inverses in the same memory; a second call must still get the first one's."""
     blocks = [SQUARE["blocks"][0], HALVED, HALVED | {"channels": 8}, SQUARE["blocks"][-1]]
     train = {"epochs": 1, "batch_size": 11, "eval_batch_size": 28, "exact": True}
     network = {"blocks": blocks, "init": "orthogonal"}
@@ -255,7 +255,8 @@ def test_an_inverse_that_parts_share_stays_when_the_next_is_formed(dataset):
         np.testing.assert_array_equal(mine, theirs)
 
 
-# 12 rows of W per position: of 11 samples, some of 3 ranks have more rows to invert, others not.
+# W has 12 rows, and a sample 4 positions: in the literal form, of 3 ranks that share 11 samples, those with 4 have
+# more than 12 rows to solve for and form W⁻¹; the rank with 3 solves.
 HALVED = {"type": "conv", "channels": 4, "kernel": 2, "stride": 2, "activation": "leaky-relu"}
 INVERTED = SQUARE | {"blocks": [SQUARE["blocks"][0], HALVED, *SQUARE["blocks"][2:]]}
 REGULARISED = {"optimizer": {**SGD, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}}
@@ -271,7 +272,7 @@ DEALT = {
 
 @pytest.fixture
 def always_dealt(monkeypatch):
-    """Let ranks deal out the small matrices of these networks, too, E and the regulariser in parts."""
+    """Make ranks deal out even the small matrices of these networks, E and the regulariser in parts."""
     monkeypatch.setattr(dealing, "OPERATIONS_PER_NUMBER", 0)
     monkeypatch.setattr(orthogonality, "PART", 5)
 
@@ -301,7 +302,7 @@ def test_what_depends_on_the_weights_alone_is_the_same_where_ranks_deal_it_out(d
 @pytest.mark.usefixtures("always_dealt")
 @pytest.mark.parametrize("rule", ["gait-prop difference", "gait-prop pseudo"])
 def test_ranks_whose_processors_round_differently_factorise_alike(dataset, monkeypatch, rule):
-    """At the threshold some would deal out Cholesky factors, and others the larger ones of LU."""
+    """Otherwise, at the threshold, some would deal out Cholesky factors and others LU factors, which are larger."""
     own = threading.local()
     monkeypatch.setattr(factors, "excess_norm", lambda e: np.nextafter(e.dtype.type(0.8), e.dtype.type(own.side)))
 
@@ -344,7 +345,7 @@ def test_exact_ranks_have_the_same_bits_in_single_precision(dataset, size):
 
 @pytest.mark.parametrize(("rule", "sums"), [("bp", 1), ("ldrl expected", 2), ("drl expected", 2), ("dtp overwrite", 6)])
 def test_a_step_sums_as_rarely_as_it_can(dataset, rule, sums):
-    """One sum for updates, loss and stop; one for all blocks' closed form; one a block and iteration by noise (5)."""
+    """One sum for updates, loss and stop; with closed forms one more, with noise one per block and iteration (5)."""
 
     def count(ranks):
         experiment = build_planned(planned(dataset, rule), ranks=ranks)
@@ -391,7 +392,7 @@ def test_a_stop_that_one_rank_wants_is_known_to_all(dataset):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_stop_is_known_to_all_though_its_rank_has_no_sample(dataset, exact):
-    """One image on four ranks is the last one's; so it may be in every batch of an evaluation."""
+    """A single image goes to the last of four ranks; in an evaluation, every batch may have just one."""
 
     def agreed(ranks):
         experiment = build_planned(
@@ -412,7 +413,7 @@ def test_a_stop_is_known_to_all_though_its_rank_has_no_sample(dataset, exact):
 
 
 class Stop:
-    """Asks to stop when it is looked at for the `after`th time, on one rank alone."""
+    """Stand-in for `StopRequest`: requested on the last rank alone, from the `after`th look on, counted from 0."""
 
     def __init__(self, ranks, after) -> None:
         self.left, self.signal = after if ranks.rank == ranks.size - 1 else np.inf, 0
@@ -428,7 +429,7 @@ class Stop:
 
 
 def trained(dataset, folder, ranks, after=np.inf, resume=False):
-    """Train a run until a rank is told to stop; return the folder's numbers in the end."""
+    """Train a run to its end and return the folder's numbers on rank 0, or until the last rank is told to stop."""
     folder.mkdir(exist_ok=True)
     run = Run(
         build_planned(planned(dataset, "ldrl overwrite", compare={"every": 3}), False, ranks), folder, "run", True
@@ -453,7 +454,7 @@ def trained(dataset, folder, ranks, after=np.inf, resume=False):
 
 @pytest.mark.parametrize(("size", "then", "after"), [(3, 1, 0), (3, 1, 4), (2, 3, 9), (1, 2, 4), (2, 3, 11)])
 def test_a_run_that_one_rank_was_told_to_stop_goes_on_with_any_number(dataset, tmp_path, size, then, after):
-    """Stops in an evaluation, in steps, in the last evaluation; the checkpoint says nothing of ranks."""
+    """Stops come in the first evaluation, in steps and in the last evaluation; checkpoints fit any number of ranks."""
     wanted = trained(dataset, tmp_path / "undisturbed", ALONE)
     on_ranks(size, lambda ranks: trained(dataset, tmp_path / "run", ranks, after))
     assert not (tmp_path / "run/summary.json").exists()
@@ -464,7 +465,7 @@ def test_a_run_that_one_rank_was_told_to_stop_goes_on_with_any_number(dataset, t
 
 
 def test_a_mistake_that_one_rank_notices_is_everyones():
-    """The others would wait for it for ever."""
+    """Otherwise, the others would wait for that rank for ever."""
 
     def work(ranks):
         def look():
@@ -489,7 +490,7 @@ def test_a_mistake_that_one_rank_notices_is_everyones():
 )
 @pytest.mark.parametrize(("failing", "where"), [([1], "rank 1: "), ([0], ""), ([1, 2], "rank 1: "), ([0, 1, 2], "")])
 def test_a_rank_that_fails_ends_the_run_of_all(dataset, capsys, error, raised, text, failing, where):
-    """The others wait for its sum, or for its last word; then all begin the next run."""
+    """The others wait for its sum in a step, or for it at the end of the run; then all begin the next run."""
 
     def work(ranks):
         def train(run, fails):
@@ -557,7 +558,7 @@ def test_more_ranks_than_there_is_to_share_are_refused(dataset, settings, messag
 
 
 def test_ranks_share_the_seeds_of_a_study(dataset, tmp_path):
-    """The numbers are those of one process; a rank that is told to stop lets the others end their seeds."""
+    """The numbers are those of one process; a rank that is told to stop lets the others finish theirs."""
     config = planned(dataset, "ldrl overwrite", study={"seeds": 3, "rounds": 1})
 
     def study(folder, ranks=ALONE, stopped=False):
@@ -588,7 +589,7 @@ def test_shares_are_the_whole_and_differ_by_one(count):
 
 
 def test_ranks_begin_with_the_first_ones_weights_and_counts(dataset, tmp_path):
-    """Machines of different kinds may have drawn others; and only the first reads a checkpoint."""
+    """Machines of different kinds may have drawn other weights, and only the first rank reads a checkpoint."""
 
     def work(ranks):
         made = build_planned(planned(dataset, "ldrl overwrite"), ranks=ranks)

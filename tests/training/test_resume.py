@@ -32,7 +32,7 @@ COMBINATIONS = {
 
 
 def everything(run):
-    """Return every array of the run's state and every number of its tables but the times."""
+    """Return every array of the run's state, its position, and every number of its tables except the times."""
     experiment = run.experiment
     network = [*experiment.network.weights, *experiment.network.biases]
     moments = [moment for moments in experiment.optimizer_state.moments for moment in moments]
@@ -52,7 +52,7 @@ def metrics(folder):
 
 
 def run_with_stops(start, stop_after, config, name, stops):
-    """Train to the end, stopped at each of the given looks in turn; return the last of the runs."""
+    """Train to the end, stopping at each of the given looks in turn and resuming; return the last of the runs."""
     for count, after in enumerate(stops):
         run = start(config, name, resume=count > 0)
         with pytest.raises(Interrupted):
@@ -63,7 +63,7 @@ def run_with_stops(start, stop_after, config, name, stops):
 
 
 def looks_of(start, stop_after, config, name="whole"):
-    """Train without a stop; return the run and how often it looked whether to stop."""
+    """Train without a stop; return the run and how often it looked whether a stop was requested."""
     run, stop = start(config, name), stop_after()
     run.train(stop)
     return run, stop.looks
@@ -78,7 +78,7 @@ def test_a_run_may_be_stopped_after_any_step_and_within_any_evaluation(
     # 3 evaluations of 2 batches (20 images by 12), 2 epochs of 3 steps (45 images by 16).
     assert looks == 3 * 2 + 2 * 3
     expected = everything(whole)
-    # Everywhere with one rule; with the others at a look of each kind.
+    # FA is stopped at every look, the other rules at one look of each kind.
     for after in range(looks) if rule == "fa" else (1, 4, 6, 8):
         resumed = run_with_stops(start, stop_after, config, f"stopped-{after}", [after])
         assert everything(resumed) == expected, f"stopped at look {after}"
@@ -91,7 +91,7 @@ def test_a_run_may_have_more_steps_than_can_be_counted(make_config, start, stop_
 
 
 def test_the_summary_does_not_outlive_the_rows_before_it(make_config, start, stop_after, monkeypatch):
-    """A power failure may lose what was added to a file, but nothing of a file that was written by `write_file`."""
+    """A power failure may lose rows appended to a file, but nothing of a file written by `write_file`."""
     config = make_config(rule={"name": "fa"})
     whole = start(config, "whole")
     whole.train(stop_after())
@@ -111,7 +111,7 @@ def _row(values):
 def test_a_run_may_be_stopped_again_and_again(make_config, start, stop_after, toy, data):
     config = make_config(rule={"name": "fa"}, optimizer=ADAM, data={"dataset": str(toy), **data})
     whole, _ = looks_of(start, stop_after, config)
-    # An evaluation that is cut starts over.
+    # An evaluation that was interrupted starts over.
     for stops in ([0, 2, 0, 0, 1, 2, 0, 1], [2, 2, 4, 1]):
         resumed = run_with_stops(start, stop_after, config, f"stops-{len(stops)}", stops)
         assert everything(resumed) == everything(whole)
@@ -158,7 +158,7 @@ def limited(make_config, epochs, steps):
 
 
 def test_more_steps_give_what_they_would_have_given_at_once(make_config, start, stop_after):
-    """Epochs have 3 steps: the run ends within the first, with the second, and within the third."""
+    """An epoch has 3 steps: runs end within an epoch, at its end, and within a later one."""
     for counts in ([2, 6, 7], [1, 2, 3, 5]):
         name = f"grown-to-{counts[-1]}"
         for count in counts:
@@ -196,7 +196,7 @@ def test_fewer_steps_than_are_trained_are_refused(make_config, start, stop_after
 
 
 def test_rows_written_after_the_checkpoint_are_written_once(make_config, start, stop_after):
-    """A kill loses what came after the last checkpoint; the tables must not hold that part twice."""
+    """After a kill, the steps since the last checkpoint are repeated; the tables must not hold their rows twice."""
     config = make_config(rule={"name": "fa"}, compare={"every": 1})
     whole, looks = looks_of(start, stop_after, config)
     run = start(config, "killed")
@@ -211,7 +211,7 @@ def test_rows_written_after_the_checkpoint_are_written_once(make_config, start, 
 
 
 def test_a_checkpoint_written_in_passing_is_as_good_as_one_on_request(make_config, start, stop_after, monkeypatch):
-    """Checkpoints by the clock do not disturb the run, and any of them may be the last before a kill."""
+    """Checkpoints at intervals must not disturb the run, and any of them may be the last before a kill."""
     plain, _ = looks_of(start, stop_after, make_config(rule={"name": "fa"}))
     train = {"epochs": 2, "batch_size": 16, "eval_batch_size": 12, "checkpoint_minutes": 1e-9}
     config = make_config(rule={"name": "fa"}, train=train)
@@ -297,7 +297,7 @@ def test_a_run_of_a_version_without_steps_csv_goes_on_with_rows_without_numbers(
     "rule", [{"name": "fa"}, {"name": "ldrl", "feedback": {"iterations": 2, "optimizer": SGD}}], ids=["fa", "ldrl"]
 )
 def test_graphs_and_stops_leave_the_bits_of_a_run_without_either(make_config, start, stop_after, rule):
-    """By the 18th step all is launched as graphs; comparisons, evaluations and smaller last batches come between."""
+    """By step 18, all is launched as CUDA graphs; comparisons, evaluations and smaller last batches come in between."""
     pytest.importorskip("cupy")
     train = {"epochs": 6, "batch_size": 16, "eval_batch_size": 12, "validation": 10}
     runs = []

@@ -1,4 +1,4 @@
-"""`train.score_train`: the training numbers of an epoch are of all training images, with the weights after it."""
+"""`train.score_train`: an epoch's training scores are those of all training images with the weights at its end."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def train(epochs, **more):
 @pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize("data", [{}, {"flip": 1.0, "crop_padding": 2}, {"in_memory_mb": 0, "pool_images": 8}])
 def test_every_row_has_the_score_of_its_weights(make_config, start, stop_after, toy, data, epochs, read_rows):
-    """Also before training; images are scored as they are, though the run crops and flips them."""
+    """Also the row before training; images are scored as they are, though training crops and flips them."""
     run = start(make_config(train=train(epochs), data={"dataset": str(toy), **data}))
     run.train(stop_after())
     dataset, row = run.experiment.plan.dataset, read_rows(run.folder / "metrics.csv")[-1]
@@ -50,7 +50,7 @@ def test_a_run_stopped_anywhere_leaves_the_same_numbers(make_config, start, stop
     config = make_config(train=train(1))
     whole, stop = start(config, "whole"), stop_after()
     whole.train(stop)
-    # Twice 4 batches of training images and 2 of test images, an epoch of 3 steps.
+    # Two scorings of 4 batches of training and 2 of test images, and an epoch of 3 steps.
     assert stop.looks == 2 * (4 + 2) + 3
     for after in range(stop.looks):
         with pytest.raises(Interrupted):

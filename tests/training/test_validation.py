@@ -80,7 +80,7 @@ def test_a_run_stopped_anywhere_leaves_the_same_numbers(make_config, start, stop
 
 
 def test_a_prolonged_run_is_as_if_it_had_been_asked_for_at_first(make_config, start, stop_after, untimed):
-    """It forgets the score of the test split between."""
+    """The score of the test split after the first epoch is forgotten."""
     whole = start(make_config(train=train(3)), "whole")
     whole.train(stop_after())
     start(make_config(train=train(1)), "grown").train(stop_after())
