@@ -1,4 +1,4 @@
-"""Arrays that are made at first use and used again, by owner and name."""
+"""Buffers: arrays that are allocated at first use and reused, by owner and name."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def test_a_filled_buffer_keeps_its_border():
 
 
 def test_a_name_is_its_owners_alone():
-    """Two modules that name a buffer alike would else overwrite each other's numbers."""
+    """Otherwise two modules with a buffer of the same name would overwrite each other's numbers."""
     buffers = Buffers(NUMPY)
     one, other = (buffers.of(owner) for owner in ("one", "other"))
     assert not np.shares_memory(one.array("a", (3,), float), other.array("a", (3,), float))

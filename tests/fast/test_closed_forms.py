@@ -1,4 +1,4 @@
-"""What closed forms of feedback need, N and M of Theorem 4.2 and sums of Jacobians: fast against plain, in slices."""
+"""Sums in closed forms of feedback, N and M of Theorem 4.2 and sums of Jacobians: fast against plain, in slices."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_sums_with_every_activation_equal_the_plain_ones(place, activation):
 
 @pytest.mark.parametrize("count", [1, 9])
 def test_slices_of_one_sample_add_up(place, monkeypatch, count):
-    """Several slices a lane: the second must not take the place of the first."""
+    """With several slices per lane, the second must be added to the first, not replace it."""
     for name in ("PATCH_BYTES", "DENSE_BYTES", "DEVICE_BYTES"):
         monkeypatch.setattr(jacobians, name, 1)
     monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
@@ -52,7 +52,7 @@ def test_slices_of_one_sample_add_up(place, monkeypatch, count):
 
 def test_slices_of_one_sample_behind_a_dense_block_s_of_several_add_up(place, monkeypatch):
     monkeypatch.setattr(jacobians, "PATCH_BYTES", 1)
-    # On a device there is one limit: a sample of the convolution is larger, ten of a dense block are not.
+    # A device has a single limit: one sample of the convolution exceeds it, ten of a dense block do not.
     monkeypatch.setattr(jacobians, "DEVICE_BYTES", 1 << 16)
     check(place, plan_network(NetworkOptions(name="lenet"), (7, 5, 2), 3), 13)
 

@@ -1,4 +1,4 @@
-"""Dealing out tasks: who gets which, when it is worth it, and that everyone ends with what each has written."""
+"""Dealing out tasks: which rank gets which, when it pays, and that every rank ends up with all results."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def test_the_largest_left_goes_to_the_rank_with_least_to_do():
 
 
 def test_it_is_worth_it_where_the_busiest_rank_saves_more_than_sending_takes():
-    """Two ranks save 8 of 16 operations; at 200 a number and thread that pays for 0.04 numbers and no more."""
+    """Two ranks save 8 of 16 operations; at 200 per number and thread, that pays for less than 0.04 numbers."""
     hands = deal(weighing(8, 8), 2)
     assert pays(hands, 7.9 / dealing.OPERATIONS_PER_NUMBER)
     assert not pays(hands, 8 / dealing.OPERATIONS_PER_NUMBER)
@@ -37,7 +37,7 @@ def test_it_is_worth_it_where_the_busiest_rank_saves_more_than_sending_takes():
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_every_rank_has_what_all_tasks_wrote_each_done_once(size, threads, monkeypatch):
-    """Parts of rows and of columns, other dtypes, several arrays a task, more ranks than tasks."""
+    """Test parts of rows and of columns, other dtypes, several arrays per task, and more ranks than tasks."""
     monkeypatch.setattr(dealing, "OPERATIONS_PER_NUMBER", 0)
     done = []
 
@@ -72,7 +72,7 @@ def test_every_rank_has_what_all_tasks_wrote_each_done_once(size, threads, monke
 
 
 def test_small_tasks_are_done_by_everyone():
-    """Nothing is sent, and no room is held for it."""
+    """Nothing is sent, and no buffer is held for sending."""
 
     def work(ranks):
         workspace, out = Workspace(NUMPY, 1), np.zeros(5)

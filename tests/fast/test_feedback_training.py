@@ -25,9 +25,9 @@ ROUNDING = 1e-12
 SIGMA, KEY = 0.3, {"seed": 7, "number": 3}
 UNPOOL = ("overwrite", "accumulate")
 DENSE = [Dense(units=11, activation="elu"), Dense(units=8, activation="tanh"), Dense(units=4)]
-# Its second convolution goes by lanes.
+# The gradient of its second convolution is summed by lanes.
 NARROW = [*[Conv(channels=2, kernel=3, padding=1, activation="elu")] * 2, Dense(units=4)]
-# Many windows of its pools hold zeros alone.
+# Many windows of its pools hold nothing but zeros.
 RELU = [*[Conv(channels=4, kernel=3, padding=1, activation="relu", pool=Pool(kernel=2, stride=2))] * 2, Dense(units=4)]
 ORDERS = {
     "lenet": named_blocks("lenet"),
@@ -45,7 +45,7 @@ def omega_of(block, seed=0):
 
 
 def gradients(rule, at, omega, count, unpool):
-    """Return what does the first `count` iterations of a rule, with the same ω each time."""
+    """Return a function that does one of the first `count` iterations of a rule, each with the same ω."""
     rule, state = RULES[rule], State({at.n: omega[0]}, {at.n: omega[1]})
     iterate = rule.feedback.begin(rule.options(unpool=unpool), at, SIGMA, count)
     return lambda k, wanted=True: iterate(state, k, wanted)
@@ -79,7 +79,7 @@ def check_blocks(place, blocks, count, unpool, seed=0, iterations=3):
 
 
 class Noises(type(plain())):
-    """The plain engine on the host, with the numbers that another place draws."""
+    """The plain engine on the host, with the noise that another place draws."""
 
     def __init__(self, place):
         super().__init__(NUMPY)
@@ -111,7 +111,7 @@ def test_iterations_on_named_networks_equal_the_plain_ones(place, name, unpool):
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_iterations_with_every_activation_equal_the_plain_ones(place, activation, unpool):
-    """In windows of ReLU's zeros the first of them has the value."""
+    """Where ReLU leaves a window nothing but zeros, the first one counts as the maximum."""
     options = NetworkOptions(name="lenet", activation=activation)
     check_blocks(place, plan_network(options, *NAMED["lenet"]), 3, unpool)
 
@@ -143,7 +143,7 @@ def test_threads_change_no_bit(unpool, count):
 
 
 def test_iterations_may_come_in_any_order():
-    """Again and again, too: noises of two iterations share a buffer, and an old one must not be taken for its own."""
+    """They may also be repeated: iterations share noise buffers, and none may take another's noise for its own."""
     blocks = named_blocks("lenet")
     network, (x, _) = random_network(blocks), batch(blocks, 4)
     batch_ = pass_of(network, x, **KEY)
@@ -158,7 +158,7 @@ def test_iterations_may_come_in_any_order():
 
 @pytest.mark.parametrize("limit", [1, 3000, 1 << 20])
 def test_slices_and_lanes_of_every_length_add_up(monkeypatch, limit):
-    """Small limits cut a small batch into many slices; by lanes and gathered alike."""
+    """Small limits cut a small batch into many slices, whether products are summed by lanes or gathered."""
     monkeypatch.setattr(products, "ITERATION_BYTES", limit)
     for columns in (0, 1 << 20):
         monkeypatch.setattr(feedback_training, "POSITIONS_PER_COLUMN", columns)
@@ -168,7 +168,7 @@ def test_slices_and_lanes_of_every_length_add_up(monkeypatch, limit):
 
 
 def shared_factors(at, omega, bias, epsilon, eta):
-    """An iteration in which x and d come again, in another order, and two results of each primitive are held."""
+    """An iteration that uses x and d again, in another order, and holds two results of each primitive."""
     first = at.a(*at.F(epsilon))
     second = at.a(*at.F(epsilon + at.s))
     at.add(epsilon, second)
@@ -194,7 +194,7 @@ def held_results(at, omega, bias, epsilon, eta):
 
 
 def unused_result(at, omega, bias, epsilon, eta):
-    """An iteration whose result of `transposed` is in no product, and is still read after the last of them."""
+    """An iteration whose result of `transposed` is in no product, but is read after the last product."""
     first = at.a(*at.F(epsilon))
     r = at.transposed(omega, first)
     for x in (epsilon, at.s):
@@ -224,7 +224,7 @@ def two_biases(at, omega, bias, epsilon, eta):
 
 
 def no_bias(at, omega, bias, epsilon, eta):
-    """An iteration that adds nothing to G's bias, after one that does: its sum is 0, not the other's."""
+    """An iteration that adds nothing to G's bias: the sum must be 0, not that of an earlier iteration."""
     first = at.a(*at.F(epsilon))
     r = at.transposed(omega, first)
     for x in (epsilon, at.s, r):
@@ -234,7 +234,7 @@ def no_bias(at, omega, bias, epsilon, eta):
 
 
 def other_input(at, omega, bias, epsilon, eta):
-    """An iteration that unpools something else to the maxima of F."""
+    """An iteration that unpools something other than F's output to F's maxima."""
     first = at.a(at.s_next + 1, at.F(epsilon)[1])
     r = at.transposed(omega, first)
     for x in (epsilon, at.s, r):
@@ -250,7 +250,7 @@ ITERATES = [shared_factors, held_results, unused_result, forward_between, two_bi
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", ORDERS)
 def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place, name, count, iterate):
-    """Results of two calls stay apart, and an x that comes again gives the rows of that x."""
+    """Results of two calls must stay separate, and an x that is used again must give its own rows."""
     blocks = ORDERS[name]
     network, (x, _) = random_network(blocks), batch(blocks, count)
     needed = NoiseAndProducts(SIGMA, 1, products=4, output_noise=False)
@@ -277,7 +277,7 @@ def test_primitives_may_be_used_in_other_orders_than_the_built_in_rules_do(place
 @given(blocks=chains(largest=7), count=st.integers(1, 3), seed=st.integers(0, 2**16))
 @settings(max_examples=8)
 def test_targets_are_the_modules(place, blocks, count, seed, unpool):
-    """δ^n is G(s + δ) − G(s), and a target G(t): the literal formulas of the paper."""
+    """Compare with the paper's literal formulas: δ^n is G(s + δ) − G(s), and a target is G(t)."""
     network, (x, _) = random_network(blocks, seed), batch(blocks, count, seed)
     batch_ = pass_of(placed(network, place.put), place.put(x), engine=fast(place.backend))
     for n in range(1, len(blocks)):
@@ -299,7 +299,7 @@ def test_targets_are_the_modules(place, blocks, count, seed, unpool):
 @pytest.mark.parametrize("layer", ["dense", "pooled"])
 @pytest.mark.parametrize(("announced", "added"), [(2, 1), (1, 2)])
 def test_an_iterate_that_adds_other_products_than_announced_is_refused(layer, announced, added):
-    """Too few would leave the factors of the iteration before in the sum."""
+    """With too few, factors of the previous iteration would remain in the sum."""
     block, theta, omega, s = made(layer, "linear", 40)
 
     def iterate(at, omega, bias, epsilon, eta):

@@ -1,4 +1,4 @@
-"""Steps by CUDA graphs against the same steps launch by launch, and when a part is captured at all."""
+"""Steps by CUDA graphs against the same steps launched kernel by kernel, and when a part is captured at all."""
 
 import threading
 from collections import defaultdict
@@ -27,7 +27,7 @@ SGD = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
 ADAM = {"name": "adam", "lr": 1e-3, "weight_decay": 1e-3}
 LENET = {"network": {"name": "lenet"}}
 DENSE = {"network": {"blocks": [{"type": "dense", "units": units} for units in (9, 8, 10)]}}
-# Near orthogonal weights at first, and far from such after the eighth step, when they are halved.
+# The weights are nearly orthogonal at first; later, tests halve one, which is then far from orthogonal.
 SQUARE = {
     "network": {"blocks": [{"type": "dense", "units": n} for n in (12, 11, 10)], "square": True, "init": "orthogonal"},
     "loss": {"reduction": "sum"},
@@ -62,13 +62,13 @@ ELU = {
 OPTIMUM = {"name": "drl", "expected": "optimum", "feedback": {"iterations": 1, "optimizer": SGD}}
 NOT_CAPTURED = {
     "drl": ({**DENSE, "rule": OPTIMUM, "optimizer": SGD}, "feedback training"),
-    # ELU does not reach every number, and what is inverted is looked at for that.
+    # ELU's range is bounded, so the host checks that what is to be inverted lies in it.
     "gait-prop, literal, elu": ({**STEPS["gait-prop, literal"], **ELU}, "updates"),
 }
 
 
 class Device:
-    """What `Graphs` asks of a device; a launch does what was done during the capture."""
+    """What `Graphs` needs of a device; launching a graph computes nothing, but is recorded in `launched`."""
 
     def __init__(self):
         self.launched, self.capturing, self.refuses = [], False, False
@@ -98,7 +98,7 @@ class Device:
 
 
 class Located:
-    """An array at a place."""
+    """An array at a given address."""
 
     def __init__(self, place, shape=(2,)):
         self.data, self.shape = SimpleNamespace(ptr=place), shape
@@ -138,7 +138,7 @@ def test_a_part_of_a_part_is_captured_with_it(captured):
 
 
 def test_a_part_is_several_graphs_where_ranks_sum(captured):
-    """The sum is left out of the capture, and done on each launch, after what comes before it."""
+    """The sum is not captured, but done between the launches of the graphs before and after it."""
     device, workspace, graphs, work, ran = captured
 
     def whole():
@@ -151,7 +151,7 @@ def test_a_part_is_several_graphs_where_ranks_sum(captured):
 
 
 def test_a_capture_that_fails_behind_a_sum_sums_once(captured):
-    """Other ranks would wait for a second one."""
+    """A second sum would have no counterpart on the other ranks."""
     device, workspace, graphs, work, ran = captured
 
     def whole():
@@ -164,7 +164,7 @@ def test_a_capture_that_fails_behind_a_sum_sums_once(captured):
 
 
 def test_other_samples_of_a_batch_need_a_graph_of_their_own(captured):
-    """As many as another part has, of a batch of another size: means are over that."""
+    """Even with equally many samples, parts of batches of different sizes differ: means are over the whole batch."""
     *_, graphs, work, ran = captured
     for size in (5, 4, 5, 4, 5):
         graphs.run("a", [], work, Part(ALONE, size, 0))
@@ -172,7 +172,7 @@ def test_other_samples_of_a_batch_need_a_graph_of_their_own(captured):
 
 
 def test_arrays_elsewhere_and_buffers_that_have_grown_need_a_graph_of_their_own(captured):
-    """A graph would go on to write to memory that is no longer the array's."""
+    """The old graph would write to memory that is no longer the array's."""
     _, workspace, graphs, work, ran = captured
     for _ in range(3):
         graphs.run("a", [Located(1)], work)
@@ -199,11 +199,11 @@ def test_what_cannot_be_captured_runs_as_before_and_is_said_once(captured):
 
 
 def test_what_a_failed_capture_made_is_made_anew(captured):
-    """Its arrays were never written to: neither numbers nor borders."""
+    """Nothing was written to its arrays, neither numbers nor borders."""
     device, workspace, graphs, _, _ = captured
 
     def work():
-        # What would be launched is not, while a device captures.
+        # While a device captures, launches compute nothing.
         value = np.nan if device.capturing else 1.0
         number = workspace.number("rate", value, float)
         border = workspace.of("a").filled("border", (2,), float, value)
@@ -243,12 +243,12 @@ def batches(sizes, dtype="float32"):
 
 
 def halved(arrays):
-    """Return halves of arrays, elsewhere."""
+    """Return each array divided by 2, in new memory."""
     return tuple(array / 2 for array in arrays)
 
 
 def replace_state(state):
-    """Halve all that a rule holds, in arrays elsewhere."""
+    """Halve all arrays of a rule's state, in new memory."""
     for held in (state.weights, state.biases):
         held.update(zip(held, halved(held.values()), strict=True))
     state.moments.update({name: halved(arrays) for name, arrays in state.moments.items()})
@@ -257,7 +257,7 @@ def replace_state(state):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
 def test_graphs_change_no_bit(folder, name):
-    """With a rate that changes, a last batch that is smaller, scores in between, and arrays that are replaced."""
+    """This holds with a changing rate, smaller batches, scores in between, and arrays that are replaced."""
     numbers, sizes = [], [6] * 4 + [4] * 3 + [6] * 7
     for graphs in (True, False):
         made, scores = experiment(folder, STEPS[name], graphs), []
@@ -280,7 +280,7 @@ def test_graphs_change_no_bit(folder, name):
 
 
 class FakeNccl:
-    """CuPy's module: what threads as ranks of one device sum goes through the host, when its stream has come to it."""
+    """Stands in for CuPy's module: ranks are threads on one device, and sum on the host once their stream is done."""
 
     NCCL_FLOAT32, NCCL_FLOAT64, NCCL_SUM, NcclError = np.float32, np.float64, 0, RuntimeError
 
@@ -308,7 +308,7 @@ class FakeNccl:
 
 @pytest.fixture
 def pools_of_ranks(monkeypatch):
-    """Let ranks that are threads have memory pools of their own, as processes have."""
+    """Give each rank, here a thread, memory pools of its own, as a process would have."""
     pools = defaultdict(pytest.importorskip("cupy").cuda.MemoryPool)
     monkeypatch.setattr(Backend, "graph_pool", lambda self, part: pools[part, threading.get_ident()])
 
@@ -318,13 +318,13 @@ SIZES = [5] * 4 + [4] * 4 + [1] * 4 + [5] * 3
 
 
 def of_rank(folder, name, graphs, ranks, exact=False):
-    """Return what a rank comes to, what was not captured, and what was."""
+    """Return a rank's numbers, the parts whose capture failed, and those that the graphs know."""
     made, numbers = experiment(folder, {**STEPS[name], "dtype": "float64"}, graphs, ranks, exact), []
     for step, (images, labels) in enumerate(batches(SIZES, "float64")):
         own, size = slice(*share(len(images), ranks.rank, ranks.size)), len(images)
         numbers.append(made.step(images[own], labels[own], size=size).totals)
         if step == 3:
-            # Buffers grow.
+            # A larger batch makes buffers grow.
             (more, of_more), own = batches([19], "float64")[0], slice(*share(19, ranks.rank, ranks.size))
             numbers.append(made.score(more[own], of_more[own], 19).totals)
         if step == 13:
@@ -334,7 +334,7 @@ def of_rank(folder, name, graphs, ranks, exact=False):
 
 
 def each_step(*more):
-    """Every step, most of them slow here: kernels are compiled for the parts of a batch, too."""
+    """Return every step; most are marked slow, because kernels are compiled for the parts of a batch too."""
     usual = ("bp", "ldrl, expected", "drl, expected", "gait-prop")
     return [pytest.param(name, *more, marks=() if name in usual else pytest.mark.slow) for name in STEPS]
 
@@ -349,7 +349,7 @@ def each_step(*more):
     ],
 )
 def test_graphs_of_ranks_change_no_bit(folder, name, sums, monkeypatch):
-    """Also with other parts of as many samples, of none, and with sums that are begun before a part has ended."""
+    """Test also different parts with equally many samples, empty ones, and sums that begin before a part ends."""
     monkeypatch.setattr(ranks_module, "MESSAGE", 1 if sums == "nccl, early" else 1 << 40)
 
     def work(ranks, graphs, nccl):
@@ -374,7 +374,7 @@ def test_graphs_of_ranks_change_no_bit(folder, name, sums, monkeypatch):
 @pytest.mark.usefixtures("pools_of_ranks")
 @pytest.mark.parametrize("name", each_step())
 def test_graphs_change_no_bit_of_exact_runs(folder, name):
-    """Nor is there one that depends on the number of ranks, whose graphs have other parts of the batch in them."""
+    """Nor does a bit depend on the number of ranks, although it determines which parts of a batch a graph contains."""
     found = []
     for graphs, ranks in ((True, 1), (False, 1), (True, 2)):
         found += on_ranks(
@@ -391,7 +391,7 @@ def test_graphs_change_no_bit_of_exact_runs(folder, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gait-prop", "gait-prop, pseudo"])
 def test_another_choice_of_factors_needs_a_graph_of_its_own(folder, name):
-    """Weights that leave the orthogonal ones in place, come back and leave again: buffers and arrays stay."""
+    """Weights change in place from orthogonal to far from it, back and again: buffers and arrays stay the same."""
     near = {"network": {"blocks": [{"type": "dense", "units": 10} for _ in range(3)], "init": "orthogonal"}}
     numbers, settings = [], {**STEPS[name], **({} if name == "gait-prop" else near)}
     for graphs in (True, False):
@@ -430,7 +430,7 @@ def _by_kept_arrays(options, state, batch):
     """Yield BP's updates plus what a batch computes once: the regulariser's E, and Σ J."""
     errors = batch.gram_errors.of([0, 1, 2])
     for at, (weight, bias) in zip(batch.down(), bp.RULE.descend(bp.Options(), state, batch), strict=True):
-        # In an array elsewhere in every step, until a graph returns it.
+        # The sum is in new memory in every step, until a graph returns it.
         by_errors = weight + errors[at.n].sum()
         yield (by_errors + batch.jacobian_sums[at.n][1].sum() if at.n else by_errors), bias
 
@@ -446,9 +446,9 @@ def _by_kept_arrays(options, state, batch):
     ],
 )
 def test_a_capture_that_fails_changes_no_bit(folder, part, rule, exact):
-    """Nothing is left of it in buffers, in the batch and what was begun before it, or in what the part returns.
+    """It leaves nothing behind in buffers, in the batch, in work begun before the batch, or in what the part returns.
 
-    Nor does a graph take for granted what the batch happened to keep when it was captured.
+    Nor does a graph rely on arrays that the batch happened to have computed when the graph was captured.
     """
     numbers, regularised = [], {**SGD, "orthogonality": 0.1, "orthogonality_on": "all-but-first"}
     settings = {**STEPS[rule], "optimizer": regularised}
@@ -467,7 +467,7 @@ def test_a_capture_that_fails_changes_no_bit(folder, part, rule, exact):
         scores = []
         for number, batch in enumerate(batches([6] * 9)):
             if number == 7:
-                # Without a graph of the forward pass, nothing else is elsewhere.
+                # Without a graph of the forward pass, no other array would have a new address.
                 made.network.weights[1] = made.network.weights[1] / 2
             step = made.forward(*batch)
             made.train_feedback(step)
@@ -485,7 +485,7 @@ def test_a_capture_that_fails_changes_no_bit(folder, part, rule, exact):
 
 @pytest.mark.gpu
 def test_a_pool_of_graphs_gives_nothing_back_where_there_is_no_room(monkeypatch):
-    """The graphs that are there go on writing to what it has free; CuPy's own pools would free it and try again."""
+    """Existing graphs still write to its free blocks, which CuPy's own pools would return to the device for a retry."""
     cupy = pytest.importorskip("cupy")
     pool = _pool_that_keeps(cupy)
     place = pool.malloc(2**20).ptr
@@ -519,7 +519,7 @@ def test_rules_that_cannot_be_captured_say_which_part(folder, name):
         np.testing.assert_array_equal(with_graphs, without)
 
 
-# LeNet's blocks with few units: as many launches.
+# LeNet's blocks with few units, which take as many launches.
 POOL = {"kernel": 3, "stride": 2, "padding": 1}
 SMALL = {
     "network": {
@@ -532,7 +532,7 @@ SMALL = {
     },
     "optimizer": SGD,
 }
-# And those of fc-deep.
+# The same for fc-deep.
 DEEP = {
     "network": {
         "blocks": [{"type": "dense", "units": 12, "activation": "leaky-relu"}] * 6 + [{"type": "dense", "units": 10}],
@@ -549,7 +549,7 @@ def small(name, **options):
     return {**SMALL, "rule": {"name": name, **options}}
 
 
-# By the rows of docs/performance/device.md.
+# By row of the table in docs/performance/device.md.
 COUNTED = {
     "bp, fa, kolen-pollack": [small("bp"), small("fa"), small("kolen-pollack")],
     "dfa": [small("dfa")],
@@ -587,7 +587,7 @@ LAUNCHED = ("kernels", "blas", "solver", "memset", "copies")
 
 
 class OneOfTwo(Alone):
-    """A rank of two, without the other."""
+    """One of two ranks, without the other."""
 
     size = 2
 
@@ -596,7 +596,7 @@ class OneOfTwo(Alone):
 
 
 def documented():
-    """Return the numbers of each row of the table of launches: without graphs one for each setting."""
+    """Return the numbers of each row of the table of launches; those without graphs may be one per setting."""
     page = Path(__file__).parents[2] / "docs/performance/device.md"
     _, _, table = page.read_text(encoding="utf-8").partition("## What each rule launches")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
@@ -611,7 +611,7 @@ def test_every_rule_has_a_row_in_the_table_of_launches():
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", COUNTED)
 def test_launches_and_waits_of_a_step_are_those_documented(folder, row):
-    """At most those, and not far fewer; of the second step without graphs, and of the seventh by graphs."""
+    """Count the second step without graphs and the seventh with graphs: at most those, and not far fewer."""
     cpu_cuda = pytest.importorskip("cpu_cuda", reason="counts launches")
     without, (captured,), (others,), (waits,) = documented()[row]
     limits = without if len(without) > 1 else without * len(COUNTED[row])
@@ -633,7 +633,7 @@ def test_launches_and_waits_of_a_step_are_those_documented(folder, row):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gait-prop", "gait-prop, pseudo", "ridge-tp"])
 def test_the_host_waits_once_for_factors_and_only_after_the_forward_pass(folder, name):
-    """What it reads was launched before, so that the device has the forward pass to do meanwhile."""
+    """What the host reads was launched before the forward pass, which the device computes meanwhile."""
     cpu_cuda = pytest.importorskip("cpu_cuda")
     made = experiment(folder, STEPS[name], True)
     for images, labels in batches([6] * 5):

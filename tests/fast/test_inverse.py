@@ -21,9 +21,9 @@ from arraytp.model.shapes import plan_blocks
 from arraytp.ops.solve import LU, NEAR_ORTHOGONAL, Cholesky, factor, right_solve
 from arraytp.options import Conv, Dense, NetworkOptions, Pool
 
-# The issue's bound; measured: at most 4e-12.
+# The required bound; at most 4e-12 was measured.
 ROUND_TRIP = 1e-10
-# Of orthogonal matrices, step by step: near such at 1, far at 3.
+# Factors on the orthogonal matrix of each block, step by step: at 1 it stays orthogonal, at 3 it is far from that.
 TWO_SCALES = (1, 1), (1, 1), (1, 3), (3, 3), (3, 1), (1, 1)
 
 
@@ -37,14 +37,14 @@ def square_block(layer, shape):
 
 
 def inverse(place, block, factors, weight, bias, y, x):
-    """Return the fast engine's inverse of a block that took x, on the place, as a host array."""
+    """Return the fast engine's inverse of a block with input x, computed on the place, as a host array."""
     engine = fast(place.backend)
     at = at_block(block, (place.put(weight), place.put(bias)), place.put(x), engine)
     return place.get(engine.inverse(at, factors, place.put(y)))
 
 
 def inverses_of(place, network):
-    """Return the factors of a network's weights but the first one's."""
+    """Return the factors of all weights of a network except the first."""
     nothing = ForwardPass([], [], [])
     return Batch(fast(place.backend), network, nothing, network.weights[0]).inverses
 
@@ -60,7 +60,7 @@ def check_round_trip(place, block, count, seed):
     other = s + 1e-3 * rng(seed, 7).standard_normal(s.shape) * (s > 0)
     wanted = block_inverse(block, own, bias, other, x)
     if block.window is None:
-        # Of other factors it is another one.
+        # The inverse must use the given factors: those of 2W halve it.
         close(2 * block_inverse(block, factor(2 * own.matrix), bias, other, x), wanted, ROUND_TRIP)
     close(inverse(place, block, factors, weight, bias, other, x), wanted, ROUND_TRIP)
 
@@ -90,7 +90,7 @@ def test_random_convolutions_come_back(place, kernel, stride, padding, size, cha
 @pytest.mark.parametrize("activation", ["linear", "leaky-relu", "elu", "tanh"])
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_dense_blocks_come_back(place, activation, count):
-    """More samples than units, or fewer: by the rows of the inverse, or by solving."""
+    """With more samples than units, the inverse is formed; with fewer, each sample is solved for."""
     block = square_block(Dense(units=2, activation=activation), (24,))
     weight, bias = 0.3 * well_conditioned(24, 20, 1), rng(2).standard_normal(24)
     x = rng(3).standard_normal((count, 24))
@@ -100,7 +100,7 @@ def test_dense_blocks_come_back(place, activation, count):
 
 
 def test_two_overlapping_windows_by_hand():
-    """Kernel 2, stride 1 on three pixels of one channel in a row of height 2: the middle column is covered twice."""
+    """With kernel 2 and stride 1 on a 2 × 3 image of one channel, the middle column is covered twice."""
     layers = [Conv(channels=1, kernel=1), Conv(channels=4, kernel=2, auxiliary=3)]
     block = fitting_blocks(layers, (2, 3, 1))[1]
     x = np.array([[[1.0], [2], [3]], [[4], [5], [6]]])[None]
@@ -129,7 +129,7 @@ def test_weights_near_orthogonal_ones_have_cholesky_factors_and_others_lu(place,
 
 @pytest.mark.parametrize("ridge", [None, 0.01])
 def test_weights_that_leave_the_orthogonal_ones_get_other_factors_at_once(place, ridge):
-    """A device begins with the choice of the step before; what comes of it is that of an engine without a past."""
+    """A device first guesses the previous step's choice; its results must be those of a new engine."""
     blocks, engine = fitting_blocks([Dense(units=9), Dense(units=9), Dense(units=9)], (9,)), fast(place.backend)
     square, zeros, kinds = np.linalg.qr(rng(0).standard_normal((9, 9)))[0], [place.put(np.zeros(9))] * 3, []
     for scales in TWO_SCALES:
@@ -137,7 +137,7 @@ def test_weights_that_leave_the_orthogonal_ones_get_other_factors_at_once(place,
         found = []
         for each in (engine, fast(place.backend)):
             batch = Batch(each, network, ForwardPass([], [], []), network.weights[0], begun=begin(each, network))
-            # Twice, as a step does that compares its updates.
+            # Ask twice, as a step that compares its updates does.
             for asking in (batch, batch.replaced(results="compared")):
                 if ridge is None:
                     factors = [asking.inverses[n] for n in (1, 2)]
@@ -154,7 +154,7 @@ def test_weights_that_leave_the_orthogonal_ones_get_other_factors_at_once(place,
 
 @pytest.mark.parametrize("near", [True, False])
 def test_a_round_trip_through_the_factors_of_a_network(place, near):
-    """More samples than units and fewer, by either kind of factors; `check_round_trip` has LU alone."""
+    """Test more samples than units, and fewer, with both kinds of factors; `check_round_trip` has only LU."""
     block = square_block(Dense(units=2, activation="leaky-relu"), (24,))
     w = well_conditioned(24, 1.2 if near else 20, 1) * (1.1 if near else 1)
     bias = rng(2).standard_normal(24)
@@ -226,7 +226,7 @@ def test_a_layer_that_hands_on_more_than_it_takes_has_no_square_form():
 
 
 def test_what_a_part_of_a_batch_asked_for_is_begun_with_the_next(place):
-    """Parts have workspaces beside the first, also after a first step."""
+    """The workspaces of a batch's parts tell the first workspace what they asked for, also after the first step."""
     blocks, engine = fitting_blocks([Dense(units=9), Dense(units=9)], (9,)), fast(place.backend)
     network = Network(blocks, [place.put(np.eye(9)) for _ in blocks], [place.put(np.zeros(9)) for _ in blocks])
     part, nothing = engine.beside(), ForwardPass([], [], [])

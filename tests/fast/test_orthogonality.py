@@ -16,7 +16,7 @@ from arraytp.options import SGD, Adam, Dense
 
 
 def excess(w):
-    """Return E of the smaller side."""
+    """Return E, of the order of W's smaller side."""
     gram = w.T @ w if len(w) > w.shape[1] else w @ w.T
     return gram - np.eye(len(gram))
 
@@ -26,7 +26,7 @@ def penalty(w, strength):
 
 
 def network_of(weights):
-    """Return a network that has these weights, of the blocks only what the regulariser asks."""
+    """Return a network with these weights, whose blocks have only the attribute that the regulariser reads."""
     blocks = tuple(SimpleNamespace(is_square=int(np.prod(w.shape[:-1])) == w.shape[-1]) for w in weights)
     return Network(blocks, list(weights))
 
@@ -50,7 +50,7 @@ def test_it_is_the_gradient_of_the_penalty(place, order):
 
 @pytest.mark.parametrize("shape", [(7, 3), (3, 7), (2, 2, 5, 6), (2, 2, 2, 11), (600, 9), (9, 600), (530, 520)])
 def test_of_any_other_matrix_it_is_the_gradient_of_the_smaller_penalty(place, shape):
-    """All blocks but the first; 600 and 530 are more than one part."""
+    """It acts on all blocks but the first; sides of 600 and 530 are cut into several parts."""
     w, g, v = rng(7).standard_normal((3, *shape))
     w /= max(shape) ** 0.5
     first, found = added(place, 0.7, [w, w], [g, g], on="all-but-first")
@@ -107,7 +107,7 @@ def test_a_step_goes_along_gradient_and_regulariser(optimizer):
 
 
 def test_errors_are_those_of_the_formula_and_computed_once(place):
-    """By the block's position; the host's hold the upper triangle, which is all that is read of them."""
+    """They are keyed by the block's number; on the host, only the upper triangle is computed and read."""
     weights = [rng(3, n).standard_normal((7 + n, 7)) for n in range(3)]
     network = network_of([place.put(w) for w in weights])
     errors = GramErrors(Workspace(place.backend, 2), network)
@@ -133,7 +133,7 @@ def test_the_plain_errors_give_the_same_regulariser(place):
 
 
 def test_the_number_of_threads_changes_no_bit():
-    """Of more than one part."""
+    """The matrix is large enough for several parts."""
     place = SimpleNamespace(put=np.array, get=np.array, backend=NUMPY)
     w, g = (rng(0).standard_normal((2, 700, 700)) / 26).astype("float32")
     close(added(place, 1.0, [w], [g], 1)[0], g + 4 * (w @ w.T - np.eye(700, dtype="float32")) @ w, 1e-5)

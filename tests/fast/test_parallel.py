@@ -1,4 +1,4 @@
-"""Tasks and slices."""
+"""Tasks, slices and workspaces."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ def test_even_slices_cover_everything_once_with_lengths_that_differ_by_one(count
 
 
 def test_workspaces_beside_have_arrays_of_their_own_which_the_first_counts_and_drops():
-    """A graph of all parts would else go on to use what has been dropped; and numbers are those of all."""
+    """Otherwise a graph of all parts would keep using dropped arrays. All share the arrays of `number`."""
     workspace = Workspace(threads=1)
     beside = [workspace.beside(), workspace.beside()]
     own, made, held = [each.of("a").array("b", (3,), float) for each in beside], workspace.made, workspace.nbytes()
@@ -82,7 +82,7 @@ def test_an_error_in_a_task_reaches_the_caller_and_the_workspace_goes_on(threads
 
 
 def test_an_error_ends_what_is_not_begun_and_waits_for_what_is():
-    """Else a thread would go on computing in the buffers of the step after, with BLAS's threads given back."""
+    """Otherwise a thread would still compute in the next step's buffers, with BLAS no longer held to one thread."""
     workspace, begun, done = Workspace(threads=2), threading.Event(), []
 
     def task():

@@ -1,4 +1,4 @@
-"""The fast passes equal the plain ones to rounding, on every place, and bit for bit on any number of threads."""
+"""The fast passes equal the plain ones up to rounding, on every place, and threads change no bit of them."""
 
 import gc
 import weakref
@@ -87,7 +87,7 @@ def test_drawn_networks_equal_the_plain_ones(place, blocks, count, seed):
 @given(data=st.data(), count=st.sampled_from([1, 3, 5]), seed=st.integers(0, 2**16))
 @settings(max_examples=20)
 def test_the_input_gradient_of_a_conv_block(place, activation, data, count, seed):
-    """The first block's, which no network asks for; all activations, pools and borders, both forms of the product."""
+    """Test it for a first block, which no network does; all activations, pools, borders and forms of the product."""
     layer = data.draw(conv_layers((activation,)))
     (block,) = fitting_blocks([layer], tuple(data.draw(st.integers(1, size)) for size in (9, 9, 3)))
     network, (x, _) = random_network((block,), seed), batch((block,), count, seed)
@@ -117,7 +117,7 @@ def test_named_networks_equal_the_plain_ones_on_odd_batches(name, count):
 @pytest.mark.parametrize("name", ["fc-shallow", "conv-imagenet"])
 @pytest.mark.parametrize("count", [1, 5])
 def test_square_networks_equal_the_plain_ones(name, count):
-    """On one place: they are large."""
+    """Test these large networks on the host only."""
     check_network(ON_HOST, named_blocks(name, square=True), count, 0)
 
 
@@ -129,7 +129,7 @@ def test_networks_with_auxiliary_units_equal_the_plain_ones(place, blocks, count
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_networks_equal_the_plain_ones_in_single_precision(place, name):
-    """1e-7 · √(sum lengths), and a unit that rounding puts on the other side of a kink."""
+    """The tolerance allows for 1e-7 · √(length of sums), and for a unit that rounding moves across a kink."""
     check_network(place, named_blocks(name), 3, 0, 1e-4, "float32")
 
 
@@ -165,7 +165,7 @@ def test_slices_and_lanes_of_every_length_add_up(monkeypatch, group, patches, ro
 
 
 def test_a_smaller_batch_after_a_larger_one_reads_no_leftovers(place):
-    """The last batch of an epoch is smaller: buffers keep the larger one's numbers beyond it."""
+    """The last batch of an epoch is smaller, and buffers keep the larger batch's numbers beyond its end."""
     layers = [
         Conv(channels=4, kernel=3, padding=1, activation="elu", pool=Pool(kernel=3, stride=2, padding=1)),
         Conv(channels=3, kernel=2, padding="same", stride=2, activation="tanh"),
@@ -195,7 +195,7 @@ def test_results_with_different_names_do_not_overwrite_each_other():
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(5, 7, 1030), (37, 41, 1030), (1030, 41, 37)])
 def test_the_product_is_the_matrix_product(place, rows, inner, columns):
-    """A small one in one piece, larger ones cut by columns or by rows."""
+    """Small products are computed in one piece, larger ones cut by columns or by rows."""
     a, b = rng(1).standard_normal((rows, inner)), rng(2).standard_normal((inner, columns))
     out = place.backend.xp.empty((rows, columns))
     passes.product(Workspace(place.backend, 2), place.put(a), place.put(b), out)
@@ -228,7 +228,7 @@ def test_images_are_copied_into_a_border_only_where_there_is_one(monkeypatch, la
 
 
 def test_what_a_batch_of_several_parts_has_computed_is_freed_with_it():
-    """Without waiting for the collector of cycles: factors and copies of all weights may be large."""
+    """It must not wait for the garbage collector of cycles, since factors and copies of all weights may be large."""
     network = random_network(fitting_blocks([Dense(units=3), Dense(units=2)], (4,)))
     lead = parts_of_batch([pass_of(network, rng(n).standard_normal((2, 4))) for n in range(3)])
     other, seen = lead.every[2], weakref.ref(lead)

@@ -1,4 +1,4 @@
-"""Feedback losses and local forward losses by central differences; G is the reverse of F where it can be."""
+"""Feedback losses and local forward losses by central differences; G is the adjoint of F where it can be."""
 
 import importlib.util
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_gradients_of_the_reconstruction_loss_match_finite_differences(name, act
 def test_the_gradient_of_the_difference_reconstruction_loss_matches_finite_differences(
     name, activation, unpool, engine
 ):
-    """Eq. 13, twice; G's bias cancels, so its derivative is 0."""
+    """The loss is twice that of Eq. 13; G's bias cancels, so its derivative is 0."""
     block, theta, (omega, bias), s = made(name, activation, 3)
     done = iteration("ldrl", at_block(block, theta, s, engine()), (omega, bias), SIGMA, unpool=unpool)
     epsilon, eta = done.noises["epsilon"], done.noises["eta"]
@@ -75,7 +75,7 @@ def test_the_gradient_of_the_difference_reconstruction_loss_matches_finite_diffe
 @ENGINES
 @pytest.mark.parametrize("unit", ["dense", "conv"])
 def test_the_gradient_of_direct_feedback_matches_finite_differences(unit, engine):
-    """(1/σ²) mean of ((Q ŷ_ε + s − Q ŷ) − (s + ε))² over batch and units, ŷ the network run on from s."""
+    """(1/σ²) mean of ((Q ŷ_ε + s − Q ŷ) − (s + ε))² over batch and units, ŷ the logits computed from s."""
     network = random_network(fitting_blocks([LAYERS[unit], Dense(units=4, activation="tanh")], SHAPES[unit]))
     at = pass_of(network, batch(network.blocks, 5)[0], engine=engine(), seed=4).at(1)
     q = rng(3).standard_normal((4, at.s[0].size))
@@ -115,7 +115,7 @@ def test_a_local_update_is_the_gradient_of_its_local_loss(name, activation, divi
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_with_the_forward_weight_and_accumulation_the_linear_module_is_the_adjoint(name):
-    """⟨F(x + v) − F(x), y⟩ = ⟨v, G y⟩ for linear f, v too small to change a maximum."""
+    """⟨F(x + v) − F(x), y⟩ = ⟨v, G y⟩ for linear f and v too small to change which elements are the maxima."""
     block, theta, _, s = made(name, "linear", 2)
     out, index = output(block, theta, s)
     v, y = 1e-6 * rng(1).standard_normal(s.shape), rng(2).standard_normal(out.shape)
@@ -149,7 +149,7 @@ def test_picking_is_the_adjoint_of_accumulating(name):
 
 @pytest.fixture(scope="module")
 def conditions():
-    """The script that prints the conditions of fixed-weight DTP."""
+    """Return the script that prints the conditions of fixed-weight DTP, as a module."""
     path = Path(__file__).parents[2] / "runs/benchmarks/fixed_weight_conditions.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -158,7 +158,7 @@ def conditions():
 
 
 def jacobian(function, x, step=1e-5):
-    """Return the dense Jacobian at x by central differences, a column a number of x."""
+    """Return the dense Jacobian at x by central differences, with one column per element of x."""
     columns = []
     for unit in np.eye(x.size).reshape(-1, *x.shape):
         columns.append((function(x + step * unit) - function(x - step * unit)).ravel() / (2 * step))

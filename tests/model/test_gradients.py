@@ -1,6 +1,6 @@
 """Gradients of blocks and of whole networks against central finite differences in float64, relative error below 1e-6.
 
-Kinks: see `gradients.check`; points that no step fits around would fail the test rather than pass it.
+For kinks, see `gradients.check`: a point too close to a kink for any step fails the test rather than passing it.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from arraytp.options import SGD, Dense
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_blas_thread():
-    """Thousands of small products: on a busy machine the threads of BLAS would mostly wait for each other."""
+    """Limit BLAS to one thread: on a busy machine, its threads would mostly wait for each other in small products."""
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         yield
 
@@ -61,7 +61,7 @@ def test_gradients_of_a_dense_block_match_finite_differences(activation, wide, u
 
 
 def check_network(network, x, labels, reduction, **settings):
-    """Check every weight and bias of BP's updates, in directions of their own."""
+    """Check BP's update of every weight and bias, each in a direction of its own."""
     _, updates = trainer(network, "bp", SGD(lr=1), threads=2).propose(x, labels, reduction)
     generator = rng(len(x), 5)
     for arrays, which in (("weights", 0), ("biases", 1)):
@@ -84,6 +84,6 @@ def test_gradients_of_a_drawn_network_match_finite_differences(reduction, blocks
 
 @pytest.mark.parametrize("name", NAMED)
 def test_gradients_of_a_named_network_match_finite_differences(name):
-    """Steps are small from the start: among the 92,000 pooled units of VGG some are close to a kink."""
+    """The first step is small because some of the 92,000 pooled units of VGG are close to a kink."""
     blocks = named_blocks(name)
     check_network(random_network(blocks), *batch(blocks, 2), "mean", first_step=4e-5)

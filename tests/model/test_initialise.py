@@ -21,7 +21,7 @@ def test_orthogonal_weights_have_orthonormal_rows_or_columns(shape):
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 5), (7, 4), (4, 7)])
 def test_the_sign_convention_makes_r_positive(rows, columns):
-    """Q is the one whose R = QᵀA has a positive diagonal: Gram-Schmidt's, whatever the QR routine does."""
+    """Q is Gram–Schmidt's, whose R = QᵀA has a positive diagonal, whatever signs the QR routine chooses."""
     a = np.random.default_rng(1).standard_normal((rows, columns))
     q = orthogonal(a)
     q, a = (q, a) if rows >= columns else (q.T, a.T)
@@ -34,7 +34,7 @@ def test_the_sign_convention_makes_r_positive(rows, columns):
 
 @pytest.mark.parametrize("shape", [(400, 100), (5, 5, 20, 30)])
 def test_xavier_normal_has_its_standard_deviation(shape):
-    """Relative error of a standard deviation of n numbers: 1/√(2n); four of them are allowed."""
+    """The standard deviation of n numbers has a relative error of 1/√(2n); four times that is allowed."""
     weight = initial_weight("xavier-normal", shape, 0, "init", 0)
     taps = int(np.prod(shape[:-2]))
     wanted = math.sqrt(2 / (taps * shape[-2] + taps * shape[-1]))

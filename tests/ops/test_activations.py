@@ -22,7 +22,7 @@ def test_values_are_the_definition(place, name):
 
 @pytest.mark.parametrize("name", ["elu", "tanh"])
 def test_single_precision_keeps_its_digits(place, name):
-    """ELU is computed through tanh; 2 ulp are 2.4e-7, also where exp(z) − 1 would cancel."""
+    """ELU is computed through tanh: its error is at most 2 ulp, 2.4e-7, even where exp(z) − 1 would cancel."""
     z = np.concatenate([-np.logspace(-30, 4, 500), np.linspace(-90, 90, 500)]).astype(np.float32)
     found = place.get(VALUES[name](place.put(z))).astype(np.float64)
     np.testing.assert_allclose(found, naive.each(naive.activation, z, name), rtol=2.5e-7)
@@ -30,7 +30,7 @@ def test_single_precision_keeps_its_digits(place, name):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_derivatives_are_the_definition(place, name):
-    """Derivatives are read off s; 1 − s² loses digits only where tanh is flat."""
+    """Derivatives are computed from s; 1 − s² loses digits only where tanh is flat."""
     z = POINTS[np.abs(POINTS) < 10]
     derivative = VALUES[name].derivative
     wanted = naive.each(naive.derivative, z, name)
@@ -91,7 +91,7 @@ def test_the_table_has_what_configs_have():
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_inverse_undoes_the_function(place, name):
-    """Where there is one: z comes back up to rounding of s, which saturation magnifies by 1/D."""
+    """Where an inverse exists, it returns z up to the rounding error of s, which saturation amplifies by 1/D."""
     activation, z = VALUES[name], apart((40,), 9)
     if activation.inverse is None:
         assert name == "relu"
@@ -105,7 +105,7 @@ def test_the_inverse_undoes_the_function(place, name):
 def test_the_range_is_that_of_the_values_and_what_lies_beyond_has_no_finite_inverse(name):
     activation = VALUES[name]
     low, high = activation.range
-    # Of numbers that do not saturate: s of −50 rounds to −1.
+    # Only for z at which f is not saturated: at −50, ELU rounds to −1.
     s = activation(np.linspace(-15, 15, 301))
     assert s.min() > low
     assert s.max() < high
@@ -126,7 +126,7 @@ def test_curved_and_flat_are_said_of_those_that_are(name):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_values_that_are_equal_after_the_bias_are_tied_before_it(place, name):
-    """Then max-pooling z finds the first of ReLU's zeros, as it would of f(z + b); other z stay as they are."""
+    """Then max-pooling z finds the first of ReLU's zeros, as max-pooling f(z + b) does; other z do not change."""
     z, bias = rng(10).standard_normal((1, 2, 3, 4)), rng(11).standard_normal(4)
     tied = place.backend.asarray(z.copy())
     VALUES[name].tie(tied, place.put(bias))
@@ -148,7 +148,7 @@ def test_a_nan_stays_a_nan(place):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_difference_is_that_of_the_values(place, name):
-    """From every point to every other one, over the kink and from it; 1e-15 is the rounding of values of size 1."""
+    """Test every pair of points, also across the kink and from it; 1e-15 is the rounding error of values of size 1."""
     s, shifted = (grid.ravel() for grid in np.meshgrid(POINTS, POINTS))
     found = place.get(VALUES[name].difference(place.put(s), place.put(shifted - s)))
     exact = naive.each(naive.activation, s + (shifted - s), name) - naive.each(naive.activation, s, name)
@@ -157,7 +157,7 @@ def test_a_difference_is_that_of_the_values(place, name):
 
 @pytest.mark.parametrize("name", ["linear", "leaky-relu", "elu", "tanh"])
 def test_a_difference_of_inverses_is_that_of_the_values(place, name):
-    """From every point of the range to every other one, over the kink and from it."""
+    """Test every pair of points of the range, also across the kink and from it."""
     z = np.array([-3.0, -1.5, -0.2, -1e-3, 0.0, 1e-3, 0.4, 2.0])
     s = np.array([naive.activation(value, name) for value in z])
     (s_from, s_to), (z_from, z_to) = ([grid.ravel() for grid in np.meshgrid(values, values)] for values in (s, z))
@@ -178,11 +178,11 @@ def test_a_small_difference_of_inverses_keeps_its_digits_in_single_precision(pla
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("size", [1e-3, 1e-12, 1e-30])
 def test_a_small_difference_keeps_its_digits_in_single_precision(place, name, size):
-    """f(s + δ) − f(s) itself would leave none of them: s + δ = s."""
+    """Subtracting f(s) from f(s + δ) would lose them all where s + δ rounds to s."""
     s = apart((40,), 7).astype(np.float32)
     delta = (size * rng(8).standard_normal(40)).astype(np.float32)
     found = place.get(VALUES[name].difference(place.put(s), place.put(delta)))
     slope = naive.each(naive.derivative, s, name)
-    # Curvature adds terms of the order of δ, relative to the first; 1 − tanh² loses two digits at s = 2.
+    # Curvature adds terms of relative order δ; 1 − tanh² loses two digits at s = 2.
     np.testing.assert_allclose(found, slope * delta, rtol=10 * size + 5e-6)
     assert found.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Routines called by address: what they compute is in test_excess.py and test_solve.py; here, what they refuse."""
+"""BLAS and LAPACK routines called by address: layout, refusals, threads (results: test_excess.py and test_solve.py)."""
 
 import threading
 
@@ -10,7 +10,7 @@ from arraytp.ops.blas import blas
 
 
 def test_a_row_major_array_is_its_transpose_to_a_routine():
-    """Parts of larger arrays, too: the leading dimension is that of the whole."""
+    """This also holds for parts of larger arrays, whose leading dimension is that of the whole array."""
     w, out = rng(1).standard_normal((6, 9)), np.zeros((5, 8))
     blas("syrk", "L", "T", 3, 4, 2.0, w[1:4, 2:6], 0.0, out[1:4, 3:6])
     wanted = np.zeros((5, 8))
@@ -31,9 +31,9 @@ def test_arrays_that_a_routine_would_misread_are_refused(out):
 
 
 def test_other_threads_go_on_while_a_routine_computes():
-    """With the interpreter's lock held, the other thread would not count before the routine is done.
+    """If the routine held the interpreter's lock, the other thread could not count before the routine is done.
 
-    On a busy machine the scheduler may not let it in during one routine: one of several is enough.
+    On a busy machine the other thread may get no core during a given call, so one of 20 calls is enough.
     """
     w, out, counted, done = np.ones((1500, 1500)), np.zeros((1500, 1500)), [0], threading.Event()
     while_computing = []
@@ -46,7 +46,7 @@ def test_other_threads_go_on_while_a_routine_computes():
     other.start()
     try:
         for _ in range(20):
-            # A routine that held the lock would be let in between two of Python's turns, 5 ms each: none passes in it.
+            # Python's threads take turns of 5 ms; if a routine held the lock, no turn would fall within it.
             before = counted[0]
             blas("syrk", "L", "T", 1500, 1500, 1.0, w, 0.0, out)
             while_computing.append(counted[0] - before)

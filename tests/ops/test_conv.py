@@ -1,4 +1,4 @@
-"""Convolution against loops, adjoint identities, finite differences, and its flipped form."""
+"""Convolution against loops, adjoint identities and finite differences, and its split form."""
 
 import gradients
 import naive
@@ -107,7 +107,7 @@ def test_a_one_pixel_kernel_is_a_dense_layer_on_every_pixel():
 
 
 def test_the_kernel_is_not_turned():
-    """A cross-correlation, as in every framework: a kernel of one tap moves the image towards that tap."""
+    """It is a cross-correlation, as in every framework: a kernel with one tap, above its centre, moves images down."""
     x = rng(1).standard_normal((1, 4, 4, 1))
     weight = np.zeros((3, 3, 1, 1))
     weight[0, 1] = 1

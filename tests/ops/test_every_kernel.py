@@ -1,4 +1,4 @@
-"""Every kernel of a device against its array code, at sizes off a block's, and on numbers that are hard on a kernel."""
+"""Device kernels against array code, at sizes that are not multiples of a thread block's, and on difficult numbers."""
 
 import inspect
 
@@ -21,18 +21,18 @@ POOLS = [None, make_window(HEIGHT, WIDTH, 2, 2, 0), make_window(HEIGHT, WIDTH, 3
 WINDOWS = [*POOLS[1:], make_window(HEIGHT, WIDTH, 1, 3, 0)]
 UNPOOLS = ("overwrite", "accumulate")
 HARD = ("wide", "tied", "huge", "tiny", "nan", "inf", "strided")
-# A network has a weight, and a batch an image.
+# Empty arrays do not occur here: a network has at least one weight, and a batch at least one image.
 NEVER_EMPTY = ("collapse", "sgd", "adam", "loss_and_score")
 
 
 class Draw:
-    """Arrays of a place, the same ones on the host and on a device."""
+    """Draws a backend's arrays, with the same numbers on the host and on a device."""
 
     def __init__(self, backend, dtype, kind):
         self.xp, self.dtype, self.kind, self.backend, self._drawn = backend.xp, np.dtype(dtype), kind, backend, 0
 
     def __call__(self, *shape, positive=False):
-        """Return an array of the kind: a ninth of its numbers are hard ones."""
+        """Return an array of the kind; if that is "nan" or "inf", about a ninth of its numbers are NaN or infinite."""
         self._drawn += 1
         generator = rng(11, self._drawn)
         values = generator.standard_normal(shape)
@@ -62,7 +62,7 @@ def shapes(window, n):
 
 
 def maxima(draw, window, n):
-    """Return the places of a pool's maxima, some shared by windows."""
+    """Return the positions of a pool's maxima, some of which windows share."""
     before, after = shapes(window, n)
     if window is None:
         return None
@@ -93,7 +93,7 @@ def activate(draw, n):
                 out, index = draw.room(*after), draw.room(*after, dtype=np.uint8)
                 kernels.activate(f, window, z, bias, out, None if window is None else index, base)
                 yield out
-                # On the host the maximum of a window with NaN, which ends a run, or of nothing but −inf has no place.
+                # On the host, a window with NaN, which ends a run, or with −inf alone has no index of a maximum.
                 if draw.kind not in ("nan", "inf"):
                     yield index
 
@@ -140,7 +140,7 @@ def collapse(draw, n):
         omega, theta, v = (draw(2, 2, n or 1, n) for _ in range(3))
         if draw.kind == "strided":
             omega, v = (draw.xp.ascontiguousarray(array) for array in (omega, v))
-        # Larger ones diverge.
+        # With larger coefficients, the iterations diverge.
         c, b = (draw.xp.minimum(draw(2, 2, 1, n, positive=True), 1) for _ in range(2))
         if kernels.has_kernels(omega):
             kernels.collapse(omega, theta, v if momentum else None, c, b, momentum, 1e-3, 5)
@@ -152,7 +152,7 @@ def collapse(draw, n):
                 speed = momentum * speed + c * w - b * theta
                 w = w - 1e-3 * speed
             omega, v = w.astype(draw.dtype), speed.astype(draw.dtype) if momentum else v
-        # Where iterations subtract infinite numbers, their power adds them.
+        # Iterations may subtract infinite numbers where the matrix power adds them, so infinity counts as NaN.
         yield from (draw.xp.where(draw.xp.isfinite(array), array, array.dtype.type(np.nan)) for array in (omega, v))
 
 
@@ -221,14 +221,14 @@ EVERY = {
 
 
 def test_every_kernel_is_here():
-    """Those of the file, and the two that are beside what they compute."""
+    """`EVERY` holds the kernels of kernels.py, and the two that are in the modules of what they compute."""
     public = {name for name, each in vars(kernels).items() if inspect.isfunction(each) and name[0] != "_"}
     own = {name for name in public if getattr(kernels, name).__module__ == kernels.__name__}
     assert own - {"has_kernels", "kernel"} | {"counter_normal", "loss_and_score"} == EVERY.keys()
 
 
 def scattered(t, index, window, mode="accumulate"):
-    """Return `max_unpool` by places, as the host does: times 0, NaN and inf would reach the other places, too."""
+    """Return `max_unpool` by scattering, as on the host: products with 0 would spread NaN and inf to other pixels."""
     out = np.empty((len(t), window.height, window.width, t.shape[-1]), t.dtype)
     scatter = pool.max_unpool_scatter if mode == "overwrite" else pool.max_pool_scatter
     corner = pool.window_corners(len(t), window, t.shape[-1])
@@ -260,7 +260,7 @@ def test_every_kernel_is_its_array_code(name, dtype, tolerance, monkeypatch):
 
 @pytest.mark.parametrize("operation", ["im2col", "activate"])
 def test_indices_are_wide_where_any_array_is(monkeypatch, operation):
-    """Fewer patches than pixels, or more windows than pixels, must not make 32 bits do for the larger array."""
+    """Whichever of input and output is larger must decide whether 32-bit indices suffice."""
     names = []
     monkeypatch.setattr(kernels, "has_kernels", lambda _: True)
     monkeypatch.setattr(kernels, "kernel", lambda _, name, *given: names.append(name) or (lambda *given: None))

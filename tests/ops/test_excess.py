@@ -1,4 +1,4 @@
-"""E = WWᵀ − I in parts, its norm, and its product: against the plain formula, on every place."""
+"""E = WWᵀ − I in parts, its norm, and its product with W: against the plain formula, on host and device."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def excess_of(place, w, cuts=()):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("order", "cuts"), [(1, ()), (7, ()), (7, (3,)), (40, (1, 12, 39))])
 def test_rows_of_the_excess_are_the_formulas(place, order, cuts, dtype):
-    """On the host above the diagonal, with zeros below."""
+    """On the host, only the entries on and above the diagonal are computed; those below are 0."""
     w = rng(order).standard_normal((order, order)).astype(dtype)
     wanted = w @ w.T - np.eye(order, dtype=dtype)
     found = place.get(excess_of(place, w, cuts))

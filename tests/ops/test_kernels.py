@@ -1,6 +1,6 @@
-"""Fused kernels of a device against their array twins on the host; on the double it is the twin that runs.
+"""Fused device kernels against their array code on the host; on the strict double, the array code runs instead.
 
-`test_every_kernel.py` goes on with sizes and numbers that are hard on a kernel.
+`test_every_kernel.py` adds sizes and numbers that are difficult for a kernel.
 """
 
 import itertools

@@ -74,7 +74,7 @@ def test_the_smoothed_cross_entropy_is_least_at_the_smoothed_labels():
 
 
 def test_a_whole_step_down_the_squared_error_has_the_one_hot_label_as_target():
-    """What target propagation with β = 1 makes of it: t^N = s^N − ∂L/∂s^N = y."""
+    """This is the output target of target propagation with β = 1: t^N = s^N − ∂L/∂s^N = y."""
     logits, labels = drawn(5, 4, 3)
     forward, backward = LOSSES["mse"]
     _, cache = forward(logits, labels, "sum", 0.0)
@@ -135,7 +135,7 @@ def test_a_nan_among_the_logits_is_never_right(place):
     rank = place.get(label_rank(place.put(logits), labels))
     assert rank[2] == 0
     assert min(rank[:2]) > 1000
-    # With fewer classes than five, all others are among the first five.
+    # With fewer than five classes, a label without NaN in its row is always among the first five.
     assert place.get(loss_and_score("mse", place.put(logits), labels, "mean").totals)[1:].tolist() == [1, 1]
 
 
@@ -143,7 +143,7 @@ SCORED = [(1, 1), (1, 3), (7, 10), (16, 32), (31, 33), (33, 1025)]
 
 
 def scored(place, name, logits, labels, *settings):
-    """Return loss, gradient and totals of host arrays, on the host."""
+    """Put host arrays on the place, and return loss, gradient and totals as host arrays."""
     loss, dlogits, totals = loss_and_score(name, place.put(logits), place.put(labels), *settings)
     assert loss.shape == ()
     assert (loss.dtype, dlogits.dtype, totals.dtype) == (logits.dtype, logits.dtype, "float64")
@@ -163,7 +163,7 @@ def scored_by_definition(name, logits, labels, reduction, smoothing):
 @REDUCTIONS
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 3e-6)])
 def test_loss_gradient_and_score_at_once_are_each_of_them(place, name, smoothing, reduction, dtype, tolerance):
-    """Logits whose exponentials are 0 or infinite, and of few values, so that many are equal; the host's to the bit."""
+    """Test logits with exponentials of 0 or infinity, and with many ties; results match to the bit except on CuPy."""
     for count, classes in SCORED:
         logits, labels = drawn(count, classes, 4)
         for each in (logits.astype(dtype) for logits in (np.rint(logits), logits - 2000, 1000 * logits)):
@@ -195,10 +195,10 @@ def test_the_loss_of_a_part_is_its_share_in_the_mean(place, name, smoothing):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_what_is_not_a_number_reaches_loss_and_gradient_and_is_never_right(place, name, smoothing, bad):
-    """Of the label's logit and of another one, in the first and in a later lane of classes."""
+    """Test the label's logit and another one, among the first 32 classes and beyond."""
     for count, classes, label in ((3, 4, 0), (3, 4, 2), (5, 40, 35), (5, 40, 0)):
         logits, labels = drawn(count, classes, 6)
-        # It would be the first class otherwise.
+        # Without the bad logit, the label would rank first.
         labels[1], logits[1, label] = label, 50
         logits[1, 35 % classes] = bad
         wanted = scored_by_definition(name, logits, labels, "mean", smoothing)
@@ -212,7 +212,7 @@ def test_what_is_not_a_number_reaches_loss_and_gradient_and_is_never_right(place
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("label", [-1, 7])
 def test_a_label_of_no_class_makes_a_devices_loss_nan(name, label):
-    """A device's labels are not looked at before: what comes of them must not be a number."""
+    """Labels on a device are not checked beforehand, so the loss of an invalid one must be NaN."""
     cupy = pytest.importorskip("cupy")
     logits, labels = drawn(3, 7, 7)
     labels[1] = label

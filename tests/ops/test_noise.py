@@ -1,4 +1,4 @@
-"""Noise is a function of its key, not of the order of calls; on the host nor of how a batch is cut."""
+"""Noise is a function of its key, not of the order of calls, nor of how a batch is cut."""
 
 import itertools
 
@@ -42,7 +42,7 @@ def test_the_words_are_philoxs():
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-14)])
 @pytest.mark.parametrize("shape", [(1,), (7, 3), (50, 41)])
 def test_a_device_has_the_numbers_that_the_host_computes_from_the_key(device, shape, dtype, tolerance):
-    """To the rounding of ln, cos and sin: what a device trained with can be had again without one."""
+    """Up to the rounding of ln, cos and sin, a device's noise can be reproduced without a device."""
     found = drawn(shape, sigma=0.3, dtype=dtype, backend=device.backend)
     wanted = counter_normal(np.empty(shape, dtype), 0.3, counter_key(7, 2, 3), number=1)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
@@ -56,7 +56,7 @@ def test_the_key_of_a_counter_has_64_bits():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("cuts", [[CHUNK], [3 * CHUNK, CHUNK, 2 * CHUNK], [5, 6, 40], [CHUNK - 1, 3 * CHUNK + 1]])
 def test_parts_have_the_numbers_that_they_have_in_the_whole(computer, cuts, dtype):
-    """Cut at chunks or within, drawn in any order: each rank draws the noise of its own samples alone."""
+    """Cuts may be within chunks, and parts drawn in any order: each rank draws only the noise of its own samples."""
     whole, bounds = drawn(dtype=dtype, backend=computer.backend), sorted({0, *cuts, SHAPE[0]})
     order = sorted(itertools.pairwise(bounds), key=lambda part: part[0] * 7 % 11)
     for start, stop in order:

@@ -1,4 +1,4 @@
-"""Norms of rows against the formula in double precision, where squares overflow or vanish, and of rows of zeros."""
+"""Row norms against the formula in double precision, also where squares overflow or vanish, and of rows of zeros."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_norms_are_the_formulas_whatever_the_size(place, dtype, size):
 
 
 def test_a_row_of_zeros_is_told_and_has_the_norm_1(place):
-    """So that a quotient by it is finite."""
+    """The norm 1 keeps quotients by it finite."""
     rows = rng(2).standard_normal((4, 3))
     rows[[1, 3]] = 0
     found, zero = row_norms(place.put(rows))
@@ -30,7 +30,7 @@ def test_a_row_of_zeros_is_told_and_has_the_norm_1(place):
 
 
 def test_what_is_below_the_least_normal_number_counts_as_zero(place):
-    """Of a subnormal number few digits are left, and its inverse is infinite."""
+    """A subnormal number has few digits left, and its reciprocal may be infinite."""
     rows = np.full((1, 3), np.finfo("float32").tiny / 4, "float32")
     found, zero = row_norms(place.put(rows))
     assert place.get(zero).all()

@@ -77,7 +77,7 @@ def test_the_scatter_of_the_host_is_the_backward_pass(case):
 
 @pytest.mark.parametrize("size", [1, 4, 5, 7, 8])
 def test_a_diverged_map_comes_through_the_backward_pass_as_nan(size):
-    """All NaN: no element equals the maximum, and the place of none must not be looked up beyond the image."""
+    """If all elements are NaN, none equals the maximum; its index must not be looked up beyond the image."""
     window = make_window(size, size, 3, 2, 1)
     _, index = max_pool_forward(np.full((2, size, size, 3), np.nan), window)
     dout = np.full(index.shape, np.nan)
@@ -160,7 +160,7 @@ def test_unpooling_is_the_loop(place, mode, case):
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_the_unpooling_scatter_of_the_host_overwrites_bit_for_bit(kernel, stride, padding):
-    """Every overlap; two rounds, since workspaces are used again."""
+    """Test every kind of overlap, and twice, since workspaces are reused."""
     if 2 * padding > kernel:
         pytest.skip("no such pool")
     window = make_window(7, 6, kernel, stride, padding)

@@ -1,4 +1,4 @@
-"""Solving with square matrices: against products, NumPy's condition number, and on every place."""
+"""Solving with W, or with its smaller Gram matrix: against products, NumPy's inverses and its condition number."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def test_solutions_times_the_matrix_are_the_right_hand_sides(place, order, rows,
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("float64", 1e-12)])
 def test_solving_with_an_orthogonal_matrix_is_multiplying_with_its_transpose(place, dtype, tolerance):
-    """In float32 only refinement gets there: the triangular factors alone lose two digits at order 600."""
+    """In float32 this takes iterative refinement: the triangular factors alone lose two digits at order 600."""
     w = well_conditioned(600, 1, 0).astype(dtype)
     y = rng(3).standard_normal((5, 600)).astype(dtype)
     found = place.get(right_solve(factor(place.put(w)), place.put(y)))
@@ -69,7 +69,7 @@ LOPSIDED[:, 0] += 100
     ids=["orthogonal", "large orthogonal", "small", "ill", "rows and columns apart", "columns and rows apart", "one"],
 )
 def test_the_condition_number_is_estimated_within_its_norms(place, w):
-    """It is that of the largest row sum, and estimated from below."""
+    """The condition number is that of the norm of the largest row sum, and is estimated from below."""
     exact = np.linalg.cond(w, np.inf)
     assert exact / 1.5 <= float(condition(factor(place.put(w)))) <= exact * 1.001
 
@@ -77,7 +77,7 @@ def test_the_condition_number_is_estimated_within_its_norms(place, w):
 @given(order=st.integers(2, 40), number=st.sampled_from([1, 1e3, 1e8]), seed=st.integers(0, 999))
 @settings(max_examples=40)
 def test_a_device_estimates_the_condition_number_as_well_as_lapack(device, order, number, seed):
-    """Seen in 1000 draws: never below 0.72 of LAPACK's. Both estimate from below."""
+    """In 1000 draws it was never below 0.72 of LAPACK's estimate. Both estimate from below."""
     w = well_conditioned(order, number, seed)
     found, lapack = float(condition(factor(device.put(w)))), float(condition(factor(w)))
     assert lapack * 0.5 <= found <= np.linalg.cond(w, np.inf) * 1.001
@@ -99,7 +99,7 @@ def test_a_matrix_that_is_not_finite_has_no_condition_number(place):
 
 
 def near_orthogonal(order, norm, seed=0, lopsided=False):
-    """Return W with ‖WWᵀ − I‖ of this norm: in all directions alike, or all of it in one that W shrinks."""
+    """Return W with this ‖WWᵀ − I‖, spread evenly over all directions or, if lopsided, in one that W shrinks."""
     left, right = (np.linalg.qr(rng(seed, 4, i).standard_normal((order, order)))[0] for i in (0, 1))
     excess = rng(seed, 5).choice([-1.0, 1], order) * norm / order**0.5
     if lopsided:
@@ -129,7 +129,7 @@ def test_a_cholesky_factor_solves_as_lu_and_numpy_do(place, order, norm):
 @pytest.mark.parametrize("norm", [0, 0.05, 0.3, NEAR_ORTHOGONAL])
 @pytest.mark.parametrize("lopsided", [False, True])
 def test_up_to_the_limit_a_cholesky_factor_loses_no_digit_of_a_float32(norm, lopsided):
-    """Measured at order 300: 3e-7 for every norm, for rows of no direction and for those that W⁻¹ blows up most."""
+    """Measured at order 300: 3e-7 for every norm, both for random rows and for the row that W⁻¹ amplifies most."""
     place = SimpleNamespace(put=np.array, backend=NUMPY)
     w = near_orthogonal(300, norm, lopsided=lopsided).astype("float32")
     weak = np.linalg.svd(w.astype("float64"))[2][-1:]
@@ -144,7 +144,7 @@ def test_up_to_the_limit_a_cholesky_factor_loses_no_digit_of_a_float32(norm, lop
 @pytest.mark.parametrize("ridge", [0.0, 0.1])
 @pytest.mark.parametrize("near", [True, False])
 def test_the_pseudo_inverse_is_that_of_the_singular_values(place, shape, ridge, near):
-    """With r = 0 it is Moore's and Penrose's; W near a semi-orthogonal matrix has a Cholesky factor, any other LU."""
+    """With r = 0 it is the Moore–Penrose inverse. A nearly semi-orthogonal W has a Cholesky factor, any other LU."""
     u, sigma, v = np.linalg.svd(rng(*shape).standard_normal(shape), full_matrices=False)
     sigma = np.linspace(0.9, 1.1, len(sigma)) if near else sigma
     w = np.ascontiguousarray((u * sigma) @ v)

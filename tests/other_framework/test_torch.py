@@ -87,7 +87,7 @@ def test_the_loss_matches_torchs(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_matches_torchs(name, reduction, smoothing):
-    """Of the squared error PyTorch's mean is over the classes too, and without the ½."""
+    """PyTorch's mean squared error also averages over the classes, and lacks the factor ½."""
     logits, labels = 3 * rng(1).standard_normal((9, 7)), rng(2).integers(0, 7, 9)
     forward, backward = LOSSES[name]
     loss, cache = forward(logits, labels, reduction, smoothing)
@@ -129,7 +129,7 @@ def test_pooling_breaks_ties_and_pads_as_torch_does(kernel, stride, padding):
 
 
 def trajectories(optimizer, make, steps=12):
-    """Return parameters after some steps here and there, under gradients that depend on the parameters."""
+    """Return parameters after some steps by arraytp and by PyTorch, with gradients that depend on the parameters."""
     start, centre = rng(1).standard_normal((4, 3)), rng(2).standard_normal((4, 3))
     theta, there = start.copy(), tensor(start, grad=True)
     state, twin = init_optimizer(optimizer, [theta]), make([there])
@@ -195,7 +195,7 @@ def test_the_step_schedule_is_torchs():
     [((5, 5, 8, 16), lambda: torch.nn.Conv2d(8, 16, 5)), ((300, 70), lambda: torch.nn.Linear(300, 70))],
 )
 def test_kaiming_uniform_has_the_bounds_of_torchs_layers(shape, layer):
-    """Largest numbers of the two approach the one bound 1/√fan_in from below, within 1/count of it."""
+    """In both, the largest of `count` numbers is below the bound 1/√fan_in by a relative distance of about 1/count."""
     torch.manual_seed(0)
     twin = layer()
     weight, bias = (draw("kaiming-uniform", shape, 0, "init", 0) for draw in (initial_weight, initial_bias))

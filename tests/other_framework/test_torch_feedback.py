@@ -38,7 +38,7 @@ def module(block, weight, bias, t, indices):
     """Return G(t): MaxUnpool2d, ELU, ConvTranspose2d or Linear."""
     if indices is not None:
         pool, size = block.pool, block.pre_shape[:2]
-        # Channels first in memory, where one thread writes a whole map: else the winner of a pixel is a matter of luck.
+        # Channels first in memory, so that one thread writes a whole map: else it is undefined which window comes last.
         t, indices = t.contiguous(), indices.contiguous()
         t = functional.max_unpool2d(t, indices, pool.kernel, pool.stride, pool.top, output_size=size)
     a = functional.elu(t) if block.activation.name == "elu" else t
@@ -67,7 +67,7 @@ BLOCKS = [(name, n) for name in NAMES for n in range(1, len(named_blocks(name)))
 
 @pytest.mark.parametrize(("name", "n"), BLOCKS)
 def test_ldrls_gradient_matches_autograd(name, n):
-    """Unpooling overlapping windows, PyTorch overwrites in row-major order as the authors' code does."""
+    """When it unpools overlapping windows, PyTorch overwrites in row-major order, as the authors' code does."""
     block, done, theta, omega, s, noises = case("ldrl", name, n)
     epsilon, eta = noises["epsilon"], noises["eta"]
     clean, indices = block_of(block, *theta, s)
@@ -96,7 +96,7 @@ def test_dtps_gradients_match_autograd(name, n):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drls_gradients_match_autograd(name):
-    """The network is run on from s^n + ε by PyTorch."""
+    """PyTorch computes the logits from s^n + ε."""
     blocks = named_blocks(name)
     network, (x, _) = random_network(blocks), batch(blocks, COUNT)
     one = pass_of(network, x, **KEY)

@@ -1,7 +1,7 @@
-"""A trace is enough: PyTorch's autograd recomputes every number of a step from the file alone, in float64.
+"""A trace is sufficient: PyTorch's autograd recomputes every number of a step from the file alone, in float64.
 
-Nothing of arraytp computes here. A block's layer comes from the config text in the file, its arrays by name. Each
-number is recomputed from the numbers before it; ω and θ are followed from the first to the last value.
+No code of arraytp computes here. A block's layer is read from the config text in the file, its arrays by name. Each
+number is recomputed from those before it, and ω and θ are followed from their first to their last value.
 """
 
 import h5py
@@ -172,11 +172,11 @@ class Trace:
         return self.arrays[name]
 
     def weights(self, kind, n, group="weights"):
-        """Return weight and bias, which is None where there is none."""
+        """Return weight and bias; the bias is None if there is none."""
         return self[f"{group}/{kind}/{n}/weight"], self.arrays.get(f"{group}/{kind}/{n}/bias")
 
     def passed(self, n):
-        """Return what s^n passes on: without auxiliary units, which the config counts apart if the net is squared."""
+        """Return s^n without auxiliary units, whose number the config in the file gives for every block."""
         if n == 0:
             return self.x
         block = self.blocks[n - 1]
@@ -206,13 +206,13 @@ def affine(block, x, weight, bias=0):
 
 
 def transposed(block, a, weight, like):
-    """Return ω ∘ a: the adjoint of the affine map, as autograd finds it; it can be differentiated once more."""
+    """Return ω ∘ a, the adjoint of the affine map, by autograd; it can be differentiated once more."""
     x = torch.zeros_like(like).requires_grad_()
     return torch.autograd.grad((affine(block, x, weight) * a).sum(), x, create_graph=True)[0]
 
 
 def forward(block, x, weight, bias):
-    """Return z, s^{n+1}, and the maxima's places in the image of z."""
+    """Return z, s^{n+1}, and the positions of the maxima in the image of z."""
     z = affine(block, x, weight, bias)
     return z, *pooled(block, ACTIVATION[block["activation"]](z))
 
@@ -228,7 +228,7 @@ def pooled(block, s):
 
 
 def unpool(t, index, like, mode):
-    """Put values at the maxima; of several for one pixel the last one counts, or their sum."""
+    """Put values at the maxima; where several windows share a pixel, the last value counts, or the sum."""
     if index is None:
         return t
     flat, places = t.permute(0, 3, 1, 2).flatten(2), index.flatten(2)
@@ -268,7 +268,7 @@ def difference_loss(trace, n, omega, noise):
 
 
 def expected_loss(trace, n, omega):
-    """σ²/B Σ (−2 ⟨∂Fᵀ, ∂G⟩ + ‖∂G‖²), the Jacobians of the whole batch, diagonal in the samples."""
+    """Return σ²/B Σ (−2 ⟨∂Fᵀ, ∂G⟩ + ‖∂G‖²), with Jacobians of the whole batch, block-diagonal in the samples."""
     s, theta = trace.input(n), trace.weights("forward", n)
     _, s_next, index = forward(trace.blocks[n], s, *theta)
     df = torch.autograd.functional.jacobian(lambda x: forward(trace.blocks[n], x, *theta)[1], s)
@@ -280,7 +280,7 @@ def expected_loss(trace, n, omega):
 
 
 def run_on(trace, n, s):
-    """Return the logits of the network run on from s^n."""
+    """Return the logits computed from s^n."""
     for m in range(n, len(trace.blocks)):
         s = forward(trace.blocks[m], s, *trace.weights("forward", m))[1]
     return s
@@ -295,7 +295,7 @@ def direct_loss(trace, n, omega, noise):
 
 
 def phi(trace, logits):
-    """Return what direct feedback takes: the logits, or tanh(logits R)."""
+    """Return the input of direct feedback: the logits, or tanh(logits R)."""
     return torch.tanh(logits @ trace["weights/feedback/0/weight"]) if trace.rule["hidden"] else logits
 
 
@@ -306,7 +306,7 @@ def jacobians(trace, n):
 
 
 def expected_direct_loss(trace, n, omega):
-    """The mean over batch and units of ‖J_bᵀ Q − I‖²: the loss's limit for small noise, averaged over it."""
+    """Return ‖J_bᵀ Q − I‖² averaged over batch and units: the mean of the loss over small noise, in the limit."""
     residual = jacobians(trace, n).transpose(1, 2) @ omega[0] - torch.eye(omega[0].shape[1], dtype=omega[0].dtype)
     return (residual**2).sum() / trace.batch / omega[0].shape[1]
 
@@ -362,7 +362,7 @@ def output_gradient(trace):
 
 
 def local_gradients(trace, n, ds):
-    """Return the gradients of Σ ds ⊙ (what s^{n+1} passes on), ds constant, of block n's own weight and bias."""
+    """Return the gradients of block n's weight and bias: of Σ ds ⊙ s^{n+1} without auxiliary units, ds constant."""
     weight, bias = (parameter.clone().requires_grad_() for parameter in trace.weights("forward", n))
     _, s, _ = forward(trace.blocks[n], trace.input(n), weight, bias)
     wanted = trace.passed(n + 1)
@@ -388,7 +388,7 @@ def chained(trace, carriers):
 
 
 def gait_inverse(trace, n, rows):
-    """Return rows · W⁻¹ added back to the places that the patches came from, of the block's input's shape."""
+    """Return rows · W⁻¹, in the shape of the block's input: patches are added up where they came from."""
     block, (weight, _) = trace.blocks[n], trace.weights("forward", n)
     matrix = weight.reshape(-1, weight.shape[-1])
     patches = torch.linalg.solve(matrix.T, rows.reshape(-1, len(matrix)).T).T
@@ -457,7 +457,7 @@ def pseudo_targets(trace):
 
 
 def gauss_newton_targets(trace):
-    """Yield δ of every block's output, by Jacobians of the network run on."""
+    """Yield δ of every block's output, from the Jacobians of the logits."""
     e, last = trace.batch * output_gradient(trace), len(trace.blocks) - 1
     for n in reversed(range(last + 1)):
         if n == last:
@@ -470,7 +470,7 @@ def gauss_newton_targets(trace):
 
 
 def ridge_targets(trace):
-    """Yield δ of every block's output; of the least squares problem, the rows of W stacked on √r I."""
+    """Yield δ of every block's output; the ridge inverse solves a least-squares problem with Wᵀ stacked on √r I."""
     rule, f_range = trace.rule, {"tanh": (-1, 1), "elu": (-1, float("inf"))}
     delta = -rule["beta"] * trace.batch * output_gradient(trace)
     for n in reversed(range(len(trace.blocks))):
@@ -553,7 +553,7 @@ def check_activations(trace):
 
 
 def signed(trace):
-    """Check B's signs after the step's setting, and its magnitudes before and after."""
+    """Check B's signs after the step has set them, and its magnitudes before and after."""
     for n in range(1, len(trace.blocks)):
         weight, _ = trace.weights("forward", n)
         before, after = (trace[f"{place}/feedback/{n}/weight"] for place in ("weights", "weights_after"))
@@ -644,7 +644,7 @@ def check_closed_form(trace, n):
         theta = trace.weights("forward", n)[0]
         check(scale * (start * trace[f"{group}/M"] - theta * trace[f"{group}/N"]), gradient_at(start))
     if trace.rule["expected"] == "optimum":
-        # The least squares solution of least norm, of whose gradient rounding is left.
+        # The least-squares solution of least norm, whose gradient is 0 up to rounding.
         check(after, torch.linalg.lstsq(each.transpose(1, 2).flatten(0, 1), stacked_identity(each), driver="gelsd")[0])
         assert gradient_at(after).abs().max() < 1e-9 * gradient_at(start).abs().max()
     else:
@@ -727,7 +727,7 @@ def test_every_number_of_a_step_can_be_recomputed_from_the_file_alone(dataset, t
 @pytest.mark.parametrize("rule", ["bp", "gait-prop literal", "tp", "ldrl", "drl"])
 @pytest.mark.parametrize("loss", [{"name": "mse"}, {"label_smoothing": 0.1}, {"name": "mse", "label_smoothing": 0.2}])
 def test_every_kind_of_rule_starts_from_the_gradient_of_the_configs_loss(dataset, tmp_path, rule, loss):
-    """Output targets and updates; the warm-up's first step is a fifth of a step at the full rate."""
+    """Check output targets and updates; the first step of the warm-up has a fifth of the full rate."""
     options, (layers, *_) = RULES[rule]
     sections = {"loss": loss, "schedule": {"name": "step", "epochs": [1], "warmup_steps": 5}}
     assert traced(tmp_path / "t.h5", build(config(dataset, options, layers, **sections))) == ""

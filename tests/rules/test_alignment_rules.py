@@ -1,6 +1,6 @@
 """Sign symmetry, Kolen–Pollack, weight mirror and alignment losses: identities, definitions, fixed points.
 
-All of them are FA with a B that changes; FA itself is in test_rules.py.
+All of them are FA with a B that changes; FA itself is tested in test_rules.py.
 """
 
 import itertools
@@ -52,7 +52,7 @@ def runner(rule, place=None, layers=LAYERS, shape=SHAPE, optimizer=SGD(lr=0.1), 
 
 
 def stepped(made, place, count, steps=3):
-    """Train on batches of their own."""
+    """Take each training step on a new batch, and yield its number afterwards."""
     blocks = made.network.blocks
     for step in range(steps):
         x, labels = batch(blocks, count, step)
@@ -94,7 +94,7 @@ def test_b_has_the_signs_of_w_in_every_step(place, magnitude):
         if magnitude == "unit":
             assert all((size == c).all() for size in sizes)
         else:
-            # Mean square c² of a Gaussian; five standard deviations of the estimate.
+            # The Gaussian's mean square is c²; its estimate may be off by five standard deviations.
             deviation = c**2 * math.sqrt(2 / sizes[0].size)
             assert all(abs((size**2).mean() - c**2) < 5 * deviation for size in sizes)
             same = [np.array_equal(a, b) for i, a in enumerate(sizes) for b in sizes[:i]]
@@ -102,7 +102,7 @@ def test_b_has_the_signs_of_w_in_every_step(place, magnitude):
 
 
 def test_magnitudes_of_a_batch_depend_on_seed_and_batch_alone():
-    """A resumed run, which has seen so many batches, draws on as if it had not stopped."""
+    """Otherwise a resumed run would draw other magnitudes than a run that was never interrupted."""
     made, other = (runner("sign-symmetry", magnitude="batch") for _ in range(2))
     x, labels = batch(made.network.blocks, 6)
     _, one = made.forward(x, labels)
@@ -133,7 +133,7 @@ def test_the_difference_of_w_and_b_shrinks_by_exactly_1_minus_lambda_a_step(plac
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_step_that_both_get_is_the_optimisers(place, optimizer):
-    """Without decay W moves as under FA with the same updates; with it, W loses λ of itself besides."""
+    """W moves as under FA with the same updates, except that in every block but the first it also decays by λW."""
     plain_fa, made = (
         runner(rule, place, optimizer=OPTIMIZERS[optimizer], feedback_init="xavier-normal", **options)
         for rule, options in (("fa", {}), ("kolen-pollack", {"decay": 0.25}))
@@ -165,7 +165,7 @@ def test_b_equal_to_w_stays_so_and_trains_as_bp_with_decoupled_decay():
 
 
 def mean_derivative(activation, mean, deviation):
-    """Return E f'(z) of z ~ N(mean, deviation²), by Gauss–Hermite quadrature, or exactly for ReLU's step."""
+    """Return E f'(z) for z ~ N(mean, deviation²), by Gauss–Hermite quadrature, or exactly for ReLU."""
     if activation == "relu":
         return norm.cdf(mean / deviation)
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
@@ -181,7 +181,7 @@ def mean_derivative(activation, mean, deviation):
     ids=["dense", "conv"],
 )
 def test_the_mean_update_of_the_mirror_is_sigma_squared_w_times_the_mean_derivative(layer, activation):
-    """Stein's lemma; the error of a Monte Carlo mean falls as 1/√n. The pool has no part in it."""
+    """By Stein's lemma. The error of the Monte Carlo mean falls as 1/√n; the mirror ignores the pool."""
     layers = (
         [Dense(units=4), Dense(units=5), Dense(units=3)] if layer.type == "dense" else [layer, layer, Dense(units=3)]
     )
@@ -196,7 +196,7 @@ def test_the_mean_update_of_the_mirror_is_sigma_squared_w_times_the_mean_derivat
     _, one = made.forward(x, labels)
     iterate = weight_mirror.begin(made.options, one.at(1), sigma, 10**6)
     drawn = np.stack([-iterate(made.state, k, False).gradients["weight"] for k in range(1024)])
-    # Standard deviations of the mean over 1024 batches: the largest of few dozen elements is within five.
+    # In standard errors of the mean over 1024 batches: even the largest element is within five.
     deviations = (drawn.mean(axis=0) - wanted) / (drawn.std(axis=0) / math.sqrt(len(drawn)))
     assert np.abs(deviations).max() < 5
     errors = [np.sqrt(np.mean((drawn.reshape(-1, n, *W.shape).mean(axis=1) - wanted) ** 2)) for n in (4, 16, 64)]
@@ -205,7 +205,7 @@ def test_the_mean_update_of_the_mirror_is_sigma_squared_w_times_the_mean_derivat
 
 
 def test_the_mirrors_step_is_the_papers(place):
-    """B ← (1 − λ) B + η xᵀy / rows with λ = lr · weight_decay and η = lr, and x the noise that is reported."""
+    """B ← (1 − λ) B + η xᵀy / rows with λ = lr · weight_decay, η = lr and x the noise that the observer gets."""
     training = FeedbackTraining(iterations=1, sigma=0.5, optimizer=SGD(lr=0.3, weight_decay=0.2))
     made = runner("weight-mirror", place, feedback=training)
     x, labels = batch(made.network.blocks, 6)
@@ -241,7 +241,7 @@ def carried(block, B, y):
 
 
 def regulariser(name, block, B, W, x, y):
-    """Return a primitive by its definition, by loops."""
+    """Return the value of a primitive, by loops over its definition."""
     rows = y.size // y.shape[-1]
     return {
         "decay": lambda: (B**2).sum() / 2,
@@ -270,7 +270,7 @@ def test_each_primitive_has_the_gradient_of_its_definition(name, n, engine):
     assert (B * gradient).sum() / degree == pytest.approx(value(B), rel=1e-12)
     for seed in range(3):
         v = rng(6, seed).standard_normal(B.shape)
-        # At most quadratic in B: a central difference has no error but rounding.
+        # The primitives are at most quadratic in B, so a central difference is exact up to rounding.
         slope = (value(B + 0.5 * v) - value(B - 0.5 * v)) / 1
         assert (v * gradient).sum() == pytest.approx(slope, rel=1e-9, abs=1e-12)
 
@@ -320,7 +320,7 @@ def test_symmetric_alignment_walks_to_its_fixed_point_at_the_rate_of_its_closed_
 
 
 def test_information_alignment_rests_at_the_ridge_solution_of_a_dense_block():
-    """−α xᵀy + βB + γ B yᵀy = 0 over B samples: B = α xᵀy (β I + γ yᵀy)⁻¹."""
+    """−α xᵀy + βB + γ B yᵀy = 0, averaged over the samples, gives B = α xᵀy (β I + γ yᵀy)⁻¹."""
     training = FeedbackTraining(iterations=1, optimizer=SGD(lr=0.1))
     made = runner("alignment", alpha=0.6, beta=0.4, gamma=0.3, loss="ia", feedback=training)
     x, labels = batch(made.network.blocks, 9)
@@ -336,7 +336,7 @@ def test_information_alignment_rests_at_the_ridge_solution_of_a_dense_block():
 
 
 def test_on_noise_the_loss_wm_is_the_weight_mirror():
-    """With x ~ N(0, σ²) in place of the batch's activations the two rules have one gradient, but for the decay."""
+    """With x ~ N(0, σ²) in place of the batch's activations, both rules have the same gradient, apart from decay."""
     made = runner("weight-mirror")
     x, labels = batch(made.network.blocks, 4)
     _, one = made.forward(x, labels)
@@ -351,7 +351,7 @@ def test_on_noise_the_loss_wm_is_the_weight_mirror():
 
 @pytest.mark.parametrize("rule", FAMILY)
 def test_auxiliary_units_have_no_part_in_the_updates(rule):
-    """FA runs on networks with them, so do its relatives."""
+    """FA runs on networks with auxiliary units, so its relatives must too."""
     layers = [replace(LAYERS[0], auxiliary=1), replace(LAYERS[1], auxiliary=2), *LAYERS[2:]]
     made = runner(rule, layers=layers, **FAMILY[rule])
     x, labels = batch(made.network.blocks, 5)
@@ -374,7 +374,7 @@ def test_a_list_of_another_length_is_refused(rule):
 
 @pytest.mark.parametrize("rule", ["kolen-pollack", "weight-mirror", "alignment sa"])
 def test_b_turns_towards_w_and_the_updates_towards_bp(rule):
-    """What each of them is for, on a small network and few batches of one size."""
+    """This is the purpose of these rules, tested here on a small network by 60 steps on one batch."""
     options = {
         "kolen-pollack": {"decay": 0.03},
         "weight-mirror": {"feedback": replace(weight_mirror.Options().feedback, iterations=20)},
@@ -396,7 +396,7 @@ def test_b_turns_towards_w_and_the_updates_towards_bp(rule):
 
 
 def test_a_mirror_takes_two_products_an_iteration():
-    """θ ∘ x and x ⋆ y; nothing is computed once a batch."""
+    """They are θ ∘ x and x ⋆ y; the iterations on a batch share no product."""
     made = runner("weight-mirror")
     products = 2 * sum(map(block_flops, made.network.blocks[1:]))
     assert RULES["weight-mirror"].feedback.flops(made.options, made.network) == products

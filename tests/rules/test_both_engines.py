@@ -1,7 +1,7 @@
 """One training step by the fast and by the plain engine, from the same state: every rule, every kind of network.
 
-The plain engine is the primitives as they read, on the whole batch; the fast one works in slices, lanes and gathered
-products. A rule that is wrong in one of them only would train otherwise without a word.
+The plain engine computes the primitives as they are defined, on the whole batch; the fast one works in slices, lanes
+and gathered products. An error in only one of them would silently change the training.
 """
 
 from dataclasses import replace
@@ -16,9 +16,9 @@ from arraytp.model.initialise import make_network
 from arraytp.options import SGD, Conv, Dense, FeedbackTraining, Pool
 from arraytp.rules import RULES
 
-# Sums in another order, 1e-16 · √terms, and what a step makes of them.
+# Sums in another order differ by 1e-16 · √terms, which a step amplifies.
 ROUNDING = 1e-12
-# The literal form divides differences by its γ in every block.
+# Factors on the tolerance: the literal form divides differences, and their rounding errors, by its γ in every block.
 LOSSY = {"gait-prop literal vanilla": 1000, "gait-prop literal not rescaled": 1000}
 NETS = {
     "lenet-like": ([
@@ -96,7 +96,7 @@ def squared(case):
 
 
 def drawn(layers, shape, case, near):
-    """Return a network: for a rule that inverts near semi-orthogonal weights, square ones if need be, or not near."""
+    """Return a network with square weights if the case needs them, and with nearly semi-orthogonal ones if `near`."""
     blocks = fitting_blocks(layers, shape)
     if not near and not squared(case):
         return random_network(blocks)

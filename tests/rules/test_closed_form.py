@@ -1,7 +1,7 @@
 """Feedback in closed form: N and M, the K-th power, and DRL's Jacobians, against iterations and sums written out.
 
-What silently goes wrong without: a velocity that is not what K steps leave shows only on the next batch; a tap that
-counts pixels outside the image turns ω by a few degrees; a Jacobian of the wrong class still descends.
+Errors here would go unnoticed in training: a velocity that is not the one K steps leave shows only on the next batch; a
+tap that counts pixels outside the image turns ω by a few degrees; a Jacobian of the wrong class still descends.
 """
 
 from itertools import product
@@ -40,7 +40,7 @@ def state_of(network, optimizer, direct=False):
         state.weights[n] = 0.3 * generator.standard_normal(shape)
         feedback.init_moments(state, n, optimizer)
         for moment in state.moments[n, "weight"]:
-            # Of the second moment, which must not be negative, as well as of the velocity.
+            # Not negative, because this is not only the velocity but also Adam's second moment.
             moment[...] = 0.1 * generator.random(shape)
     return state
 
@@ -93,7 +93,7 @@ def plain_pass(network, x):
 @pytest.mark.parametrize("output_noise", ["sampled", "expected"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_expected_gradient_is_the_limit_of_sampled_ones(layer, output_noise):
-    """The mean over small noises goes to a ω − b θ as one over the root of their number."""
+    """The mean over n small noises tends to a ω − b θ, with an error of the order of 1/√n."""
     block, theta, omega, s = made(layer, "elu", 4)
     sigma, samples = 1e-5, 400
     at = at_block(block, theta, s, plain(), seed=3)
@@ -110,7 +110,7 @@ def test_the_expected_gradient_is_the_limit_of_sampled_ones(layer, output_noise)
 @pytest.mark.parametrize("engine", [plain, fast])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_output_noise_in_expectation_is_exact_where_f_is_linear(layer, engine):
-    """With the same ε at any σ, what sampling η changes has the mean 0: in gradients and losses."""
+    """For the same ε and any σ, sampling η changes gradients and losses by terms with mean 0."""
     block, theta, omega, s = made(layer, "linear", 4)
     sigma, samples = 0.5, 200
     drawn = {}
@@ -248,7 +248,7 @@ def test_drls_optimum_is_where_the_expected_gradient_is_zero():
 
 @pytest.mark.parametrize(("rule", "expected"), [("ldrl", True), ("drl", True), ("drl", "optimum")])
 def test_a_closed_form_of_what_is_not_finite_has_a_loss_that_is_not_finite_and_no_error_of_its_own(rule, expected):
-    """The loop says where it began; NumPy's SVD and a bound on the rate would not."""
+    """The training loop reports where the NaN began; an error of NumPy's SVD or of the bound on the rate would not."""
     blocks = named_blocks("lenet")
     network, (x, _) = random_network(blocks), batch(blocks, 4)
     network.weights[0][...] = np.nan
@@ -259,7 +259,7 @@ def test_a_closed_form_of_what_is_not_finite_has_a_loss_that_is_not_finite_and_n
 
 
 def test_closed_forms_run_on_a_device_without_reading_back(device):
-    """As on the host; what is read back would raise on the strict double."""
+    """The results are the host's; an implicit conversion to a host array would raise on the strict double."""
     blocks = named_blocks("lenet")
     host, (x, _) = random_network(blocks), batch(blocks, 4)
     for rule, direct in (("ldrl", False), ("drl", True)):
@@ -281,7 +281,7 @@ def test_closed_forms_run_on_a_device_without_reading_back(device):
 
 
 def test_an_outer_product_is_the_gradient_of_the_transposed_map():
-    """⟨x, ω ∘ d⟩ is linear in ω: its gradient, tap by tap, is x ⋆ d."""
+    """⟨x, ω ∘ d⟩ is linear in ω, and its gradient is x ⋆ d."""
     block, _, omega, s = made("strided", "linear", 3)
     d = rng(9).standard_normal((3, *block.pre_shape))
     at = at_block(block, (omega[0], np.zeros(block.weight_shape[-1])), s)
@@ -291,7 +291,7 @@ def test_an_outer_product_is_the_gradient_of_the_transposed_map():
 
 @pytest.mark.parametrize("rule", ["dtp", "ldrl", "drl"])
 def test_the_orthogonality_regulariser_is_refused_for_feedback(rule):
-    """It would be taken and have no effect: it is θ's."""
+    """It would be accepted but have no effect, since it acts on θ only."""
     settings = options(rule, SGD(lr=0.1, orthogonality=1.0))
     with pytest.raises(UserError, match=r"rule\.feedback\.optimizer\.orthogonality: 1"):
         RULES[rule].check(settings, named_blocks("lenet"), "float64", "mean")

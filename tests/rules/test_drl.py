@@ -1,4 +1,4 @@
-"""DRL on a small net by hand: its feedback loss, its steps of Adam, its targets and updates."""
+"""DRL on a small network against formulas written out: its feedback loss, Adam's steps, its targets and updates."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ ROUNDING = 1e-12
 
 
 def logits_from(network, n, s):
-    """Run the dense rest of the network, written out."""
+    """Return the logits computed from s^n, by the dense blocks written out."""
     for weight, bias, block in list(zip(network.weights, network.biases, network.blocks, strict=True))[n:]:
         s = s.reshape(len(s), -1) @ weight + bias
         s = np.tanh(s) if block.activation.name == "tanh" else s
@@ -27,7 +27,7 @@ def logits_from(network, n, s):
 
 
 def test_updates_equal_those_worked_out_by_hand(place):
-    """t = s + Q(t^N) − Q(s^N); dense: (1/B) Σ 2D(s − t) outer input; conv: the mean over batch and units as well."""
+    """t = s + Q(t^N) − Q(s^N); dense: (1/B) Σ 2D(s − t) outer input; conv: also averaged over units."""
     network, (x, labels) = random_network(BLOCKS), batch(BLOCKS, 6)
     runner = trainer(placed(network, place.put), "drl", SGD(lr=1), place.backend, 2, eta=0.3)
     _, found = runner.propose(place.put(x), place.put(labels))
@@ -59,7 +59,7 @@ def test_updates_equal_those_worked_out_by_hand(place):
 
 
 def test_feedback_equals_the_one_worked_out_by_hand(place):
-    """Two batches of two and one iterations: Algorithm 2, weight decay, and Adam with rates of its own."""
+    """Algorithm 2 with weight decay and Adam, rates per block; two batches, each two iterations on Q¹ and one on Q²."""
     optimizer = Adam(lr=(0.01, 0.03), beta1=0.8, epsilon=(1e-3, 1e-5), weight_decay=0.1)
     sigma, iterations = (0.2, 0.1), (2, 1)
     options = drl.Options(feedback=FeedbackTraining(iterations=iterations, sigma=sigma, optimizer=optimizer))
@@ -76,7 +76,7 @@ def test_feedback_equals_the_one_worked_out_by_hand(place):
         m, u = np.zeros_like(q), np.zeros_like(q)
         for t in range(2 * iterations[i]):
             number, k = divmod(t, iterations[i])
-            # The noise of s^n has the number of the block that s^n comes from in its key.
+            # The key of s^n's noise contains n − 1, the number of the block whose output is s^n.
             epsilon = place.get(gaussian(place.backend.xp.empty(s.shape), sigma[i], 0, 3, number, n - 1, k, 0))
             change = logits_from(network, n, s + epsilon) - forward.logits
             residual = change @ q - epsilon.reshape(6, -1)
@@ -112,7 +112,7 @@ def test_noise_below_the_rounding_of_single_precision_is_worth_a_note():
     "options", [{"loss": "reconstruction"}, {"hidden": 6}, {"loss": "reconstruction", "hidden": 6}]
 )
 def test_control_and_a_random_hidden_layer_equal_those_worked_out_by_hand(place, options):
-    """The gradient of the loss as it reads, by central differences; targets by φ of target and output."""
+    """Gradients against central differences of the loss written out; targets from φ of the output and of its target."""
     network, (x, _), sigma = random_network(BLOCKS), batch(BLOCKS, 6), 0.1
     there = placed(network, place.put)
     settings = drl.Options(eta=0.7, **options)

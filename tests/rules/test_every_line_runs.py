@@ -1,7 +1,7 @@
-"""The rule that one reads is the rule that runs: `arraytp run` executes every line of every algorithm in arraytp/rules.
+"""The code that one reads is the code that runs: `arraytp run` executes every line of every algorithm in arraytp/rules.
 
-A twin of a rule somewhere else, or a branch that no setting reaches, would leave lines here that nothing executes. What
-is not an algorithm, or is asked by others than a step, is listed below.
+If a rule were implemented a second time elsewhere, or had a branch that no setting reaches, some lines would never be
+executed. Functions that are not part of an algorithm, or that a step does not call, are listed below.
 """
 
 import ast
@@ -26,24 +26,24 @@ SOURCES = sorted(path for path in FOLDER.glob("*.py") if path.name != "__init__.
 
 # By file: functions that a step does not call, and why.
 NOT_OF_A_STEP = {
-    # Of the bench: operations.
+    # Called by the benchmark, which counts operations.
     "bp.py": {"flops"},
     "fa.py": {"flops"},
     "dfa.py": {"flops", "direct_flops"},
     "weight_mirror.py": {"feedback_flops", "check"},
     "alignment.py": {"feedback_flops"},
-    # Of the plan, before a run: refusals and notes. Of the audit: the loss that `local_update` is the gradient of.
+    # Called by the plan before a run, for refusals and notes, or by the audit: the loss that `local_update` descends.
     "dtp.py": {"flops", "feedback_flops", "check", "local_loss"},
     "ldrl.py": {"feedback_flops", "check"},
     "ldrl_parallel.py": {"feedback_flops"},
     "drl.py": {"flops", "_q_flops", "feedback_flops", "check", "local_loss"},
     "ridge_tp.py": {"check"},
     "gnt.py": {"check", "check_jacobians", "flops"},
-    # Of the audit: units that a nudge takes across a kink.
+    # Also called by the audit: `crossings` counts units that a nudge takes across a kink.
     "gait_prop.py": {"flops", "check", "check_pseudo", "crossings"},
-    # Refuses rates at which the iterations diverge.
+    # Its error is reached only at rates at which the iterations diverge.
     "collapse.py": {"check_converges"},
-    # Of the plan; of the bench; of a study; of a device alone.
+    # Called by the plan, by the benchmark, by a study, or on a device only.
     "feedback.py": {
         "_adam_rates",
         "check_feedback",
@@ -54,11 +54,11 @@ NOT_OF_A_STEP = {
         "feedback_products",
         "only_block",
     },
-    # Names for files; copies and updates for the audit and studies.
+    # Names for files; copies and updates for the audit and for studies.
     "protocol.py": {"Options.name", "State.copy", "Rule.name", "Rule.inverts", "Rule.propose"},
 }
-# The trace asks for no target after the last block's. A device has one kernel for the iterations, and its own loss;
-# Adam's numbers lie in its memory. These numbers are finite.
+# Lines that these runs do not reach. The trace takes one target per block and asks for no more. Only a device has a
+# kernel for all iterations, takes that form of the loss, and holds Adam's numbers. All numbers here are finite.
 UNASKED = {
     ("feedback.py", "step_feedback", "sizes = [_adam_rates(descent, n, k, parameters[0])]"),
     ("gait_prop.py", "targets", "return"),
@@ -127,14 +127,14 @@ STEPS = {
     "ridge-tp": {"name": "ridge-tp"},
     "ridge-tp linearised": {"name": "ridge-tp", "activation": "linearised"},
 }
-# A trace watches feedback training and writes the targets down.
+# Also traced, because a trace observes feedback training and asks GAIT-prop for its targets.
 TRACED = ("gait-prop literal", "gait-prop difference", "gait-prop difference not rescaled", "ldrl overwrite",
           "ldrl expected")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Return the lines of each file of arraytp/rules that one step of every rule executes, by the command line."""
+    """Return, for each file of arraytp/rules, the lines executed by one step of every rule from the command line."""
     folder = tmp_path_factory.mktemp("lines")
     _pack(folder / "data")
     lines: dict[str, set[int]] = {path.name: set() for path in SOURCES}
@@ -155,10 +155,10 @@ def executed(tmp_path_factory):
         return of_line
 
     patch = pytest.MonkeyPatch()
-    # Drawing takes a second.
+    # Drawing the figures would take a second.
     patch.setattr("arraytp.commands.run.write_figures", lambda *_: None)
     former = sys.gettrace()
-    # The threads that share a step's work are made while it is traced.
+    # The threads that share a step's work start below, and must be traced too.
     threading.settrace(of_frame)
     sys.settrace(of_frame)
     try:
@@ -197,7 +197,7 @@ def _write(path, folder, rule):
 
 
 def functions_of(path: Path) -> dict[str, set[int]]:
-    """Return by qualified name the lines of every function of a file, with those of functions within it."""
+    """Return, by qualified name, the lines of every function of a file, including those of nested functions."""
     source = path.read_text(encoding="utf-8")
     definitions = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
     result: dict[str, set[int]] = {}
@@ -205,12 +205,12 @@ def functions_of(path: Path) -> dict[str, set[int]]:
     def walk(code: CodeType, inside: str | None) -> None:
         for inner in (constant for constant in code.co_consts if isinstance(constant, CodeType)):
             name = inside
-            # Bodies of classes run at import; a lambda at the top level is a field of a rule.
+            # Class bodies, which run at import, and top-level lambdas, which are fields of a rule, do not count.
             if inside is None and inner.co_flags & inspect.CO_OPTIMIZED and not inner.co_name.startswith("<"):
                 name = inner.co_qualname
             if name is not None:
                 lines = {line for *_, line in inner.co_lines() if line is not None}
-                # The line of `def` itself is the prologue's.
+                # The line of `def` belongs to the prologue, not to the body.
                 result.setdefault(name, set()).update(
                     lines - {inner.co_firstlineno} - (definitions - lines_within(inner))
                 )
@@ -221,7 +221,7 @@ def functions_of(path: Path) -> dict[str, set[int]]:
 
 
 def lines_within(code: CodeType) -> set[int]:
-    """Return the lines on which functions within a function are defined: they are statements of its own."""
+    """Return the lines on which nested functions are defined: they are statements of the outer function."""
     return {inner.co_firstlineno for inner in code.co_consts if isinstance(inner, CodeType)}
 
 
@@ -249,7 +249,7 @@ FAST = sorted(Path(next(iter(arraytp.fast.__path__))).glob("*.py"))
 
 @pytest.mark.parametrize("path", FAST, ids=lambda path: path.name)
 def test_nothing_of_the_fast_engine_knows_a_rule(path):
-    """Neither by import nor by name: what is fast is the primitives, whatever a rule makes of them."""
+    """It neither imports nor names a rule: it speeds up the primitives, whatever a rule does with them."""
     source = path.read_text(encoding="utf-8")
     imported = {
         alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names

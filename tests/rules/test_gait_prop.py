@@ -1,4 +1,4 @@
-"""GAIT-prop: against BP, against a net worked out on paper, literal against difference form, and at its edges."""
+"""GAIT-prop: against BP, against a net worked out on paper, literal against difference form, and edge cases."""
 
 from dataclasses import replace
 
@@ -85,7 +85,7 @@ def test_with_orthogonal_weights_it_is_bp(name, form, dtype, seed):
     ("name", "dtype"), [("fc-shallow", "float32"), ("conv-imagenet", "float32"), ("conv-imagenet", "float64")]
 )
 def test_the_papers_networks_start_as_bp(name, dtype):
-    """The difference form in float32 as well: the solves are refined."""
+    """In the difference form this holds in float32 too, because its solves are refined."""
     blocks = named_blocks(name, square=True)
     network = make_network(blocks, "orthogonal", 0, dtype)
     x, dlogits = (array.astype(dtype) for array in error_of(network, 3))
@@ -97,7 +97,7 @@ def test_the_papers_networks_start_as_bp(name, dtype):
 @pytest.mark.parametrize("activation", ["leaky-relu", "linear", "elu", "tanh"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_two_forms_agree_with_any_weights(name, activation):
-    """Tolerance: γ of 1e-7 beside 1 leaves nine digits of t − a; ELU and tanh bend by as much."""
+    """Tolerance: with γ = 1e-7, t − a keeps nine digits; for ELU and tanh the forms also differ in first order of γ."""
     network = skewed(square_blocks(name, activation))
     if activation == "tanh":
         network.weights = [0.3 * w for w in network.weights]
@@ -116,9 +116,9 @@ def test_the_two_forms_agree_with_any_weights(name, activation):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("number", [1.2, 5.0])
 def test_the_difference_form_is_bp_with_the_inverse_in_place_of_the_transpose(place, name, number):
-    """Feedback alignment does that with W⁻¹ᵀ, from NumPy, as its fixed matrices; weights near orthogonal ones and not.
+    """The reference is feedback alignment with NumPy's W⁻¹ᵀ as its fixed matrices; W is nearly orthogonal, or not.
 
-    Their singular values run from 1.1 down to 1.1 / 1.2, or from 2 to 2 / 5.
+    Its singular values run from 1.1 down to 1.1 / 1.2, or from 2 down to 2 / 5.
     """
     network = skewed(square_blocks(name), number=number)
     if number < 2:
@@ -149,7 +149,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_two_forms_agree_with_every_option(options):
-    """The squared norm gives a small δ a large γ, so that every second layer's nudge is as large as a: linear here."""
+    """With the squared norm, small δ get a large γ, and every second nudge is as large as a: linear f for this case."""
     network = skewed(square_blocks("overlapping", "linear" if options.norm == "l2_squared" else None))
     x, dlogits = error_of(network)
     assert not any(crossings_of(options, network, x, dlogits))
@@ -163,7 +163,7 @@ def test_the_two_forms_agree_with_every_option(options):
 
 
 def hand_sized():
-    """Return two dense layers 1 → 2 → 2 of which the output passes one unit on, with everything worked out.
+    """Return two dense layers 1 → 2 → 2, the second of which passes one unit on, and the updates worked out by hand.
 
     x = 1, W⁰ = (1, −2), b = 0: z⁰ = (1, −2), a⁰ = (1, −0.2), D⁰ = (1, 0.1).
     W¹ = (2 1; 0 4), its inverse (0.5 −0.125; 0 0.25): z¹ = a⁰W¹ = (2, 0.2), linear; the logit is 2.
@@ -193,7 +193,7 @@ def test_a_net_worked_out_on_paper(place, form, normalise):
 
 
 def test_the_operations_of_the_net_worked_out_on_paper():
-    """A product with one entry of W is 2. dW takes 2·1·2 and, of the one passed unit, 2·2·1; W⁻¹ 2·2·2 or 2·2·1."""
+    """Each entry of W in a product costs 2: dW 2·1·2 and, for the one unit passed on, 2·2·1; W⁻¹ 2·2·2 or 2·2·1."""
     network, *_ = hand_sized()
     assert gait_prop.flops(Options(), network) == 4 + 4 + 8
     assert gait_prop.flops(Options(form="difference"), network) == 4 + 4 + 4
@@ -241,7 +241,7 @@ def test_a_sample_without_error_changes_nothing(place, name, options):
 @pytest.mark.parametrize(("dtype", "small"), [("float32", 1e-24), ("float64", 1e-170)])
 @pytest.mark.parametrize("norm", ["l2", "l2_squared"])
 def test_a_square_that_vanishes_makes_no_gamma_infinite(norm, dtype, small):
-    """Beside it a sample with an error of 1; γ = 1 means a = t."""
+    """The batch also has a sample whose errors are 1. γ = 1 stands for a = t."""
     blocks = square_blocks("dense")
     delta = np.ones((2, *blocks[0].out_shape), dtype)
     delta[0] = small
@@ -267,7 +267,7 @@ def test_errors_too_small_to_be_squared_give_finite_updates(place, norm):
 
 def test_units_across_the_kink_are_counted_and_cost_the_literal_form_its_equality():
     network, x, dlogits, _ = hand_sized()
-    # z¹ = (0.0001, …) of a leaky output: a target 0.2 lower, nudged by γ = 0.1, is on the other side.
+    # The leaky output has z¹ = (0.0001, …): a nudge by γ = 0.1 towards a target 0.2 lower crosses the kink.
     network.blocks = fitting_blocks(
         [Dense(units=2, activation="leaky-relu"), Dense(units=2, auxiliary=1, activation="leaky-relu")], (1,)
     )
@@ -302,7 +302,7 @@ def test_a_singular_layer_is_an_error_with_its_name(form):
 )
 @pytest.mark.parametrize("unit", [0, -1])
 def test_a_saturated_unit_is_an_error_with_its_block_and_value(place, activation, value, said, unit):
-    """Passed on or auxiliary: the inverse takes all units together."""
+    """This holds for units passed on and for auxiliary ones, since the inverse needs all units."""
     network = skewed(square_blocks("dense"))
     network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation=ACTIVATIONS[activation]))
     network.biases[2][unit] = value
@@ -320,7 +320,7 @@ def test_a_saturated_unit_is_an_error_with_its_block_and_value(place, activation
 
 
 def test_a_target_nudged_out_of_the_range_is_an_error():
-    """t = a − ½ ∂L is 3 above a tanh unit near 0; γ = 0.5 moves it by 1.5."""
+    """The target t = a − ½ ∂L is 3 above a tanh unit near 0, so γ = 0.5 nudges the unit to about 1.5."""
     network = skewed(square_blocks("dense", "tanh"))
     network.blocks = (*network.blocks[:2], replace(network.blocks[2], activation=ACTIVATIONS["tanh"]))
     network.weights[2] *= 0.01
@@ -346,7 +346,7 @@ def test_the_literal_form_in_single_precision_is_worth_a_note():
 @pytest.mark.parametrize("options", [Options(), Options(form="difference")])
 @pytest.mark.parametrize("name", ["dense", "overlapping"])
 def test_the_number_of_threads_changes_no_bit(name, options, near):
-    """With weights near orthogonal ones, inverted by Cholesky factors, and with others."""
+    """Test nearly orthogonal weights, which are inverted by Cholesky factors, and others."""
     blocks = square_blocks(name)
     network = make_network(blocks, "orthogonal", 0, "float64") if near else skewed(blocks)
     x, dlogits = error_of(network)
@@ -387,14 +387,14 @@ TABLE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "normalise", "form", "dtype", "least", "greatest"), TABLE)
 def test_the_table_of_precisions(name, normalise, form, dtype, least, greatest):
-    """docs/math/gait-prop.md: the vanilla literal form is lost with six hidden layers, γ⁶ = 1e-18; batch 64."""
+    """See docs/math/gait-prop.md: with six hidden layers, γ⁶ = 1e-18, rounding drowns the vanilla literal form."""
     angle = first_angle(name, 64, dtype, Options(normalise=normalise, form=form))
     assert least <= angle <= greatest
 
 
 @pytest.mark.parametrize(("normalise", "least", "greatest"), [(False, 60, 120), (True, 0, 1e-3)])
 def test_six_layers_need_normalisation_in_the_literal_form(normalise, least, greatest):
-    """The table in small: 60 units a layer."""
+    """The same effect as in the table, with 60 units per layer."""
     layers = [*(Dense(units=60, activation="leaky-relu") for _ in range(6)), Dense(units=60, auxiliary=50)]
     network = make_network(plan_blocks(layers, (80,)), "orthogonal", 0, "float64")
     x, dlogits = error_of(network)

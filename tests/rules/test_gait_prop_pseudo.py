@@ -23,7 +23,7 @@ from arraytp.training.build import build
 from arraytp.training.compare import angle_degrees, relative_distance
 
 PSEUDO = Options(inverse="pseudo")
-# Overlapping and other pools; matrices with more rows than columns and fewer; more samples than rows, and fewer.
+# Overlapping and other pools; matrices with more rows than columns, and with fewer; more samples than rows, and fewer.
 LAYERS = {
     "pooled": ([Conv(channels=4, kernel=3, padding=1, activation="elu", pool=Pool(kernel=3, stride=2, padding=1)),
                 Conv(channels=5, kernel=3, padding="same", activation="relu", pool=Pool(kernel=2, stride=2)),
@@ -39,7 +39,7 @@ def updates_of(rule, options, network, x, dlogits, engine=None, state=None):
 
 
 def images_of(name, count, dtype):
-    """Return Fashion-MNIST images as lenet takes them, or within a border of zeros and as three channels for vgg."""
+    """Return Fashion-MNIST images: as they are for lenet, with a border of zeros and in three channels for vgg."""
     loader = Loader(open_dataset("fashion-mnist-10k"), "test", count, seed=0, shuffle=False, dtype=dtype,
                     mean=(0.286,), std=(0.353,))  # fmt: skip
     with closing(loader.batches(0)) as batches:
@@ -52,7 +52,7 @@ def images_of(name, count, dtype):
 @pytest.mark.parametrize(("name", "count"), [("lenet", 8), ("vgg", 3)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_with_semi_orthogonal_weights_the_papers_pooled_networks_learn_as_by_bp(name, count, dtype):
-    """No auxiliary units, real images: what exact inverses cannot do at all."""
+    """Test on real images. Exact inverses cannot be used at all, as the networks have pools or no auxiliary units."""
     x = images_of(name, count, dtype)
     network = make_network(plan_network(NetworkOptions(name=name), x.shape[1:], 10), "orthogonal", 0, dtype)
     dlogits = rng(8).standard_normal((count, 10)).astype(dtype)
@@ -76,7 +76,7 @@ def pseudo_feedback(network, ridge=0.0):
 
 
 def near(network):
-    """Return the network with matrices whose singular values run from 0.9 to 1.1."""
+    """Return the network with matrices whose singular values run from 0.95 to 1.05."""
     for n, w in enumerate(network.weights):
         u, sigma, v = np.linalg.svd(as_matrix(w), full_matrices=False)
         network.weights[n] = np.ascontiguousarray((u * np.linspace(0.95, 1.05, len(sigma))) @ v).reshape(w.shape)
@@ -88,7 +88,7 @@ def near(network):
 @pytest.mark.parametrize("count", [1, 6, 60])
 @pytest.mark.parametrize("engine", [fast, plain])
 def test_it_is_bp_with_the_pseudo_inverse_in_place_of_the_transpose(place, name, is_near, count, engine):
-    """FA does that with (W⁺)ᵀ as its fixed matrices; near semi-orthogonal weights, by Cholesky factors, and not."""
+    """The reference is FA with (W⁺)ᵀ as its fixed matrices; W is nearly semi-orthogonal (Cholesky factors), or not."""
     network = random_network(fitting_blocks(*LAYERS[name]))
     network = near(network) if is_near else network
     x, _ = batch(network.blocks, count)
@@ -149,7 +149,7 @@ def test_on_square_weights_it_is_the_exact_difference_form():
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
 def test_the_angle_to_bp_grows_with_the_distance_from_semi_orthogonal_weights(share):
-    """27 × 16, 144 × 20 and 320 × 10 matrices, as measured for the page of the rule: 0, 0.3 and 3 degrees."""
+    """For 27 × 16, 144 × 20 and 320 × 10 matrices, measured as for the rule's page: 0, 0.3 and 3 degrees."""
     layers = [Conv(channels=16, kernel=3, padding=1, activation="elu", pool=Pool(kernel=2, stride=2)),
               Conv(channels=20, kernel=3, padding=1, activation="elu", pool=Pool(kernel=2, stride=2)),
               Dense(units=10)]  # fmt: skip

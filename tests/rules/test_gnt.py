@@ -1,4 +1,4 @@
-"""Gauss-Newton targets: against Jacobians by finite differences, at their limits, and as a reference of angles."""
+"""Gauss-Newton targets: against Jacobians by finite differences, in their limits, and as a reference for angles."""
 
 import csv
 
@@ -143,7 +143,7 @@ def test_it_is_refused_above_a_number_of_classes():
 
 @pytest.mark.parametrize("rule", ["fa", "bp"])
 def test_a_run_writes_the_angle_to_it_beside_that_to_bp(tmp_path, monkeypatch, rule):
-    # The report draws them.
+    # No figures are needed here; `report` below draws its own.
     monkeypatch.setattr("arraytp.commands.run.write_figures", lambda *_: None)
     (config,) = parse_config(TREE | {"rule": {"name": rule}}).variants.values()
     (tmp_path / "run.yml").write_text(dump_config(config))
@@ -171,7 +171,7 @@ def test_the_second_reference_is_the_rule_with_the_configs_damping():
 
 
 def test_exact_gait_prop_is_compared_with_it_where_units_are_auxiliary():
-    """Where the damping is large, GNT is BP, and the two angles are one."""
+    """With a large damping GNT's updates point along BP's, so the two angles agree."""
     (config,) = parse_config(
         TREE
         | {"network": SQUARE, "rule": {"name": "gait-prop", "form": "difference"}}

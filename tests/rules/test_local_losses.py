@@ -33,7 +33,7 @@ OPTIONS = {
 
 
 def made(name, activation):
-    """Return a network with auxiliary units in every block but the first, far from orthogonal, biases not 0."""
+    """Return a network with auxiliary units in all blocks but the first, W far from orthogonal, nonzero biases."""
     layers, shape = LAYERS[name]
     layers = square(layers, plan_blocks(layers, shape))
     blocks = plan_blocks([replace(layer, activation=activation) for layer in layers], shape)

@@ -1,4 +1,4 @@
-"""Steps after the first one use again what the first one made; a rule writes only where it may."""
+"""Steps after the first reuse the buffers that the first allocated; a rule writes only where it may."""
 
 import tracemalloc
 
@@ -62,7 +62,7 @@ def case_of(case, shape, dtype="float32", threads=1, optimizer=None):
     if "feedback_init" in RULES[rule].options.__dataclass_fields__:
         options = FEEDBACK_INIT | options
     if rule == "gait-prop":
-        # Literal targets are lost in float32's rounding, which is of no matter here.
+        # In float32, rounding drowns literal targets, which does not matter here.
         blocks = fitting_blocks(square(INVERTIBLE, fitting_blocks(INVERTIBLE, shape)), shape)
         network = make_network(blocks, "orthogonal", 0, dtype)
     else:
@@ -72,7 +72,7 @@ def case_of(case, shape, dtype="float32", threads=1, optimizer=None):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_second_step_makes_no_new_buffer_of_a_named_network(name):
-    """On one thread: with more, a helper makes its own scratch when it first takes a task of a kind."""
+    """Use one thread, since each helper thread allocates its own scratch when it first runs a kind of task."""
     blocks = named_blocks(name)
     x, labels = batch(blocks, 5, 0, "float32")
     runner = trainer(random_network(blocks, 0, "float32"), "fa", Adam(lr=1e-3), **FEEDBACK_INIT)
@@ -105,16 +105,16 @@ def test_threads_share_the_buffers_of_results(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_array_of_a_batch_is_allocated_in_the_steady_state(case, monkeypatch):
-    """Slices of one sample each, so that what is allocated per slice is told apart from what is per batch."""
+    """Cut slices of one sample each, to tell arrays allocated per slice from arrays of a whole batch."""
     for name in ("GROUP_BYTES", "PATCH_BYTES", "SPLIT_BYTES", "GEMM_ROWS", "ITERATION_BYTES"):
         monkeypatch.setattr(products, name, 1)
     monkeypatch.setattr(jacobians, "PATCH_BYTES", 1)
     monkeypatch.setattr(overlaps, "SLICE_ELEMENTS", 1)
     for module in (engine, inverse):
         monkeypatch.setattr(module, "SLICES", 128)
-    # One thread: how far the temporaries of two happen to overlap would differ from run to run.
+    # On one thread, since how much the temporaries of two threads overlap differs from run to run.
     runner = case_of(case, (28, 28, 2))
-    # The closed form of DRL has temporaries of Q's size, which is a batch of 128's.
+    # DRL's closed form has temporaries of Q's size, as large as arrays of 128 samples, so the batch must be larger.
     x, labels = batch(runner.network.blocks, 512 if case in ("drl expected", "drl optimum") else 128, 0, "float32")
     runner.step(x, labels)
     tracemalloc.start()
@@ -129,7 +129,7 @@ def test_no_array_of_a_batch_is_allocated_in_the_steady_state(case, monkeypatch)
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_rule_writes_neither_to_the_network_nor_to_the_batch_nor_in_propose_to_its_state(case):
-    """Training of feedback may write ω and its moments; targets and updates may not, and nothing may write θ."""
+    """Feedback training may write ω and its moments, targets and updates may not, and none of them may write θ."""
     runner = case_of(case, (9, 8, 2), "float64")
     x, labels = batch(runner.network.blocks, 4)
     _, one = runner.forward(x, labels)

@@ -1,17 +1,17 @@
 """Ten losses per rule and dtype that must not change unnoticed: seeds, initialisation, noise, rule and optimiser.
 
-`pinned_losses.json` was computed by the code before the rules were written in primitives (a794297), which nine rules'
-traces recomputed by PyTorch had been held to. So these numbers are no snapshot of the code that they test. Those of
-rules that came later are the plain engine's when their traces were first recomputed by PyTorch.
+`pinned_losses.json` was computed by commit a794297, before the rules were written in terms of primitives; PyTorch had
+recomputed that code's traces for nine rules. So these numbers are not a snapshot of the code that they test. For rules
+added later, they were computed by the plain engine when PyTorch first recomputed the rules' traces.
 
-Tolerances: BLAS libraries differ in the order of their sums, 1e-16 (float64) or 6e-8 (float32) per step relative to the
-numbers; ten steps of momentum may multiply that by a hundred or so. The literal form of GAIT-prop divides differences
-by its γ of 0.01 to 0.2 per block. Noise in float32 has other numbers than in float64, and with it every later loss.
+Tolerances: BLAS libraries add in different orders, a relative difference of 1e-16 (float64) or 6e-8 (float32) per step,
+which ten steps with momentum may amplify about a hundredfold. The literal form of GAIT-prop divides differences by its
+γ, 0.01 to 0.2, in every block. Noise drawn in float32 differs from that in float64, and so does every later loss.
 
 In float32 only the first seven losses of "ridge-tp steep" are pinned. From its fifth step on tanh is saturated, where
-f⁻¹ of s multiplies the rounding of s itself by up to 1,000: with another BLAS the same code's losses were up to 1.1e-5
-away by the tenth. The last two tests hold all ten to float64. "ridge-tp" is pinned to the tenth, by the plain
-engine of 4e8cdbb, which "steep" was pinned by.
+f⁻¹ amplifies the rounding error of s up to 1,000 times: with another BLAS, the same code's losses differed by up to
+1.1e-5 by the tenth step. The last two tests compare all ten with float64. All ten losses of "ridge-tp" are pinned; both
+cases were computed by the plain engine of commit 4e8cdbb.
 """
 
 import json
@@ -33,7 +33,7 @@ LAYERS = [
     Dense(units=12, activation="tanh"),
     Dense(units=5),
 ]
-# Nothing here is without an inverse; overlapping windows, ELU's curvature.
+# All blocks can be inverted; some windows overlap, and ELU is curved.
 SQUARE = [
     Conv(channels=3, kernel=3, stride=2, padding="same", activation="leaky-relu"),
     Conv(channels=4, kernel=3, stride=2, padding="same", activation="leaky-relu"),
@@ -90,7 +90,7 @@ CASES = {
 }  # fmt: skip
 PINNED = json.loads(Path(__file__).with_name("pinned_losses.json").read_text(encoding="utf-8"))
 TOLERANCE = {"float64": 1e-11, "float32": 5e-6}
-# Times the tolerance.
+# Factors on the tolerance.
 LOSSY = {"gait-prop literal": 100, "gait-prop vanilla": 100}
 
 
@@ -107,7 +107,7 @@ def losses(runner, dtype, place):
 
 
 def batches(dtype, place):
-    """Yield the batches of ten steps: five of noise whose classes differ in brightness, twice."""
+    """Yield the batches of ten steps: five batches of noise whose classes differ in brightness, each used twice."""
     generator = np.random.default_rng(11)
     labels = generator.integers(0, 5, (5, 16))
     images = generator.standard_normal((5, 16, 9, 8, 2)) + 0.4 * labels[:, :, None, None, None]
@@ -138,16 +138,16 @@ def test_ten_losses_of_the_plain_engine_are_those_pinned(place, noise_of_the_hos
 
 
 def test_ten_losses_of_steep_ridge_tp_in_float32_are_near_those_in_float64(place):
-    """Also the three that no kernel but the one that they would be pinned by holds to 5e-6.
+    """Compare also the last three, which are not pinned because other BLAS kernels do not reproduce them to 5e-6.
 
-    Tolerance: rounding of an s at 1e-3 from its limit, where ridge TP clips it, is 3e-5 of its d.
+    Tolerance: where ridge TP clips s, at 1e-3 from its limit, the rounding error of s is 3e-5 of d.
     """
     found = losses(runner_of("ridge-tp steep", "float32", place), "float32", place)
     np.testing.assert_allclose(found, PINNED["ridge-tp steep"]["float64"], rtol=3e-5)
 
 
 def test_steps_of_steep_ridge_tp_in_float32_are_those_in_float64(place):
-    """Each of the ten from the same weights, as rounding adds up over them; tolerance as for the losses."""
+    """Start each of the ten from the same weights, since rounding errors accumulate; the tolerance is the losses'."""
     exact, rounded = runner_of("ridge-tp steep", "float64", place), runner_of("ridge-tp steep", "float32", place)
     for images, labels in batches("float32", place):
         for own, other in zip(exact.network.parameters(), rounded.network.parameters(), strict=True):

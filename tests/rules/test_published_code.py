@@ -1,4 +1,4 @@
-"""The scripts that train as the authors' code does where arraytp does not."""
+"""The scripts that train like the authors' code where arraytp differs from it."""
 
 import importlib.util
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_feedback_is_the_next_blocks_weights_where_shapes_agree():
 
 
 def test_stale_gradients_go_on_while_blocks_above_are_trained():
-    """Against Adam with coupled decay, written out: a block's last gradient is repeated once an iteration above it."""
+    """Against Adam with coupled decay, written out: each iteration on a later block repeats a block's last gradient."""
     settings = ["data.dataset=fashion-mnist-10k", "data.normalize=dataset", "rule.feedback.iterations=[2, 3, 1]"]
     settings += ["rule.feedback.optimizer.weight_decay=0.1", "dtype=float64"]
     experiment = build(load_one(ROOT / "runs/dtp/figure-2-jmc.yml", settings, variant="drl"))

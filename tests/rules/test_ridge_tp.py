@@ -1,4 +1,4 @@
-"""Ridge TP: targets against the least squares problem that they solve, its limits, BP where both are the same."""
+"""Ridge TP: targets against the least-squares problem that they solve, in their limits, and against BP's updates."""
 
 from dataclasses import replace
 
@@ -37,9 +37,9 @@ def deltas_of(options, one):
 @pytest.mark.parametrize("count", [2, 40])
 @pytest.mark.parametrize("engine", [fast, plain])
 def test_what_is_handed_down_solves_the_ridge_problem(place, ridge, count, engine):
-    """The gradient of ‖p W − d‖² + r ‖p‖² is 0 at p, of patches that do not overlap and of dense blocks.
+    """The gradient of ‖p W − d‖² + r ‖p‖² is 0 at p, in dense blocks and where patches do not overlap.
 
-    Tolerance: differences of f⁻¹, of a relative size of 1e-4.
+    Tolerance: d is a difference of values of f⁻¹, of about 1e-4 of their size.
     """
     network, options = random_network(fitting_blocks(LAYERS, (9, 8, 2))), Options(ridge=ridge, beta=1e-4, clip=1e-9)
     x, _ = batch(network.blocks, count)
@@ -59,7 +59,7 @@ def test_what_is_handed_down_solves_the_ridge_problem(place, ridge, count, engin
 
 
 def test_overlapping_patches_and_windows_add_up():
-    """The first two blocks: what each window of the pool and each patch asks for, summed by loops."""
+    """Compare the target below the second block with loops that add up what its pool windows and patches ask for."""
     layers = [Conv(channels=3, kernel=2, activation="elu"), LAYERS[0], Dense(units=3)]
     network, options = random_network(fitting_blocks(layers, (6, 5, 2))), Options(ridge=0.2, beta=0.01)
     x, _ = batch(network.blocks, 2)
@@ -85,7 +85,7 @@ def bp_updates(network, x, dlogits):
 
 
 def test_with_semi_orthogonal_weights_and_linear_blocks_it_is_bp_shrunk_by_the_ridge():
-    """W⁺ = Wᵀ / (1 + r) there, once for every block on the way down; updates are divided by β."""
+    """For such W the ridge inverse is Wᵀ / (1 + r), once per block on the way down; updates are divided by β."""
     layers = [replace(layer, activation="linear") for layer in LAYERS]
     network = make_network(fitting_blocks(layers, (9, 8, 2)), "orthogonal", 0, "float64")
     x, _ = batch(network.blocks, 6)
@@ -97,7 +97,7 @@ def test_with_semi_orthogonal_weights_and_linear_blocks_it_is_bp_shrunk_by_the_r
 
 
 def test_a_large_ridge_makes_linear_blocks_bp_in_direction():
-    """r W⁺ → Wᵀ, whatever W is."""
+    """For r → ∞, r times the ridge inverse tends to Wᵀ, whatever W is."""
     layers = [replace(layer, activation="linear") for layer in LAYERS]
     network = random_network(fitting_blocks(layers, (9, 8, 2)))
     x, _ = batch(network.blocks, 6)
@@ -112,7 +112,7 @@ def test_a_large_ridge_makes_linear_blocks_bp_in_direction():
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_linearisation_is_the_limit_of_small_steps(dtype):
-    """In float32 as well: the differences of f⁻¹ are taken without cancellation."""
+    """This holds in float32 too, because differences of f⁻¹ are computed without cancellation."""
     network = random_network(fitting_blocks(LAYERS, (9, 8, 2)), dtype=dtype)
     x, _ = batch(network.blocks, 6, dtype=dtype)
     dlogits = (rng(8).standard_normal((6, 4)) / 6).astype(dtype)
@@ -141,7 +141,7 @@ def test_a_saturated_unit_is_clipped(place, activation, name, bias):
 @pytest.mark.parametrize("how", ["inverse", "linearised"])
 @pytest.mark.parametrize("name", ["tanh", "elu"])
 def test_in_float32_limits_are_not_rounded(place, name, how, clip):
-    """d of saturated units against the formula in float64, from the same s and δ: f⁻¹ is 1/clip as steep at a limit."""
+    """Compare d of saturated units with float64, for the same s and δ: near a limit f⁻¹ has a slope of about 1/clip."""
     layers = [Dense(units=7, activation="elu"), Dense(units=6, activation=name), Dense(units=3)]
     network = random_network(fitting_blocks(layers, (5,)), dtype="float32")
     network.biases[1][...] = [-60, -6, 0, 3, 6, 60]

@@ -14,7 +14,7 @@ from arraytp.options import SGD, Conv, Dense, FeedbackTraining
 from arraytp.rules import RULES as EVERY
 
 ROUNDING = 1e-12
-# Those that take every network; GAIT-prop's are square, see test_gait_prop.py.
+# Rules that take every network; GAIT-prop needs square weights, see test_gait_prop.py.
 RULES = ("bp", "fa", "dfa")
 
 
@@ -28,7 +28,7 @@ def cheap(rule):
 
 
 def loops(rule, runner, network, x, labels, reduction, get):
-    """Return the updates of the naive twin with the rule's own feedback weights."""
+    """Return the updates computed by naive loops with the rule's own feedback weights."""
     feedback = {n: get(array) for n, array in runner.state.weights.items()}
     _, s, _ = naive.forward(network.blocks, network.weights, network.biases, x)
     dlogits = naive.cross_entropy_gradient(s[-1], labels, reduction)
@@ -101,7 +101,7 @@ def test_direct_feedback_alignment_of_two_tanh_layers_by_hand(place):
 
 
 def test_feedback_alignment_of_two_tanh_layers_by_hand(place):
-    """As BP, with B¹ for W¹ on the way down: dW⁰ = xᵀ(e (B¹)ᵀ ⊙ (1 − h²))."""
+    """BP with B¹ in place of W¹ on the way down: dW⁰ = xᵀ(e (B¹)ᵀ ⊙ (1 − h²))."""
     blocks = fitting_blocks([Dense(units=5, activation="tanh"), Dense(units=3)], (4,))
     network, (x, labels) = random_network(blocks), batch(blocks, 6)
     runner = on(place, network, "fa")
@@ -154,7 +154,7 @@ def test_the_feedback_is_the_seeds_on_every_place(computer, rule, init, dtype):
 def test_no_feedback_matrix_is_a_forward_weight_or_another_feedback_matrix(rule, init):
     """Published code seeds B of layer k like W of layer k + 1, so that equal shapes give equal matrices.
 
-    All matrices here are 6 × 6, direct ones from the six classes as well; a transposed copy would be as bad.
+    All matrices here are 6 × 6, including direct ones, since there are six classes; a transposed copy would be as bad.
     """
     blocks = fitting_blocks([Dense(units=6) for _ in range(4)], (6,))
     network = make_network(blocks, init, 0, "float64")
@@ -169,7 +169,7 @@ def test_no_feedback_matrix_is_a_forward_weight_or_another_feedback_matrix(rule,
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_updates_of_a_batch_are_the_sum_of_its_samples(rule):
-    """With the loss summed, samples do not know of each other."""
+    """If the loss is a sum, samples do not influence each other."""
     blocks = named_blocks("lenet")
     network, (x, labels) = random_network(blocks), batch(blocks, 4)
     runner = trainer(network, rule, SGD(lr=1), NUMPY, **cheap(rule))
@@ -182,7 +182,7 @@ def test_the_updates_of_a_batch_are_the_sum_of_its_samples(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_rule_learns(rule):
-    """After 60 steps on one batch the loss is a tenth; random feedback is enough (Lillicrap et al.)."""
+    """60 steps on one batch reduce the loss to less than a tenth; random feedback is enough (Lillicrap et al.)."""
     blocks = fitting_blocks([Dense(units=40, activation="tanh"), Dense(units=4)], (10,))
     x, labels = rng(1).standard_normal((12, 10)), np.arange(12) % 4
     runner = trainer(random_network(blocks), rule, SGD(lr=0.3, momentum=0.9), NUMPY)
@@ -191,7 +191,7 @@ def test_the_rule_learns(rule):
 
 
 TRAINED = {"feedback": FeedbackTraining(iterations=(2, 3), sigma=0.1, optimizer=SGD(lr=0.1))}
-# A product of each block: 2 · 4 positions · 18 inputs · 2 outputs, 2 · 8 · 5, 2 · 5 · 3. DFA's: 3 logits to 8 and 5.
+# FLOPs of a product: 2 · 4 positions · 18 inputs · 2 outputs, 2 · 8 · 5, 2 · 5 · 3; of DFA's, from 3 logits to 8 and 5.
 A, B, C, DIRECT = 288, 80, 30, 2 * 3 * 8 + 2 * 3 * 5
 DOWN = A + 2 * B + 2 * C
 

@@ -48,7 +48,7 @@ def trained(rule, options, count=5, step=0, threads=2, state=None):
 @pytest.mark.parametrize("unpool", ["overwrite", "accumulate"])
 @pytest.mark.parametrize("rule", TARGET_RULES)
 def test_updates_are_the_literal_recursion(place, rule, unpool, divide_by_beta):
-    """t^n = G(t^{n+1}) for TP, s + G(t) − G(s) for the others; β ∂L/∂s of each image, the mean over the batch."""
+    """t^n = G(t^{n+1}) for TP, s + G(t) − G(s) for the others; t^N takes each image's ∂L/∂s, updates are means."""
     options = {"beta": 0.3, "divide_by_beta": divide_by_beta, "unpool": unpool}
     network, runner = runner_on(place, rule, **options)
     x, labels = batch(BLOCKS, 4)
@@ -96,7 +96,7 @@ LISTS = FeedbackTraining(iterations=(3, 0, 2), sigma=(0.3, 0.2, 0.1), optimizer=
 @pytest.mark.parametrize("unpool", ["overwrite", "accumulate"])
 @pytest.mark.parametrize("rule", ["tp", "dtp", "ldrl"])
 def test_feedback_is_trained_block_by_block_with_its_own_numbers(rule, unpool, optimizer):
-    """K, σ and rate of each block; none of one with K = 0; the noise's key is seed, batch, block, iteration, kind.
+    """Every block has its own K, σ and rate; if K = 0, ω stays. Noise has the key seed, batch, block, iteration, kind.
 
     Adam's bias correction counts the iterations of all batches.
     """
@@ -113,7 +113,7 @@ def test_feedback_is_trained_block_by_block_with_its_own_numbers(rule, unpool, o
 
 
 def test_the_feedbacks_momentum_lives_across_batches():
-    """Two batches of one iteration: the second step is 0.9 times the first and the new gradient."""
+    """With one iteration on each of two batches, the second step is 0.9 times the first plus the new gradient."""
     training = FeedbackTraining(iterations=1, sigma=0.3, optimizer=SGD(lr=0.02, momentum=0.9))
     state, _ = trained("ldrl", {"feedback": training})
     fresh = state.copy()
@@ -140,7 +140,7 @@ def test_one_sample_and_one_iteration_are_the_same_in_sequence_and_in_parallel()
 
 
 def test_samples_in_parallel_average_the_gradients_of_as_many_noises():
-    """Plain SGD from the same ω: the step with four samples is the mean of the plain gradients' steps."""
+    """With plain SGD from the same ω, a step with four samples is the mean of the steps with one sample each."""
     training = FeedbackTraining(iterations=1, sigma=0.3, optimizer=SGD(lr=0.02))
     options, rule = {"feedback": training, "samples": 4}, RULES["ldrl-parallel"]
     network = random_network(BLOCKS)
@@ -164,7 +164,7 @@ def test_threads_and_repetition_change_no_bit(rule):
 
 @pytest.mark.parametrize("rule", ["dtp", "ldrl"])
 def test_training_on_one_batch_goes_on_lowering_the_loss(rule):
-    """A prolonged run: with the same noise the loss is lower after it; L-DRL's ω turns towards θ."""
+    """After a long run the loss for the same noise is lower, and L-DRL's ω has turned towards θ."""
     training = FeedbackTraining(iterations=150, sigma=0.2, optimizer=SGD(lr=(0.02, 0.05, 0.1), momentum=0.9))
     short = FeedbackTraining(iterations=1, sigma=0.2, optimizer=SGD(lr=1e-9))
     state, _ = trained(rule, {"feedback": training}, count=20)
@@ -179,7 +179,7 @@ def test_training_on_one_batch_goes_on_lowering_the_loss(rule):
 
 @pytest.mark.parametrize("init", ["kaiming-uniform", "xavier-normal", "orthogonal", "symmetric"])
 def test_the_first_feedback_weights(computer, init):
-    """Shapes of θ; PyTorch's bounds 1/√fan_in of the reversed block; never θ's own numbers unless symmetric."""
+    """They have θ's shapes, PyTorch's bounds 1/√fan_in for the reversed block, and θ's values only if symmetric."""
     network = make_network(BLOCKS, "kaiming-uniform", 0, "float32", computer.backend)
     state = dtp.init_state(dtp.Options(feedback_init=init), network, 0, computer.backend)
     assert list(state.weights) == list(state.biases) == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Theorems 4.2 and 4.3 of the DTP paper, and what of them ELU leaves."""
+"""Theorems 4.2 and 4.3 of the DTP paper, and how far they hold for ELU and ReLU."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def slope_of(numbers, errors):
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_mean_gradient_goes_to_the_closed_form_as_one_over_the_root_of_the_samples(name, unpool):
-    """Theorem 4.2. A batch of copies of one image is so many samples of the noise; σ is small enough for its limit."""
+    """Theorem 4.2. A batch of n copies of one image gives n samples of the noise; σ is small enough for the limit."""
     sigma, counts = 1e-5, [32, 128, 512, 2048]
     block, theta, omega, s = made(name, "tanh", 1)
     out, index = output(block, theta, s)
@@ -50,7 +50,7 @@ def test_the_mean_gradient_goes_to_the_closed_form_as_one_over_the_root_of_the_s
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_with_relu_the_mean_gradient_goes_elsewhere(name):
-    """A silent unit has s = 0, G's kink: the mean over η there is that of max(η, 0), whatever σ is."""
+    """A silent unit has s = 0, where G has its kink: there the mean over η is that of max(η, 0), however small σ is."""
     sigma, count = 1e-5, 2048
     block, theta, _, s = made(name, "relu", 1)
     out, _ = output(block, theta, s)
@@ -83,7 +83,7 @@ SMALL = [
 
 @pytest.mark.parametrize("unpool", UNPOOL)
 def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, unpool):
-    """ω = θ N/M for every block; where M is 0, nothing of ω matters and it stays."""
+    """The minimiser is ω = θ N/M for every block; where M is 0, the loss does not depend on ω, which stays."""
     blocks = fitting_blocks(SMALL, (7, 6, 2))
     network, (x, _) = random_network(blocks), batch(blocks, 4)
     engine, on_place = fast(place.backend), placed(network, place.put)
@@ -109,7 +109,7 @@ def test_descending_the_closed_form_on_one_batch_ends_at_its_minimiser(place, un
 
 
 def relaxed(name, activation, dtype="float64"):
-    """Return a network of one activation throughout (the output stays linear), inputs and labels."""
+    """Return a network with one activation throughout (the output stays linear), inputs and labels."""
     blocks = named_blocks(name)
     blocks = tuple(replace(block, activation=ACTIVATIONS[activation]) for block in blocks[:-1]) + blocks[-1:]
     return random_network(blocks, dtype=dtype), *batch(blocks, 5, dtype=dtype)
@@ -132,7 +132,7 @@ def over_beta(network, x, labels, beta, unpool="accumulate"):
     ],
 )
 def test_symmetric_feedback_gives_bps_updates(name, unpool, beta, dtype, tolerance):
-    """Theorem 4.3: with leaky ReLU f' is the same at s as at z, so δ over β is BP's error, but for rounding."""
+    """Theorem 4.3: with leaky ReLU f' is the same at s as at z, so δ/β is BP's error up to rounding."""
     network, x, labels = relaxed(name, "leaky-relu", dtype)
     exact = trainer(network, "bp", SGD(lr=1), NUMPY, 2).propose(x, labels)[1]
     for mine, wanted in zip(over_beta(network, x, labels, beta, unpool), exact, strict=True):
@@ -141,7 +141,7 @@ def test_symmetric_feedback_gives_bps_updates(name, unpool, beta, dtype, toleran
 
 
 def limit_updates(network, x, labels, unpool):
-    """Return (1/β)·updates for β → 0: local updates of the product of the modules' Jacobians."""
+    """Return updates/β in the limit β → 0: local updates with δ/β propagated by the Jacobians of the modules."""
     one = pass_of(network, x)
     p = np.exp(one.logits - one.logits.max(axis=1, keepdims=True))
     delta = np.eye(p.shape[1])[labels] - p / p.sum(axis=1, keepdims=True)
@@ -172,7 +172,7 @@ def test_updates_over_beta_go_to_their_own_limit_linearly(activation, unpool):
 
 
 def test_elu_leaves_a_residual_angle_and_overwriting_a_larger_one():
-    """f' at s = f(z) is not f' at z: with symmetric ω an angle to BP stays whatever β; the layers above have less."""
+    """With symmetric ω an angle to BP remains for any β, as f' at s = f(z) is not f' at z; upper layers have less."""
     network, x, labels = relaxed("lenet", "elu")
     exact = trainer(network, "bp", SGD(lr=1), NUMPY, 2).propose(x, labels)[1]
     angles = {
@@ -192,7 +192,7 @@ def test_elu_leaves_a_residual_angle_and_overwriting_a_larger_one():
 @pytest.mark.parametrize("unpool", UNPOOL)
 @pytest.mark.parametrize("beta", [1e-7, 0.1])
 def test_relu_breaks_the_rule_although_feedback_is_symmetric(beta, unpool):
-    """A target above 0 passes G at a silent unit, one below 0 does not. Above the dense blocks all is linear."""
+    """At a silent unit, G passes a target above 0 but not one below. Targets of the dense blocks pass no ReLU in G."""
     network, x, labels = relaxed("lenet", "relu")
     exact = trainer(network, "bp", SGD(lr=1), NUMPY, 2).propose(x, labels)[1]
     angles = [angle_degrees(mine[0], wanted[0])

@@ -1,4 +1,4 @@
-"""Short runs of whole experiments: the device double trains as NumPy does, and a checkpoint brings back every bit."""
+"""Short runs of whole experiments: the device double trains as NumPy does, and a checkpoint restores every bit."""
 
 from collections import Counter
 from contextlib import closing
@@ -93,7 +93,7 @@ def config(dataset, rule="bp", optimizer="sgd", dtype="float64"):
         "data": {"dataset": str(dataset), "flip": 0.5, "crop_padding": 1},
         "network": SQUARE if rule in GAIT_PROP else POOLED,
         "rule": rule_options(rule, optimizer),
-        # The plain targets of random feedback are far away.
+        # With random feedback, TP's plain targets are far from the activations, so its rate is smaller.
         "optimizer": OPTIMIZERS[optimizer] | ({"lr": 1e-4} if rule == "tp" else {}),
         "schedule": {"name": "cosine", "t_max": 3},
         "train": {"epochs": 1, "batch_size": 16},
@@ -140,7 +140,7 @@ def test_a_device_trains_as_the_host_does(device, dataset, noise_of_the_host, ru
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_plain_engine_trains_as_the_fast_one_does(dataset, rule):
-    """An experiment built with `plain=True`, as `arraytp run --plain` does; SGD, which does not magnify rounding."""
+    """Build with `plain=True`, as `arraytp run --plain` does, and train by SGD, which does not amplify rounding."""
     fast, plain = (build(config(dataset, rule), plain=plain) for plain in (False, True))
     assert (type(fast.engine).__name__, type(plain.engine).__name__) == ("Fast", "Plain")
     np.testing.assert_allclose(train(plain, 4), train(fast, 4), rtol=1e-9)
@@ -154,7 +154,7 @@ def test_the_plain_engine_trains_as_the_fast_one_does(dataset, rule):
 def test_a_step_on_a_device_reads_nothing_back(dataset, rule):
     """Each read would make the host wait for the device. A rule that inverts reads ‖E‖ of all its blocks in one copy.
 
-    They decide how a weight is inverted; with them come condition numbers, by which it is refused.
+    These norms decide how a weight is inverted. The same copy holds the condition numbers by which it may be refused.
     """
     experiment = build(config(dataset, rule), Backend("strict", strict_device))
     with closing(experiment.train_loader.batches(0)) as batches:
@@ -167,7 +167,7 @@ def test_a_step_on_a_device_reads_nothing_back(dataset, rule):
 
 @pytest.mark.parametrize("rule", LEARNED)
 def test_feedback_is_trained_on_a_device_without_the_host(dataset, rule):
-    """Nothing goes to the device or back, from the first iteration on: noise is drawn there."""
+    """From the first iteration on, nothing is copied to the device or back: noise is drawn on the device."""
     experiment = build(config(dataset, rule), Backend("strict", strict_device))
     # The loader's threads send batches ahead, so they must have ended.
     with closing(experiment.train_loader.batches(0)) as batches:
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path, other, error)
 
 
 def test_the_loop_runs_on_a_device(device, dataset, tmp_path):
-    """An epoch with angles, evaluation, checkpoint and summary; its table is the host's to rounding."""
+    """Train an epoch with angles, evaluation, checkpoint and summary; its table equals the host's up to rounding."""
     tables = {}
     for backend in (device.backend, None):
         folder = tmp_path / str(backend and backend.name)
@@ -236,13 +236,13 @@ def test_the_loop_runs_on_a_device(device, dataset, tmp_path):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_score_holds_the_sum_of_losses_and_the_counts_of_hits(dataset, reduction):
-    """Six classes: a label is among the first five unless it comes last."""
+    """There are six classes, so a label is among the first five unless it ranks last."""
     experiment = build(replace(config(dataset), loss=Loss(reduction=reduction)))
     with closing(experiment.train_loader.batches(0)) as batches:
         images, labels = next(batches)
     logits = experiment.forward(images, labels).batch.logits
     places = logits.argsort(axis=1)
-    # Four labels come first, two last, two last but one.
+    # Four labels rank first, two last, two last but one.
     labels = np.concatenate([places[:4, -1], places[4:6, 0], places[6:8, 1], labels[8:]])
     score = experiment.score(images, labels)
     logits = experiment.forward(images, labels).batch.logits

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, so that what processes do by MPI is tested without it."""
+"""Ranks as threads of one process, to test without MPI what processes do with it."""
 
 import functools
 import pickle
@@ -15,7 +15,7 @@ from arraytp.ranks import pairwise
 
 
 class Board:
-    """Where the ranks lay down their values for each other."""
+    """Holds the values that the ranks exchange, and the barriers at which they meet."""
 
     def __init__(self, size: int) -> None:
         self.barrier, self.values = threading.Barrier(size, timeout=60), [None] * size
@@ -23,7 +23,7 @@ class Board:
 
 
 class Rank:
-    """One of the ranks; sums are made in the order of the ranks."""
+    """One of the ranks; sums add in the order of the ranks."""
 
     sums_on_device = False
 
@@ -50,7 +50,7 @@ class Rank:
         except threading.BrokenBarrierError as error:
             raise FailedElsewhereError("another rank has failed") from error
         values = list(self._board.values)
-        # A rank that fails after this has let all others have the values.
+        # If a rank fails after this, all others already have the values.
         with suppress(threading.BrokenBarrierError):
             self._board.barrier.wait()
         return values
@@ -65,12 +65,12 @@ class Rank:
         return everyone
 
     def broadcast(self, value: Any) -> Any:
-        # As between processes, everyone has an object of its own.
+        # As between processes, every rank gets an object of its own.
         return pickle.loads(pickle.dumps(self.gather(value)[0]))
 
 
 class InTurn(Rank):
-    """A rank that computes while all others wait for it, as what one process has but once asks for: a GPU's handles."""
+    """A rank that computes while all others wait, as needed for what a process has only once: a GPU's handles."""
 
     turn = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""Blocks with feedback for tests, each second in a network whose first block makes its input."""
+"""Blocks with feedback for tests, each the second of a network whose first block computes its input."""
 
 import numpy as np
 from samples import fitting_blocks, random_network, rng

@@ -1,4 +1,4 @@
-"""Memory that the system grants for a while, as `ulimit -v` does."""
+"""Limit the memory that the system grants for a while, like `ulimit -v`."""
 
 import resource
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @contextmanager
 def limited_memory(more):
-    """Grant so many bytes of address space beyond what is taken now."""
+    """Grant at most `more` bytes of address space beyond what is in use now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))

@@ -1,4 +1,4 @@
-"""One-line mistakes, made in a copy of the package: for tests of the tests, and of `arraytp audit`."""
+"""One-line mistakes, made in a copy of the package to test the tests and `arraytp audit`."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,19 +23,19 @@ def name_of(mutation: Mutation) -> str:
 
 
 def occurrences(mutation: Mutation) -> int:
-    """Return how often the mistake could be made: once, or the mutation has to follow the code."""
+    """Return how often `old` occurs in the file; unless it is once, the mutation must be adapted to the code."""
     return (ROOT / "arraytp" / mutation.file).read_text(encoding="utf-8").count(mutation.old)
 
 
 def package(folder: Path) -> Path:
-    """Copy the package into a folder, compiled files included: they are told by the time of their source."""
+    """Copy the package into a folder, with compiled files, which stay valid because copies keep modification times."""
     shutil.copytree(ROOT / "arraytp", folder / "arraytp")
     return folder
 
 
 @contextmanager
 def made(folder: Path, mutation: Mutation) -> Iterator[None]:
-    """Make a mistake in a copy of the package, and undo it."""
+    """Make a mistake in a copy of the package, and undo it on exit."""
     file = folder / "arraytp" / mutation.file
     whole = file.read_text(encoding="utf-8")
     file.write_text(whole.replace(mutation.old, mutation.new), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Loop twins: the definitions of docs/math one number at a time, in Python floats. Nothing of arraytp computes here.
+"""Naive loops: the definitions in docs/math, one number at a time in Python floats, without code of arraytp.
 
-A window is read through its fields only (kernel, stride, borders, size). `fields` enumerates what it covers.
+Of a window, only the attributes are read (kernel, stride, borders, size). `fields` enumerates what it covers.
 """
 
 import math
@@ -89,7 +89,7 @@ def conv_input_gradient(dz, weight, window):
 
 
 def max_pool(s, window):
-    """Return the maxima and their places in the windows; the first one in row-major order wins a tie."""
+    """Return the maxima and their positions in the windows; the first one in row-major order wins a tie."""
     shape = (len(s), *output_size(window), s.shape[-1])
     out, index = np.full(shape, -math.inf), np.zeros(shape, int)
     for p, q, i, j, row, column in fields(window):
@@ -113,7 +113,7 @@ def max_pool_backward(dout, index, window):
 
 
 def max_unpool(t, index, window, mode):
-    """Windows in row-major order write to their maxima, over what is there or upon it."""
+    """Let windows, in row-major order, write to the positions of their maxima: replace what is there, or add to it."""
     out = np.zeros((len(t), window.height, window.width, t.shape[-1]))
     for p, q, i, j, row, column in fields(window):
         for b in range(len(t)):

@@ -1,4 +1,4 @@
-"""Whole networks out of the plain block functions: the reference of the fast passes, and a loss to differentiate."""
+"""Whole networks made of the plain block functions: the reference for the fast passes, and a loss to differentiate."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What tests draw: windows, blocks, small forms of the named networks, batches; and how close two arrays are."""
+"""Data for tests: windows, blocks, small forms of the named networks, batches; and comparison of arrays."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -48,7 +48,7 @@ def random_network(blocks, seed=0, dtype="float64"):
 
 @lru_cache(maxsize=4)
 def _drawn(shapes, seed):
-    """Draw weights and biases; millions of numbers take as long as the test that they are for."""
+    """Draw weights and biases; cached, since drawing millions of numbers takes as long as the test that needs them."""
     generator = rng(seed, 1)
     return [(generator.standard_normal(shape), generator.standard_normal(shape[-1])) for shape in shapes]
 
@@ -81,7 +81,7 @@ def close(actual, wanted, tolerance):
 
 
 def apart(shape, seed):
-    """Return numbers of which no two are closer than 0.1, none is closer to 0 than 0.05: far from kinks."""
+    """Return numbers far from kinks: no two are closer than 0.1, and none is closer to 0 than 0.05."""
     size = int(np.prod(shape))
     return (rng(seed).permutation(size) - size // 2 + 0.5).reshape(shape) / 10
 
@@ -151,7 +151,7 @@ def chains(draw, largest=9, auxiliary=False):
 
 
 def with_auxiliary(layer, count):
-    """Return a layer that hands on as much as before and keeps so many auxiliary units."""
+    """Return a layer that passes on as many units as before and has `count` auxiliary units besides."""
     key = "channels" if isinstance(layer, Conv) else "units"
     return replace(layer, **{key: getattr(layer, key) + count}, auxiliary=count)
 

@@ -1,14 +1,14 @@
 """A test double of a device array module: NumPy inside, and at least as strict as CuPy on the outside.
 
-What runs on it does not lean on what only the host can do. It refuses
+Code that runs on it does not rely on anything that only the host can do. It refuses
 
 - every implicit conversion to NumPy: `np.asarray(x)`, `np.exp(x)`, `np.concatenate([x])`, `host[...] = x`;
 - host arrays and lists as operands, indices, values or outputs; Python numbers and NumPy scalars are taken, as by
   CuPy;
-- functions, methods and keywords that are not in its list. Those in it were looked up in CuPy's reference.
+- functions, methods and keywords that it does not define. Those that it defines were looked up in CuPy's reference.
 
 It differs from NumPy where CuPy does: reductions and elements are arrays of shape (), `asarray` and `asnumpy` copy,
-flags tell only contiguity. It is stricter than CuPy in three ways: memory of `empty` is full of NaN (or the largest
+flags report only contiguity. It is stricter than CuPy in three ways: memory of `empty` is full of NaN (or the largest
 integer), so that reading it shows; views made by `as_strided` cannot be written to; NumPy's ufuncs are not dispatched
 to the device.
 
@@ -313,7 +313,7 @@ def ones_like(a):
 
 
 def arange(start, stop=None, step=1, dtype=None):
-    """Return a range; unlike NumPy, CuPy casts start and step themselves, and refuses what the dtype has not."""
+    """Return a range; unlike NumPy, CuPy casts start and step too, and refuses values that the dtype cannot hold."""
     found = np.arange(start, stop, step) if stop is not None else np.arange(start)
     if dtype is not None and found.size:
         np.dtype(dtype).type(0 if stop is None else start), np.dtype(dtype).type(step)
@@ -382,7 +382,7 @@ def _as_strided(x, shape=None, strides=None):
 
 
 def _cholesky(a):
-    """As CuPy's, which raises nothing: what has no factor shows in it."""
+    """Return the factor, or NaN if there is none: like CuPy's, it raises no error."""
     host = _operand(a, scalars=False)
     try:
         return _wrap(np.linalg.cholesky(host))
@@ -416,7 +416,7 @@ class Event:
 
 
 class Stream:
-    """Work that is done as late as can be: when somebody waits for it. Then it reads what the host has there by then.
+    """Work that is done as late as possible: when somebody waits for it. Only then is the host's memory read.
 
     `waited` are the streams whose events it was told to wait for.
     """
@@ -447,7 +447,7 @@ current_stream = Stream()
 
 
 def _set(self, arr, stream=None):
-    """Copy from the host, now or, on a stream, later; the host's array must be pinned for that."""
+    """Copy from the host: at once or, on a stream, later, for which the host's array must be pinned."""
     if not isinstance(arr, np.ndarray) or arr.shape != self.shape or arr.dtype != self.dtype:
         raise TypeError("set takes a host array of the same shape and dtype")
     writes["set"] += 1

@@ -1,4 +1,4 @@
-"""The double admits no call that CuPy does not: its signatures against those of an installed CuPy; no GPU."""
+"""The double admits no call that CuPy does not: its signatures against those of an installed CuPy, without a GPU."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ cupy = pytest.importorskip(
 )
 
 PLAIN = inspect.Parameter.POSITIONAL_OR_KEYWORD
-# Not CuPy's: what the double is made of, and its counts.
+# Names that are not CuPy's: what the double is made of, and its counts.
 OWN = {"Counter", "SimpleNamespace", "current_stream", "reads", "writes", "pinned"}
 
 

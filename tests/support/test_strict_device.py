@@ -141,7 +141,7 @@ def test_numbers_and_numpy_scalars_mix_without_changing_the_dtype():
 
 
 def test_a_range_casts_its_start_and_step_as_cupy_does():
-    """NumPy casts the numbers of the range only: a step of -1 to uint8 works there."""
+    """NumPy casts only the numbers in the range, so that a step of -1 works for uint8."""
     np.testing.assert_array_equal(xp.asnumpy(xp.arange(3, dtype=xp.uint8)), np.arange(3))
     with pytest.raises(OverflowError):
         xp.arange(9, 0, -1, dtype=xp.uint8)

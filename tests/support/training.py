@@ -1,4 +1,4 @@
-"""A pass over a batch, and a training step, out of the parts of arraytp, without config, data set or loop."""
+"""A pass over a batch, and a training step, made of arraytp's parts without config, data set or loop."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +28,14 @@ def plain(backend: Backend = NUMPY) -> Plain:
 
 
 def pass_of(network, x, dlogits=None, engine: Engine | None = None, seed=0, number=0) -> Batch:
-    """Run the network on a batch; what only trains feedback needs no ∂L/∂logits, and is given the logits as such."""
+    """Run the network on a batch; without `dlogits`, which feedback training does not need, the logits stand in."""
     engine = engine or fast()
     forward = engine.forward(network, x)
     return Batch(engine, network, forward, forward.logits if dlogits is None else dlogits, seed, number)
 
 
 def copies(updates):
-    """Return updates as arrays of their own."""
+    """Return copies of updates."""
     return [(weight.copy(), bias.copy()) for weight, bias in updates]
 
 
