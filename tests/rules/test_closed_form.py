@@ -4,6 +4,7 @@ Errors here would go unnoticed in training: a velocity that is not the one K ste
 tap that counts pixels outside the image turns ω by a few degrees; a Jacobian of the wrong class still descends.
 """
 
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -259,7 +260,7 @@ def test_a_closed_form_of_what_is_not_finite_has_a_loss_that_is_not_finite_and_n
 
 
 def test_closed_forms_run_on_a_device_without_reading_back(device):
-    """The results are the host's; an implicit conversion to a host array would raise on the strict double."""
+    """The results are those of the host. The strict double refuses implicit conversions and counts the others."""
     blocks = named_blocks("lenet")
     host, (x, _) = random_network(blocks), batch(blocks, 4)
     for rule, direct in (("ldrl", False), ("drl", True)):
@@ -275,7 +276,11 @@ def test_closed_forms_run_on_a_device_without_reading_back(device):
         )
         workspace = Workspace(device.backend)
         pass_ = pass_of(moved, device.put(x), engine=fast(device.backend))
+        # Real CuPy does not count.
+        reads = getattr(device.backend.xp, "reads", Counter())
+        before = reads.total()
         feedback.train(RULES[rule].feedback, settings, there, pass_, workspace)
+        assert reads.total() == before
         for key, array in state.named().items():
             np.testing.assert_allclose(device.get(there.named()[key]), array, rtol=1e-10, atol=1e-11, err_msg=key)
 
