@@ -211,8 +211,9 @@ def _jobs(
 
 def _refuse_one_place_twice(jobs: Sequence[Job]) -> None:
     folders = [os.path.realpath(job.folder) for job in jobs]
+    homes = {os.path.realpath(job.home) for job in jobs if job.home != job.folder}
     for job, folder in zip(jobs, folders, strict=True):
-        if folders.count(folder) > 1:
+        if folders.count(folder) > 1 or folder in homes:
             raise UserError(f"{job.folder}: two of the configs write their results here; give them different names")
 
 
@@ -253,13 +254,20 @@ def _holds_results(folder: Path) -> bool:
     return any((folder / name).exists() for name in OWN_FILES)
 
 
+def _holds_a_run(folder: Path) -> bool:
+    """Tell whether a run has begun in a folder; a config.yml alone may be the user's own."""
+    return any((folder / name).exists() for name in OWN_FILES if name != "config.yml")
+
+
 def _refuse_hiding(job: Job) -> None:
-    """Refuse a run's results above those of others: a folder with a config.yml is one run, whatever lies below it."""
+    """Refuse a run above others and variants below a run: what has a config.yml is one run to `arraytp report`."""
     of_variant = (job.folder.parent if job.of_seeds else job.folder) != job.home
-    if of_variant and _holds_results(job.home):
+    if of_variant and _holds_a_run(job.home):
         raise UserError(f"{job.home}: holds results of a run without variants; --out selects another folder")
+    if of_variant or job.of_seeds or _holds_a_run(job.folder):
+        return
     below = (*job.folder.glob("*/config.yml"), *job.folder.glob("*/seed-*/config.yml"))
-    if below and not (of_variant or job.of_seeds):
+    if any(_holds_a_run(path.parent) for path in below if not path.parent.is_symlink()):
         raise UserError(f"{job.folder}: holds folders with results of other runs; --out selects another folder")
 
 

@@ -71,12 +71,14 @@ def learning_curves(result: Result) -> Figure:
     curves = (("train", Look(colour, (0, (4, 1.5)))), (result.split, Look(colour)))
     drawn = [panels.epoch_line(left, result, look, f"{kind}_loss", kind) for kind, look in curves]
     panels.finish_epochs(left, [result], "loss", any(drawn))
+    panels.fit_to_training(left)
     drawn = [
         panels.epoch_line(right, result, look, f"{kind}_top{k}", f"{kind} top-{k}", alpha)
         for k, alpha in ((1, 1.0), (5, 0.4))
         for kind, look in curves
     ]
     panels.finish_epochs(right, [result], "accuracy (%)", any(drawn))
+    panels.fit_to_training(right)
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -142,6 +144,7 @@ def comparison(results: Sequence[Result]) -> Figure:
         drawn["D"].sharey(drawn["C"])
         panels.epoch_lines(drawn["C"], results, given, "train_top1", "train top-1 (%)")
         panels.epoch_lines(drawn["D"], results, given, "{split}_top1", f"{splits} top-1 (%)")
+        panels.fit_to_training(drawn["C"], drawn["D"])
     titles = {
         "A": "Angle to BP's update during training, mean of the hidden blocks",
         "B": "Angle to BP's update per block, mean ± s.d.",

@@ -111,20 +111,20 @@ def _draw_series(axes: Axes, steps: NDArray[np.float64], angles: NDArray[np.floa
         axes.plot(steps, angles, color=look.colour, linestyle=look.dash, marker=marker, markersize=3.5, label=label)
         return
     axes.plot(steps, angles, color=look.colour, linewidth=0.6, alpha=0.3)
-    axes.plot(steps, running_mean(angles, steps.size // 40), color=look.colour, linestyle=look.dash, label=label)
+    mean = running_mean(angles, steps.size // 40, apart=steps[0] == 0)
+    axes.plot(steps, mean, color=look.colour, linestyle=look.dash, label=label)
 
 
-def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+def running_mean(values: NDArray[np.float64], reach: int, apart: bool = False) -> NDArray[np.float64]:
     """Return the mean of each value and the defined ones among `reach` neighbours on either side; NaN stays NaN.
 
-    The first value stays as it is and counts for no other: angles at step 0 are those of untrained feedback.
+    With `apart` the first value stays as it is and counts for no other: angles at step 0 are of untrained feedback.
     """
-    window = np.ones(2 * reach + 1)
-    defined = np.isfinite(values)
-    counted = defined & (np.arange(values.size) > 0)
+    first, window, defined = int(apart), np.ones(2 * reach + 1), np.isfinite(values)
+    counted = defined & (np.arange(values.size) >= first)
     total = np.convolve(np.where(counted, values, 0.0), window, mode="full")[reach : reach + values.size]
     count = np.convolve(counted, window, mode="full")[reach : reach + values.size]
-    return np.concatenate([values[:1], np.where(defined, total / np.maximum(count, 1), np.nan)[1:]])
+    return np.concatenate([values[:first], np.where(defined, total / np.maximum(count, 1), np.nan)[first:]])
 
 
 def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], column: str, ylabel: str) -> None:
@@ -178,18 +178,24 @@ def finish_epochs(axes: Axes, results: Sequence[Result], ylabel: str, drawn: boo
     margin = max(0.03 * last, 0.1 if last else 0.6)
     axes.set(xlabel="epoch", ylabel=ylabel, xlim=(-margin, last + margin))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    if last >= _MANY_EPOCHS:
-        _fit_to_training(axes)
 
 
-def _fit_to_training(axes: Axes) -> None:
-    """Fit the y axis to the values after epoch 0 if the untrained network's would take up more than half of it."""
-    together = axes.get_shared_y_axes().get_siblings(axes)
-    points = np.concatenate([np.asarray(line.get_xydata()) for each in together for line in each.lines])
-    points = points[np.isfinite(points).all(axis=1)]
-    trained = points[points[:, 0] > 0, 1]
-    if trained.size and 0 < (span := np.ptp(trained)) < np.ptp(points[:, 1]) / 2:
-        axes.set_ylim(trained.min() - 0.05 * span, trained.max() + 0.05 * span)
+def fit_to_training(*panels: Axes) -> None:
+    """Fit the y axis of one panel, or the one that several share, to the values after epoch 0.
+
+    That is done over many epochs if the untrained network's values would take up more than half of the axis, and no
+    run has only those.
+    """
+    lines = [np.asarray(line.get_xydata()) for axes in panels for line in axes.lines]
+    bands = [path.vertices for axes in panels for band in axes.collections for path in band.get_paths()]
+    defined = [points[np.isfinite(points).all(axis=1)] for points in (*lines, *bands)]
+    if not lines or any(points[:, 0].max(initial=0) <= 0 for points in defined):
+        return
+    epochs, values = np.concatenate(defined).T
+    trained = values[epochs > 0]
+    span = np.ptp(trained)
+    if epochs.max() >= _MANY_EPOCHS and 0 < span < np.ptp(values) / 2:
+        panels[0].set_ylim(trained.min() - 0.05 * span, trained.max() + 0.05 * span)
 
 
 def _to(reference: Reference) -> str:

@@ -100,8 +100,10 @@ def read_owner(folder: Path) -> tuple[Config, str]:
     try:
         return load_one(folder / "config.yml"), ""
     except UserError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{first}; --fresh starts over, --out selects another folder") from error
+        first, remedy = str(error).splitlines()[0], "--fresh starts over, --out selects another folder"
+        if any(folder.glob("seed-*/summary.json")):
+            remedy = "delete it, and --resume goes on, since every finished seed of a study has its config"
+        raise UserError(f"{first}; {remedy}") from error
 
 
 def check_owner(folder: Path, plan: Plan) -> None:

@@ -207,6 +207,8 @@ def _read_seed(path: Path, planned: Plan) -> dict[str, Any]:
         raise UserError(f"{path}: is damaged: {error}; delete it, and --resume does the seed again") from error
     # Summaries of earlier versions record neither config nor data.
     stored, digest = seed.pop("config", None), seed.pop("data", planned.dataset.digest)
+    if stored is None and not (owner := path.parents[1] / "config.yml").exists():
+        raise UserError(f"{path}: does not say which config it is of, and {owner} is missing; --fresh starts over")
     there = config_of(str(stored), f"{path}: its config") if stored is not None else planned.config
     if difference := first_difference(there, planned.config, FREE_IN_A_STUDY):
         raise UserError(f"{path}: is of another config ({difference}); --fresh starts over")

@@ -31,7 +31,7 @@ def drawn(folders: list[Path]) -> Figure:
                 done = result.summary or {"epochs": result.angles["epoch"][-1], "steps": max(steps[-1], 1)}
                 epochs = steps * done["epochs"] / done["steps"]
                 axes.plot(epochs, angles, color=look.colour, linewidth=0.6, alpha=0.3)
-                mean = running_mean(angles, len(angles) // 40)
+                mean = running_mean(angles, len(angles) // 40, apart=True)
                 axes.plot(epochs, mean, color=look.colour, linestyle=look.dash, label=result.label)
             axes.set(title=block, xlabel="epoch")
         panels[0].set(ylabel="angle to BP's update (°)", ylim=(-2, max(98, panels[0].get_ylim()[1])))

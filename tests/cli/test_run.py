@@ -4,6 +4,8 @@ import csv
 import itertools
 import json
 import math
+import re
+import shutil
 from types import SimpleNamespace
 
 import h5py
@@ -336,6 +338,39 @@ def test_runs_with_and_without_variants_do_not_mix(arraytp, refused, seeds):
     for more in ((), ("--fresh",), ("--resume",)):
         said = refused("run", "variants.yml", "--out", "again", *seeds, *more)
         assert said == "again: holds results of a run without variants; --out selects another folder"
+
+
+def test_a_run_goes_on_although_others_began_below_it(arraytp, refused, place):
+    """It was there first, and the command that an interruption prints must not be refused."""
+    command = ("run", "toy.yml", "--quiet", "--set", "train.epochs=0", "--out")
+    assert arraytp(*command, "home").status == 0
+    assert arraytp(*command, "home/below").status == 0
+    assert arraytp(*command, "home", "--resume").status == 0
+    assert arraytp(*command, "home", "--fresh").status == 0
+    # A link hides nothing: `arraytp report` does not follow it.
+    (place / "other").mkdir()
+    (place / "other/linked").symlink_to(place / "home/below")
+    assert arraytp(*command, "other").status == 0
+
+
+def test_the_users_own_config_is_no_result(arraytp, place):
+    for name, folder in (("variants.yml", "own"), ("toy.yml", "above/own")):
+        (place / folder).mkdir(parents=True)
+        shutil.copy(place / name, place / folder / "config.yml")
+        words = ("--quiet", "--set", "train.epochs=0", "--out", folder.split("/")[0])
+        assert arraytp("run", f"{folder}/config.yml", *words).status == 0
+
+
+def test_a_run_and_variants_of_one_name_are_refused_before_either_starts(refused, place, tree):
+    for name in ("variants.yml", "toy.yml"):
+        folder = place / name.removesuffix(".yml")
+        folder.mkdir(exist_ok=True)
+        text = re.sub("^name: .*\n", "", (place / name).read_text(), flags=re.MULTILINE)
+        (folder / "same.yml").write_text(f"name: same\n{text}")
+    before = tree()
+    for order in (("toy/same.yml", "variants/same.yml"), ("variants/same.yml", "toy/same.yml")):
+        assert "give them different names" in refused("run", *order)
+    assert tree() == before
 
 
 def test_one_variant_may_be_run_alone_and_the_others_later(arraytp, place, refused):

@@ -153,6 +153,17 @@ def test_a_study_without_its_config_file_keeps_its_seeds(arraytp, study):
         assert arraytp("run", "study.yml", "--quiet", "--resume", *ALONE).status == 0
         assert (place / "config.yml").exists()
         assert (place / "seed-0" / "summary.json").stat().st_mtime_ns == kept
+    (place / "config.yml").write_text("seed: [")
+    outcome = arraytp("run", "study.yml", "--quiet", "--resume", *ALONE)
+    assert outcome.status == 2
+    assert "delete it, and --resume goes on" in outcome.err
+    (place / "config.yml").unlink()
+    path = place / "seed-0" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({key: summary[key] for key in summary.keys() - {"config", "data"}}))
+    outcome = arraytp("run", "study.yml", "--quiet", "--resume", *ALONE)
+    assert outcome.status == 2
+    assert "does not say which config it is of" in outcome.err
 
 
 def test_the_summary_of_a_seed_does_not_outlive_its_rows(arraytp, study, place, monkeypatch):

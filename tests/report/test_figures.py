@@ -104,6 +104,37 @@ def test_an_untrained_network_does_not_flatten_a_long_training(make_result: Make
     assert high > 61.25
 
 
+def with_metrics(folder: Path, **columns: list[float]) -> Path:
+    """Replace columns of metrics.csv."""
+    head, *rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+    for name, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[head.index(name)] = str(value)
+    (folder / "metrics.csv").write_text("".join(",".join(row) + "\n" for row in (head, *rows)))
+    return folder
+
+
+def test_fitted_axes_cut_off_nothing_but_the_untrained_network(make_result: Make) -> None:
+    trained = [90.0 + n / 5 for n in range(10)]
+    folder = make_result("results/a", epochs=10, angles={})
+    scored = with_metrics(folder, train_top1=[10, *trained], test_top1=[10, *[n - 40 for n in trained]])
+    low, high = comparison([read_result(scored)]).axes[2].get_ylim()
+    assert low < 50
+    assert high > 91.8
+    seeds = [
+        with_metrics(
+            make_result(f"results/b/seed-{n}", epochs=10, angles={}), test_top1=[10, *[v + spread for v in trained]]
+        )
+        for n, spread in enumerate((-3, 0, 3))
+    ]
+    axes = comparison(read_results(seeds)).axes[3]
+    low, high = axes.get_ylim()
+    assert low < 87
+    assert high > 93
+    begun = make_result("results/c", epochs=0, planned=10, finished=False, angles={})
+    assert comparison([read_result(scored), read_result(begun)]).axes[3].get_ylim()[0] < 10
+
+
 def test_drawing_leaves_the_users_matplotlib_as_it_was(make_result: Make, tmp_path: Path) -> None:
     results = [read_result(make_result())]
     with matplotlib.rc_context({"font.size": 7.5}):
@@ -153,8 +184,11 @@ def test_the_running_mean_keeps_constants_and_gaps(reach: int) -> None:
 
 
 def test_the_running_mean_averages_neighbours_but_not_with_the_untrained_start() -> None:
-    np.testing.assert_allclose(running_mean(np.array([90.0, 0.0, 3.0, 6.0, 0.0]), 1), [90.0, 1.5, 3.0, 3.0, 3.0])
-    np.testing.assert_allclose(running_mean(np.array([7.0, 1.0]), 3), [7.0, 1.0])
+    np.testing.assert_allclose(
+        running_mean(np.array([90.0, 0.0, 3.0, 6.0, 0.0]), 1, apart=True), [90.0, 1.5, 3.0, 3.0, 3.0]
+    )
+    np.testing.assert_allclose(running_mean(np.array([7.0, 1.0]), 3, apart=True), [7.0, 1.0])
+    np.testing.assert_allclose(running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 1), [1.5, 3.0, 3.0, 3.0])
 
 
 def test_empty_axes_say_why(make_result: Make) -> None:
