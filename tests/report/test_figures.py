@@ -123,7 +123,9 @@ def test_fitted_axes_cut_off_nothing_but_the_untrained_network(make_result: Make
     assert high > 91.8
     seeds = [
         with_metrics(
-            make_result(f"results/b/seed-{n}", epochs=10, angles={}), test_top1=[10, *[v + spread for v in trained]]
+            make_result(f"results/b/seed-{n}", epochs=10, angles={}),
+            train_top1=[NAN, *trained],
+            test_top1=[10, *[value + spread for value in trained]],
         )
         for n, spread in enumerate((-3, 0, 3))
     ]
@@ -189,6 +191,15 @@ def test_the_running_mean_averages_neighbours_but_not_with_the_untrained_start()
     )
     np.testing.assert_allclose(running_mean(np.array([7.0, 1.0]), 3, apart=True), [7.0, 1.0])
     np.testing.assert_allclose(running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 1), [1.5, 3.0, 3.0, 3.0])
+
+
+def test_only_measurements_at_step_0_stand_apart_from_the_mean(make_result: Make) -> None:
+    """Angles are measured before the first step, accuracies over the steps since the last row."""
+    folder = make_result(steps=990, angles={10 * n: [90 - n / 2, 0.0] for n in range(99)}, blocks=("a", "b"))
+    angles, _, accuracies = comparison([read_result(folder)]).axes
+    smooth = [np.asarray(axes.lines[1].get_ydata())[:2].tolist() for axes in (angles, accuracies)]
+    # The means of up to two neighbours on either side.
+    assert smooth == [[90.0, 89.0], [30.0, 35.0]]
 
 
 def test_empty_axes_say_why(make_result: Make) -> None:
