@@ -1,7 +1,7 @@
 """Exact inverses of square blocks, G(F(x)) = x (GP paper, Equation 3 and Algorithm 2), and W⁺ of any, on threads.
 
 `arraytp.model.plain.block_inverse` is the plain form. `arraytp.fast.factors` factorises W once per step and block.
-Dense blocks and GAIT-prop's literal form solve for each row if there are few rows; otherwise the part of W⁻¹ that is
+Dense blocks and the literal form solve for each row if there are few rows; otherwise the part of W⁻¹ that is
 needed is formed. For W⁺, dense blocks have the same choice; convolutions always form it.
 """
 

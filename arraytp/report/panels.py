@@ -187,7 +187,7 @@ def fit_to_training(*panels: Axes) -> None:
     run has only those.
     """
     lines = [np.asarray(line.get_xydata()) for axes in panels for line in axes.lines]
-    bands = [path.vertices for axes in panels for band in axes.collections for path in band.get_paths()]
+    bands = [np.asarray(path.vertices) for axes in panels for band in axes.collections for path in band.get_paths()]
     defined = [points[np.isfinite(points).all(axis=1)] for points in (*lines, *bands)]
     if not lines or any(points[:, 0].max(initial=0) <= 0 for points in defined):
         return
