@@ -2,7 +2,7 @@
 
     python docs/results/layer_angles.py OUT.png results/cifar10-ldrl results/cifar10-s-ddtp results/cifar10-p-ddtp
 
-The comparison.png that `arraytp report` draws corresponds to Figures 3 to 5 of the GP paper.
+four_panels.py beside it draws Figures 3 to 5 of the GP paper.
 """
 
 import sys

@@ -72,12 +72,17 @@ def test_a_number_of_several_seeds_is_held_to_two_deviations_and_one_of_one_seed
     assert collect.verdict(53.2, 0, 54.3) == "not reproduced"
 
 
+def unpacked(collect, folder, *names):
+    for name in names:
+        (folder / name).mkdir()
+        for file, text in collect.kept(name)[0].files.items():
+            (folder / name / file).write_text(text, encoding="utf-8")
+    return [folder / name for name in names]
+
+
 def test_a_kept_run_is_a_result_folder_and_can_be_drawn_as_figure_4(collect, tmp_path):
     """There is a panel per block and a line per run, with each angle at its epoch."""
-    for name in ("cifar10-ldrl-expected", "cifar10-bp"):
-        (tmp_path / name).mkdir()
-        for file, text in collect.kept(name)[0].files.items():
-            (tmp_path / name / file).write_text(text, encoding="utf-8")
+    unpacked(collect, tmp_path, "cifar10-ldrl-expected", "cifar10-bp")
     assert read_result(tmp_path / "cifar10-bp").finished
     figure = script("layer_angles").drawn([tmp_path / "cifar10-ldrl-expected"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["conv1", "conv2", "dense1", "dense2"]
@@ -85,6 +90,22 @@ def test_a_kept_run_is_a_result_folder_and_can_be_drawn_as_figure_4(collect, tmp
     measured = read_result(tmp_path / "cifar10-ldrl-expected").angles
     assert list(angles) == list(measured["angle_deg"][measured["block"] == 1])
     assert np.floor(epochs) + 1 == pytest.approx(measured["epoch"][measured["block"] == 1])
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_kept_runs_can_be_drawn_like_the_figures_of_the_gp_paper(collect, tmp_path, k):
+    """A has a bar per block and run, B a line of the hidden blocks' mean, C and D the accuracies over the epochs."""
+    folders = unpacked(collect, tmp_path, "gp-cifar10-shallow-bp", "gp-cifar10-shallow-gp", "gp-cifar10-shallow-fa")
+    figure = script("four_panels").drawn(folders, k)
+    assert [axes.get_title(loc="left")[5] for axes in figure.axes] == list("ABCD")
+    bars, over_steps, train, test = figure.axes
+    run = read_result(folders[2])
+    angles = run.angles["angle_deg"].reshape(-1, 4)
+    assert [bar.get_height() for bar in bars.containers[2]] == pytest.approx(angles.mean(axis=0))
+    (line,) = (line for line in over_steps.lines if line.get_label() == run.label)
+    assert line.get_ydata()[0] == pytest.approx(angles[0, :3].mean())
+    for axes, split in ((train, "train"), (test, "test")):
+        np.testing.assert_array_equal(axes.lines[2].get_ydata(), run.metrics[f"{split}_top{k}"])
 
 
 def test_kept_runs_are_few_and_small():
