@@ -108,6 +108,16 @@ def test_kept_runs_can_be_drawn_like_the_figures_of_the_gp_paper(collect, tmp_pa
         np.testing.assert_array_equal(axes.lines[2].get_ydata(), run.metrics[f"{split}_top{k}"])
 
 
+@pytest.mark.parametrize("page", sorted({*FOLDER.glob("*.md")} - {FOLDER / "index.md"}), ids=lambda page: page.stem)
+def test_a_page_has_the_parts_of_all_pages_in_their_order_and_two_sentences_of_conclusion(page):
+    text = page.read_text(encoding="utf-8")
+    parts = re.findall(r"^\*\*([A-Z][a-z-]+)\.\*\*", text, re.MULTILINE)
+    assert parts == ["Question", "Set-up", "Command", "Conclusion", "Caveats"]
+    conclusion = text.partition("**Conclusion.** ")[2].partition("\n\n")[0]
+    assert len(re.findall(r"[.?!](?=\s+[A-Z]|$)", conclusion)) <= 2
+    assert "![" in text or page.stem == "datasets"
+
+
 def test_kept_runs_are_few_and_small():
     files = [file for file in (FOLDER / "runs").rglob("*") if file.is_file()]
     assert {file.suffix for file in files} == {".zip"}
