@@ -129,8 +129,10 @@ def running_mean(values: NDArray[np.float64], reach: int, apart: bool = False) -
 
 def epoch_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look], column: str, ylabel: str) -> None:
     """Draw a column of metrics.csv over the epochs, one line per run; {split} in it is the run's evaluation split."""
+    # Where one run is long, the marks of a short one would run into each other.
+    marked = all(result.metrics["epoch"].size <= _MOST_MARKED for result in results)
     drawn = [
-        epoch_line(axes, result, look, column.format(split=result.split), result.label)
+        epoch_line(axes, result, look, column.format(split=result.split), result.label, marked=marked)
         for result, look in zip(results, looks, strict=True)
     ]
     finish_epochs(axes, results, ylabel, any(drawn))
@@ -149,12 +151,14 @@ def step_lines(axes: Axes, results: Sequence[Result], looks: Sequence[Look]) -> 
     _number_steps(axes)
 
 
-def epoch_line(axes: Axes, result: Result, look: Look, column: str, label: str, alpha: float = 1.0) -> bool:
+def epoch_line(
+    axes: Axes, result: Result, look: Look, column: str, label: str, alpha: float = 1.0, marked: bool = True
+) -> bool:
     """Draw one column of one run; return whether there was anything to draw."""
     epochs, values = result.metrics["epoch"], result.metrics[column]
     if np.isnan(values).all():
         return False
-    marker = "o" if epochs.size <= _MOST_MARKED else ""
+    marker = "o" if marked and epochs.size <= _MOST_MARKED else ""
     style: dict[str, Any] = {"linestyle": look.dash, "marker": marker, "markersize": 3.5, "alpha": alpha}
     axes.plot(epochs, values, color=look.colour, label=label, **style)
     if result.seeds:

@@ -104,6 +104,13 @@ def test_an_untrained_network_does_not_flatten_a_long_training(make_result: Make
     assert high > 61.25
 
 
+def test_epochs_are_marked_where_all_runs_are_short(make_result: Make) -> None:
+    short, long = (read_result(make_result(f"results/{n}", epochs=n, angles={})) for n in (9, 31))
+    for results, marker in (([short], "o"), ([short, long], "")):
+        for axes in comparison(results).axes[2:]:
+            assert {line.get_marker() for line in axes.lines[: len(results)]} == {marker}
+
+
 def with_metrics(folder: Path, **columns: list[float]) -> Path:
     """Replace columns of metrics.csv."""
     head, *rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
