@@ -91,8 +91,11 @@ def test_the_example_on_results_reads_each_run(folder, capsys):
     ]
     settings = [word for setting in small for word in ("--set", setting)]
     assert main(["run", "runs/quickstart-gait-prop.yml", "--out", "results/quickstart", "--quiet", *settings]) == 0
-    lines = run("docs/results-format.md", capsys).splitlines()
+    *lines, last = run("docs/results-format.md", capsys).splitlines()
     assert [line.split()[0] for line in lines] == ["bp", "fa", "gp"]
+    # The network of the checkpoint has the accuracy that its run reported.
+    assert last.split()[0] == "fa"
+    assert float(last.split()[1]) == pytest.approx(float(lines[1].split()[1]) / 100)
     assert (folder / "results" / "quickstart" / "comparison.png").is_file()
 
 
