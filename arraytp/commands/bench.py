@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -20,6 +20,7 @@ from arraytp.data.loader import Batches
 from arraytp.errors import NonFiniteError, UserError
 from arraytp.model.blocks import block_flops
 from arraytp.ranks import ALONE, Ranks, agreed
+from arraytp.rules import RULES
 from arraytp.rules.feedback import only_block
 from arraytp.training.build import build_planned
 from arraytp.training.compare import finite_blocks
@@ -83,25 +84,24 @@ def measure(planned: Plan, steps: int, ranks: Ranks = ALONE) -> dict[str, Any]:
     config, sums = planned.config, _TimedSums(ranks, planned.backend.synchronize)
     experiment = build_planned(planned, ranks=sums if ranks.size > 1 else ranks)
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
-    epoch = 0
+    batch, epoch = min(config.train.batch_size, experiment.train_loader.count), 0
     while len(seconds["load"]) < steps + WARM_UP:
         with closing(experiment.train_loader.batches(epoch)) as batches:
-            last = _time_epoch(experiment, batches, seconds, steps + WARM_UP, sums)
+            last = _time_epoch(experiment, batches, seconds, steps + WARM_UP, sums, batch)
         epoch += 1
     # Only weights are checked, which are the same on every rank.
     if not all(finite_blocks(experiment.network)):
         done = len(seconds["load"])
         raise NonFiniteError(f"{config.name}: not finite after {done} steps; a smaller optimizer.lr may help")
-    medians = {part: statistics.median(values[WARM_UP:] or values) for part, values in seconds.items()}
+    medians = {part: statistics.median(values[WARM_UP:]) for part, values in seconds.items()}
     step = sum(medians.values())
-    batch = min(config.train.batch_size, experiment.train_loader.count)
     network = experiment.network
     rule = experiment.rule
     flops = sum(map(block_flops, network.blocks)) + rule.flops(config.rule, network)
     if rule.feedback is not None:
         flops += rule.feedback.flops(config.rule, network)
     rate, peak = batch * flops / step / 1e9, sum(ranks.gather(peak_rate(experiment))) / 1e9
-    waited = statistics.median(sums.of_steps[WARM_UP:] or sums.of_steps)
+    waited = statistics.median(sums.of_steps[WARM_UP:])
     waited, share = (statistics.fmean(values) for values in zip(*ranks.gather((waited, waited / step)), strict=True))
     return {
         "rule": config.rule.name,
@@ -137,11 +137,13 @@ def peak_rate(experiment: Experiment) -> float:
 
 
 def _feedback_rates(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Return GFLOP/s of the matrix products of feedback training on a batch, block by block."""
-    feedback, rates = experiment.rule.feedback, {}
-    if feedback is None:
+    """Return GFLOP/s of the matrix products of feedback training on a batch, block by block.
+
+    Without numbers for a closed form, whose products are not those of single blocks.
+    """
+    feedback, rates, options = experiment.rule.feedback, {}, cast(Any, experiment.config.rule)
+    if feedback is None or feedback.expected(options):
         return {}
-    options: Any = experiment.config.rule
     for n, *_ in experiment.feedback_pairs():
         training = only_block(feedback.settings(options), n, len(experiment.network))
         alone = replace(options, feedback=training)
@@ -204,15 +206,17 @@ class _TimedSums:
 
 
 def _time_epoch(
-    experiment: Experiment, batches: Batches, seconds: dict[str, list[float]], limit: int, sums: _TimedSums
+    experiment: Experiment, batches: Batches, seconds: dict[str, list[float]], limit: int, sums: _TimedSums, batch: int
 ) -> Step:
     """Do training steps part by part, as `Experiment.step` does them, until the epoch or the limit ends.
 
-    Returns the last step.
+    An epoch's last batch is left out if it has fewer than `batch` images. Returns the last step.
     """
     laps = _Laps(experiment, seconds)
     with experiment.steady():
         for size, (images, labels) in zip(experiment.train_loader.sizes(), batches, strict=True):
+            if size < batch:
+                break
             laps.lap("load")
             step = experiment.forward(images, labels, size)
             laps.lap("forward")
@@ -231,7 +235,7 @@ def _time_epoch(
 def _table(name: str, figures: dict[str, Any]) -> str:
     times = figures["milliseconds"]
     lines = [f"{name} ({figures['rule']}): batch {figures['batch']}, median of {figures['steps']} steps"]
-    shown = [part for part in PARTS if part != "feedback" or figures["feedback_gflops"]]
+    shown = [part for part in PARTS if part != "feedback" or RULES[figures["rule"]].feedback]
     lines += [f"  {part:10} {times[part]:9.2f} ms {100 * times[part] / times['step']:6.1f} %" for part in shown]
     lines.append(f"  {'step':10} {times['step']:9.2f} ms {figures['images_per_second']:10,.0f} images/s")
     if figures["ranks"] > 1:

@@ -326,12 +326,12 @@ def _run_some(
             with failing_together(ranks, job.label, limited=not job.plan.backend.on_host):
                 _do(job, clears, stop, asked, held, ranks)
         except (UserError, NonFiniteError, RunError) as error:
-            shared = grouped or job.of_seeds
-            if not (shared or len(jobs) > 1):
+            if not (grouped or job.of_seeds or len(jobs) > 1):
                 raise
             if ranks.rank == 0:
-                click.echo(f"arraytp: error: {one_line(str(error))}", err=True)
-            status = max(status, 2 if isinstance(error, UserError) and not shared else 1)
+                text = one_line(str(error)).removeprefix(f"{job.label}: ")
+                click.echo(f"arraytp: error: {job.label}: {text}", err=True)
+            status = max(status, 2 if isinstance(error, UserError) else 1)
     return status
 
 

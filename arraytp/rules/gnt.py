@@ -63,7 +63,13 @@ def check_jacobians(what: str, blocks: Sequence[Block]) -> None:
 
 
 def targets(options: Options, state: State, batch: Batch) -> Iterator[Target]:
-    """Yield the target of every block's output, from the last to the first."""
+    """Yield the target of every block's output, from the last to the first.
+
+    Raises
+    ------
+    NonFiniteError
+        If a sample's damped system is singular.
+    """
     changes = batch.gauss_newton(options.damping)
     for at in batch.down():
         if at.n + 1 in changes:

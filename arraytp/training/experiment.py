@@ -140,6 +140,8 @@ class Experiment:
         ------
         ValueError
             If a label is not one of the classes; not checked on a device, because the host would have to wait.
+        NonFiniteError
+            As `train_feedback` and `updates`.
         """
         with self.steady():
             step = self.forward(images, labels, size)
@@ -217,6 +219,11 @@ class Experiment:
         -------
         list of arrays of shape (), or None for no iterations
             The loss of the last iteration, per block with feedback; empty for rules without trained feedback.
+
+        Raises
+        ------
+        NonFiniteError
+            If the iterations of a closed form diverge; names the block.
         """
         rule, options = self.rule, options or self.config.rule
         if rule.feedback is None and rule.follow is None:

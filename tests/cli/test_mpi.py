@@ -155,7 +155,7 @@ def test_a_rank_that_fails_alone_ends_its_run_and_no_other(place, ranks, groups,
     words = ["run", "toy.yml", "--quiet", "--seeds", "3", *groups, "--out", "some"]
     program = [str(MPIEXEC), "-n", str(ranks), sys.executable, "failing.py", *words]
     status, _, said = finished(program, FAILS=fails)
-    assert (status, said) == (1, [f"arraytp: error: toy seed 1: {where}toy: cannot be read"])
+    assert (status, said) == (2, [f"arraytp: error: toy seed 1: {where}toy: cannot be read"])
     assert [(place / f"some/seed-{n}/summary.json").exists() for n in range(3)] == [True, False, True]
     assert run(ranks, *words, "--resume")[0] == 0
 

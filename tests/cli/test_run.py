@@ -456,7 +456,7 @@ def test_fresh_trains_the_others_if_one_folder_cannot_be_cleared(arraytp, place,
     outcome = arraytp(*words)
     assert outcome.status == 2
     words = "results/b: cannot be written: Permission denied" if isinstance(problem, OSError) else str(problem)
-    assert [line for line in outcome.err.splitlines() if "error" in line] == [f"arraytp: error: {words}"]
+    assert [line for line in outcome.err.splitlines() if "error" in line] == [f"arraytp: error: b: {words}"]
     after = {name: (place / f"results/{name}/summary.json").stat().st_mtime_ns for name in ("a", "b", "c")}
     assert [after[name] > before[name] for name in ("a", "b", "c")] == [True, False, True]
 

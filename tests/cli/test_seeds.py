@@ -4,6 +4,9 @@ import csv
 
 import pytest
 
+from arraytp.errors import UserError
+from arraytp.training.experiment import Experiment
+
 
 def test_every_variant_runs_with_every_seed_as_if_alone(arraytp, place, numbers):
     outcome = arraytp("run", "variants.yml", "--quiet", "--seeds", "2")
@@ -31,6 +34,21 @@ def test_a_failed_seed_is_named_and_the_others_go_on(arraytp, place):
     assert all(f"bad seed {n}: not finite" in line for n, line in enumerate(errors))
     assert (place / "results/bad/good/seed-1/summary.json").exists()
     assert "Not finished: bad/seed-0, bad/seed-1." in outcome.out
+
+
+def test_the_users_mistake_in_one_seed_is_status_2(arraytp, place, monkeypatch):
+    forward = Experiment.forward
+
+    def fails(self, *given):
+        if self.config.seed == 1:
+            raise UserError("toy/train-00002.h5: cannot be read")
+        return forward(self, *given)
+
+    monkeypatch.setattr(Experiment, "forward", fails)
+    outcome = arraytp("run", "toy.yml", "--quiet", "--seeds", "3")
+    assert outcome.status == 2
+    assert outcome.err.splitlines() == ["arraytp: error: toy seed 1: toy/train-00002.h5: cannot be read"]
+    assert [(place / f"results/toy/seed-{n}/summary.json").exists() for n in range(3)] == [True, False, True]
 
 
 def test_resume_does_the_seeds_that_are_missing(arraytp, place, tree):

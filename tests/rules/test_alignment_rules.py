@@ -161,6 +161,19 @@ def test_b_equal_to_w_stays_so_and_trains_as_bp_with_decoupled_decay():
         np.testing.assert_array_equal(mine, exact)
 
 
+@pytest.mark.parametrize(("dtype", "lost", "kept"), [("float32", 2.9e-8, 6e-8), ("float64", 5e-17, 1.2e-16)])
+def test_a_decay_that_is_lost_in_rounding_is_refused(dtype, lost, kept):
+    def check(decay):
+        return RULES["kolen-pollack"].check(
+            RULES["kolen-pollack"].options(decay=decay), fitting_blocks(LAYERS, SHAPE), dtype, "sum"
+        )
+
+    with pytest.raises(UserError, match=rf"rule\.decay: {lost:g} does nothing in {dtype}, .*; use at least "):
+        check(lost)
+    assert check(kept) == check(0.0) == []
+    assert np.dtype(dtype).type(1 - kept) < 1
+
+
 # Weight mirror.
 
 

@@ -32,6 +32,7 @@ NOT_OF_A_STEP = {
     "dfa.py": {"flops", "direct_flops"},
     "weight_mirror.py": {"feedback_flops", "check"},
     "alignment.py": {"feedback_flops"},
+    "kolen_pollack.py": {"check"},
     # Called by the plan before a run, for refusals and notes, or by the audit: the loss that `local_update` descends.
     "dtp.py": {"flops", "feedback_flops", "check", "local_loss"},
     "ldrl.py": {"feedback_flops", "check"},
