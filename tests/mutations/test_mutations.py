@@ -477,7 +477,8 @@ MUTATIONS = [
         "rules/kolen_pollack.py",
         "rules/test_alignment_rules.py",
         ("return options.decay", "return 2 * options.decay"),
-        (", shared_decay=shared_decay)", ")"),
+        (", shared_decay=shared_decay, check=check)", ", check=check)"),
+        ("if options.decay and ", "if not options.decay and "),
     ),
     *_in(
         "rules/weight_mirror.py",
